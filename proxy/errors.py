@@ -1,0 +1,171 @@
+"""The exception tree, and the one place where an error becomes an OpenAI error envelope.
+
+Three families, for three readers: `RequestError` is for the client of the proxy and carries everything an HTTP answer
+needs; `EngineError` and `RuntimeFailure` are for the pool, which turns them into a colder rung or a `WakeFailed`;
+`ConfigError` and `HostError` are for the operator.
+
+The envelope is the one of OpenAI's API reference ("Error codes"), as vLLM answers it too::
+
+    {"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class WarmpoolError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class ConfigError(WarmpoolError):
+    """A configuration that cannot be used; `problems` has one line for each thing wrong with it."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
+
+
+class HostError(WarmpoolError):
+    """This host cannot do what the configuration asks for; the text says what is missing and how to get it."""
+
+
+class IllegalTransitionError(WarmpoolError):
+    """An event that an instance's state does not know; a bug in the pool, and nothing was changed."""
+
+
+class EngineError(WarmpoolError):
+    """An engine answered wrongly, too late or not at all; `stage` names what was asked of it."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        self.stage = stage
+        self.reason = reason
+        super().__init__(f"{stage}: {reason}")
+
+
+class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's own
+    """A runtime could not carry out an operation.
+
+    `alive` tells whether the engine is still there and as usable as before; when false, only `remove` helps.
+    """
+
+    def __init__(self, operation: str, reason: str, *, alive: bool = False) -> None:
+        self.operation = operation
+        self.reason = reason
+        self.alive = alive
+        super().__init__(f"{operation}: {reason}")
+
+
+class RequestError(WarmpoolError):
+    """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, rounded up (RFC 9110, 10.2.3), where a later try makes sense."""
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+    def body(self) -> bytes:
+        """The error envelope as JSON."""
+        return envelope(self.message, type_=self.type, param=self.param, code=self.code)
+
+
+class InvalidRequestError(RequestError):
+    """The request itself is wrong: not JSON, no model, a bad header."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class RouteNotFoundError(RequestError):
+    """A path that is not on the allow-list."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    """A path that is on the allow-list, with a method that is not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class ModelNotFoundError(RequestError):
+    """A model that the configuration does not have."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.", param="model")
+
+
+class BodyTooLargeError(RequestError):
+    """A request body over the configured limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class NoCapacityError(RequestError):
+    """No instance became free in the time a request may wait."""
+
+    status = 503
+    code = "no_capacity"
+
+
+class WakeFailedError(RequestError):
+    """Every rung down to a cold start was tried, and none gave a working engine."""
+
+    status = 503
+    code = "wake_failed"
+
+
+class DrainingError(RequestError):
+    """The proxy is shutting down and admits nothing new."""
+
+    status = 503
+    code = "draining"
+
+
+class UpstreamError(RequestError):
+    """The engine broke before it answered."""
+
+    status = 502
+    code = "upstream_failed"
+
+
+def envelope(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> bytes:
+    """One OpenAI error envelope as JSON."""
+    return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})

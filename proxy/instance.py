@@ -1,0 +1,269 @@
+"""One managed engine: its states, the transition table, its leases and its generations.
+
+Everything that changes an instance's state is in `TRANSITIONS`; an event that is not there raises
+`IllegalTransitionError` and changes nothing. This module knows nothing of processes, HTTP or clocks.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from proxy.errors import IllegalTransitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+class Tier(enum.IntEnum):
+    """The rungs of the ladder, warmest first; comparison follows the ladder, so `a < b` is "a is warmer"."""
+
+    READY = 0
+    SLEEPING = 1
+    SUSPENDED = 2
+    CHECKPOINTED = 3
+    ARCHIVED = 4
+    STOPPED = 5
+
+    @property
+    def label(self) -> str:
+        """The word for headers, metrics and JSON: `ready`, `sleeping`, …"""
+        return self.name.lower()
+
+
+class State(enum.Enum):
+    """Where an instance is; the value is the word shown to people."""
+
+    NEW = "new"
+    WAKING = "waking"
+    READY = "ready"
+    RETIRING = "retiring"
+    FALLING_ASLEEP = "falling_asleep"
+    SLEEPING = "sleeping"
+    SUSPENDING = "suspending"
+    SUSPENDED = "suspended"
+    CHECKPOINTING = "checkpointing"
+    CHECKPOINTED = "checkpointed"
+    BROKEN = "broken"
+    STOPPING = "stopping"
+    GONE = "gone"
+
+
+class Event(enum.Enum):
+    """What happens to an instance. The first group starts something, the second says where it ended."""
+
+    WAKE = "wake"
+    RETIRE = "retire"
+    READMIT = "readmit"
+    SLEEP = "sleep"
+    SUSPEND = "suspend"
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+
+    AT_READY = "at_ready"
+    AT_SLEEPING = "at_sleeping"
+    AT_SUSPENDED = "at_suspended"
+    AT_CHECKPOINTED = "at_checkpointed"
+    BROKE = "broke"
+    WENT = "went"
+
+
+def _table() -> dict[tuple[State, Event], State]:
+    s, e = State, Event
+    table: dict[tuple[State, Event], State] = {}
+    for resting in (s.NEW, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED):
+        table[resting, e.WAKE] = s.WAKING
+    table[s.WAKING, e.AT_READY] = s.READY
+    table[s.READY, e.RETIRE] = s.RETIRING
+    table[s.RETIRING, e.READMIT] = s.READY
+    for awake in (s.READY, s.RETIRING):
+        table[awake, e.SLEEP] = s.FALLING_ASLEEP
+    for live in (s.READY, s.RETIRING, s.SLEEPING):
+        table[live, e.SUSPEND] = s.SUSPENDING
+    for live in (s.READY, s.RETIRING, s.SLEEPING, s.SUSPENDED):
+        table[live, e.CHECKPOINT] = s.CHECKPOINTING
+    # A step that failed without harm leaves the instance where it was.
+    for moving, arrivals in {
+        s.FALLING_ASLEEP: (e.AT_SLEEPING, e.AT_READY),
+        s.SUSPENDING: (e.AT_SUSPENDED, e.AT_SLEEPING, e.AT_READY),
+        s.CHECKPOINTING: (e.AT_CHECKPOINTED, e.AT_SUSPENDED, e.AT_SLEEPING, e.AT_READY),
+    }.items():
+        for arrival in arrivals:
+            table[moving, arrival] = _ARRIVALS[arrival]
+    for alive in (
+        s.WAKING, s.READY, s.RETIRING, s.FALLING_ASLEEP, s.SLEEPING, s.SUSPENDING, s.SUSPENDED, s.CHECKPOINTING,
+    ):  # fmt: skip
+        table[alive, e.BROKE] = s.BROKEN
+    # The processes of a broken instance are gone, its image is still good.
+    table[s.BROKEN, e.AT_CHECKPOINTED] = s.CHECKPOINTED
+    for state in (s.NEW, s.READY, s.RETIRING, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED, s.BROKEN):
+        table[state, e.STOP] = s.STOPPING
+    table[s.STOPPING, e.WENT] = s.GONE
+    return table
+
+
+_ARRIVALS: Final = {
+    Event.AT_READY: State.READY,
+    Event.AT_SLEEPING: State.SLEEPING,
+    Event.AT_SUSPENDED: State.SUSPENDED,
+    Event.AT_CHECKPOINTED: State.CHECKPOINTED,
+}
+
+TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = _table()
+"""(state, event) → the state after it; a pair that is missing is illegal."""
+
+ARRIVAL: Final[Mapping[Tier, Event]] = {
+    Tier.READY: Event.AT_READY,
+    Tier.SLEEPING: Event.AT_SLEEPING,
+    Tier.SUSPENDED: Event.AT_SUSPENDED,
+    Tier.CHECKPOINTED: Event.AT_CHECKPOINTED,
+}
+"""The event that says an instance has come to rest on a rung."""
+
+DESCENT: Final[Mapping[Tier, Event]] = {
+    Tier.SLEEPING: Event.SLEEP,
+    Tier.SUSPENDED: Event.SUSPEND,
+    Tier.CHECKPOINTED: Event.CHECKPOINT,
+    Tier.STOPPED: Event.STOP,
+}
+"""The event that starts the way down to a rung."""
+
+RESTING: Final[Mapping[State, Tier]] = {
+    State.NEW: Tier.STOPPED,
+    State.READY: Tier.READY,
+    State.SLEEPING: Tier.SLEEPING,
+    State.SUSPENDED: Tier.SUSPENDED,
+    State.CHECKPOINTED: Tier.CHECKPOINTED,
+}
+"""The states in which nothing is under way, and the rung each of them is."""
+
+DESCENDING: Final = frozenset({State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING})
+"""On the way to a colder rung, from which it can be woken again once it is there."""
+
+AWAKE: Final = frozenset({State.WAKING, State.READY, State.RETIRING}) | DESCENDING
+"""Holding, or about to hold, what an awake engine holds."""
+
+
+@dataclass(slots=True)
+class Stages:
+    """Durations of named stages, in seconds, in the order in which they began."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time the block takes to stage `name`, also when it fails."""
+        self.seconds.setdefault(name, 0.0)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def total_s(self) -> float:
+        """The sum of all stages."""
+        return sum(self.seconds.values())
+
+
+@dataclass(slots=True, frozen=True)
+class WakeRecord:
+    """How an instance was last brought to ready: from which rung, when (Unix time), and how long each stage took."""
+
+    found: Tier
+    reached_from: Tier
+    """The rung that worked in the end; colder than `found` when rungs in between failed."""
+    at_unix_s: float
+    seconds: float
+    stages: Mapping[str, float]
+
+
+class Instance:
+    """One managed engine of a model.
+
+    `generation` counts wakes: a result that carries an older one belongs to a wake that is over and is dropped.
+    `idle_since` is a reading of the pool's clock, set whenever the last lease ends or a rung is reached; None while
+    there are leases.
+    """
+
+    __slots__ = (
+        "barred", "generation", "has_image", "id", "idle_since", "image_failures", "last_used_unix_s", "last_wake",
+        "leases", "model", "sleep_level", "state", "waking_from",
+    )  # fmt: skip
+
+    def __init__(self, id_: str, model: str) -> None:
+        self.id = id_
+        self.model = model
+        self.state = State.NEW
+        self.generation = 0
+        self.leases = 0
+        self.idle_since: float | None = None
+        self.last_used_unix_s: float | None = None
+        self.sleep_level = 0
+        """vLLM's sleep level the engine is in: 0 awake, 1 weights in host RAM, 2 weights dropped."""
+        self.has_image = False
+        """A checkpoint of this instance exists and can be restored."""
+        self.image_failures = 0
+        self.barred: set[Tier] = set()
+        """Rungs that this engine failed to step down to; not tried again until it was started anew."""
+        self.waking_from: Tier | None = None
+        self.last_wake: WakeRecord | None = None
+
+    def __repr__(self) -> str:
+        return f"<Instance {self.id} {self.state.value} leases={self.leases} generation={self.generation}>"
+
+    def apply(self, event: Event) -> State:
+        """Move along the table and return the new state.
+
+        Raises IllegalTransitionError, with nothing changed, when the table has no such move, or when the event would
+        take a leased engine away.
+        """
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise IllegalTransitionError(f"{self.id}: no event {event.value!r} in state {self.state.value!r}")
+        if self.leases and event in _NEEDS_NO_LEASES:
+            raise IllegalTransitionError(f"{self.id}: {event.value!r} with {self.leases} leases in use")
+        self.state = target
+        if event is Event.WAKE:
+            self.generation += 1
+        return target
+
+    @property
+    def tier(self) -> Tier:
+        """The rung a request would find: where it rests, or where the move under way began or will end."""
+        if self.state is State.WAKING:
+            return self.waking_from if self.waking_from is not None else Tier.STOPPED
+        return _TIER_OF[self.state]
+
+    def begin_lease(self, now_unix_s: float) -> None:
+        """Count one more request; only a ready instance takes one."""
+        if self.state is not State.READY:
+            raise IllegalTransitionError(f"{self.id}: lease in state {self.state.value!r}")
+        self.leases += 1
+        self.idle_since = None
+        self.last_used_unix_s = now_unix_s
+
+    def end_lease(self, now: float, now_unix_s: float) -> None:
+        """Count one request less; with the last one the instance is idle from `now`."""
+        if self.leases <= 0:
+            raise IllegalTransitionError(f"{self.id}: a lease ended twice")
+        self.leases -= 1
+        self.last_used_unix_s = now_unix_s
+        if self.leases == 0:
+            self.idle_since = now
+
+
+_NEEDS_NO_LEASES: Final = frozenset({Event.SLEEP, Event.SUSPEND, Event.CHECKPOINT})
+
+_TIER_OF: Final[Mapping[State, Tier]] = {
+    **RESTING,
+    State.RETIRING: Tier.READY,
+    State.FALLING_ASLEEP: Tier.SLEEPING,
+    State.SUSPENDING: Tier.SUSPENDED,
+    State.CHECKPOINTING: Tier.CHECKPOINTED,
+    State.BROKEN: Tier.STOPPED,
+    State.STOPPING: Tier.STOPPED,
+    State.GONE: Tier.STOPPED,
+}
