@@ -1,0 +1,410 @@
+"""Settings: one TOML file, every key overridable by environment, validated whole before anything starts.
+
+Loading and validating is pydantic-settings' work; this module says which keys there are, what they mean and what is
+allowed. Durations are text with a unit (``"90s"``, ``"1m30s"``, ``"500ms"``) and become seconds; sizes are text with a
+unit (``"16GiB"``) or bytes. Environment names are ``WARMPOOL_`` and the path of the key joined by ``__``
+(``WARMPOOL_MODELS__DEMO__IDLE__SLEEPING=10s``); they win over the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from proxy.errors import ConfigError
+from proxy.instance import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ENV_PREFIX = "WARMPOOL_"
+ENV_DELIMITER = "__"
+RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID"})
+"""Names with the prefix that are not keys: where the file is, and the mark on every engine process."""
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_NEVER = frozenset({"never", "off"})
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of a duration such as ``"90s"``, ``"1m30s"`` or ``"250ms"``.
+
+    Raises ValueError for anything else; a bare number too, since its unit would be a guess.
+    """
+    if isinstance(value, str) and _DURATION.fullmatch(value.strip()):
+        return sum(float(n) * _UNITS_S[unit] for n, unit in _DURATION_PART.findall(value))
+    raise ValueError('a duration needs a unit: "500ms", "90s", "1m30s", "2h" or "1d"')
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest text that `parse_duration` reads back as `seconds` (to the millisecond)."""
+    left_ms = round(seconds * 1000)
+    parts = []
+    for unit, size_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, left_ms = divmod(left_ms, size_ms)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts) or "0s"
+
+
+def _parse_optional_duration(value: object) -> float | None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in _NEVER):
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "never"') from None
+
+
+def _format_optional_duration(seconds: float | None) -> str:
+    return "never" if seconds is None else format_duration(seconds)
+
+
+def format_size(count: int) -> str:
+    """A size in the largest binary unit that divides it: ``"16GiB"``, ``"1536KiB"``, ``"100B"``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return f"{count}B"
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), PlainSerializer(format_duration)]
+OptionalDuration = Annotated[
+    float | None, BeforeValidator(_parse_optional_duration), PlainSerializer(_format_optional_duration)
+]
+Size = Annotated[ByteSize, PlainSerializer(format_size)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+ModelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+ArgumentList = Annotated[list[str], Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    """Where clients reach the proxy, and what it takes from them."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8080, description="Port to listen on; 0 picks a free one.")
+    body_limit: Size = Field(default=ByteSize(32 << 20), description="Largest request body.")
+    drain_timeout: Duration = Field(
+        default=30.0, description="On SIGTERM: how long running and waiting requests may take to finish."
+    )
+
+
+class PoolSettings(_Section):
+    """What all models share."""
+
+    max_awake: Count = Field(
+        default=0,
+        description="How many instances may be awake at once, over all models; 0 is no limit. An idle instance of one "
+        "model steps down to make room for another.",
+    )
+    max_queue: PositiveInt = Field(default=10_000, description="How many requests may wait at once, over all models.")
+    switch_after: Duration = Field(
+        default=10.0,
+        description="With max_awake reached and no idle instance: how long a request waits before a busy instance of "
+        "another model is closed to new requests, so that it becomes idle.",
+    )
+    state_dir: Path = Field(default=Path("run"), description="Folder for engine logs and records (made, mode 0700).")
+    checkpoint_dir: Path = Field(
+        default=Path("/mnt/checkpoint-ram"),
+        description="Folder for checkpoint images, on tmpfs (made, mode 0700).",
+    )
+    checkpoint_reserve: Size = Field(
+        default=ByteSize(256 << 20), description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun."
+    )
+
+
+class ProcessRuntimeSettings(_Section):
+    """Engines as plain local processes."""
+
+    ports: Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")] = Field(
+        default="18100-18999",
+        description="Loopback ports for engines. Outside the kernel's ephemeral range, or a restored engine may find "
+        "its port taken.",
+    )
+    criu: str = Field(default="criu", description="The CRIU binary: a name in PATH, or a path.")
+    stop_grace: Duration = Field(default=5.0, description="Time between SIGTERM and SIGKILL of an engine.")
+
+    @model_validator(mode="after")
+    def _ports_are_a_range(self) -> ProcessRuntimeSettings:
+        first, last = self.port_range()
+        if not 1024 <= first <= last <= 65535:
+            raise ValueError("ports must be FIRST-LAST with 1024 <= FIRST <= LAST <= 65535")
+        return self
+
+    def port_range(self) -> tuple[int, int]:
+        """First and last port, both included."""
+        first, last = self.ports.split("-")
+        return int(first), int(last)
+
+
+class RuntimeSettings(_Section):
+    """The runtimes that start engines."""
+
+    process: ProcessRuntimeSettings = ProcessRuntimeSettings()
+
+
+class IdleSettings(_Section):
+    """The idle timetable: how long after its last request an instance steps down to each rung."""
+
+    sleeping: OptionalDuration = Field(default=30.0, description="Asleep by the engine's own sleep mode, where it has one.")
+    suspended: OptionalDuration = Field(default=120.0, description="Suspended: frozen, and its GPU memory in host RAM.")
+    checkpointed: OptionalDuration = Field(default=600.0, description="Checkpointed: an image on tmpfs, no process.")
+    stopped: OptionalDuration = Field(default=None, description="Stopped: the image is removed as well.")
+
+    @model_validator(mode="after")
+    def _colder_is_later(self) -> IdleSettings:
+        previous_name, previous_s = "", 0.0
+        for name in ("sleeping", "suspended", "checkpointed", "stopped"):
+            after_s = getattr(self, name)
+            if after_s is None:
+                continue
+            if after_s < previous_s:
+                raise ValueError(f"{name} comes before {previous_name}: a colder rung must have the longer time")
+            previous_name, previous_s = name, after_s
+        return self
+
+    def timetable(self) -> Mapping[Tier, float]:
+        """Rung → seconds of idleness after which an instance should be there; rungs set to "never" are missing."""
+        times = {
+            Tier.SLEEPING: self.sleeping,
+            Tier.SUSPENDED: self.suspended,
+            Tier.CHECKPOINTED: self.checkpointed,
+            Tier.STOPPED: self.stopped,
+        }
+        return {tier: after_s for tier, after_s in times.items() if after_s is not None}
+
+
+class HealthSettings(_Section):
+    """How it is known that an engine serves."""
+
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = Field(default="/health", description="Answers 200 when the engine serves.")
+    interval: Duration = Field(default=0.1, description="Time between two questions while it starts.")
+
+
+class WarmupSettings(_Section):
+    """Requests sent to a started engine before it serves, so that caches and compiled code are in the checkpoint."""
+
+    requests: Count = Field(default=1, description="How many.")
+    prompt: str = Field(default="Hello, world.", min_length=1, description="The prompt of each.")
+    max_tokens: PositiveInt = Field(default=8, description="Tokens to generate for each.")
+
+
+class ProcessEngineSettings(_Section):
+    """An engine as a local process tree."""
+
+    command: ArgumentList = Field(
+        description="Program and arguments. {host}, {port} and {model} are replaced, {python} is the interpreter that "
+        "runs warmpool."
+    )
+    env: dict[str, SecretStr] = Field(default={}, description="Environment added to warmpool's own.")
+    cwd: Path | None = Field(default=None, description="Working directory; default is warmpool's own.")
+
+    @model_validator(mode="after")
+    def _fields_exist(self) -> ProcessEngineSettings:
+        for argument in self.command:
+            for name in re.findall(r"\{(\w*)\}", argument):
+                if name not in {"host", "port", "model", "python"}:
+                    raise ValueError(f"command: {{{name}}} is not one of {{host}}, {{port}}, {{model}}, {{python}}")
+        if not any("{port}" in argument for argument in self.command):
+            raise ValueError("command: {port} is missing; warmpool chooses the port the engine has to listen on")
+        return self
+
+
+class ModelSettings(_Section):
+    """One model that clients can name."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=200, description="The name clients use; default is the table's key.")
+    aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default=[], description="Further names for it.")
+    max_instances: PositiveInt = Field(default=1, description="How many engines of it there may be.")
+    min_ready: Count = Field(default=0, description="How many engines are kept ready, requests or not.")
+    max_concurrency: PositiveInt = Field(default=256, description="Requests one engine is given at once.")
+    max_queue: PositiveInt = Field(default=1000, description="How many requests may wait for it.")
+    queue_timeout: Duration = Field(default=300.0, description="How long a request waits for an engine before 503.")
+    start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
+    wake_timeout: Duration = Field(default=60.0, description="How long any other rung may take to wake, or to step down to.")
+    response_timeout: OptionalDuration = Field(
+        default=None, description="How long an engine may be silent within an answer before it counts as broken."
+    )
+    canary: Literal["first", "always", "never"] = Field(
+        default="first",
+        description="Whether a restored engine must repeat a known answer before it serves: once per image, each time, never.",
+    )
+    idle: IdleSettings = IdleSettings()
+    health: HealthSettings = HealthSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    process: ProcessEngineSettings | None = Field(default=None, description="The engine, as a local process.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSettings:
+        if self.process is None:
+            raise ValueError("no engine: add a table `process` with a `command`")
+        if self.min_ready > self.max_instances:
+            raise ValueError(f"min_ready is {self.min_ready}, more than max_instances ({self.max_instances})")
+        return self
+
+    @property
+    def runtime(self) -> str:
+        """The name of the runtime that starts its engines."""
+        return "process"
+
+
+class Settings(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+    )
+
+    server: ServerSettings = ServerSettings()
+    pool: PoolSettings = PoolSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    models: dict[ModelKey, ModelSettings] = Field(min_length=1, description="The models, by key.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Settings:
+        owner: dict[str, str] = {}
+        for key, model in self.models.items():
+            for name in (model.name or key, *model.aliases):
+                if name in owner:
+                    raise ValueError(f"models.{key}: the name {name!r} belongs to models.{owner[name]} already")
+                owner[name] = key
+        return self
+
+    def names(self) -> Mapping[str, str]:
+        """Every name a client may use → the model's key."""
+        return {name: key for key, model in self.models.items() for name in (self.served_name(key), *model.aliases)}
+
+    def served_name(self, key: str) -> str:
+        """The name that models.`key` is listed under and that its engine knows."""
+        return self.models[key].name or key
+
+
+def load(path: Path | None) -> Settings:
+    """The settings of a TOML file (None: none) with the environment laid over it.
+
+    Raises ConfigError with every problem found: the file's syntax, or each key that is unknown, missing or has a value
+    that is not allowed.
+    """
+    source = str(path) if path is not None else "environment"
+    if path is not None:
+        _check_syntax(path)
+
+    class FileAndEnvironment(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            sources: tuple[PydanticBaseSettingsSource, ...] = (EnvSettingsSource(settings_cls),)
+            return sources if path is None else (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
+
+    unknown = _unknown_environment(Settings.model_fields)
+    try:
+        settings = FileAndEnvironment()  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise ConfigError(source, [*unknown, *(_explain(e) for e in error.errors())]) from None
+    except SettingsError as error:
+        raise ConfigError(source, [*unknown, f"environment: {error}"]) from None
+    if unknown:
+        raise ConfigError(source, unknown)
+    return settings
+
+
+def _check_syntax(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"is not TOML: {error}"]) from None
+
+
+def _unknown_environment(fields: Iterable[str]) -> list[str]:
+    known = tuple(f"{ENV_PREFIX}{name.upper()}" for name in fields)
+    problems = []
+    for name in sorted(os.environ):
+        key = name.upper()
+        if not key.startswith(ENV_PREFIX) or name in RESERVED_ENV:
+            continue
+        if not any(key == k or key.startswith(k + ENV_DELIMITER) for k in known):
+            problems.append(f"environment variable {name}: not a key; they begin with {', '.join(known)}")
+        elif f"{ENV_DELIMITER}ENV{ENV_DELIMITER}" in key:
+            table, _, variable = name.rpartition(ENV_DELIMITER)
+            # pydantic-settings lower-cases names, which would change the engine's variable
+            problems.append(f"environment variable {name}: set {table}='{{\"{variable}\": \"…\"}}' instead")
+    return problems
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's errors: the key, what is wrong, where it was set if not in the file."""
+    path = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join(path) or "(whole file)"
+    variable = ENV_PREFIX + ENV_DELIMITER.join(path).upper()
+    origin = f" (from environment variable {variable})" if path and variable in os.environ else ""
+    message = error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            allowed = ", ".join(sorted(_fields_at(path[:-1])))
+            message = f"unknown key; allowed here: {allowed}"
+        case "missing":
+            message = "is required"
+        case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
+            message = (
+                "a model's key has lower-case letters, digits and _, and begins with a letter (48 at most); "
+                "set `name` to what clients say"
+            )
+    return f"{key}: {message}{origin}"
+
+
+def _fields_at(path: list[str]) -> Iterable[str]:
+    """The names of the keys that the table at `path` knows."""
+    section: Any = Settings
+    parts = iter(path)
+    for part in parts:
+        if section is Settings and part == "models":
+            section = ModelSettings
+            next(parts, None)
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

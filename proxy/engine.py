@@ -1,0 +1,144 @@
+"""What is said to an engine: health, warm-up, canary, sleep, wake_up, and the requests of clients.
+
+The protocol is vLLM's: `/health`, `/v1/completions`, and in its development mode `/sleep?level=`, `/wake_up?tags=`,
+`/is_sleeping` and `/collective_rpc` (vllm/entrypoints/serve/sleep and rpc). Each `EngineClient` has connections of its
+own, because every one of them must be closed before the engine is checkpointed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+
+from proxy.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
+CANARY_TOKENS = 16
+
+# uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
+_KEEPALIVE_S = 4.0
+_CONNECT_S = 5.0
+
+
+class EngineClient:
+    """A client of one engine. Methods raise EngineError with the stage and the reason."""
+
+    def __init__(self, base_url: str, served_name: str, *, response_timeout_s: float | None = None) -> None:
+        self.base_url = base_url
+        self.served_name = served_name
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s
+        )
+        self._session: aiohttp.ClientSession | None = None
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                timeout=self._timeout,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            )
+        return self._session
+
+    async def request(
+        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None
+    ) -> aiohttp.ClientResponse:
+        """Send a client's request as it is and return when the answer's headers are there.
+
+        Raises aiohttp.ClientError or TimeoutError; the caller decides what that means for the request.
+        """
+        return await self._connected().request(
+            method, self.base_url + path, headers=headers, data=body, allow_redirects=False
+        )
+
+    async def disconnect(self) -> None:
+        """Close every connection to the engine; the next request opens new ones."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+            await asyncio.sleep(0)  # the transports close on the loop's next turn
+
+    async def wait_healthy(self, path: str, interval_s: float) -> None:
+        """Return when `path` answers 200. Bounded by the caller's time-out."""
+        while not await self.healthy(path):
+            await asyncio.sleep(interval_s)
+
+    async def healthy(self, path: str) -> bool:
+        """Whether `path` answers 200 now."""
+        try:
+            async with self._connected().get(self.base_url + path) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def can_sleep(self) -> bool:
+        """Whether the engine offers sleep mode (its development endpoints are open)."""
+        status, body = await self._call("probe", "GET", "/is_sleeping")
+        return status == 200 and isinstance(_json(body), dict) and "is_sleeping" in _json(body)
+
+    async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
+        """The text of a completion at temperature 0, or None where the engine offers no completions (4xx)."""
+        request = {"model": self.served_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        status, body = await self._call(stage, "POST", "/v1/completions", json=request)
+        if 400 <= status < 500:
+            return None
+        answer = _json(body)
+        try:
+            text = answer["choices"][0]["text"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if status != 200 or not isinstance(text, str):
+            raise EngineError(stage, f"POST /v1/completions answered {status} {_excerpt(body)}")
+        return text
+
+    async def canary(self) -> str | None:
+        """The engine's answer to a fixed prompt; a restored engine must give the same one."""
+        return await self.complete("canary", CANARY_PROMPT, CANARY_TOKENS)
+
+    async def sleep(self, level: int) -> None:
+        """Put the engine to sleep: level 1 keeps the weights in host RAM, level 2 drops them."""
+        await self._command("sleep", f"/sleep?level={level}")
+
+    async def wake_up(self, level: int) -> None:
+        """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again."""
+        if level < 2:
+            await self._command("wake_up", "/wake_up")
+            return
+        await self._command("wake_up", "/wake_up?tags=weights")
+        await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
+        await self._command("wake_up", "/wake_up?tags=kv_cache")
+
+    async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
+        status, body = await self._call(stage, "POST", path, json=json)
+        if status != 200:
+            raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}")
+
+    async def _call(
+        self, stage: str, method: str, path: str, json: Mapping[str, Any] | None = None
+    ) -> tuple[int, bytes]:
+        data = orjson.dumps(json) if json is not None else None
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        try:
+            async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(stage, f"{method} {path}: {error or type(error).__name__}") from error
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _excerpt(body: bytes) -> str:
+    return body[:200].decode("utf-8", "replace")

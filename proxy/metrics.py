@@ -1,0 +1,57 @@
+"""The Prometheus registry and every metric in it.
+
+Labels are bounded: `model` is a configured model's key (or "unknown"), `tier`, `state` and `stage` are words of this
+project. Each `Metrics` has a registry of its own, so that two proxies in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+UNKNOWN_MODEL = "unknown"
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+
+
+class Metrics:
+    """All metrics of one proxy."""
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter(
+            "warmpool_requests", "Requests answered, by model and HTTP status.", ["model", "status"], registry=r
+        )
+        self.ttft = Histogram(
+            "warmpool_ttft_seconds",
+            "From a request's arrival to the first byte of the engine's answer, by the tier the request found.",
+            ["model", "tier"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.wake = Histogram(
+            "warmpool_wake_seconds",
+            "Stages of bringing an instance to ready, by the tier it was woken from; stage \"total\" is the whole.",
+            ["model", "tier", "stage"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.wake_failures = Counter(
+            "warmpool_wake_failures", "Rungs that failed to wake, by model and tier.", ["model", "tier"], registry=r
+        )
+        self.step_downs = Counter(
+            "warmpool_step_downs", "Steps down, by model, tier reached and reason.", ["model", "tier", "reason"], registry=r
+        )
+        self.engine_exits = Counter(
+            "warmpool_engine_exits", "Engines that ended without being asked to.", ["model"], registry=r
+        )
+        self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
+        self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
+        self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)

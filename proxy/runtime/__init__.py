@@ -1,0 +1,1 @@
+"""Runtimes: how an engine is started, stopped, suspended, checkpointed and restored."""

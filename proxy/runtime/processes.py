@@ -1,0 +1,113 @@
+"""Process trees: finding all that belongs to an instance, signalling it, waiting for its end, reaping it.
+
+Every engine process carries a mark in its environment, which its descendants inherit and which CRIU restores; so a
+child that left the session, or a tree whose parents are gone, is still found. psutil reads the process table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MARK = "WARMPOOL_INSTANCE_ID"
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def become_subreaper() -> None:
+    """Make orphans among our descendants our children, so that we can reap them.
+
+    A zombie keeps its session's id in use, and CRIU cannot restore a leader whose pid is still an id of anything.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def marked(mark_prefix: str) -> list[int]:
+    """The pids of all processes whose mark begins with `mark_prefix`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK, "").startswith(mark_prefix):
+                found.append(process.pid)
+    return found
+
+
+def members(mark: str, session: int | None) -> list[int]:
+    """The pids of an instance: those with its mark, and those of its session (zombies have no environment)."""
+    found = set(marked(mark))
+    if session is not None:
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) == session:
+                    found.add(pid)
+    return sorted(found)
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """The memory private to these processes, about what an image of them will hold."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(pid).memory_full_info().uss
+    return total
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and has not ended."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Signal each process that still exists."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+async def wait_gone(pid: int) -> str:
+    """Return when the process has ended, having reaped it if it is our child, with a word on how it ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return _reap(pid)
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    loop.add_reader(fd, lambda: ended.done() or ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+    return _reap(pid)
+
+
+def _reap(pid: int) -> str:
+    try:
+        _, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return "ended"
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else f"signal {-code}"
+
+
+async def kill_whole(mark: str, session: int | None) -> None:
+    """SIGKILL everything that belongs to an instance and return when all of it is gone and reaped.
+
+    Repeats until nothing is found, for a process may fork while it is being looked for.
+    """
+    while pids := members(mark, session):
+        send(pids, signal.SIGKILL)
+        await asyncio.gather(*(wait_gone(pid) for pid in pids))
+        # One whose parent died in the same sweep becomes our child only now.
+        for pid in pids:
+            _reap(pid)
