@@ -113,7 +113,9 @@ class ServerSettings(_Section):
     """Where clients reach the proxy, and what it takes from them."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8080, description="Port to listen on; 0 picks a free one.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8080, description="Port to listen on; 0 picks a free one."
+    )
     body_limit: Size = Field(default=ByteSize(32 << 20), description="Largest request body.")
     drain_timeout: Duration = Field(
         default=30.0, description="On SIGTERM: how long running and waiting requests may take to finish."
@@ -140,7 +142,8 @@ class PoolSettings(_Section):
         description="Folder for checkpoint images, on tmpfs (made, mode 0700).",
     )
     checkpoint_reserve: Size = Field(
-        default=ByteSize(256 << 20), description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun."
+        default=ByteSize(256 << 20),
+        description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",
     )
 
 
@@ -177,7 +180,9 @@ class RuntimeSettings(_Section):
 class IdleSettings(_Section):
     """The idle timetable: how long after its last request an instance steps down to each rung."""
 
-    sleeping: OptionalDuration = Field(default=30.0, description="Asleep by the engine's own sleep mode, where it has one.")
+    sleeping: OptionalDuration = Field(
+        default=30.0, description="Asleep by the engine's own sleep mode, where it has one."
+    )
     suspended: OptionalDuration = Field(default=120.0, description="Suspended: frozen, and its GPU memory in host RAM.")
     checkpointed: OptionalDuration = Field(default=600.0, description="Checkpointed: an image on tmpfs, no process.")
     stopped: OptionalDuration = Field(default=None, description="Stopped: the image is removed as well.")
@@ -208,7 +213,9 @@ class IdleSettings(_Section):
 class HealthSettings(_Section):
     """How it is known that an engine serves."""
 
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = Field(default="/health", description="Answers 200 when the engine serves.")
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = Field(
+        default="/health", description="Answers 200 when the engine serves."
+    )
     interval: Duration = Field(default=0.1, description="Time between two questions while it starts.")
 
 
@@ -244,17 +251,28 @@ class ProcessEngineSettings(_Section):
 class ModelSettings(_Section):
     """One model that clients can name."""
 
-    name: str | None = Field(default=None, min_length=1, max_length=200, description="The name clients use; default is the table's key.")
-    aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default=[], description="Further names for it.")
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="The name clients use; default is the table's key.",
+    )
+    aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default=[], description="Further names for it."
+    )
     max_instances: PositiveInt = Field(default=1, description="How many engines of it there may be.")
     min_ready: Count = Field(default=0, description="How many engines are kept ready, requests or not.")
     max_concurrency: PositiveInt = Field(default=256, description="Requests one engine is given at once.")
     max_queue: PositiveInt = Field(default=1000, description="How many requests may wait for it.")
     queue_timeout: Duration = Field(default=300.0, description="How long a request waits for an engine before 503.")
     start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
-    wake_timeout: Duration = Field(default=60.0, description="How long any other rung may take to wake, or to step down to.")
+    wake_timeout: Duration = Field(
+        default=60.0, description="How long any other rung may take to wake, or to step down to."
+    )
+    checkpoint_timeout: Duration = Field(default=300.0, description="How long writing a checkpoint may take.")
     response_timeout: OptionalDuration = Field(
-        default=None, description="How long an engine may be silent within an answer before it counts as broken."
+        default=None,
+        description="How long an engine may be silent within an answer before it counts as broken.",
     )
     canary: Literal["first", "always", "never"] = Field(
         default="first",
@@ -338,7 +356,7 @@ def load(path: Path | None) -> Settings:
 
     unknown = _unknown_environment(Settings.model_fields)
     try:
-        settings = FileAndEnvironment()  # type: ignore[call-arg]
+        settings = FileAndEnvironment()
     except ValidationError as error:
         raise ConfigError(source, [*unknown, *(_explain(e) for e in error.errors())]) from None
     except SettingsError as error:
@@ -370,7 +388,7 @@ def _unknown_environment(fields: Iterable[str]) -> list[str]:
         elif f"{ENV_DELIMITER}ENV{ENV_DELIMITER}" in key:
             table, _, variable = name.rpartition(ENV_DELIMITER)
             # pydantic-settings lower-cases names, which would change the engine's variable
-            problems.append(f"environment variable {name}: set {table}='{{\"{variable}\": \"…\"}}' instead")
+            problems.append(f'environment variable {name}: set {table}=\'{{"{variable}": "…"}}\' instead')
     return problems
 
 

@@ -32,9 +32,7 @@ class EngineClient:
     def __init__(self, base_url: str, served_name: str, *, response_timeout_s: float | None = None) -> None:
         self.base_url = base_url
         self.served_name = served_name
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s
-        )
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
     def _connected(self) -> aiohttp.ClientSession:
@@ -79,14 +77,23 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def can_sleep(self) -> bool:
-        """Whether the engine offers sleep mode (its development endpoints are open)."""
+    async def is_sleeping(self) -> bool | None:
+        """Whether the engine sleeps; None when it has no sleep mode (its development endpoints are closed)."""
         status, body = await self._call("probe", "GET", "/is_sleeping")
-        return status == 200 and isinstance(_json(body), dict) and "is_sleeping" in _json(body)
+        answer = _json(body)
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("is_sleeping"), bool):
+            return None
+        return bool(answer["is_sleeping"])
 
     async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
         """The text of a completion at temperature 0, or None where the engine offers no completions (4xx)."""
-        request = {"model": self.served_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        request = {
+            "model": self.served_name,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "seed": 0,
+        }
         status, body = await self._call(stage, "POST", "/v1/completions", json=request)
         if 400 <= status < 500:
             return None
@@ -130,7 +137,7 @@ class EngineClient:
             async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineError(stage, f"{method} {path}: {error or type(error).__name__}") from error
+            raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
 
 
 def _json(body: bytes) -> Any:

@@ -176,6 +176,8 @@ class WakeRecord:
     reached_from: Tier
     """The rung that worked in the end; colder than `found` when rungs in between failed."""
     at_unix_s: float
+    ended: float
+    """The same moment by the pool's clock."""
     seconds: float
     stages: Mapping[str, float]
 
@@ -183,7 +185,8 @@ class WakeRecord:
 class Instance:
     """One managed engine of a model.
 
-    `generation` counts wakes: a result that carries an older one belongs to a wake that is over and is dropped.
+    `generation` counts wakes and breaks: a result or a lease that carries an older one belongs to an engine that is
+    no more, and is dropped.
     `idle_since` is a reading of the pool's clock, set whenever the last lease ends or a rung is reached; None while
     there are leases.
     """
@@ -226,8 +229,10 @@ class Instance:
         if self.leases and event in _NEEDS_NO_LEASES:
             raise IllegalTransitionError(f"{self.id}: {event.value!r} with {self.leases} leases in use")
         self.state = target
-        if event is Event.WAKE:
+        if event in (Event.WAKE, Event.BROKE):
             self.generation += 1
+        if event is Event.BROKE:
+            self.leases = 0  # whoever holds one finds its generation over
         return target
 
     @property

@@ -11,7 +11,28 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 UNKNOWN_MODEL = "unknown"
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    320.0,
+)
 
 
 class Metrics:
@@ -23,7 +44,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
-            "warmpool_requests", "Requests answered, by model and HTTP status.", ["model", "status"], registry=r
+            "warmpool_requests",
+            "Requests answered, by model and HTTP status.",
+            ["model", "status"],
+            registry=r,
         )
         self.ttft = Histogram(
             "warmpool_ttft_seconds",
@@ -34,16 +58,22 @@ class Metrics:
         )
         self.wake = Histogram(
             "warmpool_wake_seconds",
-            "Stages of bringing an instance to ready, by the tier it was woken from; stage \"total\" is the whole.",
+            'Stages of bringing an instance to ready, by the tier it was woken from; stage "total" is the whole.',
             ["model", "tier", "stage"],
             buckets=_SECONDS,
             registry=r,
         )
         self.wake_failures = Counter(
-            "warmpool_wake_failures", "Rungs that failed to wake, by model and tier.", ["model", "tier"], registry=r
+            "warmpool_wake_failures",
+            "Rungs that failed to wake, by model and tier.",
+            ["model", "tier"],
+            registry=r,
         )
         self.step_downs = Counter(
-            "warmpool_step_downs", "Steps down, by model, tier reached and reason.", ["model", "tier", "reason"], registry=r
+            "warmpool_step_downs",
+            "Steps down, by model, tier reached and reason.",
+            ["model", "tier", "reason"],
+            registry=r,
         )
         self.engine_exits = Counter(
             "warmpool_engine_exits", "Engines that ended without being asked to.", ["model"], registry=r

@@ -1,7 +1,7 @@
 """What the pool asks of a runtime.
 
 One contract test suite (tests/runtime_contract.py) runs against every runtime, the fake one of the tests included.
-A runtime does one operation at a time for an instance – the state machine sees to that – and any number for different
+A runtime does one operation at a time for an instance - the state machine sees to that - and any number for different
 instances.
 """
 

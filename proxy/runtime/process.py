@@ -150,7 +150,12 @@ class ProcessRuntime:
         assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
         known = self._engines.get(instance_id)
         handle = known.handle if known is not None else Handle(instance_id, HOST, self._free_port())
-        values = {"host": handle.host, "port": str(handle.port), "model": model.name or key, "python": sys.executable}
+        values = {
+            "host": handle.host,
+            "port": str(handle.port),
+            "model": model.name or key,
+            "python": sys.executable,
+        }
         command = [_fill(argument, values) for argument in model.process.command]
         directory = str(model.process.cwd or Path.cwd())
         environment = {

@@ -82,13 +82,18 @@ async def wait_gone(pid: int) -> str:
         return _reap(pid)
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
-    loop.add_reader(fd, lambda: ended.done() or ended.set_result(None))
+    loop.add_reader(fd, _resolve, ended)
     try:
         await ended
     finally:
         loop.remove_reader(fd)
         os.close(fd)
     return _reap(pid)
+
+
+def _resolve(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 def _reap(pid: int) -> str:
@@ -111,3 +116,5 @@ async def kill_whole(mark: str, session: int | None) -> None:
         # One whose parent died in the same sweep becomes our child only now.
         for pid in pids:
             _reap(pid)
+        if not any(alive(pid) for pid in pids):
+            session = None  # what is left of it are zombies of somebody else's

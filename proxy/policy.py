@@ -1,0 +1,250 @@
+"""Who may run, who steps down, who waits: pure functions of a view and a clock reading.
+
+`decide` looks at everything at once and returns what to do; the pool does it. Nothing here awaits, starts or changes
+anything, so each rule is tested with a view and a number. All times are readings of one clock, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from proxy.instance import AWAKE, DESCENDING, RESTING, State, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from proxy.instance import Instance
+
+STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.STOPPED)
+
+TYPICAL_S: Final[Mapping[Tier, float]] = {
+    Tier.READY: 0.0,
+    Tier.SLEEPING: 0.1,
+    Tier.SUSPENDED: 0.5,
+    Tier.CHECKPOINTED: 2.5,
+    Tier.ARCHIVED: 10.0,
+    Tier.STOPPED: 100.0,
+}
+"""What a wake costs before it was measured here: 1.5B parameters on an H100, see docs/architecture.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model as the policy sees it."""
+
+    key: str
+    instances: Sequence[Instance]
+    rungs: frozenset[Tier]
+    """What its runtime offers between ready and stopped."""
+    timetable: Mapping[Tier, float]
+    max_instances: int
+    min_ready: int
+    max_concurrency: int
+    waiting: int = 0
+    oldest_wait: float | None = None
+    """When the first of those who wait began to."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Everything a decision depends on, beside the time."""
+
+    models: Sequence[ModelView]
+    max_awake: int = 0
+    """How many instances may be awake at once; 0 is no limit."""
+    switch_after_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Bring an instance (None: a new one) of a model to ready, once the victim has stepped down."""
+
+    model: str
+    instance: Instance | None
+    victim: StepDown | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepDown:
+    """Take an instance to a colder rung."""
+
+    instance: Instance
+    to: Tier
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Close a busy instance to new requests, so that it becomes idle."""
+
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True)
+class Readmit:
+    """Open a retiring instance again: nobody needs its place any more."""
+
+    instance: Instance
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to do now, in this order, and when to decide again if nothing happens before."""
+
+    actions: list[Wake | StepDown | Retire | Readmit] = field(default_factory=list)
+    deadline: float | None = None
+
+    def not_later_than(self, when: float) -> None:
+        """Ask for another decision at `when`."""
+        self.deadline = when if self.deadline is None else min(self.deadline, when)
+
+
+def pick(instances: Iterable[Instance], max_concurrency: int) -> Instance | None:
+    """The ready instance with the fewest requests that has room for one more, or None."""
+    ready = [i for i in instances if i.state is State.READY and i.leases < max_concurrency]
+    return min(ready, key=lambda i: i.leases, default=None)
+
+
+def best_tier(instances: Iterable[Instance]) -> Tier:
+    """The rung a request for the model finds: that of its warmest instance."""
+    return min((i.tier for i in instances), default=Tier.STOPPED)
+
+
+def wakes_wanted(model: ModelView) -> int:
+    """How many more instances of a model are needed for those who wait, and for `min_ready`."""
+    # One on its way down is woken again as soon as it has arrived: sooner than another could be.
+    coming = sum(i.state is State.WAKING or i.state in DESCENDING for i in model.instances)
+    up = sum(i.state is State.READY for i in model.instances)
+    for_queue = math.ceil(model.waiting / model.max_concurrency) - coming
+    for_minimum = model.min_ready - coming - up
+    return max(0, for_queue, for_minimum)
+
+
+def candidates(model: ModelView) -> list[Instance | None]:
+    """What could be woken for a model, cheapest first; None stands for a new instance."""
+    resting = [i for i in model.instances if i.state in RESTING and i.state is not State.READY]
+    found: list[Instance | None] = [*sorted(resting, key=lambda i: (i.tier, i.id))]
+    return found + [None] * (model.max_instances - len(model.instances))
+
+
+def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None:
+    """The next rung down for an idle instance and when it is due; None when its timetable has no more."""
+    here = RESTING.get(instance.state)
+    if here is None or instance.leases or instance.idle_since is None:
+        return None
+    for tier in STEPS:
+        if tier > here and tier in model.timetable and _possible(instance, tier, model):
+            return tier, instance.idle_since + model.timetable[tier]
+    return None
+
+
+def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
+    return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
+
+
+def _first_rung_below(instance: Instance, model: ModelView) -> Tier:
+    return next(t for t in STEPS if t > instance.tier and _possible(instance, t, model))
+
+
+def decide(view: View, now: float) -> Plan:
+    """What to do now: wakes for those who wait (longest first), evictions for them, then steps due by the timetable."""
+    plan = Plan()
+    used: set[int] = set()
+    awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
+    starved = False
+    for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
+        for candidate in candidates(model)[: wakes_wanted(model)]:
+            victim: StepDown | None = None
+            if view.max_awake and awake >= view.max_awake:
+                victim = _victim(view, model, used)
+                if victim is None:
+                    starved = starved or model.oldest_wait is not None
+                    _ask_for_room(view, model, now, plan, used)
+                    break
+                used.add(id(victim.instance))
+            else:
+                awake += 1
+            plan.actions.append(Wake(model.key, candidate, victim))
+            if candidate is not None:
+                used.add(id(candidate))
+    if not starved:
+        retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
+        plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
+    for model in view.models:
+        _reap(model, now, plan, used)
+    return plan
+
+
+def _victim(view: View, needy: ModelView, used: set[int]) -> StepDown | None:
+    """The idle instance of another model that has been idle longest, if it may step down."""
+    idle = [
+        (i.state is not State.RETIRING, i.idle_since or 0.0, i, m)
+        for m in view.models
+        if m.key != needy.key
+        for i in _spare(m)
+        if i.leases == 0 and id(i) not in used
+    ]
+    if not idle:
+        return None
+    _, _, instance, model = min(idle, key=lambda entry: entry[:2])
+    return StepDown(instance, _first_rung_below(instance, model), "evict")
+
+
+def _spare(model: ModelView) -> list[Instance]:
+    """The ready instances above `min_ready`, those that would be missed least first."""
+    up = [i for i in model.instances if i.state in (State.READY, State.RETIRING)]
+    up.sort(key=lambda i: (i.state is not State.RETIRING, i.leases, i.idle_since or math.inf))
+    return up[: max(0, len(up) - model.min_ready)]
+
+
+def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: set[int]) -> None:
+    """Close the least busy instance of another model once `needy` has waited long enough."""
+    if needy.oldest_wait is None:
+        return
+    due = needy.oldest_wait + view.switch_after_s
+    if now < due:
+        plan.not_later_than(due)
+        return
+    others = [i for m in view.models if m.key != needy.key for i in _spare(m)]
+    if any(i.state is State.RETIRING for i in others):
+        return
+    busy = [i for i in others if id(i) not in used]
+    if busy:
+        chosen = min(busy, key=lambda i: i.leases)
+        used.add(id(chosen))
+        plan.actions.append(Retire(chosen))
+
+
+def _reap(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
+    if model.waiting:
+        return
+    keep = {id(i) for i in model.instances if i.state is State.READY} - {id(i) for i in _spare(model)}
+    for instance in model.instances:
+        step = None if id(instance) in keep | used else next_step(instance, model)
+        if step is None:
+            continue
+        tier, due = step
+        if due <= now:
+            plan.actions.append(StepDown(instance, tier, "idle"))
+        else:
+            plan.not_later_than(due)
+
+
+class Costs:
+    """What waking from each rung took, per model: an exponential average that follows changes within a few wakes."""
+
+    _WEIGHT: Final = 0.3
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, Tier], float] = {}
+
+    def record(self, model: str, tier: Tier, seconds: float) -> None:
+        """Take a measured wake into account."""
+        old = self._seconds.get((model, tier))
+        self._seconds[model, tier] = seconds if old is None else old + self._WEIGHT * (seconds - old)
+
+    def estimate_s(self, model: str, tier: Tier) -> float:
+        """The expected time to wake from `tier`, in seconds; a typical one before any was measured."""
+        return self._seconds.get((model, tier), TYPICAL_S[tier])

@@ -1,0 +1,846 @@
+"""The one owner of instances: leases, single-flight wakes, stepping down, adoption, drain.
+
+`Pool.tick` is the only place where something is decided: it hands ready instances to those who wait, asks the policy
+for a plan, moves every instance concerned along its table and only then starts the tasks that do the work. It never
+awaits. Whatever may change the answer - a new waiter, a lease that ends, a task that is done, a deadline - calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from proxy import policy
+from proxy.engine import EngineClient
+from proxy.errors import (
+    DrainingError,
+    EngineError,
+    ModelNotFoundError,
+    NoCapacityError,
+    QueueFullError,
+    RuntimeFailure,
+    WakeFailedError,
+)
+from proxy.instance import ARRIVAL, DESCENT, Event, Instance, Stages, State, Tier, WakeRecord
+from proxy.runtime.base import ImageFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from types import TracebackType
+
+    from proxy.config import ModelSettings, Settings
+    from proxy.metrics import Metrics
+    from proxy.runtime.base import Handle, Runtime
+
+log = logging.getLogger("warmpool.pool")
+
+T = TypeVar("T")
+
+MAX_IMAGE_FAILURES = 2
+"""An image that failed to restore this often is not tried a third time."""
+_REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """An instance with what the pool holds of it."""
+
+    instance: Instance
+    handle: Handle | None = None
+    client: EngineClient | None = None
+    task: asyncio.Task[None] | None = None
+    """The one move under way."""
+    watcher: asyncio.Task[str] | None = None
+    """Ends when the engine does."""
+    canary: str | None = None
+    canary_checked: bool = False
+    image_sleep_level: int = 0
+
+
+@dataclass(slots=True)
+class _Waiter:
+    granted: asyncio.Future[Lease]
+    since: float
+    found: Tier
+
+
+@dataclass(slots=True)
+class _Model:
+    """A model with everything the pool keeps for it."""
+
+    key: str
+    settings: ModelSettings
+    served_name: str
+    runtime: Runtime
+    slots: dict[str, _Slot] = field(default_factory=dict)
+    queue: deque[_Waiter] = field(default_factory=deque)
+
+    def instances(self) -> list[Instance]:
+        return [slot.instance for slot in self.slots.values()]
+
+    def view(self) -> policy.ModelView:
+        waiting = [w for w in self.queue if not w.granted.done()]
+        return policy.ModelView(
+            key=self.key,
+            instances=self.instances(),
+            rungs=self.runtime.rungs().offered,
+            timetable=self.settings.idle.timetable(),
+            max_instances=self.settings.max_instances,
+            min_ready=self.settings.min_ready,
+            max_concurrency=self.settings.max_concurrency,
+            waiting=len(waiting),
+            oldest_wait=waiting[0].since if waiting else None,
+        )
+
+
+class Lease:
+    """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
+
+    __slots__ = ("_pool", "_slot", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
+
+    def __init__(self, pool: Pool, slot: _Slot, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
+        assert slot.client is not None  # noqa: S101 - ready instances have one
+        self._pool: Pool | None = pool
+        self._slot = slot
+        self.client = slot.client
+        self.model = slot.instance.model
+        self.instance_id = slot.instance.id
+        self.generation = slot.instance.generation
+        self.found = found
+        """What the request found when it came."""
+        self.queue_s = queue_s
+        """How long it waited, beside the wake."""
+        self.wake = wake
+        """The wake it waited for, if it did."""
+
+    def release(self) -> None:
+        """Give the instance back."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool._lease_ended(self._slot, self.generation)  # noqa: SLF001 - the pool's own counterpart
+
+    async def suspect(self) -> None:
+        """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
+        if self._pool is not None:
+            await self._pool._examine(self._slot, self.generation)  # noqa: SLF001
+
+    async def __aenter__(self) -> Lease:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Pool:
+    """All instances of all models on this host.
+
+    `runtimes` by name; `clock` is monotonic, in seconds, and may be a test's; `connect` makes the client of an engine.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        runtimes: Mapping[str, Runtime],
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        connect: Callable[[Handle, str, ModelSettings], EngineClient] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._connect = connect or _connect
+        self._runtimes = {m.runtime: runtimes[m.runtime] for m in settings.models.values()}
+        self._models = {
+            key: _Model(key, model, settings.served_name(key), self._runtimes[model.runtime])
+            for key, model in settings.models.items()
+        }
+        self._names = settings.names()
+        self._costs = policy.Costs()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open_leases = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._open = False
+        self._draining = False
+        self._closed = False
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._ticking = False
+        for key in self._models:
+            self._publish(self._models[key])
+
+    # --- life ---
+
+    async def open(self) -> None:
+        """Open the runtimes, adopt the checkpoints that are still good, start what `min_ready` asks for.
+
+        Raises HostError when a runtime cannot work here.
+        """
+        for runtime in self._runtimes.values():
+            await runtime.open()
+            for tier, reason in runtime.rungs().missing.items():
+                log.warning("no rung %s with runtime %s: %s", tier.label, runtime.name, reason)
+        for name, runtime in self._runtimes.items():
+            mine = {key: m.settings for key, m in self._models.items() if m.settings.runtime == name}
+            for found in await runtime.recover(mine):
+                model = self._models[found.model]
+                if len(model.slots) >= model.settings.max_instances:
+                    await runtime.remove(found.handle)
+                    continue
+                slot = self._new_slot(model, found.handle.instance_id)
+                self._attach(model, slot, found.handle)
+                slot.canary = found.canary
+                slot.image_sleep_level = found.sleep_level
+                instance = slot.instance
+                instance.has_image = True
+                instance.state = State.CHECKPOINTED
+                instance.idle_since = self._clock()
+                log.info("%s adopted: checkpointed", instance.id)
+        self._open = True
+        self.tick()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are admitted."""
+        return self._open and not self._draining
+
+    def begin_drain(self) -> None:
+        """Admit nothing new; what runs or waits goes on."""
+        self._draining = True
+
+    async def drained(self) -> None:
+        """Return when no request runs or waits."""
+        await self._quiet.wait()
+
+    async def close(self) -> None:
+        """End everything: waiters get an error, moves are cancelled, engines end; checkpoints stay for the next start."""
+        self.begin_drain()
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for model in self._models.values():
+            self._fail_waiters(model, DrainingError("The server is shutting down."))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(self._end(m, s) for m in self._models.values() for s in list(m.slots.values())))
+        for runtime in self._runtimes.values():
+            await runtime.close()
+
+    async def _end(self, model: _Model, slot: _Slot) -> None:
+        await self._unwatch(slot)
+        if slot.client is not None:
+            await slot.client.disconnect()
+        if slot.handle is not None:
+            end = model.runtime.drop if slot.instance.has_image else model.runtime.remove
+            try:
+                await end(slot.handle)
+            except RuntimeFailure as error:
+                log.error("%s: %s", slot.instance.id, error)
+                return
+        del model.slots[slot.instance.id]
+
+    # --- leases ---
+
+    def resolve(self, name: str) -> str:
+        """The key of the model that clients call `name`. Raises ModelNotFoundError."""
+        try:
+            return self._names[name]
+        except KeyError:
+            raise ModelNotFoundError(name) from None
+
+    def served_name(self, key: str) -> str:
+        """What the engines of a model call it."""
+        return self._models[key].served_name
+
+    async def lease(self, name: str) -> Lease:
+        """A hold on a ready instance of the model, once there is one.
+
+        Joins the wake under way or starts one. Raises ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free
+        in `queue_timeout`), WakeFailedError or DrainingError. Cancelling hands on what was granted in the same moment.
+        """
+        model = self._models[self.resolve(name)]
+        if not self.ready:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        found = policy.best_tier(model.instances())
+        if not model.queue:
+            instance = policy.pick(model.instances(), model.settings.max_concurrency)
+            if instance is not None:
+                lease = self._grant(model, instance, found, 0.0, None)
+                self._publish(model)
+                return lease
+        self._refuse_if_full(model)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found)
+        model.queue.append(waiter)
+        self._quiet.clear()
+        self.tick()
+        try:
+            async with asyncio.timeout(model.settings.queue_timeout):
+                return await waiter.granted
+        except TimeoutError:
+            raise NoCapacityError(
+                f"No instance of {name!r} became free within {model.settings.queue_timeout:g} s.",
+                retry_after_s=self._expected_wait_s(model),
+            ) from None
+        except asyncio.CancelledError:
+            _hand_on(waiter)
+            raise
+        finally:
+            # One that was granted or failed has left the queue already.
+            with contextlib.suppress(ValueError):
+                model.queue.remove(waiter)
+            self._note_quiet()
+            self._publish(model)
+
+    def _refuse_if_full(self, model: _Model) -> None:
+        everywhere = sum(len(m.queue) for m in self._models.values())
+        if len(model.queue) >= model.settings.max_queue or everywhere >= self._settings.pool.max_queue:
+            raise QueueFullError(
+                f"{len(model.queue)} requests wait for {model.served_name!r} already.",
+                retry_after_s=self._expected_wait_s(model),
+            )
+
+    def _grant(self, model: _Model, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> Lease:
+        instance.begin_lease(time.time())
+        self._open_leases += 1
+        self._quiet.clear()
+        return Lease(self, model.slots[instance.id], found, queue_s, wake)
+
+    def _lease_ended(self, slot: _Slot, generation: int) -> None:
+        self._open_leases -= 1
+        if slot.instance.generation == generation:
+            slot.instance.end_lease(self._clock(), time.time())
+        self._note_quiet()
+        self.tick()
+
+    def _note_quiet(self) -> None:
+        if self._open_leases == 0 and not any(m.queue for m in self._models.values()):
+            self._quiet.set()
+
+    def _fail_waiters(self, model: _Model, error: Exception) -> None:
+        for waiter in model.queue:
+            if not waiter.granted.done():
+                waiter.granted.set_exception(error)
+        model.queue.clear()
+
+    def _expected_wait_s(self, model: _Model) -> float:
+        return max(1.0, self.estimate_s(model.key))
+
+    def estimate_s(self, key: str) -> float:
+        """How long a request for the model would wait for a wake, from measured ones, in seconds."""
+        model = self._models[key]
+        return self._costs.estimate_s(key, policy.best_tier(model.instances()))
+
+    # --- deciding ---
+
+    def tick(self) -> None:
+        """Decide anew and start what was decided."""
+        if self._closed or not self._open or self._ticking:
+            return
+        self._ticking = True
+        try:
+            for model in self._models.values():
+                self._dispatch(model)
+            plan = policy.decide(
+                policy.View(
+                    [m.view() for m in self._models.values()],
+                    self._settings.pool.max_awake,
+                    self._settings.pool.switch_after,
+                ),
+                self._clock(),
+            )
+            for action in plan.actions:
+                self._begin(action)
+            self._set_timer(plan.deadline)
+            for model in self._models.values():
+                self._publish(model)
+        finally:
+            self._ticking = False
+
+    def _dispatch(self, model: _Model) -> None:
+        """Grant leases in the order of arrival as long as there is room."""
+        while model.queue:
+            if model.queue[0].granted.done():
+                model.queue.popleft()
+                continue
+            instance = policy.pick(model.instances(), model.settings.max_concurrency)
+            if instance is None:
+                return
+            waiter = model.queue.popleft()
+            waited_s = self._clock() - waiter.since
+            wake = instance.last_wake
+            # A wake that ended before the request came is not the one it waited for.
+            if wake is not None and wake.ended < waiter.since:
+                wake = None
+            queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
+            waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
+
+    def _begin(self, action: policy.Wake | policy.StepDown | policy.Retire | policy.Readmit) -> None:
+        match action:
+            case policy.Wake():
+                self._begin_wake(action)
+            case policy.StepDown():
+                self._begin_step_down(action)
+            case policy.Retire(instance):
+                instance.apply(Event.RETIRE)
+                log.info("%s retiring: another model waits for its place", instance.id)
+            case policy.Readmit(instance):
+                instance.apply(Event.READMIT)
+                log.info("%s readmitted", instance.id)
+
+    def _begin_wake(self, action: policy.Wake) -> None:
+        victim = self._begin_step_down(action.victim) if action.victim is not None else None
+        model = self._models[action.model]
+        if action.instance is None:
+            slot = self._new_slot(model, _free_id(model))
+        else:
+            slot = model.slots[action.instance.id]
+        instance = slot.instance
+        found = Tier.STOPPED if instance.state is State.NEW else instance.tier
+        instance.waking_from = found
+        instance.apply(Event.WAKE)
+        log.info("%s waking from %s", instance.id, found.label)
+        slot.task = self._spawn(f"wake {instance.id}", self._wake(model, slot, instance.generation, victim))
+
+    def _begin_step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
+        instance = action.instance
+        model = self._models[instance.model]
+        slot = model.slots[instance.id]
+        origin = instance.tier
+        instance.apply(DESCENT[action.to])
+        log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
+        work = (
+            self._remove(model, slot, action.reason)
+            if action.to is Tier.STOPPED
+            else self._descend(model, slot, origin, action.to, action.reason)
+        )
+        slot.task = self._spawn(f"step down {instance.id}", work)
+        return slot.task
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: %r", task.get_name(), error, exc_info=error)
+        self.tick()
+
+    def _set_timer(self, deadline: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            delay_s = max(0.0, deadline - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self.tick)
+
+    def _new_slot(self, model: _Model, instance_id: str) -> _Slot:
+        slot = _Slot(Instance(instance_id, model.key))
+        model.slots[instance_id] = slot
+        return slot
+
+    def _attach(self, model: _Model, slot: _Slot, handle: Handle) -> None:
+        slot.handle = handle
+        if slot.client is None:
+            slot.client = self._connect(handle, model.served_name, model.settings)
+
+    # --- waking ---
+
+    async def _wake(self, model: _Model, slot: _Slot, generation: int, victim: asyncio.Task[None] | None) -> None:
+        """Bring an instance to ready from the warmest rung that works."""
+        instance = slot.instance
+        found = instance.waking_from or Tier.STOPPED
+        stages = Stages()
+        began = self._clock()
+        failures: list[str] = []
+        if victim is not None:
+            with stages.measure("evict"):
+                await asyncio.wait([victim])
+        for tier in _rungs_from(found, instance):
+            try:
+                await self._climb(model, slot, tier, stages)
+            except (EngineError, RuntimeFailure, TimeoutError) as error:
+                reason = str(error) or f"no result within {_limit_s(model.settings, tier):g} s"
+                failures.append(f"{tier.label}: {reason}")
+                log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
+                self._metrics.wake_failures.labels(model.key, tier.label).inc()
+                await self._clear_away(model, slot, tier)
+                continue
+            if instance.generation != generation or instance.state is not State.WAKING:
+                return
+            self._woken(model, instance, found, tier, began, stages)
+            return
+        self._fail_wake(model, slot, failures)
+        await self._mend(model, slot)
+
+    def _woken(self, model: _Model, instance: Instance, found: Tier, tier: Tier, began: float, stages: Stages) -> None:
+        now = self._clock()
+        seconds = now - began
+        instance.apply(Event.AT_READY)
+        instance.waking_from = None
+        instance.idle_since = now
+        instance.last_wake = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds))
+        if tier is found:
+            self._costs.record(model.key, tier, seconds)
+        for stage, value in (*stages.seconds.items(), ("total", seconds)):
+            self._metrics.wake.labels(model.key, found.label, stage).observe(value)
+        detail = " ".join(f"{name}={value * 1000:.0f}ms" for name, value in stages.seconds.items())
+        log.info("%s ready from %s in %.3f s: %s", instance.id, tier.label, seconds, detail)
+        self.tick()
+
+    def _fail_wake(self, model: _Model, slot: _Slot, failures: Sequence[str]) -> None:
+        """Tell those who wait for nothing but this wake; the next request tries again."""
+        slot.instance.apply(Event.BROKE)
+        others = (s.instance.state for s in model.slots.values() if s is not slot)
+        if any(state in (State.WAKING, State.READY) for state in others):
+            return
+        message = f"The model {model.served_name!r} could not be started: {'; '.join(failures)}"
+        self._fail_waiters(model, WakeFailedError(message, retry_after_s=self._expected_wait_s(model)))
+
+    async def _climb(self, model: _Model, slot: _Slot, tier: Tier, stages: Stages) -> None:
+        """One attempt from one rung, within its time limit."""
+        async with asyncio.timeout(_limit_s(model.settings, tier)):
+            match tier:
+                case Tier.STOPPED:
+                    await self._start(model, slot, stages)
+                case Tier.CHECKPOINTED:
+                    await self._restore(model, slot, stages)
+                case Tier.SUSPENDED:
+                    with stages.measure("resume"):
+                        await model.runtime.resume(_handle(slot))
+                    await self._wake_up(slot, stages)
+                case _:
+                    await self._wake_up(slot, stages)
+
+    async def _start(self, model: _Model, slot: _Slot, stages: Stages) -> None:
+        settings, instance = model.settings, slot.instance
+        with stages.measure("start"):
+            handle = await model.runtime.start(instance.id, model.key, settings)
+        self._attach(model, slot, handle)
+        client = _client(slot)
+        instance.sleep_level = 0
+        instance.barred.clear()
+        self._watch(model, slot)
+        with stages.measure("load"):
+            await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        with stages.measure("warmup"):
+            for _ in range(settings.warmup.requests):
+                await _unless_it_ends(
+                    slot, client.complete("warmup", settings.warmup.prompt, settings.warmup.max_tokens)
+                )
+        if await client.is_sleeping() is None:
+            instance.barred.add(Tier.SLEEPING)
+        slot.canary = None
+        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
+            with stages.measure("canary"):
+                slot.canary = await _unless_it_ends(slot, client.canary())
+
+    async def _restore(self, model: _Model, slot: _Slot, stages: Stages) -> None:
+        settings, instance = model.settings, slot.instance
+        await self._unwatch(slot)
+        with stages.measure("restore"):
+            await model.runtime.restore(_handle(slot), stages)
+        instance.sleep_level = slot.image_sleep_level
+        self._watch(model, slot)
+        client = _client(slot)
+        with stages.measure("health"):
+            await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        await self._wake_up(slot, stages)
+        due = settings.canary == "always" or (settings.canary == "first" and not slot.canary_checked)
+        if due and slot.canary is not None:
+            with stages.measure("canary"):
+                answer = await _unless_it_ends(slot, client.canary())
+            if answer != slot.canary:
+                raise EngineError(
+                    "canary", "the restored engine answers differently from the one that was checkpointed"
+                )
+            slot.canary_checked = True
+
+    async def _wake_up(self, slot: _Slot, stages: Stages) -> None:
+        if slot.instance.sleep_level:
+            with stages.measure("wake_up"):
+                await _unless_it_ends(slot, _client(slot).wake_up(slot.instance.sleep_level))
+            slot.instance.sleep_level = 0
+
+    async def _clear_away(self, model: _Model, slot: _Slot, tier: Tier) -> None:
+        """After a failed attempt: no process is left, and an image that failed too often is gone."""
+        await self._unwatch(slot)
+        if slot.client is not None:
+            await slot.client.disconnect()
+        if slot.handle is None:
+            return
+        await model.runtime.drop(slot.handle)
+        if tier is Tier.CHECKPOINTED:
+            slot.instance.image_failures += 1
+            if slot.instance.image_failures >= MAX_IMAGE_FAILURES:
+                log.error("%s: its checkpoint failed %d times and is removed", slot.instance.id, MAX_IMAGE_FAILURES)
+                await self._forget_image(model, slot)
+
+    async def _forget_image(self, model: _Model, slot: _Slot) -> None:
+        slot.instance.has_image = False
+        slot.instance.image_failures = 0
+        slot.canary_checked = False
+        await model.runtime.discard_image(_handle(slot))
+
+    # --- stepping down ---
+
+    async def _descend(self, model: _Model, slot: _Slot, origin: Tier, to: Tier, reason: str) -> None:
+        """Take an idle instance down; a failure without harm leaves it where it is, any other breaks it."""
+        instance, client, settings = slot.instance, _client(slot), model.settings
+        try:
+            limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
+            async with asyncio.timeout(limit_s):
+                await self._go_down(model, slot, origin, to)
+        except (EngineError, RuntimeFailure, TimeoutError) as error:
+            text = str(error) or "no result in time"
+            instance.barred.add(to)
+            harmless = isinstance(error, RuntimeFailure) and error.alive
+            if isinstance(error, EngineError):
+                harmless = await self._still_awake(slot)
+            if not harmless:
+                log.error("%s broke on its way to %s: %s", instance.id, to.label, text)
+                instance.apply(Event.BROKE)
+                await self._mend(model, slot)
+                return
+            log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
+            arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
+            if origin is not Tier.SUSPENDED and slot.watcher is None:
+                self._watch(model, slot)
+        else:
+            arrived = to
+            if to >= Tier.SUSPENDED:
+                await client.disconnect()
+            self._metrics.step_downs.labels(model.key, to.label, reason).inc()
+            log.info("%s %s", instance.id, to.label)
+        instance.apply(ARRIVAL[arrived])
+
+    async def _go_down(self, model: _Model, slot: _Slot, origin: Tier, to: Tier) -> None:
+        instance, client, handle = slot.instance, _client(slot), _handle(slot)
+        keeps_image = to is Tier.CHECKPOINTED and instance.has_image
+        if origin is Tier.READY and Tier.SLEEPING not in instance.barred and not keeps_image:
+            await client.sleep(1)
+            instance.sleep_level = 1
+        if to is Tier.SLEEPING:
+            return
+        await client.disconnect()
+        if to is Tier.SUSPENDED:
+            await model.runtime.suspend(handle)
+            return
+        await self._unwatch(slot)
+        if keeps_image:
+            await model.runtime.drop(handle)
+        else:
+            facts = ImageFacts(instance.sleep_level, slot.canary)
+            await model.runtime.checkpoint(handle, facts, Stages())
+            instance.has_image = True
+            slot.image_sleep_level = instance.sleep_level
+        instance.sleep_level = slot.image_sleep_level
+
+    async def _still_awake(self, slot: _Slot) -> bool:
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(5.0):
+                return slot.instance.sleep_level == 0 and await _client(slot).is_sleeping() is False
+        return False
+
+    async def _remove(self, model: _Model, slot: _Slot, reason: str) -> None:
+        """End an instance and forget it, in this order; tries again until it has ended."""
+        instance = slot.instance
+        await self._unwatch(slot)
+        if slot.client is not None:
+            await slot.client.disconnect()
+        attempt = 0
+        while slot.handle is not None:
+            try:
+                await model.runtime.remove(slot.handle)
+                break
+            except RuntimeFailure as error:
+                delay_s = _REMOVE_RETRY_S[min(attempt, len(_REMOVE_RETRY_S) - 1)]
+                attempt += 1
+                log.error("%s cannot be removed, next try in %g s: %s", instance.id, delay_s, error)
+                await asyncio.sleep(delay_s)
+        instance.apply(Event.WENT)
+        del model.slots[instance.id]
+        self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
+        log.info("%s stopped", instance.id)
+
+    # --- engines that end by themselves ---
+
+    def _watch(self, model: _Model, slot: _Slot) -> None:
+        slot.watcher = asyncio.create_task(model.runtime.wait_exit(_handle(slot)), name=f"watch {slot.instance.id}")
+        slot.watcher.add_done_callback(lambda task: self._engine_ended(model, slot, task))
+
+    async def _unwatch(self, slot: _Slot) -> None:
+        watcher, slot.watcher = slot.watcher, None
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+    def _engine_ended(self, model: _Model, slot: _Slot, watcher: asyncio.Task[str]) -> None:
+        if watcher.cancelled() or slot.watcher is not watcher:
+            return
+        reason = watcher.result() if watcher.exception() is None else repr(watcher.exception())
+        log.warning("%s: the engine ended in state %s: %s", slot.instance.id, slot.instance.state.value, reason)
+        self._metrics.engine_exits.labels(model.key).inc()
+        self._break(model, slot)
+
+    def _break(self, model: _Model, slot: _Slot) -> None:
+        """The engine is of no use any more. During a move the move's own task finds out."""
+        if slot.instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
+            slot.instance.apply(Event.BROKE)
+            slot.task = self._spawn(f"mend {slot.instance.id}", self._mend(model, slot))
+            self.tick()
+
+    async def _examine(self, slot: _Slot, generation: int) -> None:
+        instance = slot.instance
+        model = self._models[instance.model]
+        healthy = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                healthy = await _client(slot).healthy(model.settings.health.path)
+        if not healthy and instance.generation == generation:
+            log.warning("%s failed a request and does not answer %s", instance.id, model.settings.health.path)
+            self._break(model, slot)
+
+    async def _mend(self, model: _Model, slot: _Slot) -> None:
+        """Clear a broken engine away: down to its checkpoint if it has one, else altogether."""
+        instance = slot.instance
+        await self._unwatch(slot)
+        if instance.has_image and slot.handle is not None:
+            if slot.client is not None:
+                await slot.client.disconnect()
+            try:
+                await model.runtime.drop(slot.handle)
+            except RuntimeFailure as error:
+                log.error("%s: %s", instance.id, error)
+            else:
+                instance.sleep_level = slot.image_sleep_level
+                instance.idle_since = self._clock()
+                instance.apply(Event.AT_CHECKPOINTED)
+                return
+        instance.apply(Event.STOP)
+        await self._remove(model, slot, "broken")
+
+    # --- seeing ---
+
+    def _publish(self, model: _Model) -> None:
+        instances = model.instances()
+        for state in State:
+            if state is not State.GONE:
+                count = sum(i.state is state for i in instances)
+                self._metrics.instances.labels(model.key, state.value).set(count)
+        self._metrics.queue_depth.labels(model.key).set(len(model.queue))
+        self._metrics.leases.labels(model.key).set(sum(i.leases for i in instances))
+
+    def tiers(self) -> dict[str, Tier]:
+        """Model key → the rung a request would find."""
+        return {key: policy.best_tier(m.instances()) for key, m in self._models.items()}
+
+    def status(self) -> dict[str, Any]:
+        """Everything for `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
+        return {
+            "ready": self.ready,
+            "leases": self._open_leases,
+            "models": {key: self._model_status(model) for key, model in self._models.items()},
+        }
+
+    def _model_status(self, model: _Model) -> dict[str, Any]:
+        rungs = model.runtime.rungs()
+        return {
+            "name": model.served_name,
+            "tier": policy.best_tier(model.instances()).label,
+            "queue": len(model.queue),
+            "estimate_s": round(self.estimate_s(model.key), 3),
+            "runtime": model.runtime.name,
+            "rungs": sorted(t.label for t in rungs.offered),
+            "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
+            "instances": [_instance_status(slot) for slot in model.slots.values()],
+        }
+
+
+def _instance_status(slot: _Slot) -> dict[str, Any]:
+    instance, wake = slot.instance, slot.instance.last_wake
+    return {
+        "id": instance.id,
+        "state": instance.state.value,
+        "tier": instance.tier.label,
+        "leases": instance.leases,
+        "generation": instance.generation,
+        "has_checkpoint": instance.has_image,
+        "last_used_unix_s": instance.last_used_unix_s,
+        "last_wake": None
+        if wake is None
+        else {
+            "found": wake.found.label,
+            "from": wake.reached_from.label,
+            "at_unix_s": wake.at_unix_s,
+            "seconds": round(wake.seconds, 6),
+            "stages": {name: round(value, 6) for name, value in wake.stages.items()},
+        },
+    }
+
+
+def _connect(handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:
+    return EngineClient(handle.base_url, served_name, response_timeout_s=model.response_timeout)
+
+
+def _hand_on(waiter: _Waiter) -> None:
+    """Give back a lease that was granted in the moment its waiter was cancelled."""
+    granted = waiter.granted
+    if granted.done() and not granted.cancelled() and granted.exception() is None:
+        granted.result().release()
+
+
+def _free_id(model: _Model) -> str:
+    number = 1
+    while f"{model.key}-{number}" in model.slots:
+        number += 1
+    return f"{model.key}-{number}"
+
+
+def _rungs_from(found: Tier, instance: Instance) -> list[Tier]:
+    """The rungs to try, warmest first."""
+    rungs = [] if found is Tier.STOPPED else [found]
+    if found < Tier.CHECKPOINTED and instance.has_image:
+        rungs.append(Tier.CHECKPOINTED)
+    return [*rungs, Tier.STOPPED]
+
+
+def _limit_s(model: ModelSettings, tier: Tier) -> float:
+    return model.start_timeout if tier is Tier.STOPPED else model.wake_timeout
+
+
+def _handle(slot: _Slot) -> Handle:
+    assert slot.handle is not None  # noqa: S101 - an instance that was started has one
+    return slot.handle
+
+
+def _client(slot: _Slot) -> EngineClient:
+    assert slot.client is not None  # noqa: S101 - made with the handle
+    return slot.client
+
+
+async def _unless_it_ends(slot: _Slot, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or RuntimeFailure at once when the engine ends before."""
+    task = asyncio.ensure_future(work)
+    watcher = slot.watcher
+    try:
+        await asyncio.wait([task, *([watcher] if watcher is not None else [])], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        assert watcher is not None  # noqa: S101 - else the task would be done
+        raise RuntimeFailure("start", f"the engine ended: {watcher.result()}")
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
