@@ -286,6 +286,7 @@ class Pool:
             async with asyncio.timeout(model.settings.queue_timeout):
                 return await waiter.granted
         except TimeoutError:
+            _hand_on(waiter)
             raise NoCapacityError(
                 f"No instance of {name!r} became free within {model.settings.queue_timeout:g} s.",
                 retry_after_s=self._expected_wait_s(model),

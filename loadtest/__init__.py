@@ -1,0 +1,1 @@
+"""Load tests for warmpool, and the engine they run against."""

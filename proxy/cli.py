@@ -1,0 +1,131 @@
+"""The command `warmpool`: arguments, logging, wiring. The only module that names concrete runtimes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import tomli_w
+import uvloop
+from pythonjsonlogger.json import JsonFormatter
+
+from proxy import __version__, config
+from proxy.checkpoints import CheckpointStore
+from proxy.errors import ConfigError, HostError
+from proxy.metrics import Metrics
+from proxy.pool import Pool
+from proxy.runtime.process import ProcessRuntime
+from proxy.web import app
+
+if TYPE_CHECKING:
+    from proxy.config import Settings
+    from proxy.runtime.base import Runtime
+
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+EXIT_HOST = 69  # EX_UNAVAILABLE
+
+_CONFIG_OPTION = click.option(
+    "--config", "-c", "path", type=click.Path(path_type=Path), envvar="WARMPOOL_CONFIG", help="The TOML file to use."
+)
+
+
+class _Failures(click.Group):
+    """Turns the errors an operator can mend into one line each and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            click.echo(f"warmpool: the configuration cannot be used\n{error}", err=True)
+            ctx.exit(EXIT_CONFIG)
+        except HostError as error:
+            click.echo(f"warmpool: {error}", err=True)
+            ctx.exit(EXIT_HOST)
+
+
+@click.group(cls=_Failures, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="warmpool")
+def cli() -> None:
+    """An OpenAI-compatible proxy in front of engines that are mostly not running."""
+
+
+@cli.command()
+@_CONFIG_OPTION
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or JSON objects.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="The least important lines to log.",
+)
+def serve(path: Path | None, log_format: str, log_level: str) -> None:
+    """Run the proxy until SIGTERM or Ctrl-C."""
+    settings = config.load(path)
+    _log_to_stderr(log_format, log_level)
+    metrics = Metrics()
+    pool = Pool(settings, _runtimes(settings), metrics)
+    uvloop.run(app.serve(pool, settings, metrics))
+
+
+@cli.group("config")
+def config_group() -> None:
+    """Look at configurations."""
+
+
+@config_group.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> None:
+    """Say whether FILE can be used, with every problem if not (exit status 78)."""
+    settings = config.load(file)
+    click.echo(f"{file}: good; models: {', '.join(settings.names())}")
+
+
+@config_group.command()
+@_CONFIG_OPTION
+def show(path: Path | None) -> None:
+    """Print the values in effect, file and environment together, as TOML; secrets are masked."""
+    click.echo(tomli_w.dumps(_plain(config.load(path).model_dump(mode="json"))), nl=False)
+
+
+def _plain(value: Any) -> Any:
+    """Without the keys that are not set, which TOML cannot express."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _runtimes(settings: Settings) -> dict[str, Runtime]:
+    store = CheckpointStore(settings.pool.checkpoint_dir, settings.pool.checkpoint_reserve)
+    return {
+        "process": ProcessRuntime(settings.runtime.process, state_dir=settings.pool.state_dir, store=store),
+    }
+
+
+def _log_to_stderr(log_format: str, level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    formatter: logging.Formatter
+    if log_format == "json":
+        formatter = JsonFormatter(
+            "%(asctime)s %(levelname)s %(name)s %(message)s",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+        )
+    else:
+        formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def main() -> None:
+    """Entry point of the command."""
+    cli(prog_name="warmpool")

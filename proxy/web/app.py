@@ -1,0 +1,174 @@
+"""Routes, the middleware that turns errors into envelopes, start-up and shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+import orjson
+from aiohttp import web
+
+from proxy.errors import (
+    BodyTooLargeError,
+    HostError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    RequestError,
+    RouteNotFoundError,
+)
+from proxy.metrics import UNKNOWN_MODEL
+from proxy.web.admin import Admin
+from proxy.web.relay import Relay
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from proxy.config import Settings
+    from proxy.metrics import Metrics
+    from proxy.pool import Pool
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger("warmpool")
+
+FORWARDED: Final = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
+"""What is forwarded, with POST; everything that is not listed here or in `build` is refused."""
+
+_CLEANUP_S = 2.0
+
+
+def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
+    """The application; the pool is opened and closed by whoever runs it."""
+
+    @web.middleware
+    async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            answer = error
+        except web.HTTPRequestEntityTooLarge:
+            answer = BodyTooLargeError(f"The body is over the limit of {settings.server.body_limit} bytes.")
+        except web.HTTPNotFound:
+            answer = RouteNotFoundError(f"There is no route {request.method} {request.path}.")
+        except web.HTTPMethodNotAllowed as error:
+            answer = MethodNotAllowedError(f"{request.path} takes {', '.join(sorted(error.allowed_methods))} only.")
+        except web.HTTPException as error:
+            answer = InvalidRequestError(error.reason)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            answer = RequestError("Internal error; the server's log says more.")
+        if request.match_info.handler != relay.forward:
+            metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
+        return web.Response(
+            body=answer.body(), status=answer.status, headers=answer.headers(), content_type="application/json"
+        )
+
+    relay = Relay(pool, metrics)
+    admin = Admin(pool, metrics)
+    models = _Models(settings)
+    app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
+    for path in FORWARDED:
+        app.router.add_post(path, relay.forward)
+    for path, handler in (
+        ("/v1/models", models.list),
+        ("/v1/models/{id:.+}", models.one),
+        ("/health", admin.health),
+        ("/ready", admin.ready),
+        ("/metrics", admin.metrics),
+        ("/admin/status", admin.status),
+    ):
+        app.router.add_get(path, handler)
+    app.on_response_prepare.append(_name_server)
+    return app
+
+
+async def _name_server(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "warmpool"
+
+
+class _Models:
+    """`/v1/models`, answered from the configuration without waking anything."""
+
+    def __init__(self, settings: Settings) -> None:
+        created = int(time.time())
+        self._models = {
+            name: {"id": name, "object": "model", "created": created, "owned_by": "warmpool"}
+            for name in settings.names()
+        }
+
+    async def list(self, _: web.Request) -> web.StreamResponse:
+        return _json({"object": "list", "data": [*self._models.values()]})
+
+    async def one(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["id"]
+        if name not in self._models:
+            raise ModelNotFoundError(name)
+        return _json(self._models[name])
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=orjson.dumps(value), content_type="application/json")
+
+
+async def serve(pool: Pool, settings: Settings, metrics: Metrics) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`; a second signal ends at once.
+
+    Raises HostError when the address cannot be had or a runtime cannot work.
+    """
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    runner = web.AppRunner(
+        build(pool, settings, metrics), access_log=None, handler_cancellation=True, shutdown_timeout=_CLEANUP_S
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.server.host, settings.server.port, backlog=4096)
+        try:
+            await site.start()
+        except OSError as error:
+            raise HostError(
+                f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}; "
+                "set server.host and server.port"
+            ) from error
+        await pool.open()
+        for address in runner.addresses:
+            log.info("listening on http://%s:%d, models: %s", *address[:2], ", ".join(settings.names()))
+        await stop.wait()
+        log.info("stopping: up to %g s for running requests, once more to stop at once", settings.server.drain_timeout)
+        pool.begin_drain()
+        await site.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.server.drain_timeout):
+                await _first(pool.drained(), hurry.wait())
+    finally:
+        await pool.close()
+        await runner.cleanup()
+        log.info("stopped")
+
+
+async def _first(*waits: Awaitable[object]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
