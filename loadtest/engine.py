@@ -272,7 +272,7 @@ class Engine:
         step = 1.0 / self.options.tokens_per_second
         for i in range(count):
             delay = first + i * step - loop.time()
-            await asyncio.sleep(delay if delay > 0 else 0)
+            await asyncio.sleep(max(0, delay))
             yield i
 
     async def whole(self, job: Generation) -> web.Response:

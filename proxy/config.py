@@ -276,7 +276,8 @@ class ModelSettings(_Section):
     )
     canary: Literal["first", "always", "never"] = Field(
         default="first",
-        description="Whether a restored engine must repeat a known answer before it serves: once per image, each time, never.",
+        description="Whether a restored engine must repeat a known answer before it serves: "
+        "once per image, each time, never.",
     )
     idle: IdleSettings = IdleSettings()
     health: HealthSettings = HealthSettings()

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from proxy import policy
 from proxy.engine import EngineClient
@@ -122,14 +122,14 @@ class Lease:
         """Give the instance back."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool._lease_ended(self._slot, self.generation)  # noqa: SLF001 - the pool's own counterpart
+            pool._lease_ended(self._slot, self.generation)
 
     async def suspect(self) -> None:
         """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
         if self._pool is not None:
-            await self._pool._examine(self._slot, self.generation)  # noqa: SLF001
+            await self._pool._examine(self._slot, self.generation)
 
-    async def __aenter__(self) -> Lease:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -220,7 +220,10 @@ class Pool:
         await self._quiet.wait()
 
     async def close(self) -> None:
-        """End everything: waiters get an error, moves are cancelled, engines end; checkpoints stay for the next start."""
+        """End everything: waiters get an error, moves are cancelled, engines end.
+
+        Checkpoints stay for the next start.
+        """
         self.begin_drain()
         self._closed = True
         if self._timer is not None:
@@ -264,8 +267,9 @@ class Pool:
     async def lease(self, name: str) -> Lease:
         """A hold on a ready instance of the model, once there is one.
 
-        Joins the wake under way or starts one. Raises ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free
-        in `queue_timeout`), WakeFailedError or DrainingError. Cancelling hands on what was granted in the same moment.
+        Joins the wake under way or starts one. Raises ModelNotFoundError, QueueFullError, NoCapacityError
+        (nothing became free in `queue_timeout`), WakeFailedError or DrainingError. Cancelling hands on what was
+        granted in the same moment.
         """
         model = self._models[self.resolve(name)]
         if not self.ready:
@@ -400,10 +404,8 @@ class Pool:
     def _begin_wake(self, action: policy.Wake) -> None:
         victim = self._begin_step_down(action.victim) if action.victim is not None else None
         model = self._models[action.model]
-        if action.instance is None:
-            slot = self._new_slot(model, _free_id(model))
-        else:
-            slot = model.slots[action.instance.id]
+        known = action.instance
+        slot = model.slots[known.id] if known is not None else self._new_slot(model, _free_id(model))
         instance = slot.instance
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         instance.waking_from = found
@@ -748,7 +750,7 @@ class Pool:
         return {key: policy.best_tier(m.instances()) for key, m in self._models.items()}
 
     def status(self) -> dict[str, Any]:
-        """Everything for `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
+        """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
         return {
             "ready": self.ready,
             "leases": self._open_leases,

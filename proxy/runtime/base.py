@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from proxy.instance import Tier
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from proxy.config import ModelSettings
-    from proxy.instance import Stages
+    from proxy.instance import Stages, Tier
 
 
 @dataclass(frozen=True, slots=True)

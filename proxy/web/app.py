@@ -122,7 +122,9 @@ def _json(value: object) -> web.Response:
 
 
 async def serve(pool: Pool, settings: Settings, metrics: Metrics) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`; a second signal ends at once.
+    """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
+
+    A second signal ends at once.
 
     Raises HostError when the address cannot be had or a runtime cannot work.
     """

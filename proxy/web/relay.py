@@ -29,11 +29,12 @@ log = logging.getLogger("warmpool.request")
 
 # RFC 9110, 7.6.1, and what belongs to one connection or one hop by nature.
 _HOP_BY_HOP: Final = frozenset(
-    "connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade".split()  # noqa: SIM905
+    "connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade".split()
 )
 # Credentials are for this proxy. The body was decoded while it was read, and its length may change.
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
-    "authorization", "proxy-authorization", "cookie", "x-api-key", "host", "content-length", "content-encoding", "expect",
+    "authorization", "proxy-authorization", "cookie", "x-api-key",
+    "host", "content-length", "content-encoding", "expect",
 }  # fmt: skip
 _NOT_TO_CLIENT: Final = _HOP_BY_HOP | {"server", "date", "set-cookie"}
 

@@ -1,0 +1,266 @@
+"""A runtime, an engine client and a clock that tests hold in their hands.
+
+The fake runtime passes the same contract suite as the real ones (tests/runtime_contract.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from proxy.config import ModelSettings, Settings
+from proxy.engine import EngineClient
+from proxy.errors import EngineError, RuntimeFailure
+from proxy.instance import Stages, Tier
+from proxy.metrics import Metrics
+from proxy.pool import Pool
+from proxy.runtime.base import Found, Handle, ImageFacts, Rungs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
+
+
+class Clock:
+    """A monotonic clock that stands still until told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Process:
+    """What the fake runtime runs."""
+
+    boot: int
+    served: int = 0
+    frozen: bool = False
+    sleep_level: int = 0
+    healthy: bool = True
+    exited: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass
+class Image:
+    """What the fake runtime keeps of a checkpointed process."""
+
+    boot: int
+    served: int
+    sleep_level: int
+    facts: ImageFacts
+
+
+class FakeRuntime:
+    """Keeps processes and images in dictionaries; operations can be held, failed and counted.
+
+    `gates[operation]` is awaited in it; `failures[operation]` is a list of errors to raise, one per call.
+    """
+
+    name = "process"
+
+    def __init__(self) -> None:
+        self.offered = ALL_RUNGS
+        self.missing: dict[Tier, str] = {}
+        self.processes: dict[str, Process] = {}
+        self.images: dict[str, Image] = {}
+        self.handles: dict[str, Handle] = {}
+        self.found: list[Found] = []
+        self.calls: Counter[str] = Counter()
+        self.gates: dict[str, asyncio.Event] = {}
+        self.failures: dict[str, list[Exception]] = {}
+        self._boots = itertools.count(1)
+        self._ports = itertools.count(20000)
+
+    async def _enter(self, operation: str) -> None:
+        self.calls[operation] += 1
+        if gate := self.gates.get(operation):
+            await gate.wait()
+        if errors := self.failures.get(operation):
+            raise errors.pop(0)
+
+    def _process(self, handle: Handle, operation: str) -> Process:
+        process = self.processes.get(handle.instance_id)
+        if process is None:
+            raise RuntimeFailure(operation, "the engine is not running")
+        return process
+
+    def kill(self, instance_id: str) -> None:
+        """The engine ends by itself."""
+        process = self.processes.pop(instance_id)
+        process.exited.set_result("signal 9")
+
+    async def open(self) -> None:
+        await self._enter("open")
+
+    async def close(self) -> None:
+        await self._enter("close")
+
+    def rungs(self) -> Rungs:
+        return Rungs(self.offered, self.missing)
+
+    async def recover(self, models: Mapping[str, ModelSettings]) -> Sequence[Found]:
+        await self._enter("recover")
+        return self.found
+
+    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        await self._enter("start")
+        handle = self.handles.get(instance_id) or Handle(instance_id, "127.0.0.1", next(self._ports))
+        self.handles[instance_id] = handle
+        self.processes[instance_id] = Process(next(self._boots))
+        return handle
+
+    async def wait_exit(self, handle: Handle) -> str:
+        process = self.processes.get(handle.instance_id)
+        return "ended" if process is None else await asyncio.shield(process.exited)
+
+    async def suspend(self, handle: Handle) -> None:
+        await self._enter("suspend")
+        self._process(handle, "suspend").frozen = True
+
+    async def resume(self, handle: Handle) -> None:
+        await self._enter("resume")
+        self._process(handle, "resume").frozen = False
+
+    async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
+        process = self._process(handle, "checkpoint")
+        await self._enter("checkpoint")
+        self.images[handle.instance_id] = Image(process.boot, process.served, process.sleep_level, facts)
+        self._end(handle)
+
+    async def restore(self, handle: Handle, stages: Stages) -> None:
+        with stages.measure("fake"):
+            await self._enter("restore")
+        image = self.images.get(handle.instance_id)
+        if image is None:
+            raise RuntimeFailure("restore", "no image")
+        self.processes[handle.instance_id] = Process(image.boot, image.served, sleep_level=image.sleep_level)
+
+    def _end(self, handle: Handle) -> None:
+        process = self.processes.pop(handle.instance_id, None)
+        if process is not None and not process.exited.done():
+            process.exited.set_result("signal 9")
+
+    async def drop(self, handle: Handle) -> None:
+        await self._enter("drop")
+        self._end(handle)
+
+    async def discard_image(self, handle: Handle) -> None:
+        await self._enter("discard_image")
+        self.images.pop(handle.instance_id, None)
+
+    async def remove(self, handle: Handle) -> None:
+        await self._enter("remove")
+        self._end(handle)
+        self.images.pop(handle.instance_id, None)
+        self.handles.pop(handle.instance_id, None)
+
+
+class FakeEngine:
+    """What EngineClient is to a real engine, to a process of the fake runtime."""
+
+    def __init__(self, runtime: FakeRuntime, handle: Handle) -> None:
+        self.runtime = runtime
+        self.handle = handle
+        self.connected = False
+        self.sleeps = True
+        self.answer = "canary"
+
+    def _process(self, stage: str) -> Process:
+        process = self.runtime.processes.get(self.handle.instance_id)
+        if process is None or process.frozen:
+            raise EngineError(stage, "no answer")
+        self.connected = True
+        return process
+
+    async def wait_healthy(self, path: str, interval_s: float) -> None:
+        await self.runtime._enter("health")
+        while not await self.healthy(path):
+            await asyncio.sleep(0)
+
+    async def healthy(self, path: str) -> bool:
+        process = self.runtime.processes.get(self.handle.instance_id)
+        return process is not None and process.healthy and not process.frozen
+
+    async def is_sleeping(self) -> bool | None:
+        return self._process("probe").sleep_level > 0 if self.sleeps else None
+
+    async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
+        self._process(stage)
+        await self.runtime._enter(stage)
+        return "text"
+
+    async def canary(self) -> str | None:
+        process = self._process("canary")
+        await self.runtime._enter("canary")
+        return f"{self.answer}" if process.sleep_level == 0 else "garbage"
+
+    async def sleep(self, level: int) -> None:
+        process = self._process("sleep")
+        await self.runtime._enter("sleep")
+        process.sleep_level = level
+
+    async def wake_up(self, level: int) -> None:
+        process = self._process("wake_up")
+        await self.runtime._enter("wake_up")
+        process.sleep_level = 0
+
+    async def disconnect(self) -> None:
+        self.connected = False
+
+
+class Rig:
+    """A pool on fakes: `rig.pool`, `rig.runtime`, `rig.clock`, `rig.metrics`."""
+
+    def __init__(self, models: dict[str, dict[str, Any]] | None = None, **pool: Any) -> None:
+        entries = models or {"demo": {}}
+        self.settings = Settings(
+            models={key: model_settings(**entry) for key, entry in entries.items()},
+            pool={"switch_after": "10s", **pool},
+        )
+        self.runtime = FakeRuntime()
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.engines: dict[str, FakeEngine] = {}
+        self.pool = Pool(
+            self.settings, {"process": self.runtime}, self.metrics, clock=self.clock, connect=self._connect
+        )
+
+    def _connect(self, handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:
+        engine = FakeEngine(self.runtime, handle)
+        self.engines[handle.instance_id] = engine
+        return cast("EngineClient", engine)
+
+    def states(self) -> dict[str, str]:
+        """Instance id → state."""
+        return {i["id"]: i["state"] for m in self.pool.status()["models"].values() for i in m["instances"]}
+
+    async def until(self, **states: str) -> None:
+        """Return when these instances (`demo_1="ready"`) have these states; "gone" for one that is not there."""
+        wanted = {name[::-1].replace("_", "-", 1)[::-1]: state for name, state in states.items()}
+        async with asyncio.timeout(5):
+            while any(self.states().get(name, "gone") != state for name, state in wanted.items()):
+                await asyncio.sleep(0)
+
+    async def pass_time(self, seconds: float) -> None:
+        """Move the clock, let the pool see it, and let what it started come to an end."""
+        self.clock.now += seconds
+        self.pool.tick()
+        await settle()
+
+
+def model_settings(**entry: Any) -> dict[str, Any]:
+    """A model's table with a command that is never run."""
+    return {"process": {"command": ["engine", "{port}"]}, "warmup": {"requests": 1}, **entry}
+
+
+async def settle() -> None:
+    """Let every task that can go on do so."""
+    for _ in range(50):
+        await asyncio.sleep(0)

@@ -1,0 +1,121 @@
+"""The transition table: every legal event, and every illegal one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from proxy.errors import IllegalTransitionError
+from proxy.instance import ARRIVAL, AWAKE, DESCENT, RESTING, TRANSITIONS, Event, Instance, Stages, State, Tier
+
+EVERYTHING = list(itertools.product(State, Event))
+
+
+def at(state: State) -> Instance:
+    instance = Instance("demo-1", "demo")
+    instance.state = state
+    return instance
+
+
+@pytest.mark.parametrize(("state", "event"), [pair for pair in EVERYTHING if pair not in TRANSITIONS])
+def test_an_illegal_event_raises_and_changes_nothing(state: State, event: Event) -> None:
+    instance = at(state)
+    before = instance.generation
+    with pytest.raises(IllegalTransitionError, match=event.value):
+        instance.apply(event)
+    assert (instance.state, instance.generation) == (state, before)
+
+
+@pytest.mark.parametrize(("state", "event"), sorted(TRANSITIONS, key=str))
+def test_a_legal_event_leads_where_the_table_says(state: State, event: Event) -> None:
+    instance = at(state)
+    assert instance.apply(event) is TRANSITIONS[state, event]
+    assert instance.state is TRANSITIONS[state, event]
+
+
+def test_the_table_as_a_whole() -> None:
+    reachable, frontier = {State.NEW}, [State.NEW]
+    while frontier:
+        here = frontier.pop()
+        for (state, _), target in TRANSITIONS.items():
+            if state is here and target not in reachable:
+                reachable.add(target)
+                frontier.append(target)
+    assert reachable == set(State)
+    assert not [pair for pair in TRANSITIONS if pair[0] is State.GONE]
+    for state in set(State) - {State.GONE}:
+        assert any(s is state for s, _ in TRANSITIONS), f"no way out of {state}"
+
+
+def test_every_rung_has_a_way_down_and_an_arrival() -> None:
+    for tier, event in DESCENT.items():
+        assert any(e is event for _, e in TRANSITIONS), tier
+    for tier, event in ARRIVAL.items():
+        assert {RESTING[target] for (_, e), target in TRANSITIONS.items() if e is event} == {tier}
+
+
+@pytest.mark.parametrize("event", [Event.SLEEP, Event.SUSPEND, Event.CHECKPOINT])
+def test_a_leased_instance_cannot_step_down(event: Event) -> None:
+    instance = at(State.READY)
+    instance.begin_lease(0.0)
+    with pytest.raises(IllegalTransitionError, match="1 leases"):
+        instance.apply(event)
+    assert instance.state is State.READY
+    instance.end_lease(5.0, 0.0)
+    instance.apply(event)
+
+
+def test_wakes_and_breaks_begin_a_generation() -> None:
+    instance = at(State.NEW)
+    for event, generation in ((Event.WAKE, 1), (Event.AT_READY, 1), (Event.BROKE, 2), (Event.AT_CHECKPOINTED, 2)):
+        instance.apply(event)
+        assert instance.generation == generation
+
+
+def test_a_break_ends_all_leases() -> None:
+    instance = at(State.READY)
+    instance.begin_lease(0.0)
+    instance.apply(Event.BROKE)
+    assert instance.leases == 0
+
+
+@pytest.mark.parametrize("state", sorted(set(State) - {State.READY}, key=str))
+def test_only_a_ready_instance_is_leased(state: State) -> None:
+    instance = at(state)
+    with pytest.raises(IllegalTransitionError, match="lease"):
+        instance.begin_lease(0.0)
+    assert instance.leases == 0
+
+
+def test_idleness_begins_with_the_end_of_the_last_lease() -> None:
+    instance = at(State.READY)
+    instance.begin_lease(0.0)
+    instance.begin_lease(0.0)
+    instance.end_lease(10.0, 0.0)
+    assert instance.idle_since is None
+    instance.end_lease(11.0, 0.0)
+    assert instance.idle_since == 11.0
+    with pytest.raises(IllegalTransitionError, match="twice"):
+        instance.end_lease(12.0, 0.0)
+
+
+def test_what_a_request_finds() -> None:
+    for state, tier in RESTING.items():
+        assert at(state).tier is tier
+    waking = at(State.WAKING)
+    waking.waking_from = Tier.CHECKPOINTED
+    assert waking.tier is Tier.CHECKPOINTED
+    assert all(at(state).tier is not Tier.STOPPED for state in AWAKE - {State.WAKING})
+
+
+def test_stages_add_up_in_order_even_when_one_fails() -> None:
+    stages = Stages()
+    with stages.measure("outer"):
+        with pytest.raises(ValueError, match="x"), stages.measure("inner"):
+            raise ValueError("x")
+        with stages.measure("inner"):
+            pass
+    assert list(stages.seconds) == ["outer", "inner"]
+    assert stages.seconds["outer"] >= stages.seconds["inner"] > 0
+    assert stages.total_s() == sum(stages.seconds.values())

@@ -1,0 +1,79 @@
+"""Each module imports from lower layers only, and only cli.py names concrete runtimes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "proxy"
+
+LAYERS: dict[str, int] = {
+    "proxy": -1,
+    "proxy.errors": 0,
+    "proxy.metrics": 0,
+    "proxy.instance": 1,
+    "proxy.config": 2,
+    "proxy.engine": 2,
+    "proxy.checkpoints": 3,
+    "proxy.policy": 3,
+    "proxy.runtime": 3,
+    "proxy.runtime.launch": 4,
+    "proxy.runtime.processes": 4,
+    "proxy.runtime.guard": 5,
+    "proxy.runtime.base": 4,
+    "proxy.runtime.process": 5,
+    "proxy.pool": 6,
+    "proxy.web": 6,
+    "proxy.web.relay": 7,
+    "proxy.web.admin": 7,
+    "proxy.web.app": 8,
+    "proxy.cli": 9,
+    "proxy.__main__": 10,
+}
+"""The layers of docs/architecture.md, with the order inside a layer where modules of one layer use each other."""
+
+
+def name_of(path: Path) -> str:
+    parts = ("proxy", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of this project that a module imports, for types too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {full if (full := f"{node.module}.{a.name}") in LAYERS else node.module for a in node.names}
+    return {name for name in found if name.split(".")[0] == "proxy"}
+
+
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name_of(path) for path in MODULES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    name = name_of(path)
+    for imported in imports_of(path):
+        assert LAYERS[imported] < LAYERS[name], f"{name} imports {imported} from a layer that is not below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_command_names_concrete_runtimes(path: Path) -> None:
+    concrete = {"proxy.runtime.process"}
+    if name_of(path) != "proxy.cli":
+        assert not imports_of(path) & concrete
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_project_does_not_import_its_tests_or_load_tests(path: Path) -> None:
+    names = {n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+    assert not {n for n in names if n.split(".")[0] in {"tests", "loadtest"}}
