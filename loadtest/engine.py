@@ -1,9 +1,9 @@
 """An engine for development and load tests: from outside it behaves like vLLM, inside it only keeps time.
 
-``python -m loadtest.engine --port 8000``. Needs aiohttp and orjson and nothing else of this project, so that it fits into
-a small container image. The protocol follows vLLM 0.20 (vllm/entrypoints/openai and vllm/entrypoints/serve); where vLLM
-answers an error, so does this, in the same envelope. It runs on plain asyncio: uvloop opens an io_uring, which cannot be
-checkpointed.
+``python -m loadtest.engine --port 8000``. Needs aiohttp and orjson and nothing else of this project, so that it fits
+into a small container image. The protocol follows vLLM 0.20 (vllm/entrypoints/openai and vllm/entrypoints/serve); where
+vLLM answers an error, so does this, in the same envelope. It runs on plain asyncio: uvloop opens an io_uring, which
+cannot be checkpointed.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Engine:
             stream=bool(body.get("stream")),
             include_usage=bool(options and options.get("include_usage")),
             prompt_tokens=prompt_tokens,
-            choices=[self.choice(body, model, prompt, index, limit) for index in range(n)],
+            choices=[self.choice(body, prompt, index, limit) for index in range(n)],
             fault=self.fault_for(body),
         )
 
@@ -215,7 +215,7 @@ class Engine:
             raise ApiError(404, "NotFoundError", f"The model `{model}` does not exist.", "model")
         return str(model)
 
-    def choice(self, body: dict[str, Any], model: str, prompt: str, index: int, limit: int) -> tuple[list[str], str]:
+    def choice(self, body: dict[str, Any], prompt: str, index: int, limit: int) -> tuple[list[str], str]:
         temperature = body.get("temperature", 1.0)
         seed = body.get("seed")
         parts: list[str | bytes] = [self.models[0], prompt]
@@ -368,11 +368,11 @@ class Engine:
         return web.Response(status=200 if self.loaded else 503)
 
     async def list_models(self, _: web.Request) -> web.StreamResponse:
-        length = self.options.max_model_len
+        length, created = self.options.max_model_len, int(self.started_at)
         data = [
-            {"id": m, "object": "model", "created": int(self.started_at), "owned_by": "vllm", "root": m, "max_model_len": length}
+            {"id": m, "object": "model", "created": created, "owned_by": "vllm", "root": m, "max_model_len": length}
             for m in self.models
-        ]  # fmt: skip
+        ]
         return _json({"object": "list", "data": data})
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 WORDS = (
     "amber basin cedar delta ember fjord grove harbor island jade kelp lagoon maple north ocean pine quartz river "
-    "slate tide umber valley willow xenon yarrow zephyr brook cliff dune estuary fern glacier heath inlet juniper knoll "
-    "lake meadow nectar orchard prairie quarry ridge spring thicket upland vista wetland"
+    "slate tide umber valley willow xenon yarrow zephyr brook cliff dune estuary fern glacier heath inlet juniper "
+    "knoll lake meadow nectar orchard prairie quarry ridge spring thicket upland vista wetland"
 ).split()
 
 _BYTES_PER_TOKEN = 3

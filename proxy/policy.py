@@ -45,6 +45,8 @@ class ModelView:
     waiting: int = 0
     oldest_wait: float | None = None
     """When the first of those who wait began to."""
+    restock_at: float = -math.inf
+    """When `min_ready` may start another engine; later than now after one that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +114,13 @@ def best_tier(instances: Iterable[Instance]) -> Tier:
     return min((i.tier for i in instances), default=Tier.STOPPED)
 
 
-def wakes_wanted(model: ModelView) -> int:
+def wakes_wanted(model: ModelView, now: float) -> int:
     """How many more instances of a model are needed for those who wait, and for `min_ready`."""
     # One on its way down is woken again as soon as it has arrived: sooner than another could be.
     coming = sum(i.state is State.WAKING or i.state in DESCENDING for i in model.instances)
     up = sum(i.state is State.READY for i in model.instances)
     for_queue = math.ceil(model.waiting / model.max_concurrency) - coming
-    for_minimum = model.min_ready - coming - up
+    for_minimum = model.min_ready - coming - up if now >= model.restock_at else 0
     return max(0, for_queue, for_minimum)
 
 
@@ -155,7 +157,9 @@ def decide(view: View, now: float) -> Plan:
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
     starved = False
     for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
-        for candidate in candidates(model)[: wakes_wanted(model)]:
+        if model.min_ready and now < model.restock_at:
+            plan.not_later_than(model.restock_at)
+        for candidate in candidates(model)[: wakes_wanted(model, now)]:
             victim: StepDown | None = None
             if view.max_awake and awake >= view.max_awake:
                 victim = _victim(view, model, used)

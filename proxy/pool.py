@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ T = TypeVar("T")
 MAX_IMAGE_FAILURES = 2
 """An image that failed to restore this often is not tried a third time."""
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
+"""Between two starts for `min_ready` that failed; a request is always a new try."""
 
 
 @dataclass(slots=True)
@@ -79,6 +82,9 @@ class _Model:
     runtime: Runtime
     slots: dict[str, _Slot] = field(default_factory=dict)
     queue: deque[_Waiter] = field(default_factory=deque)
+    failed_wakes: int = 0
+    """In a row."""
+    restock_at: float = -math.inf
 
     def instances(self) -> list[Instance]:
         return [slot.instance for slot in self.slots.values()]
@@ -95,6 +101,7 @@ class _Model:
             max_concurrency=self.settings.max_concurrency,
             waiting=len(waiting),
             oldest_wait=waiting[0].since if waiting else None,
+            restock_at=self.restock_at,
         )
 
 
@@ -473,8 +480,9 @@ class Pool:
         for tier in _rungs_from(found, instance):
             try:
                 await self._climb(model, slot, tier, stages)
-            except (EngineError, RuntimeFailure, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, a colder rung may work and nobody may be left waiting
                 reason = str(error) or f"no result within {_limit_s(model.settings, tier):g} s"
+                _note_unexpected(instance, error)
                 failures.append(f"{tier.label}: {reason}")
                 log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
                 self._metrics.wake_failures.labels(model.key, tier.label).inc()
@@ -492,6 +500,7 @@ class Pool:
         seconds = now - began
         instance.apply(Event.AT_READY)
         instance.waking_from = None
+        model.failed_wakes = 0
         instance.idle_since = now
         instance.last_wake = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds))
         if tier is found:
@@ -505,6 +514,9 @@ class Pool:
     def _fail_wake(self, model: _Model, slot: _Slot, failures: Sequence[str]) -> None:
         """Tell those who wait for nothing but this wake; the next request tries again."""
         slot.instance.apply(Event.BROKE)
+        delay_s = _RESTOCK_RETRY_S[min(model.failed_wakes, len(_RESTOCK_RETRY_S) - 1)]
+        model.failed_wakes += 1
+        model.restock_at = self._clock() + delay_s
         others = (s.instance.state for s in model.slots.values() if s is not slot)
         if any(state in (State.WAKING, State.READY) for state in others):
             return
@@ -583,7 +595,10 @@ class Pool:
             await slot.client.disconnect()
         if slot.handle is None:
             return
-        await model.runtime.drop(slot.handle)
+        try:
+            await model.runtime.drop(slot.handle)
+        except RuntimeFailure as error:
+            log.error("%s: %s", slot.instance.id, error)
         if tier is Tier.CHECKPOINTED:
             slot.instance.image_failures += 1
             if slot.instance.image_failures >= MAX_IMAGE_FAILURES:
@@ -594,7 +609,10 @@ class Pool:
         slot.instance.has_image = False
         slot.instance.image_failures = 0
         slot.canary_checked = False
-        await model.runtime.discard_image(_handle(slot))
+        try:
+            await model.runtime.discard_image(_handle(slot))
+        except RuntimeFailure as error:
+            log.error("%s: %s", slot.instance.id, error)
 
     # --- stepping down ---
 
@@ -605,8 +623,9 @@ class Pool:
             limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
             async with asyncio.timeout(limit_s):
                 await self._go_down(model, slot, origin, to)
-        except (EngineError, RuntimeFailure, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two rungs
             text = str(error) or "no result in time"
+            _note_unexpected(instance, error)
             instance.barred.add(to)
             harmless = isinstance(error, RuntimeFailure) and error.alive
             if isinstance(error, EngineError):
@@ -817,6 +836,12 @@ def _rungs_from(found: Tier, instance: Instance) -> list[Tier]:
     if found < Tier.CHECKPOINTED and instance.has_image:
         rungs.append(Tier.CHECKPOINTED)
     return [*rungs, Tier.STOPPED]
+
+
+def _note_unexpected(instance: Instance, error: Exception) -> None:
+    """An error that no layer below promises is a bug: its stack belongs into the log."""
+    if not isinstance(error, EngineError | RuntimeFailure | TimeoutError):
+        log.error("%s: unexpected %r", instance.id, error, exc_info=error)
 
 
 def _limit_s(model: ModelSettings, tier: Tier) -> float:

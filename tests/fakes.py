@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from proxy.config import ModelSettings, Settings
-from proxy.engine import EngineClient
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
@@ -21,6 +20,8 @@ from proxy.runtime.base import Found, Handle, ImageFacts, Rungs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from proxy.engine import EngineClient
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 

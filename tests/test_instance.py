@@ -61,7 +61,7 @@ def test_a_leased_instance_cannot_step_down(event: Event) -> None:
     instance.begin_lease(0.0)
     with pytest.raises(IllegalTransitionError, match="1 leases"):
         instance.apply(event)
-    assert instance.state is State.READY
+    assert instance.state.value == "ready"
     instance.end_lease(5.0, 0.0)
     instance.apply(event)
 
