@@ -92,10 +92,11 @@ def test_idleness_begins_with_the_end_of_the_last_lease() -> None:
     instance = at(State.READY)
     instance.begin_lease(0.0)
     instance.begin_lease(0.0)
-    instance.end_lease(10.0, 0.0)
-    assert instance.idle_since is None
-    instance.end_lease(11.0, 0.0)
-    assert instance.idle_since == 11.0
+    idle_since = []
+    for now in (10.0, 11.0):
+        instance.end_lease(now, 0.0)
+        idle_since.append(instance.idle_since)
+    assert idle_since == [None, 11.0]
     with pytest.raises(IllegalTransitionError, match="twice"):
         instance.end_lease(12.0, 0.0)
 

@@ -1,0 +1,298 @@
+"""The policy's rules, one by one, without a clock or a process."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.instance import AWAKE, RESTING, Instance, State, Tier
+from proxy.policy import (
+    TYPICAL_S,
+    Costs,
+    ModelView,
+    Plan,
+    Readmit,
+    Retire,
+    StepDown,
+    View,
+    Wake,
+    best_tier,
+    decide,
+    pick,
+)
+
+RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
+TIMETABLE = {Tier.SLEEPING: 30.0, Tier.SUSPENDED: 120.0, Tier.CHECKPOINTED: 600.0}
+
+
+def instance(
+    state: State, *, key: str = "a", number: int = 1, leases: int = 0, idle_since: float | None = None
+) -> Instance:
+    one = Instance(f"{key}-{number}", key)
+    one.state = state
+    one.leases = leases
+    one.idle_since = None if leases else (0.0 if idle_since is None else idle_since)
+    return one
+
+
+def model(*instances: Instance, key: str = "a", **more: Any) -> ModelView:
+    defaults: dict[str, Any] = {
+        "rungs": RUNGS,
+        "timetable": TIMETABLE,
+        "max_instances": max(1, len(instances)),
+        "min_ready": 0,
+        "max_concurrency": 4,
+    }
+    return ModelView(key=key, instances=instances, **{**defaults, **more})
+
+
+def plan(*models: ModelView, now: float = 0.0, **view: Any) -> Plan:
+    return decide(View(models, **view), now)
+
+
+# --- choosing ---
+
+
+def test_the_least_busy_ready_instance_is_picked() -> None:
+    busy, free = instance(State.READY, leases=3), instance(State.READY, number=2, leases=1)
+    assert pick([busy, free, instance(State.SLEEPING, number=3)], 4) is free
+    assert pick([busy, free], 1) is None
+    assert pick([], 4) is None
+
+
+def test_the_warmest_instance_is_what_a_request_finds() -> None:
+    assert best_tier([instance(State.CHECKPOINTED), instance(State.SUSPENDED)]) is Tier.SUSPENDED
+    assert best_tier([]) is Tier.STOPPED
+
+
+# --- waking ---
+
+
+def test_nobody_waits_nothing_wakes() -> None:
+    assert plan(model(), model(instance(State.CHECKPOINTED, key="b"), key="b", timetable={})) == Plan()
+
+
+def test_one_who_waits_wakes_a_new_instance() -> None:
+    assert plan(model(waiting=1, oldest_wait=0.0)).actions == [Wake("a", None)]
+
+
+@pytest.mark.parametrize("waiting", [1, 4, 200])
+def test_all_who_wait_share_one_wake_when_there_may_be_one_instance(waiting: int) -> None:
+    assert plan(model(waiting=waiting, oldest_wait=0.0)).actions == [Wake("a", None)]
+    assert plan(model(instance(State.WAKING), waiting=waiting, oldest_wait=0.0)).actions == []
+
+
+def test_as_many_wake_as_the_queue_needs() -> None:
+    wanted = plan(model(waiting=9, oldest_wait=0.0, max_instances=8)).actions
+    assert wanted == [Wake("a", None)] * 3
+    coming = model(instance(State.WAKING), instance(State.CHECKPOINTING, number=2), waiting=9, max_instances=8)
+    assert len(plan(coming).actions) == 1
+
+
+def test_the_cheapest_instance_wakes_first() -> None:
+    colder = instance(State.CHECKPOINTED)
+    warmer = instance(State.SLEEPING, number=2)
+    assert plan(model(colder, warmer, waiting=1, oldest_wait=0.0)).actions[0] == Wake("a", warmer)
+    both = plan(model(colder, warmer, waiting=9, oldest_wait=0.0, max_instances=3)).actions
+    assert both == [Wake("a", warmer), Wake("a", colder), Wake("a", None)]
+
+
+def test_min_ready_wakes_without_a_request_and_keeps_awake() -> None:
+    assert plan(model(min_ready=2, max_instances=2)).actions == [Wake("a", None)] * 2
+    idle = instance(State.READY), instance(State.READY, number=2)
+    assert plan(model(*idle, min_ready=1), now=1e6).actions == [StepDown(idle[0], Tier.SLEEPING, "idle")]
+
+
+def test_min_ready_rests_after_a_failed_start_but_a_request_does_not() -> None:
+    resting = plan(model(min_ready=1, restock_at=50.0), now=10.0)
+    assert (resting.actions, resting.deadline) == ([], 50.0)
+    assert plan(model(min_ready=1, restock_at=50.0), now=50.0).actions == [Wake("a", None)]
+    assert plan(model(min_ready=1, restock_at=50.0, waiting=1, oldest_wait=9.0), now=10.0).actions == [Wake("a", None)]
+
+
+# --- the idle timetable ---
+
+
+@pytest.mark.parametrize(
+    ("state", "idle_s", "to"),
+    [
+        (State.READY, 29.9, None),
+        (State.READY, 30.0, Tier.SLEEPING),
+        (State.READY, 1e6, Tier.SLEEPING),  # one rung at a time, however late
+        (State.SLEEPING, 119.0, None),
+        (State.SLEEPING, 120.0, Tier.SUSPENDED),
+        (State.SUSPENDED, 600.0, Tier.CHECKPOINTED),
+        (State.CHECKPOINTED, 1e9, None),
+    ],
+)
+def test_an_idle_instance_steps_down_on_time(state: State, idle_s: float, to: Tier | None) -> None:
+    one = instance(state)
+    assert plan(model(one), now=idle_s).actions == ([] if to is None else [StepDown(one, to, "idle")])
+
+
+def test_the_next_deadline_is_the_soonest_of_all() -> None:
+    soon = model(instance(State.SLEEPING, key="b", idle_since=-100.0), key="b")
+    assert plan(model(instance(State.READY)), soon).deadline == 20.0
+    assert plan(model(instance(State.CHECKPOINTED))).deadline is None
+
+
+def test_rungs_that_are_missing_never_or_barred_are_left_out() -> None:
+    one = instance(State.READY)
+    assert plan(model(one, rungs=frozenset({Tier.SUSPENDED})), now=120.0).actions[0] == StepDown(
+        one, Tier.SUSPENDED, "idle"
+    )
+    assert plan(model(one, timetable={}), now=1e9) == Plan()
+    one.barred.update({Tier.SLEEPING, Tier.SUSPENDED})
+    assert plan(model(one), now=600.0).actions[0] == StepDown(one, Tier.CHECKPOINTED, "idle")
+
+
+def test_stopped_is_always_possible_where_it_is_asked_for() -> None:
+    one = instance(State.CHECKPOINTED)
+    assert plan(model(one, timetable={Tier.STOPPED: 5.0}, rungs=frozenset()), now=5.0).actions == [
+        StepDown(one, Tier.STOPPED, "idle")
+    ]
+
+
+def test_a_leased_instance_never_steps_down() -> None:
+    assert plan(model(instance(State.READY, leases=1)), now=1e9) == Plan()
+
+
+def test_nothing_steps_down_while_requests_for_the_model_wait() -> None:
+    one = instance(State.READY)
+    assert not [a for a in plan(model(one, waiting=1, oldest_wait=0.0), now=1e9).actions if isinstance(a, StepDown)]
+
+
+# --- making room ---
+
+
+def test_an_idle_instance_of_another_model_makes_room() -> None:
+    longest = instance(State.READY, key="b", idle_since=1.0)
+    idle = instance(State.READY, key="c", idle_since=2.0)
+    needy = model(waiting=1, oldest_wait=3.0)
+    actions = plan(needy, model(idle, key="c"), model(longest, key="b"), now=3.0, max_awake=2).actions
+    assert actions == [Wake("a", None, StepDown(longest, Tier.SLEEPING, "evict"))]
+
+
+def test_with_room_left_nobody_is_evicted() -> None:
+    idle = model(instance(State.READY, key="b"), key="b")
+    assert plan(model(waiting=1, oldest_wait=0.0), idle, max_awake=2).actions == [Wake("a", None)]
+
+
+def test_one_victim_makes_room_for_one() -> None:
+    idle = instance(State.READY, key="c")
+    first = model(waiting=1, oldest_wait=1.0)
+    second = model(key="b", waiting=1, oldest_wait=0.0)
+    actions = plan(first, second, model(idle, key="c"), max_awake=1).actions
+    assert actions == [Wake("b", None, StepDown(idle, Tier.SLEEPING, "evict"))]
+
+
+def test_a_model_does_not_evict_itself_nor_below_min_ready() -> None:
+    own = instance(State.READY, leases=4)
+    assert plan(model(own, waiting=1, oldest_wait=0.0, max_instances=2), max_awake=1).actions == []
+    kept = model(instance(State.READY, key="b"), key="b", min_ready=1)
+    assert plan(model(waiting=1, oldest_wait=0.0), kept, max_awake=1, now=100.0).actions == []
+
+
+def test_a_busy_instance_is_retired_only_after_a_while() -> None:
+    busy = instance(State.READY, key="b", leases=2)
+    busier = instance(State.READY, key="c", leases=3)
+    models = model(waiting=1, oldest_wait=5.0), model(busier, key="c"), model(busy, key="b")
+    early = plan(*models, now=6.0, max_awake=2, switch_after_s=10.0)
+    assert (early.actions, early.deadline) == ([], 15.0)
+    assert plan(*models, now=15.0, max_awake=2, switch_after_s=10.0).actions == [Retire(busy)]
+    busy.state = State.RETIRING
+    assert plan(*models, now=16.0, max_awake=2, switch_after_s=10.0).actions == []
+
+
+def test_a_retired_instance_steps_down_when_its_last_request_ends_and_is_readmitted_when_nobody_waits() -> None:
+    retired = instance(State.RETIRING, key="b")
+    waiting = model(waiting=1, oldest_wait=0.0)
+    assert plan(waiting, model(retired, key="b"), max_awake=1).actions == [
+        Wake("a", None, StepDown(retired, Tier.SLEEPING, "evict"))
+    ]
+    assert plan(model(), model(retired, key="b"), max_awake=1).actions == [Readmit(retired)]
+
+
+# --- all rules together ---
+
+STATES = st.sampled_from([s for s in State if s is not State.GONE])
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    models = []
+    for key in "abc"[: draw(st.integers(1, 3))]:
+        count = draw(st.integers(0, 3))
+        instances = []
+        for number in range(1, count + 1):
+            state = draw(STATES)
+            leases = draw(st.integers(0, 4)) if state in (State.READY, State.RETIRING) else 0
+            one = instance(state, key=key, number=number, leases=leases, idle_since=draw(st.floats(0, 1000)))
+            one.barred = draw(st.sets(st.sampled_from(sorted(RUNGS))))
+            instances.append(one)
+        waiting = draw(st.integers(0, 10))
+        models.append(
+            model(
+                *instances,
+                key=key,
+                max_instances=draw(st.integers(max(1, count), 4)),
+                min_ready=draw(st.integers(0, 1)),
+                waiting=waiting,
+                oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
+            )
+        )
+    return View(models, draw(st.integers(0, 4)), 10.0)
+
+
+@given(views(), st.floats(0, 2000))
+def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
+    made = decide(view, now)
+    touched: list[Instance] = []
+    awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
+    limit = max(view.max_awake, awake) if view.max_awake else math.inf
+    new: dict[str, int] = {m.key: 0 for m in view.models}
+    for action in made.actions:
+        match action:
+            case Wake(key, woken, victim):
+                if woken is None:
+                    new[key] += 1
+                else:
+                    assert woken.state in RESTING
+                    assert woken.state is not State.READY
+                    touched.append(woken)
+                awake += 1
+                if victim is not None:
+                    assert victim.instance.leases == 0
+                    touched.append(victim.instance)
+                    awake -= 1
+                assert awake <= limit
+            case StepDown(one, to, _):
+                assert one.leases == 0
+                assert to > RESTING[one.state]
+                assert to not in one.barred
+                touched.append(one)
+            case Retire(one) | Readmit(one):
+                touched.append(one)
+    assert len({id(i) for i in touched}) == len(touched), "one instance, one action"
+    for m in view.models:
+        assert len(m.instances) + new[m.key] <= m.max_instances
+    assert made.deadline is None or made.deadline > now
+    assert decide(view, now) == made, "deciding changes nothing"
+
+
+# --- costs ---
+
+
+def test_costs_begin_typical_and_follow_measurements() -> None:
+    costs = Costs()
+    assert costs.estimate_s("a", Tier.CHECKPOINTED) == TYPICAL_S[Tier.CHECKPOINTED]
+    costs.record("a", Tier.CHECKPOINTED, 1.0)
+    assert costs.estimate_s("a", Tier.CHECKPOINTED) == 1.0
+    for _ in range(20):
+        costs.record("a", Tier.CHECKPOINTED, 3.0)
+    assert math.isclose(costs.estimate_s("a", Tier.CHECKPOINTED), 3.0, rel_tol=0.01)
+    assert costs.estimate_s("b", Tier.CHECKPOINTED) == TYPICAL_S[Tier.CHECKPOINTED]
