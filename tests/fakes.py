@@ -55,6 +55,7 @@ class Image:
     boot: int
     served: int
     sleep_level: int
+    model: str
     facts: ImageFacts
 
 
@@ -76,6 +77,7 @@ class FakeRuntime:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
+        self._models: dict[str, str] = {}
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -97,6 +99,16 @@ class FakeRuntime:
         process = self.processes.pop(instance_id)
         process.exited.set_result("signal 9")
 
+    def inherit(self, before: FakeRuntime, *, keep: bool) -> None:
+        """Take over what a predecessor left on disk."""
+        if keep:
+            self.images = before.images
+            self.handles = before.handles
+            self.found = [
+                Found(before.handles[name], image.model, image.facts.sleep_level, image.facts.canary)
+                for name, image in before.images.items()
+            ]
+
     async def open(self) -> None:
         await self._enter("open")
 
@@ -114,6 +126,7 @@ class FakeRuntime:
         await self._enter("start")
         handle = self.handles.get(instance_id) or Handle(instance_id, "127.0.0.1", next(self._ports))
         self.handles[instance_id] = handle
+        self._models[instance_id] = key
         self.processes[instance_id] = Process(next(self._boots))
         return handle
 
@@ -132,7 +145,8 @@ class FakeRuntime:
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         process = self._process(handle, "checkpoint")
         await self._enter("checkpoint")
-        self.images[handle.instance_id] = Image(process.boot, process.served, process.sleep_level, facts)
+        model = self._models[handle.instance_id]
+        self.images[handle.instance_id] = Image(process.boot, process.served, process.sleep_level, model, facts)
         self._end(handle)
 
     async def restore(self, handle: Handle, stages: Stages) -> None:

@@ -530,9 +530,8 @@ async def test_checkpoints_of_a_predecessor_are_adopted(rig_of: Any) -> None:
     await old.pool.close()
     assert old.runtime.images, "closing keeps images"
     rig = Rig({"demo": {"idle": SECONDS}})
-    rig.runtime.images = old.runtime.images
-    handle = Handle("demo-1", "127.0.0.1", 20000)
-    rig.runtime.found = [Found(handle, "demo", 1, "canary"), Found(Handle("demo-2", "h", 2), "demo", 1, None)]
+    rig.runtime.inherit(old.runtime, keep=True)
+    rig.runtime.found.append(Found(Handle("demo-2", "127.0.0.1", 2), "demo", 1, None))
     await rig.pool.open()
     assert rig.states() == {"demo-1": "checkpointed"}
     assert rig.runtime.calls["remove"] == 1, "one more than max_instances"

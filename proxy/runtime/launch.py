@@ -61,6 +61,8 @@ def forbid_io_uring() -> None:
 def main() -> None:
     """Prepare this process and become the engine; exit status 127 when it cannot be started."""
     directory, program, *arguments = sys.argv[1:]
+    # What warmpool itself inherited (a shell's pipe, a socket of systemd's) would fail the dump of the engine.
+    os.closerange(3, 1 << 30)
     try:
         os.chdir(directory)
         forbid_io_uring()

@@ -104,6 +104,7 @@ class ProcessRuntime:
             self._lock_file = (self._state_dir / "lock").open("wb")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._unlock()
             raise HostError(f"another warmpool uses state_dir {self._state_dir}; stop it or set another one") from None
         except OSError as error:
             raise HostError(f"state_dir {self._state_dir}: {error.strerror}; set pool.state_dir") from error
@@ -135,6 +136,9 @@ class ProcessRuntime:
             self._guard.stdin.close()
             await self._guard.wait()
             self._guard = None
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None

@@ -1,0 +1,233 @@
+"""What every runtime promises the pool (proxy/runtime/base.py), as tests.
+
+A subclass gives a `bench`: a runtime with a way to look at its engines. Rungs that a host lacks are skipped with the
+runtime's own reason; `test_rungs_are_there_where_the_host_can` of each subclass sees to it that nothing else is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+from proxy.errors import RuntimeFailure
+from proxy.instance import Stages, Tier
+from proxy.runtime.base import ImageFacts
+
+if TYPE_CHECKING:
+    from proxy.config import ModelSettings
+    from proxy.runtime.base import Handle, Runtime
+
+FACTS = ImageFacts(sleep_level=1, canary="yes")
+PATIENCE_S = 60
+
+
+class Bench(Protocol):
+    """A runtime with one model, and eyes for its engines."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime, open."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """What to start."""
+
+    async def healthy(self, handle: Handle) -> None:
+        """Return when the engine answers."""
+
+    async def boot_id(self, handle: Handle) -> str:
+        """What is drawn anew whenever an engine starts, and survives a checkpoint."""
+
+    async def answers(self, handle: Handle) -> bool:
+        """Whether the engine answers right now."""
+
+    async def crash(self, handle: Handle) -> None:
+        """Kill the engine behind the runtime's back."""
+
+    def remains(self) -> list[str]:
+        """What is left of any instance: processes, containers, images."""
+
+    async def successor(self, *, changed: bool = False) -> Bench:
+        """Close the runtime and open another one on the same folders; `changed`: with another command."""
+
+
+class RuntimeContract:
+    """The contract."""
+
+    async def start(self, bench: Bench, number: int = 1) -> Handle:
+        handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
+        await bench.healthy(handle)
+        return handle
+
+    async def checkpointed(self, bench: Bench, number: int = 1) -> tuple[Handle, str]:
+        handle = await self.start(bench, number)
+        boot = await bench.boot_id(handle)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        return handle, boot
+
+    @pytest.fixture
+    def checkpoints(self, bench: Bench) -> None:
+        """Skips where the host cannot checkpoint."""
+        self._needs(bench, Tier.CHECKPOINTED)
+
+    @pytest.fixture
+    def suspends(self, bench: Bench) -> None:
+        """Skips where the runtime cannot suspend."""
+        self._needs(bench, Tier.SUSPENDED)
+
+    def _needs(self, bench: Bench, tier: Tier) -> None:
+        rungs = bench.runtime.rungs()
+        if tier not in rungs.offered:
+            pytest.skip(reason=f"no rung {tier.label}: {rungs.missing[tier]}")
+
+    async def test_a_rung_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
+        rungs = bench.runtime.rungs()
+        assert not rungs.offered & set(rungs.missing)
+        assert rungs.offered | set(rungs.missing) >= {Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED}
+        assert all(rungs.missing.values())
+
+    async def test_started_engines_serve_and_removed_ones_leave_nothing(self, bench: Bench) -> None:
+        one = await self.start(bench, 1)
+        two = await self.start(bench, 2)
+        assert await bench.boot_id(one) != await bench.boot_id(two)
+        assert one.base_url != two.base_url
+        await bench.runtime.remove(one)
+        assert not await bench.answers(one)
+        assert await bench.answers(two)
+        await bench.runtime.remove(two)
+        await bench.runtime.remove(two)
+        assert bench.remains() == []
+
+    async def test_wait_exit_ends_with_the_engine_and_not_before(self, bench: Bench) -> None:
+        handle = await self.start(bench)
+        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await bench.crash(handle)
+        assert await asyncio.wait_for(waiting, PATIENCE_S)
+        assert not await bench.answers(handle)
+        await bench.runtime.remove(handle)
+        assert bench.remains() == []
+
+    async def test_wait_exit_can_be_cancelled_and_asked_again(self, bench: Bench) -> None:
+        handle = await self.start(bench)
+        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        await bench.runtime.drop(handle)
+        await asyncio.wait_for(waiting, PATIENCE_S)
+
+    async def test_an_instance_started_again_keeps_its_address(self, bench: Bench) -> None:
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        await bench.runtime.drop(handle)
+        assert not await bench.answers(handle)
+        assert await self.start(bench) == handle
+        assert await bench.boot_id(handle) != boot
+
+    async def test_suspended_engines_are_silent_and_resumed_ones_as_before(self, bench: Bench, suspends: None) -> None:
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        for _ in range(2):
+            await bench.runtime.suspend(handle)
+            assert not await bench.answers(handle)
+            await bench.runtime.resume(handle)
+            assert await bench.boot_id(handle) == boot
+
+    async def test_a_suspended_engine_can_be_removed(self, bench: Bench, suspends: None) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.suspend(handle)
+        await bench.runtime.remove(handle)
+        assert bench.remains() == []
+
+    async def test_state_survives_a_checkpoint_as_often_as_it_is_restored(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
+        handle, boot = await self.checkpointed(bench)
+        assert not await bench.answers(handle)
+        for _ in range(3):
+            stages = Stages()
+            await bench.runtime.restore(handle, stages)
+            assert stages.seconds
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            await bench.runtime.drop(handle)
+            assert not await bench.answers(handle)
+
+    async def test_a_restored_engine_that_crashed_is_restored_again(self, bench: Bench, checkpoints: None) -> None:
+        handle, boot = await self.checkpointed(bench)
+        await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        await asyncio.sleep(0)
+        await bench.crash(handle)
+        await asyncio.wait_for(waiting, PATIENCE_S)
+        await bench.runtime.drop(handle)
+        await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_a_suspended_engine_is_checkpointed_and_runs_when_restored(
+        self, bench: Bench, checkpoints: None, suspends: None
+    ) -> None:
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        await bench.runtime.suspend(handle)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_two_instances_are_checkpointed_and_restored_side_by_side(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
+        (one, first), (two, second) = await asyncio.gather(self.checkpointed(bench, 1), self.checkpointed(bench, 2))
+        await asyncio.gather(*(bench.runtime.restore(h, Stages()) for h in (one, two)))
+        for handle, boot in ((one, first), (two, second)):
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+
+    async def test_without_an_image_there_is_no_restore(self, bench: Bench, checkpoints: None) -> None:
+        handle, _ = await self.checkpointed(bench)
+        await bench.runtime.discard_image(handle)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.restore(handle, Stages())
+        await bench.runtime.remove(handle)
+        assert bench.remains() == []
+
+    async def test_removing_a_checkpointed_instance_removes_its_image(self, bench: Bench, checkpoints: None) -> None:
+        handle, _ = await self.checkpointed(bench)
+        assert bench.remains() != []
+        await bench.runtime.remove(handle)
+        assert bench.remains() == []
+
+    async def test_nothing_can_be_done_with_an_engine_that_is_gone(self, bench: Bench) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.drop(handle)
+        for operation in (
+            bench.runtime.suspend(handle),
+            bench.runtime.resume(handle),
+            bench.runtime.checkpoint(handle, FACTS, Stages()),
+        ):
+            with pytest.raises(RuntimeFailure) as failure:
+                await operation
+            assert not failure.value.alive
+
+    async def test_a_successor_finds_the_checkpoints(self, bench: Bench, checkpoints: None) -> None:
+        handle, boot = await self.checkpointed(bench)
+        after = await bench.successor()
+        found = await after.runtime.recover({"demo": after.model})
+        assert [(f.handle, f.model, f.sleep_level, f.canary) for f in found] == [(handle, "demo", 1, "yes")]
+        await after.runtime.restore(handle, Stages())
+        await after.healthy(handle)
+        assert await after.boot_id(handle) == boot
+
+    async def test_a_successor_deletes_checkpoints_of_other_engines(self, bench: Bench, checkpoints: None) -> None:
+        await self.checkpointed(bench, 1)
+        after = await bench.successor(changed=True)
+        assert await after.runtime.recover({"demo": after.model}) == []
+        assert after.remains() == []

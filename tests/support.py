@@ -1,0 +1,87 @@
+"""Real engines and real proxies for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from proxy.config import ModelSettings
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 60.0
+"""How long a test waits for something that will surely happen, on a machine with much else to do."""
+
+
+def engine_command(*options: str) -> list[str]:
+    """The command of a load-test engine that is up at once."""
+    return [
+        "{python}", "-m", "loadtest.engine", "--host", "{host}", "--port", "{port}", "--model", "{model}",
+        "--memory", "8MiB", "--ttft", "0.001", "--tokens-per-second", "2000", "--sleep-mode", "--faults", *options,
+    ]  # fmt: skip
+
+
+def engine_model(*options: str, **entry: Any) -> dict[str, Any]:
+    """A model's table with a load-test engine."""
+    return {
+        "process": {"command": engine_command(*options), "cwd": str(ROOT)},
+        "health": {"interval": "20ms"},
+        **entry,
+    }
+
+
+def engine_settings(*options: str, **entry: Any) -> ModelSettings:
+    """The same, validated."""
+    return ModelSettings(**engine_model(*options, **entry))
+
+
+async def get_json(url: str) -> Any:
+    """The answer to a GET."""
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        response.raise_for_status()
+        return await response.json()
+
+
+async def until_healthy(base_url: str) -> None:
+    """Return when an engine's `/health` answers 200."""
+    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(f"{base_url}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.02)
+
+
+def processes_with(text: str) -> list[int]:
+    """The pids of live processes that have `text` in their environment or command line, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+                continue
+            if any(text in part for part in (*process.cmdline(), *process.environ().values())):
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def why_no_criu() -> str | None:
+    """None where process trees can be checkpointed with CRIU, else the reason to skip."""
+    if os.geteuid() != 0:
+        return "checkpointing needs root"
+    if shutil.which("criu") is None:
+        return "no criu in PATH (make host)"
+    return None
+
+
+PYTHON = sys.executable
