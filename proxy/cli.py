@@ -12,7 +12,7 @@ import tomli_w
 import uvloop
 from pythonjsonlogger.json import JsonFormatter
 
-from proxy import __version__, config
+from proxy import __version__, config, reference
 from proxy.checkpoints import CheckpointStore
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
@@ -95,6 +95,12 @@ def check(file: Path) -> None:
 def show(path: Path | None) -> None:
     """Print the values in effect, file and environment together, as TOML; secrets are masked."""
     click.echo(tomli_w.dumps(_plain(config.load(path).model_dump(mode="json"))), nl=False)
+
+
+@config_group.command("reference")
+def reference_() -> None:
+    """Print a configuration with every key, its meaning and its default."""
+    click.echo(reference.reference(), nl=False)
 
 
 def _plain(value: Any) -> Any:

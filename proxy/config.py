@@ -235,7 +235,9 @@ class ProcessEngineSettings(_Section):
         "runs warmpool."
     )
     env: dict[str, SecretStr] = Field(default={}, description="Environment added to warmpool's own.")
-    cwd: Path | None = Field(default=None, description="Working directory; default is warmpool's own.")
+    cwd: Path | None = Field(
+        default=None, description="Working directory; default is warmpool's own.", examples=["/srv/demo"]
+    )
 
     @model_validator(mode="after")
     def _fields_exist(self) -> ProcessEngineSettings:
@@ -256,6 +258,7 @@ class ModelSettings(_Section):
         min_length=1,
         max_length=200,
         description="The name clients use; default is the table's key.",
+        examples=["org/Model-7B"],
     )
     aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
         default=[], description="Further names for it."

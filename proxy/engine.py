@@ -8,6 +8,7 @@ own, because every one of them must be closed before the engine is checkpointed.
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -24,6 +25,7 @@ CANARY_TOKENS = 16
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
+_SEND_AT_ONCE_BYTES = 256 << 10
 
 
 class EngineClient:
@@ -53,8 +55,10 @@ class EngineClient:
 
         Raises aiohttp.ClientError or TimeoutError; the caller decides what that means for the request.
         """
+        # aiohttp sends a file in pieces, and bytes at once, which would hold up the loop where there are many.
+        data = io.BytesIO(body) if body is not None and len(body) > _SEND_AT_ONCE_BYTES else body
         return await self._connected().request(
-            method, self.base_url + path, headers=headers, data=body, allow_redirects=False
+            method, self.base_url + path, headers=headers, data=data, allow_redirects=False
         )
 
     async def disconnect(self) -> None:

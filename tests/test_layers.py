@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
     "proxy.instance": 1,
     "proxy.config": 2,
     "proxy.engine": 2,
+    "proxy.reference": 3,
     "proxy.checkpoints": 3,
     "proxy.policy": 3,
     "proxy.runtime": 3,

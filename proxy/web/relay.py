@@ -8,6 +8,8 @@ truncated answer must never look complete.
 from __future__ import annotations
 
 import logging
+import socket
+import struct
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -199,5 +201,9 @@ def _break(request: web.Request) -> None:
         return
     if request.version >= aiohttp.HttpVersion11:
         transport.close()  # what was written still goes out; the missing last chunk or bytes tell the rest
-    else:
-        transport.abort()  # HTTP/1.0 ends a body by closing, so only a reset is a failure
+        return
+    # HTTP/1.0 ends a body by closing, so only a reset is a failure; lingering for 0 s makes one (socket(7)).
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

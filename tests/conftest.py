@@ -1,0 +1,38 @@
+"""Fixtures for more than one file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.front import Front
+from tests.support import engine_model
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+
+@pytest.fixture
+async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
+    """Makes fronts with a model `demo`; engines start when they are first needed."""
+    fronts: list[Front] = []
+
+    async def make(*options: str, server: dict[str, Any] | None = None, **entry: Any) -> Front:
+        front = Front(tmp_path / str(len(fronts)), {"demo": engine_model(*options, **entry)}, **(server or {}))
+        fronts.append(front)
+        await front.open()
+        return front
+
+    yield make
+    for front in fronts:
+        await front.close()
+        assert front.pool.status()["leases"] == 0
+
+
+@pytest.fixture
+async def front(front_of: Any) -> Front:
+    """One that no test configures."""
+    made: Front = await front_of()
+    return made

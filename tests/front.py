@@ -1,0 +1,69 @@
+"""A whole proxy in the test's own process, with real engines behind it."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+from aiohttp.test_utils import TestServer
+
+from proxy.checkpoints import CheckpointStore
+from proxy.config import Settings
+from proxy.metrics import Metrics
+from proxy.pool import Pool
+from proxy.runtime.process import ProcessRuntime
+from proxy.web import app
+from tests.support import PATIENCE_S, get_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Front:
+    """A proxy on a port, with a session to talk to it."""
+
+    def __init__(self, folder: Path, models: dict[str, Any], **server: Any) -> None:
+        settings = Settings(
+            models=models,
+            server={"body_limit": "1MiB", **server},
+            pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
+        )
+        self.metrics = Metrics()
+        runtime = ProcessRuntime(
+            settings.runtime.process,
+            state_dir=settings.pool.state_dir,
+            store=CheckpointStore(settings.pool.checkpoint_dir, 0),
+        )
+        self.pool = Pool(settings, {"process": runtime}, self.metrics)
+        self.server = TestServer(app.build(self.pool, settings, self.metrics))
+        self.url = ""
+
+    async def open(self) -> None:
+        await self.server.start_server()
+        self.url = str(self.server.make_url("")).rstrip("/")
+        self.session = aiohttp.ClientSession(self.url, timeout=aiohttp.ClientTimeout(PATIENCE_S))
+        await self.pool.open()
+
+    async def close(self) -> None:
+        await self.session.close()
+        await self.pool.close()
+        await self.server.close()
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+        data = io.BytesIO(body if isinstance(body, bytes) else orjson.dumps(body))
+        async with self.session.post(path, data=data, **options) as response:
+            return response, await response.read()
+
+    async def engine(self) -> str:
+        """The address of the engine of the first model, which must be ready."""
+        handle = next(iter(self.pool._models["demo"].slots.values())).handle
+        assert handle is not None
+        return handle.base_url
+
+    async def engine_state(self) -> Any:
+        return await get_json(f"{await self.engine()}/debug/state")
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0

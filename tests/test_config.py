@@ -1,0 +1,232 @@
+"""Settings: the file, the environment, every problem at once, the reference."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from proxy import config
+from proxy.config import Settings, format_duration, format_size, load, parse_duration
+from proxy.errors import ConfigError
+from proxy.instance import Tier
+from proxy.reference import reference
+from tests.support import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MINIMAL = '[models.demo.process]\ncommand = ["engine", "{port}"]\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes a configuration; the environment has none of our variables."""
+    for name in [n for n in __import__("os").environ if n.upper().startswith("WARMPOOL_")]:
+        monkeypatch.delenv(name)
+
+    def write_(text: str) -> Path:
+        path = tmp_path / "warmpool.toml"
+        path.write_text(text)
+        return path
+
+    return write_
+
+
+def problems(path: Path | None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as failure:
+        load(path)
+    assert failure.value.source == (str(path) if path else "environment")
+    return failure.value.problems
+
+
+# --- the file ---
+
+
+def test_a_model_with_an_engine_is_enough(write: Callable[[str], Path]) -> None:
+    settings = load(write(MINIMAL))
+    assert settings.server.host == "127.0.0.1"
+    assert settings.names() == {"demo": "demo"}
+    assert settings.models["demo"].idle.timetable() == {
+        Tier.SLEEPING: 30.0,
+        Tier.SUSPENDED: 120.0,
+        Tier.CHECKPOINTED: 600.0,
+    }
+
+
+def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: Callable[[str], Path]) -> None:
+    found = problems(
+        write(
+            """
+            colour = "red"
+            [server]
+            port = 99999
+            hosst = "x"
+            [pool]
+            checkpoint_reserve = "16 gigs"
+            [runtime.process]
+            ports = "9-8"
+            [models.Bad-Key.process]
+            command = ["x", "{port}"]
+            [models.a]
+            min_ready = 2
+            [models.a.idle]
+            sleeping = 30
+            [models.b.process]
+            command = []
+            [models.c.process]
+            command = ["x", "{prot}"]
+            [models.d.idle]
+            sleeping = "2h"
+            suspended = "1h"
+            """
+        )
+    )
+    text = "\n".join(found)
+    for expected in (
+        r"^colour: unknown key; allowed here: models, pool, runtime, server$",
+        r"^server.port: Input should be less than or equal to 65535$",
+        r"^server.hosst: unknown key; allowed here: body_limit, drain_timeout, host, port$",
+        r"^pool.checkpoint_reserve: ",
+        r"^runtime.process: ports must be FIRST-LAST",
+        r"^models.Bad-Key: a model's key has lower-case letters",
+        r'^models.a.idle.sleeping: a duration needs a unit: "500ms", .*or "never"$',
+        r"^models.b.process.command: List should have at least 1 item",
+        r"^models.c.process: command: \{prot\} is not one of",
+        r"^models.d.idle: suspended comes before sleeping",
+    ):
+        assert re.search(expected, text, re.MULTILINE), f"{expected}\n--- not in ---\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "models: is required"),
+        ("models = {}", "models: Dictionary should have at least 1 item"),
+        ("[models.demo]", "models.demo: no engine"),
+        ("[server\n", "is not TOML"),
+        ('[models.a.process]\ncommand = ["x"]', "{port} is missing"),
+        (MINIMAL + MINIMAL, "is not TOML"),
+        (MINIMAL + '[models.other]\nname = "demo"\nprocess.command = ["{port}"]', "belongs to models.demo already"),
+        ('[models.a]\nmin_ready = 2\nprocess.command = ["{port}"]', "more than max_instances"),
+    ],
+)
+def test_what_cannot_be_used_is_said(write: Callable[[str], Path], text: str, problem: str) -> None:
+    assert problem in "\n".join(problems(write(text)))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert problems(tmp_path / "missing.toml") == ("cannot be read: No such file or directory",)
+    assert problems(tmp_path) == ("cannot be read: Is a directory",)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "is not TOML" in problems(tmp_path / "binary")[0]
+
+
+# --- the environment ---
+
+
+def test_the_environment_wins_over_the_file(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARMPOOL_SERVER__PORT", "9999")
+    monkeypatch.setenv("WARMPOOL_MODELS__DEMO__IDLE__SLEEPING", "7s")
+    monkeypatch.setenv("WARMPOOL_MODELS__DEMO__PROCESS__ENV", '{"Mixed_Case": "kept"}')
+    settings = load(write("[server]\nport = 1\nhost = '::1'\n" + MINIMAL))
+    assert (settings.server.port, settings.server.host) == (9999, "::1")
+    demo = settings.models["demo"]
+    assert demo.idle.sleeping == 7.0
+    assert demo.process is not None
+    assert demo.process.env["Mixed_Case"].get_secret_value() == "kept"
+    assert demo.process.command == ["engine", "{port}"]
+
+
+def test_the_environment_alone_is_enough(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARMPOOL_MODELS", '{"demo": {"process": {"command": ["x", "{port}"]}}}')
+    assert load(None).names() == {"demo": "demo"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("WARMPOOL_SERVER__PORT", "many", "server.port: .*from environment variable WARMPOOL_SERVER__PORT"),
+        ("WARMPOOL_SERVR__PORT", "1", "WARMPOOL_SERVR__PORT: not a key; they begin with"),
+        ("WARMPOOL_SERVER__PROT", "1", "server.prot: unknown key"),
+        ("WARMPOOL_MODELS__DEMO__PROCESS__ENV__KEY", "1", r"set WARMPOOL_MODELS__DEMO__PROCESS__ENV='\{\"KEY\""),
+        ("WARMPOOL_MODELS", "{", "environment: "),
+    ],
+)
+def test_a_bad_variable_is_named(
+    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert re.search(problem, "\n".join(problems(write(MINIMAL))))
+
+
+# --- values ---
+
+
+@given(st.integers(0, 10**10))
+def test_durations_survive_being_written(milliseconds: int) -> None:
+    assert round(parse_duration(format_duration(milliseconds / 1000)) * 1000) == milliseconds
+
+
+@given(st.integers(0, 1 << 50))
+def test_sizes_survive_being_written(count: int) -> None:
+    settings = config.PoolSettings(checkpoint_reserve=format_size(count))
+    assert settings.checkpoint_reserve == count
+
+
+@pytest.mark.parametrize("text", ["90", 90, "1s2", "-1s", "1 day", "", None, True])
+def test_what_is_no_duration(text: object) -> None:
+    with pytest.raises(ValueError, match="needs a unit"):
+        parse_duration(text)
+
+
+# --- the files in config/ ---
+
+
+def keys_of(section: type[BaseModel]) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield name
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from keys_of(candidate)
+
+
+def test_the_reference_is_complete_and_loads_to_the_defaults(write: Callable[[str], Path]) -> None:
+    path = ROOT / "config" / "reference.toml"
+    text = path.read_text()
+    assert text == reference(), "write it anew: warmpool config reference > config/reference.toml"
+    for key in keys_of(Settings):
+        assert re.search(rf"^(# )?{key} = |^\[(.+\.)?{key}(\..+)?\]$", text, re.MULTILINE), key
+    settings = load(path)
+    command = tomllib.loads(text)["models"]["demo"]["process"]["command"]
+    bare = Settings(models={"demo": {"process": {"command": command}}})
+    assert settings.model_dump() == bare.model_dump()
+    with_all_keys = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    assert load(write(with_all_keys)).models["demo"].name == "org/Model-7B"
+
+
+def test_every_key_says_what_it_is() -> None:
+    def undescribed(section: type[BaseModel]) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            nested = [
+                c
+                for c in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                if isinstance(c, type) and issubclass(c, BaseModel)
+            ]
+            if not nested and not field.description:
+                yield f"{section.__name__}.{name}"
+            for candidate in nested:
+                yield from undescribed(candidate)
+
+    assert list(undescribed(Settings)) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.name)
+def test_every_file_in_config_loads(path: Path, write: Callable[[str], Path]) -> None:
+    load(path)
