@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -36,6 +37,8 @@ class EngineClient:
         self.served_name = served_name
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._asking: set[asyncio.Timeout] = set()
+        self._answering: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -57,12 +60,29 @@ class EngineClient:
         """
         # aiohttp sends a file in pieces, and bytes at once, which would hold up the loop where there are many.
         data = io.BytesIO(body) if body is not None and len(body) > _SEND_AT_ONCE_BYTES else body
-        return await self._connected().request(
-            method, self.base_url + path, headers=headers, data=data, allow_redirects=False
-        )
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._asking.add(scope)
+                response = await self._connected().request(
+                    method, self.base_url + path, headers=headers, data=data, allow_redirects=False
+                )
+        except TimeoutError:
+            if scope.expired():
+                raise aiohttp.ClientConnectionError("the engine was disconnected") from None
+            raise
+        finally:
+            self._asking.discard(scope)
+        self._answering.add(response)
+        return response
 
     async def disconnect(self) -> None:
-        """Close every connection to the engine; the next request opens new ones."""
+        """Close every connection to the engine; the next request opens new ones. Requests in flight fail."""
+        # Closing the session alone would leave whoever reads from it waiting for ever (aiohttp 3.14).
+        for scope in [*self._asking]:
+            scope.reschedule(asyncio.get_running_loop().time())
+        for response in [*self._answering]:
+            response.close()
         session, self._session = self._session, None
         if session is not None:
             await session.close()

@@ -726,6 +726,8 @@ class Pool:
     async def _examine(self, slot: _Slot, generation: int) -> None:
         instance = slot.instance
         model = self._models[instance.model]
+        if self._closed or instance.generation != generation:
+            return
         healthy = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5.0):

@@ -1,0 +1,252 @@
+"""`warmpool serve` as users start it: the ladder end to end, signals, crashes, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+import pytest
+import tomli_w
+
+from tests.support import PATIENCE_S, PYTHON, ROOT, engine_model, get_json, processes_with, why_no_criu
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms"}
+AWAKE = {"sleeping": "never", "suspended": "never", "checkpointed": "never"}
+ASK = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
+COLDEST = "suspended" if why_no_criu() else "checkpointed"
+
+
+class Proxy:
+    """A running `warmpool serve`."""
+
+    def __init__(self, folder: Path, *options: str, settings: dict[str, Any]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        settings = {"pool": {"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")}, **settings}
+        settings["server"] = {"port": 0, **settings.get("server", {})}
+        (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
+        self.log = folder / "log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [PYTHON, "-m", "proxy", "serve", "-c", str(folder / "warmpool.toml"), *options],
+                cwd=ROOT, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.url = ""
+
+    async def listening(self) -> Proxy:
+        async with asyncio.timeout(PATIENCE_S):
+            while not (found := re.findall(r"listening on (http://[\d.:]+)", self.log.read_text())):
+                assert self.process.poll() is None, self.log.read_text()
+                await asyncio.sleep(0.02)
+        self.url = found[-1]
+        self.session = aiohttp.ClientSession(self.url, timeout=aiohttp.ClientTimeout(PATIENCE_S))
+        return self
+
+    async def ask(self, **more: Any) -> tuple[str, str]:
+        """The tier that a request found, and the text of its answer."""
+        async with self.session.post("/v1/completions", json={**ASK, **more}) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+            return response.headers["x-warmpool-tier"], answer["choices"][0]["text"]
+
+    async def instance(self) -> Any:
+        instances = (await get_json(f"{self.url}/admin/status"))["models"]["demo"]["instances"]
+        return instances[0] if instances else None
+
+    async def until(self, state: str) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while (instance := await self.instance()) is None or instance["state"] != state:
+                await asyncio.sleep(0.02)
+
+    async def engine_state(self) -> Any:
+        """Asks the engine itself, around the proxy."""
+        text = "".join(p.read_text() for p in (self.folder / "state" / "logs").iterdir())
+        return await get_json(re.findall(r"listening on ([\d.:]+)", text)[-1].join(("http://", "/debug/state")))
+
+    async def ended(self) -> int:
+        """The exit status, once it has ended; nothing of it may be left."""
+        await self.session.close()
+        status = await asyncio.to_thread(self.process.wait, PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            # After kill -9 the guard needs a moment.
+            while processes_with(str(self.folder)):
+                await asyncio.sleep(0.02)
+        return status
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Proxy]]]:
+    """Starts proxies with a model `demo`; ends those that still run."""
+    proxies: list[Proxy] = []
+
+    async def serve_(*engine: str, options: tuple[str, ...] = (), **entry: Any) -> Proxy:
+        model = engine_model(*engine, "--fail-file", str(tmp_path / "mark-of-this-test"), **{"idle": AWAKE, **entry})
+        proxy = Proxy(tmp_path / "warmpool", *options, settings={"models": {"demo": model}})
+        proxies.append(proxy)
+        return await proxy.listening()
+
+    yield serve_
+    for proxy in proxies:
+        if proxy.process.poll() is None:
+            proxy.process.terminate()
+            await proxy.ended()
+
+
+async def test_the_whole_ladder_and_back_with_state_intact(serve: Any) -> None:
+    proxy: Proxy = await serve("--load-seconds", "2", idle=QUICK)
+    began = time.monotonic()
+    tier, text = await proxy.ask()
+    cold_s = time.monotonic() - began
+    assert tier == "stopped"
+    before = await proxy.engine_state()
+    await proxy.until(COLDEST)
+    began = time.monotonic()
+    assert await proxy.ask() == (COLDEST, text)
+    warm_s = time.monotonic() - began
+    after = await proxy.engine_state()
+    assert after["boot_id"] == before["boot_id"]
+    assert after["pid"] == before["pid"]
+    assert after["served"] > before["served"]
+    assert after["loads"] == 1
+    assert warm_s * 2 < cold_s, "several times faster than a start of 2 s"
+    await proxy.until(COLDEST)
+    assert (await proxy.ask())[0] == COLDEST, "and again from the same image"
+
+
+async def test_every_rung_is_seen_on_the_way_down_and_logged(serve: Any) -> None:
+    proxy: Proxy = await serve(idle=QUICK)
+    await proxy.ask()
+    await proxy.until(COLDEST)
+    log = proxy.log.read_text()
+    down = ["ready -> sleeping", "sleeping -> suspended", "suspended -> checkpointed"]
+    for step in down[: 3 if COLDEST == "checkpointed" else 2]:
+        assert f"demo-1 {step} (idle)" in log
+    assert re.search(r"demo-1 ready from stopped in \d+\.\d+ s: start=\d+ms load=\d+ms", log)
+
+
+async def test_a_host_without_criu_lacks_the_rung_and_says_so(tmp_path: Path) -> None:
+    settings = {"runtime": {"process": {"criu": "no-such-criu"}}, "models": {"demo": engine_model(idle=QUICK)}}
+    proxy = await Proxy(tmp_path / "w", settings=settings).listening()
+    assert "no rung checkpointed with runtime process: no program 'no-such-criu'" in proxy.log.read_text()
+    await proxy.ask()
+    await proxy.until("suspended")
+    assert (await proxy.ask())[0] == "suspended"
+    proxy.process.terminate()
+    assert await proxy.ended() == 0
+
+
+@pytest.mark.criu
+@pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))
+async def test_a_restarted_proxy_goes_on_from_the_checkpoint(serve: Any) -> None:
+    proxy: Proxy = await serve(idle=QUICK)
+    text = (await proxy.ask())[1]
+    boot = (await proxy.engine_state())["boot_id"]
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        await proxy.until("checkpointed")
+        proxy.process.send_signal(kill)
+        await proxy.ended()
+        proxy.log.unlink()
+        proxy = await serve(idle=QUICK)
+        assert (await proxy.instance())["state"] == "checkpointed"
+        assert await proxy.ask() == ("checkpointed", text)
+        assert (await proxy.engine_state())["boot_id"] == boot
+
+
+async def test_killing_the_engine_mid_stream_breaks_the_answer_and_the_next_request_works(serve: Any) -> None:
+    proxy: Proxy = await serve("--tokens-per-second", "20")
+    await proxy.ask()
+    pid = (await proxy.engine_state())["pid"]
+    body = {**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with proxy.session.post("/v1/completions", json=body) as response:
+            await response.content.readany()
+            os.kill(pid, signal.SIGKILL)
+            await response.read()
+    assert (await proxy.ask())[0] == "stopped"
+
+
+async def test_sigterm_lets_streams_finish_and_leaves_no_process(serve: Any) -> None:
+    proxy: Proxy = await serve("--tokens-per-second", "20")
+    await proxy.ask()
+    body = {**ASK, "stream": True, "max_tokens": 30, "ignore_eos": True}
+    async with proxy.session.post("/v1/completions", json=body) as response:
+        await response.content.readany()
+        proxy.process.terminate()
+        rest = await response.read()
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert await proxy.ended() == 0
+    assert "stopped" in proxy.log.read_text().splitlines()[-1]
+
+
+async def test_sigterm_waits_no_longer_than_drain_timeout(tmp_path: Path) -> None:
+    settings = {
+        "server": {"drain_timeout": "300ms"},
+        "models": {"demo": engine_model("--tokens-per-second", "1", warmup={"requests": 0}, canary="never")},
+    }
+    proxy = await Proxy(tmp_path / "w", settings=settings).listening()
+    body = {**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+    async with proxy.session.post("/v1/completions", json=body) as response:
+        await response.content.readany()
+        proxy.process.terminate()
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    assert await proxy.ended() == 0
+
+
+async def test_sigterm_during_a_start_leaves_no_process(serve: Any) -> None:
+    proxy: Proxy = await serve("--hang-start")
+    request = asyncio.create_task(proxy.ask())
+    await proxy.until("waking")
+    proxy.process.terminate()
+    async with asyncio.timeout(PATIENCE_S):
+        while "once more to stop at once" not in proxy.log.read_text():
+            await asyncio.sleep(0.01)
+    proxy.process.terminate()
+    with contextlib.suppress(aiohttp.ClientError, AssertionError):
+        await request
+    assert await proxy.ended() == 0
+
+
+async def test_kill_9_of_the_proxy_leaves_no_process(serve: Any) -> None:
+    proxy: Proxy = await serve("--processes", "2")
+    await proxy.ask()
+    proxy.process.kill()
+    assert await proxy.ended() == -signal.SIGKILL
+
+
+async def test_json_logs_are_objects_without_prompts(serve: Any) -> None:
+    proxy: Proxy = await serve(options=("--log-format", "json"))
+    await proxy.ask(prompt="my secret prompt")
+    proxy.process.terminate()
+    await proxy.ended()
+    lines = [orjson.loads(line) for line in proxy.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    request = next(line for line in lines if line["logger"] == "warmpool.request")
+    assert (request["model"], request["status"], request["tier"]) == ("demo", 200, "stopped")
+    assert "secret" not in proxy.log.read_text()
+
+
+def serve_once(tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
+    proxy = Proxy(tmp_path / "w", settings=settings)
+    return proxy.process.wait(PATIENCE_S), proxy.log.read_text()
+
+
+def test_what_cannot_be_served_ends_with_a_sentence_and_a_status(tmp_path: Path) -> None:
+    status, log = serve_once(tmp_path, {"models": {}})
+    assert (status, "Traceback" in log) == (78, False)
+    assert "models" in log
+    status, log = serve_once(tmp_path, {"server": {"host": "203.0.113.1"}, "models": {"demo": engine_model()}})
+    assert (status, "Traceback" in log) == (69, False)
+    assert "cannot listen on 203.0.113.1:0" in log
