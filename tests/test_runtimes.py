@@ -288,18 +288,13 @@ class TestProcessRuntime(RuntimeContract):
             await bench.runtime.checkpoint(handle, FACTS, Stages())
         assert not await bench.answers(handle), "suspended as before"
 
-    async def test_an_image_that_would_not_fit_is_not_begun(self, tmp_path: Path) -> None:
-        bench = ProcessBench(tmp_path)
+    async def test_an_image_that_would_not_fit_is_not_begun(self, bench: ProcessBench, checkpoints: None) -> None:
         bench.runtime._store.reserve_bytes = 1 << 60
-        await bench.runtime.open()
-        self._needs(bench, Tier.CHECKPOINTED)
         handle = await self.start(bench)
         with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
             await bench.runtime.checkpoint(handle, FACTS, Stages())
         assert failure.value.alive
         assert await bench.answers(handle)
-        await bench.runtime.remove(handle)
-        await bench.close()
 
     async def test_a_damaged_image_is_not_restored(self, bench: ProcessBench, checkpoints: None) -> None:
         handle, _ = await self.checkpointed(bench)
