@@ -229,11 +229,7 @@ class ProcessRuntime:
     async def suspend(self, handle: Handle) -> None:
         """See `Runtime.suspend`."""
         engine = self._running(handle, "suspend")
-        stopped: set[int] = set()
-        # A process may fork while the others are being stopped.
-        while new := set(processes.members(self._mark(handle.instance_id), engine.pid)) - stopped:
-            processes.send(new, signal.SIGSTOP)
-            stopped |= new
+        await processes.stop_whole(self._mark(handle.instance_id), engine.pid)
         engine.suspended = True
 
     async def resume(self, handle: Handle) -> None:

@@ -74,6 +74,23 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+async def stop_whole(mark: str, session: int | None) -> None:
+    """SIGSTOP everything that belongs to an instance and return when all of it stands still."""
+    stopped: set[int] = set()
+    # A process may fork while the others are being stopped.
+    while new := set(members(mark, session)) - stopped:
+        send(new, signal.SIGSTOP)
+        stopped |= new
+    while any(_runs(pid) for pid in stopped):
+        await asyncio.sleep(0.001)  # the kernel tells only the parent of each
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
+
+
 async def wait_gone(pid: int) -> str:
     """Return when the process has ended, having reaped it if it is our child, with a word on how it ended."""
     try:
