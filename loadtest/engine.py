@@ -115,6 +115,7 @@ class Engine:
         self.weights_valid = True
         self.memory: list[bytes] = []
         self.children: list[subprocess.Popen[bytes]] = []
+        self.scratch = [path.open("wb", buffering=0) for path in options.scratch]
         self.slots = asyncio.Semaphore(options.max_num_seqs)
         self.failed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -244,6 +245,8 @@ class Engine:
             return answer
         counters = self.counters
         finished = False
+        for file in self.scratch:
+            file.write(job.id.encode())
         counters.waiting += 1
         try:
             async with self.slots:
@@ -597,6 +600,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--sleep-mode", action=argparse.BooleanOptionalAction, default=False)
     add("--faults", action=argparse.BooleanOptionalAction, default=False)
     add("--processes", type=_number(1, whole=True), default=1, help="size of the process tree")
+    add("--scratch", type=Path, action="append", default=[], help="a file to keep open and to grow with each request")
     add("--fail-start", action="store_true", help="exit with status 3 while loading")
     add("--fail-file", type=Path, help="exit with status 3 while loading as long as this file exists")
     add("--hang-start", action="store_true", help="never become healthy")

@@ -3,34 +3,61 @@
 ::
 
     checkpoint_dir/
-      demo-1/            an image that can be restored
+      demo-1/               an image that can be restored
         manifest.json
-        *.img            CRIU's files
-      demo-2.partial/    one being written; if nobody writes it, a crash left it: removed by `sweep`
+        criu/               CRIU's files
+        rootfs.tar …        what else the runtime needs
+      demo-2.partial/       one being written; if nobody writes it, a crash left it: removed by `sweep`
+      demo.quarantined/     one that failed to restore twice: never used, deleted first when space is needed
+    archive_dir/
+      demo.tar.zst          an image that left tmpfs
 
-Folders have mode 0700: an image holds the memory of an engine, prompts included.
+Folders have mode 0700 and files 0600: an image holds the memory of an engine, prompts included.
+Every file's SHA-256 is in the manifest; `verify` reads them all, `load` only looks at the sizes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import hashlib
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+import tarfile
+import threading
+import zlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import orjson
+import zstandard
 
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_PARTIAL = ".partial"
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = 2
+CRIU_FOLDER: Final = "criu"
+Compression = Literal["none", "gzip", "zstd"]
+SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "zstd": ".tar.zst"}
+
+_PARTIAL: Final = ".partial"
+_OLD: Final = ".old.partial"
+_QUARANTINED: Final = ".quarantined"
+_CHUNK_BYTES: Final = 4 << 20
+_MANIFEST_LIMIT_BYTES: Final = 16 << 20
+_GZIP_MAGIC: Final = b"\x1f\x8b"
+_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+
+_DAMAGE: Final = (OSError, EOFError, tarfile.TarError, zstandard.ZstdError, zlib.error)
+"""What reading a file that is cut off, not an archive or damaged raises."""
+
+T = TypeVar("T")
 
 
 class StoreError(WarmpoolError):
@@ -41,109 +68,434 @@ class StoreError(WarmpoolError):
 class Manifest:
     """What has to be known to restore an image, and to refuse it on a host where it would not work."""
 
-    instance: str
+    image: str
+    """The name of its folder."""
     model: str
+    runtime: str
     spec_digest: str
-    """Of everything that shaped the engine (command, environment, names); another digest, another engine."""
+    """Of everything that shaped the engine (command, environment, container image); another digest, another engine."""
     created_unix_s: float
-    kernel: str
-    criu: str
-    pid: int
-    port: int
+    facts: Mapping[str, str]
+    """What must be the same where it is restored: kernel, versions, GPU."""
     sleep_level: int
     canary: str | None
-    bytes_by_file: Mapping[str, int]
+    private: Mapping[str, Any]
+    """The runtime's own."""
+    details: Mapping[str, Any]
+    """For people: engine arguments, warm-up figures, timings, what filled the memory."""
+    bytes_by_file: Mapping[str, int] = field(default_factory=dict)
+    sha256_by_file: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def total_bytes(self) -> int:
         """The size of the image."""
         return sum(self.bytes_by_file.values())
 
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Its size by what the bytes are: memory pages, GPU data, shared memory, filesystem diff, process state."""
+        sizes = dict.fromkeys(("memory pages", "GPU data", "shared memory", "filesystem diff", "process state"), 0)
+        for name, size in self.bytes_by_file.items():
+            sizes[kind_of(name)] += size
+        return sizes
+
+    def differences(self, facts: Mapping[str, str]) -> list[str]:
+        """In which facts a host is not the one it was taken on, one line each."""
+        return [
+            f"{name} was {old}, is {facts.get(name, 'missing')} here"
+            for name, old in self.facts.items()
+            if facts.get(name) != old
+        ]
+
+
+def kind_of(name: str) -> str:
+    """What a file of an image holds (criu.org/Images)."""
+    base = name.rpartition("/")[2]
+    if base.startswith("pages-"):
+        return "memory pages"
+    if base.startswith(("amdgpu-", "cuda-", "nvidia-")):
+        return "GPU data"
+    if base.startswith("devshm"):
+        return "shared memory"
+    if base.startswith(("rootfs", "ghost-file", "tmpfs-", "remap")):
+        return "filesystem diff"
+    return "process state"
+
 
 class CheckpointStore:
-    """The images below one folder. Blocking file work is short, but for `remove`, which runs in a thread."""
+    """The images below one folder, and their archives below another.
 
-    def __init__(self, root: Path, reserve_bytes: int) -> None:
-        self.root = root
+    File work over a few KiB runs in a thread; cancelling it waits until the thread has stopped.
+    """
+
+    def __init__(self, root: Path, reserve_bytes: int, archive: Path | None = None) -> None:
+        self.root = root.absolute()
         self.reserve_bytes = reserve_bytes
+        self.archive = archive.absolute() if archive is not None else None
 
     def open(self) -> None:
         """Make the folder. Raises StoreError when that is not possible."""
-        try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.root.chmod(0o700)
-        except OSError as error:
-            raise StoreError(f"checkpoint_dir {self.root}: {error.strerror}") from error
+        _make_private(self.root, "checkpoint_dir")
 
-    def path(self, instance: str) -> Path:
+    def path(self, image: str) -> Path:
         """The folder of a finished image."""
-        return self.root / instance
+        return self.root / image
+
+    def partial(self, image: str) -> Path:
+        """The folder of one being written."""
+        return self.root / (image + _PARTIAL)
 
     def sweep(self) -> list[str]:
         """Delete what a crash left half-written; the names of what was deleted."""
-        left = [p for p in self.root.iterdir() if p.name.endswith(_PARTIAL) or not (p / MANIFEST).is_file()]
+        for old in self.root.glob(f"*{_OLD}"):
+            # The crash came between the two renames that replace an image: the older one is whole.
+            final = self.root / old.name.removesuffix(_OLD)
+            if not final.exists():
+                old.rename(final)
+        left = [
+            p for p in self.root.iterdir() if p.name.endswith(_PARTIAL) or (p.is_dir() and not (p / MANIFEST).is_file())
+        ]
+        if self.archive is not None and self.archive.is_dir():
+            left += self.archive.glob(f"*{_PARTIAL}")
         for path in left:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
         return [path.name for path in left]
 
     def free_bytes(self) -> int:
         """What may still be written: free space less the reserve."""
         return shutil.disk_usage(self.root).free - self.reserve_bytes
 
-    def begin(self, instance: str, expected_bytes: int) -> Path:
-        """An empty folder to write an image of about `expected_bytes` to. Raises StoreError when it would not fit."""
+    def begin(self, image: str, expected_bytes: int) -> Path:
+        """An empty folder to write an image of about `expected_bytes` to. Raises StoreError when it would not fit.
+
+        Where space is short, quarantined images go first.
+        """
+        if expected_bytes > self.free_bytes():
+            for name in self.quarantined():
+                _delete(self.root / (name + _QUARANTINED))
         free = self.free_bytes()
         if expected_bytes > free:
             raise StoreError(
                 f"checkpoint_dir {self.root}: the image needs about {format_size(expected_bytes)}, "
                 f"{format_size(max(0, free))} are free beyond the reserve of {format_size(self.reserve_bytes)}"
             )
-        path = self.root / (instance + _PARTIAL)
-        shutil.rmtree(path, ignore_errors=True)
+        path = self.partial(image)
+        _delete(path)
         path.mkdir(mode=0o700)
+        (path / CRIU_FOLDER).mkdir(mode=0o700)
         return path
 
-    def commit(self, instance: str, manifest: Manifest) -> None:
-        """Turn the folder of `begin` into the image of `instance`, in place of an older one."""
-        partial, final = self.root / (instance + _PARTIAL), self.path(instance)
-        with (partial / MANIFEST).open("wb") as file:
-            file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+    async def commit(self, manifest: Manifest) -> Manifest:
+        """Turn the folder of `begin` into the image `manifest.image`, in place of an older one.
 
-    def abandon(self, instance: str) -> None:
+        The sizes and digests of its files are added to the manifest, which is returned.
+        """
+        partial = self.partial(manifest.image)
+        sizes, digests = await _in_thread(lambda stop: _measure(partial, stop))
+        manifest = replace(manifest, bytes_by_file=sizes, sha256_by_file=digests)
+        manifest = replace(manifest, details={**manifest.details, "bytes_by_kind": manifest.bytes_by_kind()})
+        _write_manifest(partial, manifest)
+        self._put_in_place(manifest.image)
+        return manifest
+
+    def _put_in_place(self, image: str) -> None:
+        final, old = self.path(image), self.root / (image + _OLD)
+        if final.exists():
+            _delete(old)
+            final.rename(old)
+        self.partial(image).rename(final)
+        _delete(old)
+
+    def abandon(self, image: str) -> None:
         """Delete the folder of `begin`."""
-        shutil.rmtree(self.root / (instance + _PARTIAL), ignore_errors=True)
+        _delete(self.partial(image))
 
-    def load(self, instance: str) -> Manifest:
+    def load(self, image: str) -> Manifest:
         """The manifest of an image whose files are all there in full. Raises StoreError otherwise."""
-        path = self.path(instance)
-        try:
-            raw = orjson.loads((path / MANIFEST).read_bytes())
-            if raw["format"] != FORMAT:
-                raise StoreError(f"{path}: format {raw['format']!r}, this version reads {FORMAT}")
-            manifest = Manifest(**raw)
-            for name, size in manifest.bytes_by_file.items():
+        path = self.path(image)
+        manifest = _read_manifest(path)
+        if manifest.image != image:
+            raise StoreError(f"{path}: its manifest is that of {manifest.image!r}")
+        for name, size in manifest.bytes_by_file.items():
+            try:
                 actual = (path / name).stat().st_size
-                if actual != size:
-                    raise StoreError(f"{path / name}: {actual} bytes, the manifest says {size}")
-        except (OSError, orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{path}: not a usable image: {error}") from error
+            except OSError as error:
+                raise StoreError(f"{path / name}: {error.strerror}") from error
+            if actual != size:
+                raise StoreError(f"{path / name}: {actual} bytes, the manifest says {size}")
+        return manifest
+
+    async def verify(self, image: str) -> Manifest:
+        """`load`, and the digest of every file. Raises StoreError naming the first file that differs."""
+        manifest = self.load(image)
+        await _in_thread(lambda stop: _check_digests(self.path(image), manifest, stop))
         return manifest
 
     def names(self) -> list[str]:
-        """The instances that have an image."""
-        return sorted(p.name for p in self.root.iterdir() if (p / MANIFEST).is_file())
+        """The images there are."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if "." not in p.name and (p / MANIFEST).is_file())
 
-    async def remove(self, instance: str) -> None:
-        """Delete an image, finished or partial, if there is one."""
-        for path in (self.path(instance), self.root / (instance + _PARTIAL)):
+    def quarantined(self) -> list[str]:
+        """The images that were set aside."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name.removesuffix(_QUARANTINED) for p in self.root.glob(f"*{_QUARANTINED}"))
+
+    def quarantine(self, image: str) -> None:
+        """Set an image aside, in place of one that was set aside before."""
+        path = self.root / (image + _QUARANTINED)
+        if self.path(image).exists():
+            _delete(path)
+            self.path(image).rename(path)
+
+    async def remove(self, image: str) -> None:
+        """Delete an image, finished, partial or quarantined, if there is one."""
+        for path in (self.path(image), self.partial(image), self.root / (image + _QUARANTINED)):
             if path.exists():
-                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+                await asyncio.to_thread(_delete, path)
+
+    # --- archives ---
+
+    def archive_path(self, image: str) -> Path:
+        """Where the archive of an image is or would be. Raises StoreError without an `archive_dir`."""
+        if self.archive is None:
+            raise StoreError("there is no archive: set pool.archive_dir to a folder on disk")
+        return self.archive / (image + SUFFIX["zstd"])
+
+    def archived(self) -> list[str]:
+        """The images that have an archive."""
+        if self.archive is None or not self.archive.is_dir():
+            return []
+        return sorted(p.name.removesuffix(SUFFIX["zstd"]) for p in self.archive.glob(f"*{SUFFIX['zstd']}"))
+
+    async def archived_manifest(self, image: str) -> Manifest:
+        """The manifest of an archived image. Raises StoreError when there is none that can be read."""
+        path = self.archive_path(image)
+        try:
+            manifest = await asyncio.to_thread(_peek, path)
+        except _DAMAGE as error:
+            raise StoreError(f"{path}: not a usable export: {error}") from error
+        if manifest.image != image:
+            raise StoreError(f"{path}: holds the image {manifest.image!r}")
+        return manifest
+
+    async def put_into_archive(self, image: str) -> Path:
+        """Write an image to `archive_dir`; it stays where it is. Raises StoreError."""
+        path = self.archive_path(image)
+        _make_private(path.parent, "archive_dir")
+        await self.export(image, path, "zstd")
+        return path
+
+    async def take_from_archive(self, image: str) -> Manifest:
+        """Bring an archived image back; the archive stays. Raises StoreError."""
+        return await self.import_(self.archive_path(image), image)
+
+    async def export(self, image: str, target: Path, compression: Compression) -> None:
+        """Write an image to one file, beside and renamed. Raises StoreError."""
+        manifest = self.load(image)
+        source = self.path(image)
+        beside = target.with_name(target.name + _PARTIAL)
+
+        def pack(stop: threading.Event) -> None:
+            with _compressing(beside, compression) as out, tarfile.open(fileobj=out, mode="w|") as tar:
+                for name in (MANIFEST, *manifest.bytes_by_file):
+                    info = tar.gettarinfo(source / name, name)
+                    with (source / name).open("rb") as file:
+                        tar.addfile(info, cast("IO[bytes]", _Stoppable(file, stop)))
+
+        try:
+            await _in_thread(pack)
+            beside.replace(target)
+        except OSError as error:
+            raise StoreError(f"{error.filename or beside}: {error.strerror or error}") from error
+        finally:
+            _delete(beside)
+
+    async def import_(self, source: Path, image: str | None = None) -> Manifest:
+        """Make an image of an exported file, digests checked, under its own name or the given one.
+
+        Raises StoreError when the file is not one, is damaged, or does not fit.
+        """
+        try:
+            manifest = await asyncio.to_thread(_peek, source)
+            if image is not None and manifest.image != image:
+                raise StoreError(f"{source}: holds the image {manifest.image!r}, not {image!r}")
+            if not manifest.image or manifest.image in {".", ".."} or "/" in manifest.image or "." in manifest.image:
+                raise StoreError(f"{source}: {manifest.image!r} is not the name of an image")
+            partial = self.begin(manifest.image, manifest.total_bytes())
+            try:
+                await _in_thread(lambda stop: _unpack(source, partial, manifest, stop))
+                self._put_in_place(manifest.image)
+            finally:
+                self.abandon(manifest.image)
+        except _DAMAGE as error:
+            raise StoreError(f"{source}: not a usable export: {error}") from error
+        return manifest
 
 
-def measure(path: Path) -> dict[str, int]:
-    """File name → bytes, for every file of an image's folder."""
-    return {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST}
+class _Stoppable:
+    """A file that cannot be read on once `stop` is set."""
+
+    def __init__(self, file: IO[bytes], stop: threading.Event) -> None:
+        self._file = file
+        self._stop = stop
+
+    def read(self, size: int = -1) -> bytes:
+        if self._stop.is_set():
+            raise OSError("cancelled")
+        return self._file.read(size)
+
+
+async def _in_thread(work: Callable[[threading.Event], T]) -> T:
+    """The result of `work` in a thread; when cancelled, `work` is told so and waited for."""
+    stop = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([task])
+        raise
+
+
+def _make_private(folder: Path, setting: str) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(f"{setting} {folder}: {error.strerror}") from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        return _parse_manifest((folder / MANIFEST).read_bytes(), str(folder))
+    except OSError as error:
+        raise StoreError(f"{folder}: not a usable image: {error}") from error
+
+
+def _parse_manifest(data: bytes, where: str) -> Manifest:
+    try:
+        raw = orjson.loads(data)
+        if raw["format"] != FORMAT:
+            raise StoreError(f"{where}: format {raw['format']!r}, this version reads {FORMAT}")
+        manifest = Manifest(**raw)
+        names = [*manifest.bytes_by_file, *manifest.sha256_by_file]
+    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{where}: not a usable image: {error!r}") from error
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise StoreError(f"{where}: not a usable image: file name {name!r}")
+    if set(manifest.bytes_by_file) != set(manifest.sha256_by_file):
+        raise StoreError(f"{where}: not a usable image: sizes and digests are not of the same files")
+    return manifest
+
+
+def _measure(folder: Path, stop: threading.Event) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and digests of every file of an image's folder, by path."""
+    sizes, digests = {}, {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
+        name = str(path.relative_to(folder))
+        if name == MANIFEST:
+            continue
+        path.chmod(0o600)
+        sizes[name] = path.stat().st_size
+        digests[name] = _sha256(path, stop)
+    return sizes, digests
+
+
+def _sha256(path: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        stoppable = _Stoppable(file, stop)
+        while chunk := stoppable.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_digests(folder: Path, manifest: Manifest, stop: threading.Event) -> None:
+    for name, expected in manifest.sha256_by_file.items():
+        if _sha256(folder / name, stop) != expected:
+            raise StoreError(f"{folder / name}: its content is not what was written (SHA-256 differs)")
+
+
+@contextlib.contextmanager
+def _compressing(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as raw:
+        match compression:
+            case "none":
+                yield raw
+            case "gzip":
+                with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as out:
+                    yield cast("IO[bytes]", out)
+            case "zstd":
+                with zstandard.ZstdCompressor(level=3, threads=-1).stream_writer(raw, closefd=False) as out:
+                    yield out
+        raw.flush()
+        os.fsync(raw.fileno())
+
+
+@contextlib.contextmanager
+def _decompressing(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+        raw.seek(0)
+        if magic.startswith(_GZIP_MAGIC):
+            with gzip.GzipFile(fileobj=raw, mode="rb") as file:
+                yield cast("IO[bytes]", file)
+        elif magic == _ZSTD_MAGIC:
+            with zstandard.ZstdDecompressor().stream_reader(raw, closefd=False) as file:
+                yield file
+        else:
+            yield raw
+
+
+def _peek(source: Path) -> Manifest:
+    """The manifest at the head of an exported file."""
+    with _decompressing(source) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        member = tar.next()
+        content = tar.extractfile(member) if member is not None and member.name == MANIFEST else None
+        if content is None:
+            raise StoreError(f"{source}: not an export of warmpool's: no {MANIFEST} at its head")
+        return _parse_manifest(content.read(_MANIFEST_LIMIT_BYTES), str(source))
+
+
+def _unpack(source: Path, target: Path, manifest: Manifest, stop: threading.Event) -> None:
+    """Extract the files that the manifest names, and nothing else, and check their digests on the way."""
+    missing = dict(manifest.sha256_by_file)
+    with _decompressing(source) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            expected = missing.pop(member.name, None)
+            content = tar.extractfile(member) if expected is not None and member.isreg() else None
+            if content is None:
+                if member.name == MANIFEST:
+                    continue
+                raise StoreError(f"{source}: {member.name!r} is not in the manifest")
+            path = target / member.name
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            digest = hashlib.sha256()
+            stoppable = _Stoppable(content, stop)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                while chunk := stoppable.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != expected:
+                raise StoreError(f"{source}: {member.name} is damaged (SHA-256 differs)")
+    if missing:
+        raise StoreError(f"{source}: {next(iter(missing))} is missing")
+    _write_manifest(target, manifest)

@@ -17,6 +17,8 @@ from proxy.checkpoints import CheckpointStore
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
 from proxy.pool import Pool
+from proxy.runtime.claim import Claim
+from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
 from proxy.web import app
 
@@ -111,9 +113,13 @@ def _plain(value: Any) -> Any:
 
 
 def _runtimes(settings: Settings) -> dict[str, Runtime]:
-    store = CheckpointStore(settings.pool.checkpoint_dir, settings.pool.checkpoint_reserve)
+    pool = settings.pool
+    store = CheckpointStore(pool.checkpoint_dir, pool.checkpoint_reserve, pool.archive_dir)
+    claim = Claim(pool.state_dir)
+    programs = [m.podman.criu.program for m in settings.models.values() if m.podman and m.podman.criu.program]
     return {
-        "process": ProcessRuntime(settings.runtime.process, state_dir=settings.pool.state_dir, store=store),
+        "process": ProcessRuntime(settings.runtime.process, claim=claim, store=store),
+        "podman": PodmanRuntime(settings.runtime.podman, claim=claim, store=store, criu_programs=programs),
     }
 
 

@@ -12,9 +12,10 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -40,6 +41,8 @@ from proxy.instance import Tier
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+ENGINE_TABLES: Final = ("process", "podman")
+"""The tables of a model that say what its engine is; each is the name of a runtime."""
 ENV_PREFIX = "WARMPOOL_"
 ENV_DELIMITER = "__"
 RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID"})
@@ -93,12 +96,25 @@ def format_size(count: int) -> str:
     return f"{count}B"
 
 
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is not an absolute path")
+    return path
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), PlainSerializer(format_duration)]
 OptionalDuration = Annotated[
     float | None, BeforeValidator(_parse_optional_duration), PlainSerializer(_format_optional_duration)
 ]
 Size = Annotated[ByteSize, PlainSerializer(format_size)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+ActionName = Literal[
+    "pre-dump", "post-dump", "pre-restore", "post-restore", "pre-resume", "post-resume", "network-lock",
+    "network-unlock", "setup-namespaces", "post-setup-namespaces",
+]  # fmt: skip
+"""The points at which CRIU runs action scripts (criu.org/Action_scripts)."""
+PortRange = Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 ModelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -145,21 +161,20 @@ class PoolSettings(_Section):
         default=ByteSize(256 << 20),
         description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",
     )
-
-
-class ProcessRuntimeSettings(_Section):
-    """Engines as plain local processes."""
-
-    ports: Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")] = Field(
-        default="18100-18999",
-        description="Loopback ports for engines. Outside the kernel's ephemeral range, or a restored engine may find "
-        "its port taken.",
+    archive_dir: Path | None = Field(
+        default=None,
+        description="Folder on disk for archived checkpoints (made, mode 0700); without, there is no rung archived.",
+        examples=["/var/lib/warmpool/archive"],
     )
-    criu: str = Field(default="criu", description="The CRIU binary: a name in PATH, or a path.")
-    stop_grace: Duration = Field(default=5.0, description="Time between SIGTERM and SIGKILL of an engine.")
+
+
+class _Ports(_Section):
+    """Settings with a range of ports."""
+
+    ports: PortRange
 
     @model_validator(mode="after")
-    def _ports_are_a_range(self) -> ProcessRuntimeSettings:
+    def _ports_are_a_range(self) -> Self:
         first, last = self.port_range()
         if not 1024 <= first <= last <= 65535:
             raise ValueError("ports must be FIRST-LAST with 1024 <= FIRST <= LAST <= 65535")
@@ -171,10 +186,42 @@ class ProcessRuntimeSettings(_Section):
         return int(first), int(last)
 
 
+class ProcessRuntimeSettings(_Ports):
+    """Engines as plain local processes."""
+
+    ports: PortRange = Field(
+        default="18100-18999",
+        description="Loopback ports for engines. Outside the kernel's ephemeral range, or a restored engine may find "
+        "its port taken.",
+    )
+    criu: str = Field(default="criu", description="The CRIU binary: a name in PATH, or a path.")
+    stop_grace: Duration = Field(default=5.0, description="Time between SIGTERM and SIGKILL of an engine.")
+
+
+class PodmanRuntimeSettings(_Ports):
+    """Engines in podman containers (rootful)."""
+
+    ports: PortRange = Field(
+        default="19100-19999", description="Loopback ports that engines are published on, outside the ephemeral range."
+    )
+    socket: Path = Field(
+        default=Path("/run/podman/podman.sock"),
+        description="podman's REST API. Where nobody listens there, warmpool starts `podman system service` itself.",
+    )
+    stop_grace: Duration = Field(
+        default=10.0, description="Time between SIGTERM and SIGKILL of an engine; whole seconds."
+    )
+    on_exit: Literal["keep", "stop"] = Field(
+        default="keep",
+        description="What becomes of running engines when warmpool ends: kept for the next one to adopt, or stopped.",
+    )
+
+
 class RuntimeSettings(_Section):
     """The runtimes that start engines."""
 
     process: ProcessRuntimeSettings = ProcessRuntimeSettings()
+    podman: PodmanRuntimeSettings = PodmanRuntimeSettings()
 
 
 class IdleSettings(_Section):
@@ -185,12 +232,17 @@ class IdleSettings(_Section):
     )
     suspended: OptionalDuration = Field(default=120.0, description="Suspended: frozen, and its GPU memory in host RAM.")
     checkpointed: OptionalDuration = Field(default=600.0, description="Checkpointed: an image on tmpfs, no process.")
-    stopped: OptionalDuration = Field(default=None, description="Stopped: the image is removed as well.")
+    archived: OptionalDuration = Field(
+        default=None, description="Archived: the image compressed on disk, in pool.archive_dir."
+    )
+    stopped: OptionalDuration = Field(
+        default=None, description="Stopped: the instance is removed, and its image unless other instances share it."
+    )
 
     @model_validator(mode="after")
     def _colder_is_later(self) -> IdleSettings:
         previous_name, previous_s = "", 0.0
-        for name in ("sleeping", "suspended", "checkpointed", "stopped"):
+        for name in ("sleeping", "suspended", "checkpointed", "archived", "stopped"):
             after_s = getattr(self, name)
             if after_s is None:
                 continue
@@ -205,6 +257,7 @@ class IdleSettings(_Section):
             Tier.SLEEPING: self.sleeping,
             Tier.SUSPENDED: self.suspended,
             Tier.CHECKPOINTED: self.checkpointed,
+            Tier.ARCHIVED: self.archived,
             Tier.STOPPED: self.stopped,
         }
         return {tier: after_s for tier, after_s in times.items() if after_s is not None}
@@ -227,6 +280,15 @@ class WarmupSettings(_Section):
     max_tokens: PositiveInt = Field(default=8, description="Tokens to generate for each.")
 
 
+def _check_fields(command: Iterable[str], known: tuple[str, ...]) -> None:
+    for argument in command:
+        for name in re.findall(r"\{(\w*)\}", argument):
+            if name not in known:
+                raise ValueError(f"command: {{{name}}} is not one of {', '.join(f'{{{k}}}' for k in known)}")
+    if not any("{port}" in argument for argument in command):
+        raise ValueError("command: {port} is missing; warmpool chooses the port the engine has to listen on")
+
+
 class ProcessEngineSettings(_Section):
     """An engine as a local process tree."""
 
@@ -241,12 +303,120 @@ class ProcessEngineSettings(_Section):
 
     @model_validator(mode="after")
     def _fields_exist(self) -> ProcessEngineSettings:
-        for argument in self.command:
-            for name in re.findall(r"\{(\w*)\}", argument):
-                if name not in {"host", "port", "model", "python"}:
-                    raise ValueError(f"command: {{{name}}} is not one of {{host}}, {{port}}, {{model}}, {{python}}")
-        if not any("{port}" in argument for argument in self.command):
-            raise ValueError("command: {port} is missing; warmpool chooses the port the engine has to listen on")
+        _check_fields(self.command, ("host", "port", "model", "python"))
+        return self
+
+
+class VolumeSettings(_Section):
+    """A folder or file of the host, or a volume of podman's, in the container."""
+
+    source: str = Field(min_length=1, description="Absolute path on the host, or the name of a volume.")
+    target: AbsolutePath = Field(description="Absolute path in the container.")
+    writable: bool = Field(default=False, description="Whether the engine may write to it.")
+
+    @model_validator(mode="after")
+    def _source_is_a_path_or_a_name(self) -> VolumeSettings:
+        if not self.source.startswith("/") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.source):
+            raise ValueError(f"source: {self.source!r} is neither an absolute path nor the name of a volume")
+        return self
+
+
+class CriuSettings(_Section):
+    """How an engine is checkpointed and restored."""
+
+    program: AbsolutePath | None = Field(
+        default=None,
+        description="A CRIU binary of your own instead of the one in PATH (runc only).",
+        examples=["/opt/criu/sbin/criu"],
+    )
+    tcp_established: bool = Field(
+        default=False,
+        description="Keep established TCP connections; only for a model with one instance, restored where it was.",
+    )
+    tcp_close: bool = Field(
+        default=True, description="Restore established TCP connections as closed ones, so that none can fail a dump."
+    )
+    file_locks: bool = Field(default=True, description="Dump file locks.")
+    link_remap: bool = Field(default=True, description="Dump unlinked files that are still open, such as semaphores.")
+    ghost_limit: Size = Field(default=ByteSize(4 << 30), description="Largest deleted file to take into the image.")
+    network_lock: Literal["skip", "nftables", "iptables"] = Field(
+        default="skip",
+        description="How traffic is held back during a dump; warmpool has closed its connections before.",
+    )
+    ignore_static_ip: bool = Field(default=True, description="A restored container may get another address.")
+    ignore_static_mac: bool = Field(default=True, description="A restored container may get another MAC address.")
+    ignore_rootfs: bool = Field(
+        default=False, description="Leave what the engine wrote to its root filesystem out of the image."
+    )
+    print_stats: bool = Field(default=True, description="Ask CRIU for its own timings; they appear among the stages.")
+    leave_running: bool = Field(
+        default=False, description="`warmpool checkpoint create` leaves the engine running, restored from the image."
+    )
+    compression: Literal["none", "gzip", "zstd"] = Field(
+        default="zstd", description="Of `warmpool checkpoint export`; archives are always zstd."
+    )
+    options: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*( [^\n]*)?$")]] = Field(
+        default=[], description="Further lines for CRIU's configuration file, such as `lsm-profile …`."
+    )
+    action_scripts: dict[ActionName, AbsolutePath] = Field(
+        default={}, description="Programs to run at a point of dump or restore, by the name CRIU has for it."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_with_connections(self) -> CriuSettings:
+        if self.tcp_established and self.tcp_close:
+            raise ValueError("tcp_established and tcp_close exclude each other; set tcp_close = false")
+        return self
+
+
+class PodmanEngineSettings(_Section):
+    """An engine in a podman container."""
+
+    image: str = Field(min_length=1, description="The container image; it must be there, warmpool pulls nothing.")
+    command: ArgumentList = Field(
+        description="Arguments for the image's entry point. {host}, {port} and {model} are replaced."
+    )
+    entrypoint: list[str] | None = Field(
+        default=None, description="Instead of the image's entry point.", examples=[["vllm", "serve"]]
+    )
+    env: dict[str, SecretStr] = Field(default={}, description="Environment of the engine.")
+    volumes: list[VolumeSettings] = Field(default=[], description="Folders to mount.")
+    devices: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description='Devices: CDI names ("nvidia.com/gpu=0"), or paths ("/dev/nvidia0", "/dev/nvidiactl").',
+    )
+    shm_size: Size = Field(default=ByteSize(64 << 20), description="Size of /dev/shm.")
+    ulimits: dict[Annotated[str, Field(pattern=r"^[a-z]+$")], Annotated[str, Field(pattern=r"^-?\d+(:-?\d+)?$")]] = (
+        Field(default={}, description='Resource limits, SOFT:HARD: { nofile = "65536:65536", memlock = "-1:-1" }.')
+    )
+    pids_limit: Annotated[int, Field(ge=-1)] = Field(
+        default=-1, description="Most processes and threads; -1: no limit."
+    )
+    memory_limit: Size | None = Field(
+        default=None, description="Most memory the container may use.", examples=["64GiB"]
+    )
+    privileged: bool = Field(
+        default=False, description="Run with all capabilities and devices. The seccomp profile stays."
+    )
+    seccomp: AbsolutePath | None = Field(
+        default=None,
+        description="Seccomp profile; default is podman's own less io_uring, with `privileged` one that forbids only "
+        "io_uring.",
+        examples=["/etc/warmpool/no-io-uring.json"],
+    )
+    security_options: list[
+        Annotated[str, Field(pattern=r"^(label|apparmor|no-new-privileges|mask|unmask)([=:].*)?$")]
+    ] = Field(default=[], description='As for podman: "label=disable", "apparmor=unconfined", "no-new-privileges".')
+    network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        default="bridge",
+        description='"bridge" (a published port each), "host" (only for one instance), or the name of a network.',
+    )
+    container_port: Port = Field(default=8000, description="The port the engine listens on inside, where not `host`.")
+    criu: CriuSettings = CriuSettings()
+
+    @model_validator(mode="after")
+    def _fields_exist(self) -> PodmanEngineSettings:
+        _check_fields(self.command, ("host", "port", "model"))
         return self
 
 
@@ -282,23 +452,42 @@ class ModelSettings(_Section):
         description="Whether a restored engine must repeat a known answer before it serves: "
         "once per image, each time, never.",
     )
+    keep: bool = Field(
+        default=True,
+        description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
+        "the next step down writes it anew; only for one instance.",
+    )
     idle: IdleSettings = IdleSettings()
     health: HealthSettings = HealthSettings()
     warmup: WarmupSettings = WarmupSettings()
     process: ProcessEngineSettings | None = Field(default=None, description="The engine, as a local process.")
+    podman: PodmanEngineSettings | None = Field(default=None, description="The engine, in a podman container.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSettings:
-        if self.process is None:
-            raise ValueError("no engine: add a table `process` with a `command`")
+        tables = [name for name in ENGINE_TABLES if getattr(self, name) is not None]
+        if not tables:
+            raise ValueError("no engine: add a table `process` or `podman` with a `command`")
+        if len(tables) > 1:
+            raise ValueError(f"more than one engine: keep one of the tables {', '.join(tables)}")
         if self.min_ready > self.max_instances:
             raise ValueError(f"min_ready is {self.min_ready}, more than max_instances ({self.max_instances})")
+        if self.max_instances > 1:
+            self._check_several()
         return self
+
+    def _check_several(self) -> None:
+        if not self.keep:
+            raise ValueError("keep = false needs max_instances = 1: the others would have no checkpoint")
+        if self.podman is not None and self.podman.network == "host":
+            raise ValueError('podman.network = "host" needs max_instances = 1: clones would share one port')
+        if self.podman is not None and self.podman.criu.tcp_established:
+            raise ValueError("podman.criu.tcp_established needs max_instances = 1: connections cannot be cloned")
 
     @property
     def runtime(self) -> str:
         """The name of the runtime that starts its engines."""
-        return "process"
+        return next(name for name in ENGINE_TABLES if getattr(self, name) is not None)
 
 
 class Settings(BaseSettings):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from proxy.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from proxy.config import WarmupSettings
+
 CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
 CANARY_TOKENS = 16
 
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
+_JSON = {"Content-Type": "application/json"}
 _SEND_AT_ONCE_BYTES = 256 << 10
 
 
@@ -111,13 +115,7 @@ class EngineClient:
 
     async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
         """The text of a completion at temperature 0, or None where the engine offers no completions (4xx)."""
-        request = {
-            "model": self.served_name,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "seed": 0,
-        }
+        request = self._completion(prompt, max_tokens)
         status, body = await self._call(stage, "POST", "/v1/completions", json=request)
         if 400 <= status < 500:
             return None
@@ -129,6 +127,53 @@ class EngineClient:
         if status != 200 or not isinstance(text, str):
             raise EngineError(stage, f"POST /v1/completions answered {status} {_excerpt(body)}")
         return text
+
+    async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
+        """Send the warm-up requests, one after the other; what each took, as far as the engine offers completions.
+
+        `ttft_s`: to the first token; `total_s`; `tokens`: how many the engine says it generated.
+        """
+        figures = []
+        for _ in range(settings.requests):
+            figure = await self._streamed("warmup", settings.prompt, settings.max_tokens)
+            if figure is None:
+                break
+            figures.append(figure)
+        return figures
+
+    async def _streamed(self, stage: str, prompt: str, max_tokens: int) -> dict[str, float] | None:
+        request = {**self._completion(prompt, max_tokens), "stream": True, "stream_options": {"include_usage": True}}
+        began = time.perf_counter()
+        ttft_s, tokens = None, 0
+        try:
+            async with self._connected().post(
+                self.base_url + "/v1/completions", data=orjson.dumps(request), headers=_JSON
+            ) as response:
+                if 400 <= response.status < 500:
+                    return None
+                if response.status != 200:
+                    body = await response.read()
+                    raise EngineError(stage, f"POST /v1/completions answered {response.status} {_excerpt(body)}")
+                async for line in response.content:
+                    event = _json(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
+                    if not isinstance(event, dict):
+                        continue
+                    if ttft_s is None and event.get("choices"):
+                        ttft_s = time.perf_counter() - began
+                    usage = event.get("usage")
+                    if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+                        tokens = usage["completion_tokens"]
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise EngineError(stage, f"POST /v1/completions: {str(error) or type(error).__name__}") from error
+        if ttft_s is None:
+            raise EngineError(stage, "POST /v1/completions streamed no token")
+        total_s = time.perf_counter() - began
+        return {"ttft_s": round(ttft_s, 4), "total_s": round(total_s, 4), "tokens": tokens}
+
+    def _completion(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.served_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
+        }  # fmt: skip
 
     async def canary(self) -> str | None:
         """The engine's answer to a fixed prompt; a restored engine must give the same one."""
@@ -156,7 +201,7 @@ class EngineClient:
         self, stage: str, method: str, path: str, json: Mapping[str, Any] | None = None
     ) -> tuple[int, bytes]:
         data = orjson.dumps(json) if json is not None else None
-        headers = {"Content-Type": "application/json"} if data is not None else {}
+        headers = _JSON if data is not None else {}
         try:
             async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
                 return response.status, await response.read()

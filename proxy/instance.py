@@ -47,6 +47,9 @@ class State(enum.Enum):
     SUSPENDED = "suspended"
     CHECKPOINTING = "checkpointing"
     CHECKPOINTED = "checkpointed"
+    CLONING = "cloning"
+    ARCHIVING = "archiving"
+    ARCHIVED = "archived"
     BROKEN = "broken"
     STOPPING = "stopping"
     GONE = "gone"
@@ -61,12 +64,15 @@ class Event(enum.Enum):
     SLEEP = "sleep"
     SUSPEND = "suspend"
     CHECKPOINT = "checkpoint"
+    CLONE = "clone"
+    ARCHIVE = "archive"
     STOP = "stop"
 
     AT_READY = "at_ready"
     AT_SLEEPING = "at_sleeping"
     AT_SUSPENDED = "at_suspended"
     AT_CHECKPOINTED = "at_checkpointed"
+    AT_ARCHIVED = "at_archived"
     BROKE = "broke"
     WENT = "went"
 
@@ -74,7 +80,7 @@ class Event(enum.Enum):
 def _table() -> dict[tuple[State, Event], State]:
     s, e = State, Event
     table: dict[tuple[State, Event], State] = {}
-    for resting in (s.NEW, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED):
+    for resting in (s.NEW, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED, s.ARCHIVED):
         table[resting, e.WAKE] = s.WAKING
     table[s.WAKING, e.AT_READY] = s.READY
     table[s.READY, e.RETIRE] = s.RETIRING
@@ -85,21 +91,26 @@ def _table() -> dict[tuple[State, Event], State]:
         table[live, e.SUSPEND] = s.SUSPENDING
     for live in (s.READY, s.RETIRING, s.SLEEPING, s.SUSPENDED):
         table[live, e.CHECKPOINT] = s.CHECKPOINTING
+    table[s.NEW, e.CLONE] = s.CLONING
+    table[s.CHECKPOINTED, e.ARCHIVE] = s.ARCHIVING
     # A step that failed without harm leaves the instance where it was.
     for moving, arrivals in {
         s.FALLING_ASLEEP: (e.AT_SLEEPING, e.AT_READY),
         s.SUSPENDING: (e.AT_SUSPENDED, e.AT_SLEEPING, e.AT_READY),
         s.CHECKPOINTING: (e.AT_CHECKPOINTED, e.AT_SUSPENDED, e.AT_SLEEPING, e.AT_READY),
+        s.CLONING: (e.AT_CHECKPOINTED, e.AT_ARCHIVED),
+        s.ARCHIVING: (e.AT_ARCHIVED, e.AT_CHECKPOINTED),
     }.items():
         for arrival in arrivals:
             table[moving, arrival] = _ARRIVALS[arrival]
     for alive in (
         s.WAKING, s.READY, s.RETIRING, s.FALLING_ASLEEP, s.SLEEPING, s.SUSPENDING, s.SUSPENDED, s.CHECKPOINTING,
+        s.CLONING, s.ARCHIVING,
     ):  # fmt: skip
         table[alive, e.BROKE] = s.BROKEN
     # The processes of a broken instance are gone, its image is still good.
     table[s.BROKEN, e.AT_CHECKPOINTED] = s.CHECKPOINTED
-    for state in (s.NEW, s.READY, s.RETIRING, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED, s.BROKEN):
+    for state in (s.NEW, s.READY, s.RETIRING, s.SLEEPING, s.SUSPENDED, s.CHECKPOINTED, s.ARCHIVED, s.BROKEN):
         table[state, e.STOP] = s.STOPPING
     table[s.STOPPING, e.WENT] = s.GONE
     return table
@@ -110,6 +121,7 @@ _ARRIVALS: Final = {
     Event.AT_SLEEPING: State.SLEEPING,
     Event.AT_SUSPENDED: State.SUSPENDED,
     Event.AT_CHECKPOINTED: State.CHECKPOINTED,
+    Event.AT_ARCHIVED: State.ARCHIVED,
 }
 
 TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = _table()
@@ -120,6 +132,7 @@ ARRIVAL: Final[Mapping[Tier, Event]] = {
     Tier.SLEEPING: Event.AT_SLEEPING,
     Tier.SUSPENDED: Event.AT_SUSPENDED,
     Tier.CHECKPOINTED: Event.AT_CHECKPOINTED,
+    Tier.ARCHIVED: Event.AT_ARCHIVED,
 }
 """The event that says an instance has come to rest on a rung."""
 
@@ -127,6 +140,7 @@ DESCENT: Final[Mapping[Tier, Event]] = {
     Tier.SLEEPING: Event.SLEEP,
     Tier.SUSPENDED: Event.SUSPEND,
     Tier.CHECKPOINTED: Event.CHECKPOINT,
+    Tier.ARCHIVED: Event.ARCHIVE,
     Tier.STOPPED: Event.STOP,
 }
 """The event that starts the way down to a rung."""
@@ -137,13 +151,18 @@ RESTING: Final[Mapping[State, Tier]] = {
     State.SLEEPING: Tier.SLEEPING,
     State.SUSPENDED: Tier.SUSPENDED,
     State.CHECKPOINTED: Tier.CHECKPOINTED,
+    State.ARCHIVED: Tier.ARCHIVED,
 }
 """The states in which nothing is under way, and the rung each of them is."""
 
-DESCENDING: Final = frozenset({State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING})
-"""On the way to a colder rung, from which it can be woken again once it is there."""
+DESCENDING: Final = frozenset(
+    {State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING, State.CLONING, State.ARCHIVING}
+)
+"""On the way to a rung from which it can be woken again once it is there."""
 
-AWAKE: Final = frozenset({State.WAKING, State.READY, State.RETIRING}) | DESCENDING
+AWAKE: Final = frozenset(
+    {State.WAKING, State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING}
+)
 """Holding, or about to hold, what an awake engine holds."""
 
 
@@ -192,8 +211,8 @@ class Instance:
     """
 
     __slots__ = (
-        "barred", "generation", "has_image", "id", "idle_since", "image_failures", "last_used_unix_s", "last_wake",
-        "leases", "model", "sleep_level", "state", "waking_from",
+        "barred", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
+        "model", "sleep_level", "state", "waking_from",
     )  # fmt: skip
 
     def __init__(self, id_: str, model: str) -> None:
@@ -206,9 +225,6 @@ class Instance:
         self.last_used_unix_s: float | None = None
         self.sleep_level = 0
         """vLLM's sleep level the engine is in: 0 awake, 1 weights in host RAM, 2 weights dropped."""
-        self.has_image = False
-        """A checkpoint of this instance exists and can be restored."""
-        self.image_failures = 0
         self.barred: set[Tier] = set()
         """Rungs that this engine failed to step down to; not tried again until it was started anew."""
         self.waking_from: Tier | None = None
@@ -268,6 +284,8 @@ _TIER_OF: Final[Mapping[State, Tier]] = {
     State.FALLING_ASLEEP: Tier.SLEEPING,
     State.SUSPENDING: Tier.SUSPENDED,
     State.CHECKPOINTING: Tier.CHECKPOINTED,
+    State.CLONING: Tier.CHECKPOINTED,
+    State.ARCHIVING: Tier.ARCHIVED,
     State.BROKEN: Tier.STOPPED,
     State.STOPPING: Tier.STOPPED,
     State.GONE: Tier.STOPPED,

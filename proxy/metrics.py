@@ -78,6 +78,9 @@ class Metrics:
         self.engine_exits = Counter(
             "warmpool_engine_exits", "Engines that ended without being asked to.", ["model"], registry=r
         )
+        self.quarantines = Counter(
+            "warmpool_quarantined_checkpoints", "Checkpoints set aside after failing twice.", ["model"], registry=r
+        )
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
         self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from proxy.instance import Instance
 
-STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.STOPPED)
+STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED, Tier.STOPPED)
 
 TYPICAL_S: Final[Mapping[Tier, float]] = {
     Tier.READY: 0.0,
@@ -46,7 +46,9 @@ class ModelView:
     oldest_wait: float | None = None
     """When the first of those who wait began to."""
     restock_at: float = -math.inf
-    """When `min_ready` may start another engine; later than now after one that failed."""
+    """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
+    has_shared_image: bool = False
+    """A golden checkpoint exists, from which further instances can be cloned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,13 @@ class Wake:
     model: str
     instance: Instance | None
     victim: StepDown | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """Prepare a further instance from the model's golden checkpoint."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ class Readmit:
 class Plan:
     """What to do now, in this order, and when to decide again if nothing happens before."""
 
-    actions: list[Wake | StepDown | Retire | Readmit] = field(default_factory=list)
+    actions: list[Wake | StepDown | Retire | Readmit | Clone] = field(default_factory=list)
     deadline: float | None = None
 
     def not_later_than(self, when: float) -> None:
@@ -124,11 +133,20 @@ def wakes_wanted(model: ModelView, now: float) -> int:
     return max(0, for_queue, for_minimum)
 
 
-def candidates(model: ModelView) -> list[Instance | None]:
+def candidates(model: ModelView, now: float) -> list[Instance | None]:
     """What could be woken for a model, cheapest first; None stands for a new instance."""
     resting = [i for i in model.instances if i.state in RESTING and i.state is not State.READY]
     found: list[Instance | None] = [*sorted(resting, key=lambda i: (i.tier, i.id))]
-    return found + [None] * (model.max_instances - len(model.instances))
+    return found + [None] * (_vacancies(model) - clones_wanted(model, now))
+
+
+def _vacancies(model: ModelView) -> int:
+    return max(0, model.max_instances - len(model.instances))
+
+
+def clones_wanted(model: ModelView, now: float) -> int:
+    """How many instances to prepare from the golden checkpoint: they cost no memory until they are woken."""
+    return _vacancies(model) if model.has_shared_image and now >= model.restock_at else 0
 
 
 def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None:
@@ -138,11 +156,22 @@ def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None
         return None
     for tier in STEPS:
         if tier > here and tier in model.timetable and _possible(instance, tier, model):
-            return tier, instance.idle_since + model.timetable[tier]
+            shared = tier is Tier.ARCHIVED and model.has_shared_image
+            since = _shared_image_idle_since(model) if shared else instance.idle_since
+            return None if since is None else (tier, since + model.timetable[tier])
     return None
 
 
+def _shared_image_idle_since(model: ModelView) -> float | None:
+    """Since when no instance of a model has needed the golden checkpoint on tmpfs; None while one is above."""
+    if any(i.state not in (State.CHECKPOINTED, State.ARCHIVED) for i in model.instances):
+        return None
+    return max((i.idle_since for i in model.instances if i.idle_since is not None), default=None)
+
+
 def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
+    if tier is Tier.ARCHIVED and instance.state is not State.CHECKPOINTED:
+        return False  # only an image can be archived
     return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
 
 
@@ -157,9 +186,9 @@ def decide(view: View, now: float) -> Plan:
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
     starved = False
     for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
-        if model.min_ready and now < model.restock_at:
+        if (model.min_ready or model.has_shared_image) and now < model.restock_at:
             plan.not_later_than(model.restock_at)
-        for candidate in candidates(model)[: wakes_wanted(model, now)]:
+        for candidate in candidates(model, now)[: wakes_wanted(model, now)]:
             victim: StepDown | None = None
             if view.max_awake and awake >= view.max_awake:
                 victim = _victim(view, model, used)
@@ -177,6 +206,7 @@ def decide(view: View, now: float) -> Plan:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
     for model in view.models:
+        plan.actions.extend([Clone(model.key)] * clones_wanted(model, now))
         _reap(model, now, plan, used)
     return plan
 

@@ -36,17 +36,37 @@ if TYPE_CHECKING:
 
     from proxy.config import ModelSettings, Settings
     from proxy.metrics import Metrics
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import Found, Handle, Runtime
 
 log = logging.getLogger("warmpool.pool")
 
 T = TypeVar("T")
 
 MAX_IMAGE_FAILURES = 2
-"""An image that failed to restore this often is not tried a third time."""
+"""An image that failed to restore this often in a row is set aside."""
+_ADOPT_S = 5.0
+"""How long an engine that runs already may take to say that it serves."""
+_DEEPEST_SLEEP = 2
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
 _RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
 """Between two starts for `min_ready` that failed; a request is always a new try."""
+
+
+@dataclass(slots=True)
+class _Image:
+    """What the pool knows of an image; one for all instances of a model where the runtime shares them."""
+
+    present: bool = False
+    archived: bool = False
+    """It is in the archive, and has to be brought back to tmpfs first."""
+    failures: int = 0
+    """Restores that failed, in a row."""
+    sleep_level: int = 0
+    canary: str | None = None
+    canary_checked: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes it or moves it."""
 
 
 @dataclass(slots=True)
@@ -54,6 +74,7 @@ class _Slot:
     """An instance with what the pool holds of it."""
 
     instance: Instance
+    image: _Image
     handle: Handle | None = None
     client: EngineClient | None = None
     task: asyncio.Task[None] | None = None
@@ -61,8 +82,8 @@ class _Slot:
     watcher: asyncio.Task[str] | None = None
     """Ends when the engine does."""
     canary: str | None = None
-    canary_checked: bool = False
-    image_sleep_level: int = 0
+    """What the running engine answers."""
+    warmup: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -81,6 +102,8 @@ class _Model:
     served_name: str
     runtime: Runtime
     slots: dict[str, _Slot] = field(default_factory=dict)
+    image: _Image = field(default_factory=_Image)
+    """The golden checkpoint, where the runtime shares images."""
     queue: deque[_Waiter] = field(default_factory=deque)
     failed_wakes: int = 0
     """In a row."""
@@ -102,6 +125,7 @@ class _Model:
             waiting=len(waiting),
             oldest_wait=waiting[0].since if waiting else None,
             restock_at=self.restock_at,
+            has_shared_image=self.runtime.shares_images and self.image.present,
         )
 
 
@@ -196,22 +220,52 @@ class Pool:
                 log.warning("no rung %s with runtime %s: %s", tier.label, runtime.name, reason)
         for name, runtime in self._runtimes.items():
             mine = {key: m.settings for key, m in self._models.items() if m.settings.runtime == name}
-            for found in await runtime.recover(mine):
-                model = self._models[found.model]
-                if len(model.slots) >= model.settings.max_instances:
-                    await runtime.remove(found.handle)
-                    continue
-                slot = self._new_slot(model, found.handle.instance_id)
-                self._attach(model, slot, found.handle)
-                slot.canary = found.canary
-                slot.image_sleep_level = found.sleep_level
-                instance = slot.instance
-                instance.has_image = True
-                instance.state = State.CHECKPOINTED
-                instance.idle_since = self._clock()
-                log.info("%s adopted: checkpointed", instance.id)
+            recovered = await runtime.recover(mine)
+            images = {owner: _image_of(facts) for owner, facts in recovered.images.items()}
+            for key in mine.keys() & images.keys() if runtime.shares_images else ():
+                self._models[key].image = images[key]
+                log.info("%s: golden checkpoint adopted", key)
+            await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
         self._open = True
         self.tick()
+
+    async def _adopt(self, found: Found, images: Mapping[str, _Image]) -> None:
+        """Take over an instance as it is; one that runs but does not serve is ended."""
+        model = self._models[found.handle.model]
+        if len(model.slots) >= model.settings.max_instances:
+            await model.runtime.remove(found.handle)
+            return
+        slot = self._new_slot(model, found.handle.instance_id)
+        self._attach(model, slot, found.handle)
+        if not model.runtime.shares_images and slot.instance.id in images:
+            slot.image = images[slot.instance.id]
+        instance = slot.instance
+        if found.tier is Tier.READY:
+            instance.state = await self._state_of_running(model, slot)
+        else:
+            instance.state = State.CHECKPOINTED if not slot.image.archived else State.ARCHIVED
+        if instance.state is State.BROKEN:
+            log.warning("%s runs but does not serve: ended", instance.id)
+            await self._mend(model, slot)
+            return
+        if instance.state not in (State.CHECKPOINTED, State.ARCHIVED):
+            self._watch(model, slot)
+        instance.idle_since = self._clock()
+        log.info("%s adopted: %s", instance.id, instance.state.value)
+
+    async def _state_of_running(self, model: _Model, slot: _Slot) -> State:
+        client = _client(slot)
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(_ADOPT_S):
+                asleep = await client.is_sleeping()
+                if asleep:
+                    slot.instance.sleep_level = _DEEPEST_SLEEP  # which one is not to be learned: wake it thoroughly
+                    return State.SLEEPING
+                if await client.healthy(model.settings.health.path):
+                    if asleep is None:
+                        slot.instance.barred.add(Tier.SLEEPING)
+                    return State.READY
+        return State.BROKEN
 
     @property
     def ready(self) -> bool:
@@ -229,7 +283,7 @@ class Pool:
     async def close(self) -> None:
         """End everything: waiters get an error, moves are cancelled, engines end.
 
-        Checkpoints stay for the next start.
+        Checkpoints stay for the next start, and engines too where the runtime leaves them.
         """
         self.begin_drain()
         self._closed = True
@@ -249,8 +303,11 @@ class Pool:
         await self._unwatch(slot)
         if slot.client is not None:
             await slot.client.disconnect()
-        if slot.handle is not None:
-            end = model.runtime.drop if slot.instance.has_image else model.runtime.remove
+        left = slot.instance.state in _LEFT_RUNNING and slot.handle is not None and model.runtime.leave(slot.handle)
+        if left:
+            log.info("%s left running, for the next warmpool to adopt", slot.instance.id)
+        elif slot.handle is not None:
+            end = model.runtime.drop if slot.image.present else model.runtime.remove
             try:
                 await end(slot.handle)
             except RuntimeFailure as error:
@@ -395,8 +452,13 @@ class Pool:
             queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
             waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
 
-    def _begin(self, action: policy.Wake | policy.StepDown | policy.Retire | policy.Readmit) -> None:
+    def _begin(self, action: policy.Wake | policy.StepDown | policy.Retire | policy.Readmit | policy.Clone) -> None:
         match action:
+            case policy.Clone(key):
+                model = self._models[key]
+                slot = self._new_slot(model, _free_id(model))
+                slot.instance.apply(Event.CLONE)
+                slot.task = self._spawn(f"clone {slot.instance.id}", self._clone(model, slot))
             case policy.Wake():
                 self._begin_wake(action)
             case policy.StepDown():
@@ -456,7 +518,7 @@ class Pool:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self.tick)
 
     def _new_slot(self, model: _Model, instance_id: str) -> _Slot:
-        slot = _Slot(Instance(instance_id, model.key))
+        slot = _Slot(Instance(instance_id, model.key), model.image if model.runtime.shares_images else _Image())
         model.slots[instance_id] = slot
         return slot
 
@@ -477,7 +539,7 @@ class Pool:
         if victim is not None:
             with stages.measure("evict"):
                 await asyncio.wait([victim])
-        for tier in _rungs_from(found, instance):
+        for tier in _rungs_from(found, slot):
             try:
                 await self._climb(model, slot, tier, stages)
             except Exception as error:  # noqa: BLE001 - whatever it was, a colder rung may work and nobody may be left waiting
@@ -514,14 +576,18 @@ class Pool:
     def _fail_wake(self, model: _Model, slot: _Slot, failures: Sequence[str]) -> None:
         """Tell those who wait for nothing but this wake; the next request tries again."""
         slot.instance.apply(Event.BROKE)
-        delay_s = _RESTOCK_RETRY_S[min(model.failed_wakes, len(_RESTOCK_RETRY_S) - 1)]
-        model.failed_wakes += 1
-        model.restock_at = self._clock() + delay_s
+        self._rest(model)
         others = (s.instance.state for s in model.slots.values() if s is not slot)
         if any(state in (State.WAKING, State.READY) for state in others):
             return
         message = f"The model {model.served_name!r} could not be started: {'; '.join(failures)}"
         self._fail_waiters(model, WakeFailedError(message, retry_after_s=self._expected_wait_s(model)))
+
+    def _rest(self, model: _Model) -> None:
+        """Nothing that nobody waits for is started for a while."""
+        delay_s = _RESTOCK_RETRY_S[min(model.failed_wakes, len(_RESTOCK_RETRY_S) - 1)]
+        model.failed_wakes += 1
+        model.restock_at = self._clock() + delay_s
 
     async def _climb(self, model: _Model, slot: _Slot, tier: Tier, stages: Stages) -> None:
         """One attempt from one rung, within its time limit."""
@@ -529,7 +595,7 @@ class Pool:
             match tier:
                 case Tier.STOPPED:
                     await self._start(model, slot, stages)
-                case Tier.CHECKPOINTED:
+                case Tier.CHECKPOINTED | Tier.ARCHIVED:
                     await self._restore(model, slot, stages)
                 case Tier.SUSPENDED:
                     with stages.measure("resume"):
@@ -550,10 +616,7 @@ class Pool:
         with stages.measure("load"):
             await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
         with stages.measure("warmup"):
-            for _ in range(settings.warmup.requests):
-                await _unless_it_ends(
-                    slot, client.complete("warmup", settings.warmup.prompt, settings.warmup.max_tokens)
-                )
+            slot.warmup = await _unless_it_ends(slot, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
             instance.barred.add(Tier.SLEEPING)
         slot.canary = None
@@ -562,25 +625,34 @@ class Pool:
                 slot.canary = await _unless_it_ends(slot, client.canary())
 
     async def _restore(self, model: _Model, slot: _Slot, stages: Stages) -> None:
-        settings, instance = model.settings, slot.instance
+        settings, instance, image = model.settings, slot.instance, slot.image
         await self._unwatch(slot)
+        async with image.lock:
+            if image.archived:
+                with stages.measure("unarchive"):
+                    await model.runtime.unarchive_image(_handle(slot))
+                image.archived = False
         with stages.measure("restore"):
             await model.runtime.restore(_handle(slot), stages)
-        instance.sleep_level = slot.image_sleep_level
+        instance.sleep_level = image.sleep_level
+        slot.canary = image.canary
         self._watch(model, slot)
         client = _client(slot)
         with stages.measure("health"):
             await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
         await self._wake_up(slot, stages)
-        due = settings.canary == "always" or (settings.canary == "first" and not slot.canary_checked)
-        if due and slot.canary is not None:
+        due = settings.canary == "always" or (settings.canary == "first" and not image.canary_checked)
+        if due and image.canary is not None:
             with stages.measure("canary"):
                 answer = await _unless_it_ends(slot, client.canary())
-            if answer != slot.canary:
+            if answer != image.canary:
                 raise EngineError(
                     "canary", "the restored engine answers differently from the one that was checkpointed"
                 )
-            slot.canary_checked = True
+            image.canary_checked = True
+        image.failures = 0
+        if not settings.keep:
+            await self._forget_image(model, slot)
 
     async def _wake_up(self, slot: _Slot, stages: Stages) -> None:
         if slot.instance.sleep_level:
@@ -599,20 +671,53 @@ class Pool:
             await model.runtime.drop(slot.handle)
         except RuntimeFailure as error:
             log.error("%s: %s", slot.instance.id, error)
-        if tier is Tier.CHECKPOINTED:
-            slot.instance.image_failures += 1
-            if slot.instance.image_failures >= MAX_IMAGE_FAILURES:
-                log.error("%s: its checkpoint failed %d times and is removed", slot.instance.id, MAX_IMAGE_FAILURES)
-                await self._forget_image(model, slot)
+        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED):
+            slot.image.failures += 1
+            if slot.image.failures >= MAX_IMAGE_FAILURES and slot.image.present:
+                await self._quarantine(model, slot)
+
+    async def _quarantine(self, model: _Model, slot: _Slot) -> None:
+        """Set the image aside; instances that are nothing but this image go with it."""
+        log.error("%s: its checkpoint failed %d times and is set aside", slot.instance.id, slot.image.failures)
+        self._metrics.quarantines.labels(model.key).inc()
+        _reset(slot.image)
+        for other in [s for s in model.slots.values() if s.image is slot.image and s is not slot]:
+            if other.instance.state in (State.CHECKPOINTED, State.ARCHIVED):
+                other.instance.apply(Event.STOP)
+                other.task = self._spawn(
+                    f"remove {other.instance.id}", self._remove(model, other, "its checkpoint was set aside")
+                )
+        try:
+            await model.runtime.quarantine_image(_handle(slot))
+        except (RuntimeFailure, OSError) as error:
+            log.error("%s: %s", slot.instance.id, error)
 
     async def _forget_image(self, model: _Model, slot: _Slot) -> None:
-        slot.instance.has_image = False
-        slot.instance.image_failures = 0
-        slot.canary_checked = False
+        _reset(slot.image)
         try:
             await model.runtime.discard_image(_handle(slot))
         except RuntimeFailure as error:
             log.error("%s: %s", slot.instance.id, error)
+
+    async def _clone(self, model: _Model, slot: _Slot) -> None:
+        """Prepare an instance that the golden checkpoint can be restored to."""
+        try:
+            async with asyncio.timeout(model.settings.wake_timeout):
+                handle = await model.runtime.clone(slot.instance.id, model.key, model.settings)
+        except (RuntimeFailure, TimeoutError) as error:
+            log.warning("%s cannot be prepared: %s", slot.instance.id, str(error) or "no result in time")
+            self._rest(model)
+            slot.instance.apply(Event.BROKE)
+            await self._mend(model, slot)
+            return
+        self._attach(model, slot, handle)
+        slot.instance.idle_since = self._clock()
+        if not slot.image.present:  # set aside meanwhile
+            slot.instance.apply(Event.BROKE)
+            await self._mend(model, slot)
+            return
+        slot.instance.apply(Event.AT_ARCHIVED if slot.image.archived else Event.AT_CHECKPOINTED)
+        log.info("%s prepared: a clone of the golden checkpoint", slot.instance.id)
 
     # --- stepping down ---
 
@@ -637,7 +742,7 @@ class Pool:
                 return
             log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
-            if origin is not Tier.SUSPENDED and slot.watcher is None:
+            if origin < Tier.SUSPENDED and slot.watcher is None:
                 self._watch(model, slot)
         else:
             arrived = to
@@ -648,26 +753,47 @@ class Pool:
         instance.apply(ARRIVAL[arrived])
 
     async def _go_down(self, model: _Model, slot: _Slot, origin: Tier, to: Tier) -> None:
-        instance, client, handle = slot.instance, _client(slot), _handle(slot)
-        keeps_image = to is Tier.CHECKPOINTED and instance.has_image
-        if origin is Tier.READY and Tier.SLEEPING not in instance.barred and not keeps_image:
-            await client.sleep(1)
-            instance.sleep_level = 1
-        if to is Tier.SLEEPING:
-            return
-        await client.disconnect()
-        if to is Tier.SUSPENDED:
-            await model.runtime.suspend(handle)
-            return
-        await self._unwatch(slot)
-        if keeps_image:
-            await model.runtime.drop(handle)
+        match to:
+            case Tier.SLEEPING:
+                await self._fall_asleep(slot, origin)
+            case Tier.SUSPENDED:
+                await self._fall_asleep(slot, origin)
+                await _client(slot).disconnect()
+                await model.runtime.suspend(_handle(slot))
+            case Tier.CHECKPOINTED:
+                async with slot.image.lock:
+                    await self._to_image(model, slot, origin)
+            case _:
+                async with slot.image.lock:
+                    if not slot.image.archived:
+                        await model.runtime.archive_image(_handle(slot))
+                        slot.image.archived = True
+
+    async def _fall_asleep(self, slot: _Slot, origin: Tier) -> None:
+        if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
+            await _client(slot).sleep(1)
+            slot.instance.sleep_level = 1
+
+    async def _to_image(self, model: _Model, slot: _Slot, origin: Tier) -> None:
+        """End the processes; where there is no image yet, write one before."""
+        instance, image, client = slot.instance, slot.image, _client(slot)
+        if image.present:
+            await self._unwatch(slot)
+            await client.disconnect()
+            await model.runtime.drop(_handle(slot))
         else:
-            facts = ImageFacts(instance.sleep_level, slot.canary)
-            await model.runtime.checkpoint(handle, facts, Stages())
-            instance.has_image = True
-            slot.image_sleep_level = instance.sleep_level
-        instance.sleep_level = slot.image_sleep_level
+            if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
+                slot.canary = await client.canary()
+            await self._fall_asleep(slot, origin)
+            await client.disconnect()
+            await self._unwatch(slot)
+            details = {"warmup": slot.warmup}
+            await model.runtime.checkpoint(
+                _handle(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
+            )
+            image.present, image.archived, image.failures = True, False, 0
+            image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
+        instance.sleep_level = image.sleep_level
 
     async def _still_awake(self, slot: _Slot) -> bool:
         with contextlib.suppress(EngineError, TimeoutError):
@@ -740,7 +866,7 @@ class Pool:
         """Clear a broken engine away: down to its checkpoint if it has one, else altogether."""
         instance = slot.instance
         await self._unwatch(slot)
-        if instance.has_image and slot.handle is not None:
+        if slot.image.present and slot.handle is not None:
             if slot.client is not None:
                 await slot.client.disconnect()
             try:
@@ -748,7 +874,7 @@ class Pool:
             except RuntimeFailure as error:
                 log.error("%s: %s", instance.id, error)
             else:
-                instance.sleep_level = slot.image_sleep_level
+                instance.sleep_level = slot.image.sleep_level
                 instance.idle_since = self._clock()
                 instance.apply(Event.AT_CHECKPOINTED)
                 return
@@ -800,7 +926,7 @@ def _instance_status(slot: _Slot) -> dict[str, Any]:
         "tier": instance.tier.label,
         "leases": instance.leases,
         "generation": instance.generation,
-        "has_checkpoint": instance.has_image,
+        "has_checkpoint": slot.image.present,
         "last_used_unix_s": instance.last_used_unix_s,
         "last_wake": None
         if wake is None
@@ -818,6 +944,13 @@ def _connect(handle: Handle, served_name: str, model: ModelSettings) -> EngineCl
     return EngineClient(handle.base_url, served_name, response_timeout_s=model.response_timeout)
 
 
+def _reset(image: _Image) -> None:
+    """There is no image any more."""
+    image.present = image.archived = image.canary_checked = False
+    image.failures = 0
+    image.canary = None
+
+
 def _hand_on(waiter: _Waiter) -> None:
     """Give back a lease that was granted in the moment its waiter was cancelled."""
     granted = waiter.granted
@@ -832,12 +965,16 @@ def _free_id(model: _Model) -> str:
     return f"{model.key}-{number}"
 
 
-def _rungs_from(found: Tier, instance: Instance) -> list[Tier]:
+def _rungs_from(found: Tier, slot: _Slot) -> list[Tier]:
     """The rungs to try, warmest first."""
     rungs = [] if found is Tier.STOPPED else [found]
-    if found < Tier.CHECKPOINTED and instance.has_image:
-        rungs.append(Tier.CHECKPOINTED)
+    if found < Tier.CHECKPOINTED and slot.image.present:
+        rungs.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
     return [*rungs, Tier.STOPPED]
+
+
+def _image_of(facts: ImageFacts) -> _Image:
+    return _Image(True, facts.archived, sleep_level=facts.sleep_level, canary=facts.canary)
 
 
 def _note_unexpected(instance: Instance, error: Exception) -> None:

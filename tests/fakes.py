@@ -16,14 +16,15 @@ from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.base import Found, Handle, ImageFacts, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
+    from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
 
-ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
+ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
 
 
 class Clock:
@@ -57,6 +58,7 @@ class Image:
     sleep_level: int
     model: str
     facts: ImageFacts
+    archived: bool = False
 
 
 class FakeRuntime:
@@ -67,17 +69,18 @@ class FakeRuntime:
 
     name = "process"
 
-    def __init__(self) -> None:
+    def __init__(self, *, shares_images: bool = False) -> None:
+        self.shares_images = shares_images
+        self.leaves = False
         self.offered = ALL_RUNGS
         self.missing: dict[Tier, str] = {}
         self.processes: dict[str, Process] = {}
         self.images: dict[str, Image] = {}
+        self.quarantined: dict[str, Image] = {}
         self.handles: dict[str, Handle] = {}
-        self.found: list[Found] = []
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
-        self._models: dict[str, str] = {}
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -94,20 +97,24 @@ class FakeRuntime:
             raise RuntimeFailure(operation, "the engine is not running")
         return process
 
+    def _owner(self, handle: Handle) -> str:
+        return handle.model if self.shares_images else handle.instance_id
+
+    def _image(self, handle: Handle, operation: str) -> Image:
+        image = self.images.get(self._owner(handle))
+        if image is None:
+            raise RuntimeFailure(operation, "no image")
+        return image
+
     def kill(self, instance_id: str) -> None:
         """The engine ends by itself."""
         process = self.processes.pop(instance_id)
         process.exited.set_result("signal 9")
 
     def inherit(self, before: FakeRuntime, *, keep: bool) -> None:
-        """Take over what a predecessor left on disk."""
+        """Take over what a predecessor left."""
         if keep:
-            self.images = before.images
-            self.handles = before.handles
-            self.found = [
-                Found(before.handles[name], image.model, image.facts.sleep_level, image.facts.canary)
-                for name, image in before.images.items()
-            ]
+            self.images, self.handles, self.processes = before.images, before.handles, before.processes
 
     async def open(self) -> None:
         await self._enter("open")
@@ -118,16 +125,36 @@ class FakeRuntime:
     def rungs(self) -> Rungs:
         return Rungs(self.offered, self.missing)
 
-    async def recover(self, models: Mapping[str, ModelSettings]) -> Sequence[Found]:
+    async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         await self._enter("recover")
-        return self.found
+        found = []
+        for handle in self.handles.values():
+            image = self.images.get(self._owner(handle))
+            if handle.instance_id in self.processes:
+                found.append(Found(handle, Tier.READY))
+            elif image is not None:
+                found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
+        images = {
+            owner: ImageFacts(image.facts.sleep_level, image.facts.canary, archived=image.archived)
+            for owner, image in self.images.items()
+        }
+        return Recovered(found, images)
 
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         await self._enter("start")
-        handle = self.handles.get(instance_id) or Handle(instance_id, "127.0.0.1", next(self._ports))
-        self.handles[instance_id] = handle
-        self._models[instance_id] = key
+        handle = self._new_handle(instance_id, key)
         self.processes[instance_id] = Process(next(self._boots))
+        return handle
+
+    async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        await self._enter("clone")
+        if not self.shares_images:
+            raise RuntimeFailure("clone", "this runtime has no clones")
+        return self._new_handle(instance_id, key)
+
+    def _new_handle(self, instance_id: str, key: str) -> Handle:
+        handle = self.handles.get(instance_id) or Handle(instance_id, key, "127.0.0.1", next(self._ports))
+        self.handles[instance_id] = handle
         return handle
 
     async def wait_exit(self, handle: Handle) -> str:
@@ -145,16 +172,16 @@ class FakeRuntime:
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         process = self._process(handle, "checkpoint")
         await self._enter("checkpoint")
-        model = self._models[handle.instance_id]
-        self.images[handle.instance_id] = Image(process.boot, process.served, process.sleep_level, model, facts)
+        image = Image(process.boot, process.served, process.sleep_level, handle.model, facts)
+        self.images[self._owner(handle)] = image
         self._end(handle)
 
     async def restore(self, handle: Handle, stages: Stages) -> None:
         with stages.measure("fake"):
             await self._enter("restore")
-        image = self.images.get(handle.instance_id)
-        if image is None:
-            raise RuntimeFailure("restore", "no image")
+        image = self._image(handle, "restore")
+        if image.archived:
+            raise RuntimeFailure("restore", "the image is archived")
         self.processes[handle.instance_id] = Process(image.boot, image.served, sleep_level=image.sleep_level)
 
     def _end(self, handle: Handle) -> None:
@@ -166,14 +193,32 @@ class FakeRuntime:
         await self._enter("drop")
         self._end(handle)
 
+    def leave(self, handle: Handle) -> bool:
+        return self.leaves
+
     async def discard_image(self, handle: Handle) -> None:
         await self._enter("discard_image")
-        self.images.pop(handle.instance_id, None)
+        self.images.pop(self._owner(handle), None)
+
+    async def quarantine_image(self, handle: Handle) -> None:
+        await self._enter("quarantine_image")
+        image = self.images.pop(self._owner(handle), None)
+        if image is not None:
+            self.quarantined[self._owner(handle)] = image
+
+    async def archive_image(self, handle: Handle) -> None:
+        await self._enter("archive_image")
+        self._image(handle, "archive").archived = True
+
+    async def unarchive_image(self, handle: Handle) -> None:
+        await self._enter("unarchive_image")
+        self._image(handle, "unarchive").archived = False
 
     async def remove(self, handle: Handle) -> None:
         await self._enter("remove")
         self._end(handle)
-        self.images.pop(handle.instance_id, None)
+        if not self.shares_images:
+            self.images.pop(handle.instance_id, None)
         self.handles.pop(handle.instance_id, None)
 
 
@@ -216,6 +261,11 @@ class FakeEngine:
         await self.runtime._enter("canary")
         return f"{self.answer}" if process.sleep_level == 0 else "garbage"
 
+    async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
+        for _ in range(settings.requests):
+            await self.complete("warmup", settings.prompt, settings.max_tokens)
+        return [{"ttft_s": 0.1, "total_s": 0.2, "tokens": 8.0}] * settings.requests
+
     async def sleep(self, level: int) -> None:
         process = self._process("sleep")
         await self.runtime._enter("sleep")
@@ -233,13 +283,15 @@ class FakeEngine:
 class Rig:
     """A pool on fakes: `rig.pool`, `rig.runtime`, `rig.clock`, `rig.metrics`."""
 
-    def __init__(self, models: dict[str, dict[str, Any]] | None = None, **pool: Any) -> None:
+    def __init__(
+        self, models: dict[str, dict[str, Any]] | None = None, *, shares_images: bool = False, **pool: Any
+    ) -> None:
         entries = models or {"demo": {}}
         self.settings = Settings(
             models={key: model_settings(**entry) for key, entry in entries.items()},
             pool={"switch_after": "10s", **pool},
         )
-        self.runtime = FakeRuntime()
+        self.runtime = FakeRuntime(shares_images=shares_images)
         self.clock = Clock()
         self.metrics = Metrics()
         self.engines: dict[str, FakeEngine] = {}

@@ -13,6 +13,7 @@ from proxy.checkpoints import CheckpointStore
 from proxy.config import Settings
 from proxy.metrics import Metrics
 from proxy.pool import Pool
+from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
 from proxy.web import app
 from tests.support import PATIENCE_S, get_json
@@ -33,7 +34,7 @@ class Front:
         self.metrics = Metrics()
         runtime = ProcessRuntime(
             settings.runtime.process,
-            state_dir=settings.pool.state_dir,
+            claim=Claim(settings.pool.state_dir),
             store=CheckpointStore(settings.pool.checkpoint_dir, 0),
         )
         self.pool = Pool(settings, {"process": runtime}, self.metrics)

@@ -46,6 +46,9 @@ class Bench(Protocol):
     async def crash(self, handle: Handle) -> None:
         """Kill the engine behind the runtime's back."""
 
+    async def scribble(self, handle: Handle) -> None:
+        """Have the engine change memory and files of its own."""
+
     def remains(self) -> list[str]:
         """What is left of any instance: processes, containers, images."""
 
@@ -182,14 +185,49 @@ class RuntimeContract:
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
-    async def test_two_instances_are_checkpointed_and_restored_side_by_side(
-        self, bench: Bench, checkpoints: None
-    ) -> None:
-        (one, first), (two, second) = await asyncio.gather(self.checkpointed(bench, 1), self.checkpointed(bench, 2))
+    async def test_two_instances_are_restored_side_by_side(self, bench: Bench, checkpoints: None) -> None:
+        if bench.runtime.shares_images:
+            one, first = await self.checkpointed(bench, 1)
+            two, second = await bench.runtime.clone("demo-2", "demo", bench.model), first
+        else:
+            (one, first), (two, second) = await asyncio.gather(self.checkpointed(bench, 1), self.checkpointed(bench, 2))
         await asyncio.gather(*(bench.runtime.restore(h, Stages()) for h in (one, two)))
         for handle, boot in ((one, first), (two, second)):
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
+        await bench.runtime.drop(one)
+        assert await bench.answers(two)
+
+    async def test_clones_are_prepared_without_a_process_or_refused(self, bench: Bench, checkpoints: None) -> None:
+        handle, boot = await self.checkpointed(bench)
+        if not bench.runtime.shares_images:
+            with pytest.raises(RuntimeFailure):
+                await bench.runtime.clone("demo-2", "demo", bench.model)
+            return
+        clones = [await bench.runtime.clone(f"demo-{n}", "demo", bench.model) for n in (2, 3)]
+        assert not any([await bench.answers(clone) for clone in clones])
+        assert len({h.base_url for h in (handle, *clones)}) == 3
+        await bench.runtime.remove(handle)
+        for clone in clones:
+            await bench.runtime.restore(clone, Stages())
+            await bench.healthy(clone)
+            assert await bench.boot_id(clone) == boot
+            await bench.runtime.remove(clone)
+        await bench.runtime.discard_image(handle)
+        assert bench.remains() == []
+
+    async def test_what_an_engine_did_after_its_restore_does_not_reach_the_image(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
+        handle, boot = await self.checkpointed(bench)
+        for _ in range(2):
+            await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            await bench.scribble(handle)
+            await bench.runtime.drop(handle)
+        await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
 
     async def test_without_an_image_there_is_no_restore(self, bench: Bench, checkpoints: None) -> None:
         handle, _ = await self.checkpointed(bench)
@@ -199,11 +237,51 @@ class RuntimeContract:
         await bench.runtime.remove(handle)
         assert bench.remains() == []
 
-    async def test_removing_a_checkpointed_instance_removes_its_image(self, bench: Bench, checkpoints: None) -> None:
+    async def test_removing_a_checkpointed_instance_removes_its_image_unless_it_is_shared(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
         handle, _ = await self.checkpointed(bench)
         assert bench.remains() != []
         await bench.runtime.remove(handle)
+        if bench.runtime.shares_images:
+            assert bench.remains() != []
+            await bench.runtime.discard_image(handle)
         assert bench.remains() == []
+
+    async def test_a_quarantined_image_is_kept_and_not_restored(self, bench: Bench, checkpoints: None) -> None:
+        handle, _ = await self.checkpointed(bench)
+        await bench.runtime.quarantine_image(handle)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.restore(handle, Stages())
+        assert (await bench.runtime.recover({"demo": bench.model})).images == {}
+        await bench.runtime.drop(handle)
+        assert await self.start(bench) == handle
+
+    async def test_an_archived_image_comes_back_from_the_archive(self, bench: Bench, checkpoints: None) -> None:
+        self._needs(bench, Tier.ARCHIVED)
+        handle, boot = await self.checkpointed(bench)
+        for _ in range(2):
+            await bench.runtime.archive_image(handle)
+            with pytest.raises(RuntimeFailure):
+                await bench.runtime.restore(handle, Stages())
+            await bench.runtime.drop(handle)
+            await bench.runtime.unarchive_image(handle)
+            await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            await bench.runtime.drop(handle)
+        await bench.runtime.discard_image(handle)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.unarchive_image(handle)
+
+    async def test_a_successor_finds_what_is_archived(self, bench: Bench, checkpoints: None) -> None:
+        self._needs(bench, Tier.ARCHIVED)
+        handle, _ = await self.checkpointed(bench)
+        await bench.runtime.archive_image(handle)
+        after = await bench.successor()
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.ARCHIVED)]
+        assert [image.archived for image in recovered.images.values()] == [True]
 
     async def test_nothing_can_be_done_with_an_engine_that_is_gone(self, bench: Bench) -> None:
         handle = await self.start(bench)
@@ -220,8 +298,10 @@ class RuntimeContract:
     async def test_a_successor_finds_the_checkpoints(self, bench: Bench, checkpoints: None) -> None:
         handle, boot = await self.checkpointed(bench)
         after = await bench.successor()
-        found = await after.runtime.recover({"demo": after.model})
-        assert [(f.handle, f.model, f.sleep_level, f.canary) for f in found] == [(handle, "demo", 1, "yes")]
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.CHECKPOINTED)]
+        owner = "demo" if bench.runtime.shares_images else "demo-1"
+        assert {o: (i.sleep_level, i.canary) for o, i in recovered.images.items()} == {owner: (1, "yes")}
         await after.runtime.restore(handle, Stages())
         await after.healthy(handle)
         assert await after.boot_id(handle) == boot
@@ -229,5 +309,6 @@ class RuntimeContract:
     async def test_a_successor_deletes_checkpoints_of_other_engines(self, bench: Bench, checkpoints: None) -> None:
         await self.checkpointed(bench, 1)
         after = await bench.successor(changed=True)
-        assert await after.runtime.recover({"demo": after.model}) == []
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert (list(recovered.instances), dict(recovered.images)) == ([], {})
         assert after.remains() == []

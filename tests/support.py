@@ -7,12 +7,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import psutil
 
 from proxy.config import ModelSettings
+
+if TYPE_CHECKING:
+    from proxy.runtime.base import Handle
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
@@ -73,6 +76,43 @@ def processes_with(text: str) -> list[int]:
         except (psutil.Error, OSError):
             continue
     return found
+
+
+class HttpBench:
+    """What can be seen of a load-test engine through HTTP."""
+
+    async def healthy(self, handle: Handle) -> None:
+        """Return when the engine answers."""
+        await until_healthy(handle.base_url)
+
+    async def boot_id(self, handle: Handle) -> str:
+        """What the engine drew when it started."""
+        return str((await get_json(f"{handle.base_url}/debug/state"))["boot_id"])
+
+    async def answers(self, handle: Handle) -> bool:
+        """Whether the engine answers right now."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(0.5)) as session,
+                session.get(f"{handle.base_url}/health") as response,
+            ):
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def scribble(self, handle: Handle) -> None:
+        """Have the engine change memory, and its scratch files if it has any."""
+        body = {"model": "demo", "prompt": "scribble", "max_tokens": 50}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{handle.base_url}/v1/completions", json=body) as response,
+        ):
+            assert response.status == 200
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What is in a folder that may not be there."""
+    return sorted(folder.iterdir()) if folder.exists() else []
 
 
 def why_no_criu() -> str | None:

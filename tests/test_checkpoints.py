@@ -2,58 +2,84 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import os
+import tarfile
+import tempfile
 import time
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from proxy.checkpoints import MANIFEST, CheckpointStore, Manifest, StoreError, measure
+from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of
+from tests.support import files_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from proxy.checkpoints import Compression
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    made = CheckpointStore(tmp_path / "images", 0)
+    made = CheckpointStore(tmp_path / "images", 0, tmp_path / "archive")
     made.open()
     return made
 
 
-def manifest(store: CheckpointStore, name: str) -> Manifest:
+def manifest(name: str) -> Manifest:
     return Manifest(
-        instance=name, model="demo", spec_digest="d", created_unix_s=time.time(), kernel="k", criu="4.2", pid=1,
-        port=2, sleep_level=1, canary="c", bytes_by_file=measure(store.root / f"{name}.partial"),
+        image=name, model="demo", runtime="fake", spec_digest="d", created_unix_s=time.time(), facts={"kernel": "k"},
+        sleep_level=1, canary="c", private={"pid": 1}, details={"warmup": []},
     )  # fmt: skip
 
 
-def write(store: CheckpointStore, name: str, data: bytes = b"pages") -> Manifest:
+async def write(store: CheckpointStore, name: str, data: bytes = b"pages") -> Manifest:
     folder = store.begin(name, len(data))
-    (folder / "pages-1.img").write_bytes(data)
-    written = manifest(store, name)
-    store.commit(name, written)
-    return written
+    (folder / CRIU_FOLDER / "pages-1.img").write_bytes(data)
+    (folder / "rootfs.tar").write_bytes(b"tar")
+    return await store.commit(manifest(name))
 
 
-def test_what_was_written_is_read(store: CheckpointStore) -> None:
-    written = write(store, "demo-1")
+async def test_what_was_written_is_read(store: CheckpointStore) -> None:
+    written = await write(store, "demo-1")
     assert store.load("demo-1") == written
-    assert written.total_bytes() == 5
+    assert written.total_bytes() == 8
+    assert written.bytes_by_kind() == {
+        "memory pages": 5, "GPU data": 0, "shared memory": 0, "filesystem diff": 3, "process state": 0,
+    }  # fmt: skip
+    assert written.details["bytes_by_kind"] == written.bytes_by_kind()
     assert store.names() == ["demo-1"]
     assert (store.root).stat().st_mode & 0o777 == 0o700
     assert store.path("demo-1").stat().st_mode & 0o777 == 0o700
+    assert (store.path("demo-1") / "criu" / "pages-1.img").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_new_image_takes_the_place_of_the_old(store: CheckpointStore) -> None:
-    write(store, "demo-1", b"old")
-    write(store, "demo-1", b"newer")
-    assert (store.path("demo-1") / "pages-1.img").read_bytes() == b"newer"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("criu/pages-12.img", "memory pages"),
+        ("criu/core-7.img", "process state"),
+        ("criu/ghost-file-1.img", "filesystem diff"),
+        ("devshm.tar", "shared memory"),
+        ("criu/cuda-state.img", "GPU data"),
+    ],
+)
+def test_files_are_told_apart_by_what_they_hold(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+async def test_a_new_image_takes_the_place_of_the_old(store: CheckpointStore) -> None:
+    await write(store, "demo-1", b"old")
+    await write(store, "demo-1", b"newer")
+    assert (store.path("demo-1") / "criu" / "pages-1.img").read_bytes() == b"newer"
     assert [p.name for p in store.root.iterdir()] == ["demo-1"]
 
 
-def test_one_that_was_not_finished_is_no_image_and_is_swept(store: CheckpointStore) -> None:
-    write(store, "demo-1")
+async def test_one_that_was_not_finished_is_no_image_and_is_swept(store: CheckpointStore) -> None:
+    await write(store, "demo-1")
     store.begin("demo-2", 0)
     (store.root / "demo-3").mkdir()
     assert store.names() == ["demo-1"]
@@ -64,43 +90,204 @@ def test_one_that_was_not_finished_is_no_image_and_is_swept(store: CheckpointSto
     assert store.sweep() == []
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "garbage", "other format", "other fields", "list"])
-def test_a_damaged_image_is_refused(store: CheckpointStore, damage: str) -> None:
-    written = write(store, "demo-1")
+async def test_a_crash_between_the_renames_loses_no_image(store: CheckpointStore) -> None:
+    written = await write(store, "demo-1")
+    store.path("demo-1").rename(store.root / "demo-1.old.partial")
+    store.begin("demo-1", 0)
+    store.sweep()
+    assert store.load("demo-1") == written
+    assert [p.name for p in store.root.iterdir()] == ["demo-1"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "short", "garbage", "other format", "other fields", "list", "renamed", "outside", "no digest"]
+)
+async def test_a_damaged_image_is_refused(store: CheckpointStore, damage: str) -> None:
+    await write(store, "demo-1")
     folder = store.path("demo-1")
+    text = (folder / MANIFEST).read_bytes()
     match damage:
         case "missing":
-            (folder / "pages-1.img").unlink()
+            (folder / "criu" / "pages-1.img").unlink()
         case "short":
-            (folder / "pages-1.img").write_bytes(b"pag")
+            (folder / "criu" / "pages-1.img").write_bytes(b"pag")
         case "garbage":
             (folder / MANIFEST).write_bytes(b"{")
         case "other format":
-            (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b'"format": 1', b'"format": 99'))
+            (folder / MANIFEST).write_bytes(text.replace(b'"format": 2', b'"format": 99'))
         case "other fields":
-            (folder / MANIFEST).write_bytes(b'{"format": 1}')
+            (folder / MANIFEST).write_bytes(b'{"format": 2}')
         case "list":
             (folder / MANIFEST).write_bytes(b"[]")
+        case "renamed":
+            (folder / MANIFEST).write_bytes(text.replace(b'"image": "demo-1"', b'"image": "demo-2"'))
+        case "outside":
+            (folder / MANIFEST).write_bytes(text.replace(b"criu/pages-1.img", b"../../etc/passwd"))
+        case "no digest":
+            (folder / MANIFEST).write_bytes(text.replace(b'"criu/pages-1.img": 5', b'"criu/pages-2.img": 5'))
     with pytest.raises(StoreError, match="demo-1"):
         store.load("demo-1")
-    assert replace(written) == written
 
 
-def test_an_image_that_does_not_fit_is_not_begun(store: CheckpointStore) -> None:
+async def test_a_changed_byte_is_found_by_verify(store: CheckpointStore) -> None:
+    await write(store, "demo-1")
+    await store.verify("demo-1")
+    (store.path("demo-1") / "criu" / "pages-1.img").write_bytes(b"pagex")
+    store.load("demo-1")
+    with pytest.raises(StoreError, match=r"pages-1.img: its content is not what was written"):
+        await store.verify("demo-1")
+
+
+async def test_an_image_that_does_not_fit_is_not_begun_and_harms_no_other(store: CheckpointStore) -> None:
+    await write(store, "demo-1")
     with pytest.raises(StoreError, match="needs about .* are free beyond the reserve"):
         store.begin("demo-1", 1 << 60)
     assert store.sweep() == []
+    store.load("demo-1")
 
 
 async def test_removing_removes_everything_and_can_be_repeated(store: CheckpointStore) -> None:
-    write(store, "demo-1")
+    await write(store, "demo-1")
+    store.quarantine("demo-1")
+    await write(store, "demo-1")
     store.begin("demo-1", 0)
     await store.remove("demo-1")
     await store.remove("demo-1")
     assert list(store.root.iterdir()) == []
 
 
+async def test_a_quarantined_image_is_none_and_gives_way_when_space_is_needed(store: CheckpointStore) -> None:
+    await write(store, "demo-1", b"x" * 4096)
+    store.quarantine("demo-1")
+    store.quarantine("demo-1")
+    assert (store.names(), store.quarantined(), store.sweep()) == ([], ["demo-1"], [])
+    with pytest.raises(StoreError):
+        store.begin("demo-2", 1 << 60)
+    assert store.quarantined() == []
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="checkpoint_dir .*file/images"):
         CheckpointStore(tmp_path / "file" / "images", 0).open()
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+async def test_an_export_is_imported_elsewhere(
+    store: CheckpointStore, tmp_path: Path, compression: Compression
+) -> None:
+    data = os.urandom(5 << 20)
+    written = await write(store, "demo", data)
+    file = tmp_path / f"export{SUFFIX[compression]}"
+    await store.export("demo", file, compression)
+    assert file.stat().st_mode & 0o777 == 0o600
+    other = CheckpointStore(tmp_path / "other", 0)
+    other.open()
+    assert await other.import_(file) == written
+    await other.verify("demo")
+    assert (other.path("demo") / "criu" / "pages-1.img").read_bytes() == data
+    assert other.path("demo").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty", "missing"])
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+async def test_a_damaged_export_is_refused_and_leaves_the_store_as_it_was(
+    store: CheckpointStore, tmp_path: Path, compression: Compression, damage: str
+) -> None:
+    await write(store, "demo", os.urandom(1 << 20))
+    file = tmp_path / "export"
+    await store.export("demo", file, compression)
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "cut":
+            content = content[: len(content) // 2]
+        case "flipped":
+            content[len(content) // 2] ^= 1
+        case "text":
+            content = bytearray(b"hello" * 1000)
+        case "empty":
+            content = bytearray()
+    file.write_bytes(content)
+    if damage == "missing":
+        file.unlink()
+    before = store.load("demo")
+    with pytest.raises(StoreError, match="export"):
+        await store.import_(file)
+    assert store.load("demo") == before
+    await store.verify("demo")
+    assert [p.name for p in store.root.iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "criu/extra.img"])
+async def test_an_export_with_a_file_that_the_manifest_does_not_name_is_refused(
+    store: CheckpointStore, tmp_path: Path, name: str
+) -> None:
+    await write(store, "demo")
+    file = tmp_path / "export.tar"
+    await store.export("demo", file, "none")
+    with tarfile.open(file, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"evil"))
+    await store.remove("demo")
+    with pytest.raises(StoreError, match="not in the manifest"):
+        await store.import_(file)
+    assert list(store.root.iterdir()) == []
+    assert not (tmp_path / "evil").exists()
+
+
+async def test_an_export_under_a_bad_name_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
+    await write(store, "demo")
+    file = tmp_path / "export.tar"
+    await store.export("demo", file, "none")
+    file.write_bytes(file.read_bytes().replace(b'"image": "demo"', b'"image": "../d"'))
+    with pytest.raises(StoreError):
+        await store.import_(file)
+    with pytest.raises(StoreError, match="holds the image"):
+        await store.import_(file, "other")
+
+
+async def test_the_archive_gives_back_what_was_put_there(store: CheckpointStore) -> None:
+    written = await write(store, "demo", b"x" * (1 << 20))
+    path = await store.put_into_archive("demo")
+    assert path.stat().st_size < 1 << 19
+    assert store.archived() == ["demo"]
+    await store.remove("demo")
+    assert await store.archived_manifest("demo") == written
+    assert await store.take_from_archive("demo") == written
+    assert await store.verify("demo") == written
+    assert store.archived() == ["demo"]
+
+
+async def test_without_an_archive_folder_archiving_says_which_key_is_missing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "images", 0)
+    store.open()
+    await write(store, "demo")
+    with pytest.raises(StoreError, match=r"pool.archive_dir"):
+        await store.put_into_archive("demo")
+    assert store.archived() == []
+
+
+async def test_a_cancelled_export_leaves_nothing_behind(store: CheckpointStore, tmp_path: Path) -> None:
+    await write(store, "demo", os.urandom(32 << 20))
+    exporting = asyncio.create_task(store.export("demo", tmp_path / "out.tar.gz", "gzip"))
+    while not (tmp_path / "out.tar.gz.partial").exists():
+        await asyncio.sleep(0)
+    exporting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await exporting
+    assert [p.name for p in files_in(tmp_path)] == ["images"]
+
+
+@given(st.binary(max_size=2000))
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_file_holds_importing_it_is_an_error_of_the_store(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder) / "images", 0)
+        store.open()
+        file = Path(folder) / "file"
+        for head in (b"", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"):
+            file.write_bytes(head + content)
+            with pytest.raises(StoreError):
+                asyncio.run(store.import_(file))
+        assert list(store.root.iterdir()) == []

@@ -15,16 +15,25 @@ LAYERS: dict[str, int] = {
     "proxy.metrics": 0,
     "proxy.instance": 1,
     "proxy.config": 2,
-    "proxy.engine": 2,
+    "proxy.engine": 3,
     "proxy.reference": 3,
     "proxy.checkpoints": 3,
     "proxy.policy": 3,
     "proxy.runtime": 3,
+    "proxy.host": 0,
+    "proxy.importenv": 3,
     "proxy.runtime.launch": 4,
     "proxy.runtime.processes": 4,
-    "proxy.runtime.guard": 5,
+    "proxy.runtime.claim": 4,
+    "proxy.runtime.criu": 4,
+    "proxy.runtime.ports": 4,
+    "proxy.runtime.podman_api": 4,
     "proxy.runtime.base": 4,
-    "proxy.runtime.process": 5,
+    "proxy.runtime.guard": 5,
+    "proxy.runtime.container": 5,
+    "proxy.runtime.images": 5,
+    "proxy.runtime.process": 6,
+    "proxy.runtime.podman": 6,
     "proxy.pool": 6,
     "proxy.web": 6,
     "proxy.web.relay": 7,
@@ -69,7 +78,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_the_command_names_concrete_runtimes(path: Path) -> None:
-    concrete = {"proxy.runtime.process"}
+    concrete = {"proxy.runtime.process", "proxy.runtime.podman"}
     if name_of(path) != "proxy.cli":
         assert not imports_of(path) & concrete
 

@@ -18,7 +18,7 @@ from proxy.errors import (
     WakeFailedError,
 )
 from proxy.instance import Tier
-from proxy.runtime.base import Found, Handle
+from proxy.runtime.base import Handle
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:
@@ -531,7 +531,8 @@ async def test_checkpoints_of_a_predecessor_are_adopted(rig_of: Any) -> None:
     assert old.runtime.images, "closing keeps images"
     rig = Rig({"demo": {"idle": SECONDS}})
     rig.runtime.inherit(old.runtime, keep=True)
-    rig.runtime.found.append(Found(Handle("demo-2", "127.0.0.1", 2), "demo", 1, None))
+    rig.runtime.handles["demo-2"] = Handle("demo-2", "demo", "127.0.0.1", 2)
+    rig.runtime.images["demo-2"] = rig.runtime.images["demo-1"]
     await rig.pool.open()
     assert rig.states() == {"demo-1": "checkpointed"}
     assert rig.runtime.calls["remove"] == 1, "one more than max_instances"

@@ -16,10 +16,21 @@ from proxy.checkpoints import CheckpointStore
 from proxy.config import ModelSettings, ProcessRuntimeSettings
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Stages, Tier
+from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
 from tests.fakes import FakeRuntime, model_settings
 from tests.runtime_contract import FACTS, Bench, RuntimeContract
-from tests.support import PYTHON, ROOT, engine_settings, get_json, processes_with, until_healthy, why_no_criu
+from tests.support import (
+    PYTHON,
+    ROOT,
+    HttpBench,
+    engine_settings,
+    files_in,
+    get_json,
+    processes_with,
+    until_healthy,
+    why_no_criu,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,8 +42,8 @@ if TYPE_CHECKING:
 class FakeBench:
     """The fake runtime, looked at from inside."""
 
-    def __init__(self) -> None:
-        self.runtime = FakeRuntime()
+    def __init__(self, *, shares_images: bool) -> None:
+        self.runtime = FakeRuntime(shares_images=shares_images)
         self.model = ModelSettings(**model_settings())
 
     async def healthy(self, handle: Handle) -> None:
@@ -51,53 +62,37 @@ class FakeBench:
     def remains(self) -> list[str]:
         return [*self.runtime.processes, *self.runtime.images]
 
+    async def scribble(self, handle: Handle) -> None:
+        self.runtime.processes[handle.instance_id].served += 1
+
     async def successor(self, *, changed: bool = False) -> FakeBench:
         await self.runtime.close()
-        after = FakeBench()
+        after = FakeBench(shares_images=self.runtime.shares_images)
         after.runtime.inherit(self.runtime, keep=not changed)
         await after.runtime.open()
         return after
 
 
-class ProcessBench:
-    """The process runtime with load-test engines, looked at through HTTP."""
+class ProcessBench(HttpBench):
+    """The process runtime with load-test engines."""
 
     def __init__(self, folder: Path, *, changed: bool = False, **settings: Any) -> None:
         self.folder = folder
-        self.runtime = ProcessRuntime(
-            ProcessRuntimeSettings(**settings),
-            state_dir=folder / "state",
-            store=CheckpointStore(folder / "images", 0),
-        )
+        self.claim = Claim(folder / "state")
+        self.store = CheckpointStore(folder / "images", 0, folder / "archive")
+        self.runtime = ProcessRuntime(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
         self.model = engine_settings("--max-model-len", "2048" if changed else "4096")
         self.closed = False
         self.heir: ProcessBench | None = None
-
-    async def healthy(self, handle: Handle) -> None:
-        await until_healthy(handle.base_url)
-
-    async def boot_id(self, handle: Handle) -> str:
-        return str((await get_json(f"{handle.base_url}/debug/state"))["boot_id"])
-
-    async def answers(self, handle: Handle) -> bool:
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(0.5)) as session,
-                session.get(f"{handle.base_url}/health") as response,
-            ):
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
 
     async def crash(self, handle: Handle) -> None:
         state = await get_json(f"{handle.base_url}/debug/state")
         os.kill(state["pid"], signal.SIGKILL)
 
     def remains(self) -> list[str]:
-        images = self.folder / "images"
         return [
-            *map(str, processes_with(f"{self.runtime._owner}:demo")),
-            *(p.name for p in (images.iterdir() if images.exists() else ())),
+            *map(str, processes_with(f"{self.claim.owner}:demo")),
+            *(p.name for folder in ("images", "archive") for p in files_in(self.folder / folder)),
         ]
 
     async def close(self) -> None:
@@ -117,9 +112,9 @@ class ProcessBench:
 class TestFakeRuntime(RuntimeContract):
     """So that what the pool's tests show holds for real runtimes too."""
 
-    @pytest.fixture
-    async def bench(self) -> Bench:
-        bench = FakeBench()
+    @pytest.fixture(params=[False, True], ids=["an image each", "shared images"])
+    async def bench(self, request: pytest.FixtureRequest) -> Bench:
+        bench = FakeBench(shares_images=request.param)
         await bench.runtime.open()
         return bench
 
@@ -141,7 +136,7 @@ class TestProcessRuntime(RuntimeContract):
         for handle in [e.handle for e in (bench.heir or bench).runtime._engines.values()]:
             await (bench.heir or bench).runtime.remove(handle)
         await bench.close()
-        assert processes_with(f"{bench.runtime._owner}:") == []
+        assert processes_with(f"{bench.claim.owner}:") == []
 
     @pytest.mark.criu
     @pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))
@@ -179,7 +174,7 @@ class TestProcessRuntime(RuntimeContract):
         model = ModelSettings(process={"command": ["sh", "-c", script]})
         handle = await bench.runtime.start("demo-1", "demo", model)
         async with asyncio.timeout(10):
-            while len(processes_with(f"{bench.runtime._owner}:demo-1;")) < 2:
+            while len(processes_with(f"{bench.claim.owner}:demo-1;")) < 2:
                 await asyncio.sleep(0.01)
         await bench.runtime.remove(handle)
         assert bench.remains() == []
@@ -199,7 +194,7 @@ class TestProcessRuntime(RuntimeContract):
 
     async def test_output_goes_to_a_log_of_its_own_that_only_the_owner_reads(self, bench: ProcessBench) -> None:
         handle = await self.start(bench)
-        log = bench.runtime.log_path("demo-1")
+        log = bench.claim.log_path("demo-1")
         assert f"listening on 127.0.0.1:{handle.port}" in log.read_text()
         assert log.stat().st_mode & 0o777 == 0o600
         assert (bench.folder / "state").stat().st_mode & 0o777 == 0o700
@@ -210,7 +205,7 @@ class TestProcessRuntime(RuntimeContract):
             process={"command": ["sh", "-c", script], "env": {"SECRET": "x y"}},
         )
         await bench.runtime.start("demo-1", "demo", model)
-        log = bench.runtime.log_path("demo-1")
+        log = bench.claim.log_path("demo-1")
         async with asyncio.timeout(10):
             while "/proc/" not in log.read_text():
                 await asyncio.sleep(0.01)
@@ -230,7 +225,7 @@ class TestProcessRuntime(RuntimeContract):
         model = ModelSettings(process={"command": [str(tmp_path / "script"), "{port}"]})
         handle = await bench.runtime.start("demo-1", "demo", model)
         assert await asyncio.wait_for(bench.runtime.wait_exit(handle), 60) == "exit status 127"
-        assert "cannot start" in bench.runtime.log_path("demo-1").read_text()
+        assert "cannot start" in bench.claim.log_path("demo-1").read_text()
 
     async def test_io_uring_is_refused_to_engines(self, bench: ProcessBench) -> None:
         script = (
@@ -240,7 +235,7 @@ class TestProcessRuntime(RuntimeContract):
         model = ModelSettings(process={"command": [PYTHON, "-c", script]})
         handle = await bench.runtime.start("demo-1", "demo", model)
         await asyncio.wait_for(bench.runtime.wait_exit(handle), 60)
-        assert "io_uring -1 ENOSYS" in bench.runtime.log_path("demo-1").read_text()
+        assert "io_uring -1 ENOSYS" in bench.claim.log_path("demo-1").read_text()
 
     async def test_two_proxies_cannot_share_a_state_folder(self, bench: ProcessBench) -> None:
         with pytest.raises(HostError, match="another warmpool uses state_dir"):
@@ -250,7 +245,7 @@ class TestProcessRuntime(RuntimeContract):
         bench = ProcessBench(tmp_path, ports="18098-18098")
         await bench.runtime.open()
         handle = await self.start(bench)
-        with pytest.raises(RuntimeFailure, match="no free port in runtime.process.ports"):
+        with pytest.raises(RuntimeFailure, match="no free port in 18098-18098"):
             await bench.runtime.start("demo-2", "demo", bench.model)
         await bench.runtime.remove(handle)
         await bench.close()
@@ -298,7 +293,7 @@ class TestProcessRuntime(RuntimeContract):
 
     async def test_a_damaged_image_is_not_restored(self, bench: ProcessBench, checkpoints: None) -> None:
         handle, _ = await self.checkpointed(bench)
-        pages = next((bench.folder / "images" / "demo-1").glob("pages-*.img"))
+        pages = next((bench.folder / "images" / "demo-1").glob("criu/pages-*.img"))
         with pages.open("r+b") as file:
             file.truncate(4096)
         with pytest.raises(RuntimeFailure, match="the manifest says"):
@@ -327,7 +322,7 @@ async def main():
     await bench.runtime.open()
     handle = await bench.runtime.start("demo-1", "demo", bench.model)
     await bench.healthy(handle)
-    print(bench.runtime._owner, flush=True)
+    print(bench.claim.owner, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
 """

@@ -3,12 +3,15 @@
 One contract test suite (tests/runtime_contract.py) runs against every runtime, the fake one of the tests included.
 A runtime does one operation at a time for an instance - the state machine sees to that - and any number for different
 instances.
+
+An image belongs to one instance, or, where `shares_images`, to a model: then it is the golden checkpoint from which any
+number of its instances are restored side by side.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +33,8 @@ class Handle:
     """A runtime's grip on an instance, alive or checkpointed: where its engine listens."""
 
     instance_id: str
+    model: str
+    """Its key."""
     host: str
     port: int
 
@@ -40,21 +45,35 @@ class Handle:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A checkpointed instance that an earlier process of warmpool left, still restorable."""
-
-    handle: Handle
-    model: str
-    sleep_level: int
-    canary: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class ImageFacts:
     """What the pool wants to find again in a checkpoint beside the engine itself."""
 
     sleep_level: int
     canary: str | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """For people: warm-up figures and the like."""
+    archived: bool = False
+    """The image is in the archive, not on tmpfs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An instance that an earlier process of warmpool left."""
+
+    handle: Handle
+    tier: Tier
+    """READY: it runs, and whether it serves has to be asked; CHECKPOINTED and ARCHIVED: as its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What an earlier process of warmpool left: instances, and images by their owner.
+
+    The owner is the instance's id, or the model's key where images are shared.
+    """
+
+    instances: Sequence[Found] = ()
+    images: Mapping[str, ImageFacts] = field(default_factory=dict)
 
 
 class Runtime(Protocol):
@@ -65,24 +84,29 @@ class Runtime(Protocol):
     """
 
     name: str
+    shares_images: bool
+    """An image serves all instances of its model, and `clone` makes further ones."""
 
     async def open(self) -> None:
-        """Find out what the host can do and clear away what a crashed predecessor left running."""
+        """Find out what the host can do and clear away what a crashed predecessor left half-done."""
 
     async def close(self) -> None:
-        """Let go of the host; instances were removed or dropped before."""
+        """Let go of the host; instances were removed, dropped or left before."""
 
     def rungs(self) -> Rungs:
         """What this host offers; valid after `open`."""
 
-    async def recover(self, models: Mapping[str, ModelSettings]) -> Sequence[Found]:
-        """Checkpoints of these very models that can be restored; others that are found are deleted."""
+    async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
+        """What is left of these very models and can be used; everything else that is ours is deleted."""
 
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Start an engine's processes from nothing. It is not healthy yet.
 
         An instance that was started before keeps its address, so that its checkpoint stays restorable.
         """
+
+    async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        """Prepare a further instance that `restore` brings up from the model's image; nothing runs yet."""
 
     async def wait_exit(self, handle: Handle) -> str:
         """Return when the engine has ended, with a word on how (``"exit status 3"``, ``"signal 9"``)."""
@@ -105,8 +129,23 @@ class Runtime(Protocol):
     async def drop(self, handle: Handle) -> None:
         """End the engine's processes, whole and at once; the image, if there is one, stays."""
 
+    def leave(self, handle: Handle) -> bool:
+        """Whether the engine goes on without warmpool, to be adopted by the next one."""
+
     async def discard_image(self, handle: Handle) -> None:
-        """Delete the image; running processes stay."""
+        """Delete the image, on tmpfs and in the archive; running processes stay."""
+
+    async def quarantine_image(self, handle: Handle) -> None:
+        """Set an image aside that failed to restore: it is kept for inspection and never used."""
+
+    async def archive_image(self, handle: Handle) -> None:
+        """Move the image from tmpfs to the archive; a failure leaves it on tmpfs."""
+
+    async def unarchive_image(self, handle: Handle) -> None:
+        """Bring the image back from the archive, which keeps it."""
 
     async def remove(self, handle: Handle) -> None:
-        """End the processes politely, then by force, and delete image and records. Repeatable."""
+        """End the processes politely, then by force, and delete records; the image too, unless it is shared.
+
+        Repeatable.
+        """

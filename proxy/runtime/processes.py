@@ -60,6 +60,24 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return total
 
 
+def memory_by_kind(pids: Iterable[int]) -> dict[str, int]:
+    """What fills the memory of these processes: bytes private to them (proc(5), smaps) by kind of mapping."""
+    sizes = dict.fromkeys(("heap", "anonymous", "/dev/zero", "/dev/shm", "stack", "files"), 0)
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            for part in psutil.Process(pid).memory_maps(grouped=True):
+                sizes[_mapping_kind(part.path)] += part.private_clean + part.private_dirty
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _mapping_kind(path: str) -> str:
+    if path.startswith("/dev/zero"):
+        return "/dev/zero"  # pinned host memory of CUDA's
+    if path.startswith("/dev/shm"):
+        return "/dev/shm"
+    return {"[heap]": "heap", "[anon]": "anonymous", "[stack]": "stack"}.get(path, "files")
+
+
 def alive(pid: int) -> bool:
     """Whether the process exists and has not ended."""
     with contextlib.suppress(psutil.Error):

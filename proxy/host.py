@@ -1,0 +1,40 @@
+"""Facts about this host that a checkpoint depends on: kernel and GPU, as the kernel and NVIDIA's driver show them."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Final
+
+NVIDIA: Final = Path("/proc/driver/nvidia")
+
+
+def kernel() -> str:
+    """The kernel's release."""
+    return platform.release()
+
+
+def nvidia_driver(proc: Path = NVIDIA) -> str:
+    """The version of NVIDIA's kernel module; empty without one."""
+    try:
+        text = (proc / "version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found.group(1) if found else ""
+
+
+def gpus(proc: Path = NVIDIA) -> list[str]:
+    """The model of each NVIDIA GPU, in the order of their bus addresses."""
+    models = []
+    for information in sorted(proc.glob("gpus/*/information")):
+        text = information.read_text()
+        models += [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Model:")]
+    return models
+
+
+def gpu_facts(proc: Path = NVIDIA) -> dict[str, str]:
+    """Driver and GPUs, for a manifest; nothing on a host without."""
+    driver = nvidia_driver(proc)
+    return {"NVIDIA driver": driver, "GPU": ", ".join(gpus(proc))} if driver else {}

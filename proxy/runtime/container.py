@@ -1,0 +1,225 @@
+"""What podman is told of an engine's container: the specification, and the files that go with it.
+
+The specification is podman's SpecGenerator (pkg/specgen/specgen.go); what podman cannot pass to CRIU goes into a
+configuration file that the container names by annotation (runc, and crun from 1.26).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from proxy.runtime.ports import LOOPBACK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy.config import CriuSettings, ModelSettings, PodmanEngineSettings
+
+LABEL: Final = "io.warmpool."
+CRIU_CONFIG: Final = "org.criu.config"
+IO_URING: Final = ("io_uring_setup", "io_uring_enter", "io_uring_register")
+_ENOSYS: Final = 38
+_CAP_SYS_RESOURCE: Final = 24  # linux/capability.h
+_PID_MAX: Final = Path("/proc/sys/kernel/pid_max")
+_DEFAULT_SECCOMP: Final = Path("/usr/share/containers/seccomp.json")
+
+NO_IO_URING: Final[Mapping[str, Any]] = {
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64"],
+    "syscalls": [{"names": [*IO_URING], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS}],
+}
+"""The profile for privileged containers: uvloop opens an io_uring wherever it can, and CRIU cannot dump one."""
+
+
+def spec_digest(key: str, model: ModelSettings) -> str:
+    """A digest of all that shapes an engine; an image of another digest is of another engine."""
+    engine = engine_of(model)
+    plain = engine.model_dump(mode="json", exclude={"env", "criu"})
+    environment = {name: value.get_secret_value() for name, value in engine.env.items()}
+    return hashlib.sha256(orjson.dumps([key, model.name, plain, environment], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def specification(
+    *,
+    name: str,
+    key: str,
+    model: ModelSettings,
+    port: int,
+    labels: Mapping[str, str],
+    environment: Mapping[str, str],
+    criu_config: Path,
+    seccomp: Path | None,
+    log: Path,
+    oci_runtime: str | None,
+) -> dict[str, Any]:
+    """The body of `POST /libpod/containers/create`."""
+    engine = engine_of(model)
+    on_host = engine.network == "host"
+    inside = port if on_host else engine.container_port
+    values = {
+        "host": LOOPBACK if on_host else "0.0.0.0",  # noqa: S104 - inside its own network namespace
+        "port": str(inside),
+        "model": model.name or key,
+    }
+    spec: dict[str, Any] = {
+        "name": name,
+        "image": engine.image,
+        "command": [_fill(argument, values) for argument in engine.command],
+        "env": {n: v.get_secret_value() for n, v in engine.env.items()} | dict(environment),
+        "labels": {LABEL + n: v for n, v in labels.items()},
+        "annotations": {CRIU_CONFIG: str(criu_config)},
+        "mounts": [_mount(v.source, v.target, v.writable) for v in engine.volumes if v.source.startswith("/")],
+        "volumes": [
+            {"Name": v.source, "Dest": str(v.target), "Options": ["rw" if v.writable else "ro"]}
+            for v in engine.volumes
+            if not v.source.startswith("/")
+        ],
+        "devices": [{"path": device} for device in engine.devices],
+        "shm_size": int(engine.shm_size),
+        "r_limits": _ulimits(engine.ulimits),
+        "resource_limits": {"pids": {"limit": engine.pids_limit}},
+        "privileged": engine.privileged,
+        "log_configuration": {"driver": "k8s-file", "path": str(log), "options": {"max-size": "100mb"}},
+        "healthconfig": {"Test": ["NONE"]},
+        "restart_policy": "no",
+    }
+    if engine.entrypoint is not None:
+        spec["entrypoint"] = engine.entrypoint
+    if engine.memory_limit is not None:
+        spec["resource_limits"]["memory"] = {"limit": int(engine.memory_limit)}
+    if seccomp is not None:
+        spec["seccomp_profile_path"] = str(seccomp)
+    if oci_runtime is not None:
+        spec["oci_runtime"] = oci_runtime
+    if on_host:
+        spec["netns"] = {"nsmode": "host"}
+    else:
+        spec["netns"] = {"nsmode": "bridge"}
+        if engine.network != "bridge":
+            spec["Networks"] = {engine.network: {}}
+        spec["portmappings"] = [{"container_port": inside, "host_port": port, "host_ip": LOOPBACK, "protocol": "tcp"}]
+    for option in engine.security_options:
+        _apply_security(spec, option)
+    return spec
+
+
+def criu_options(settings: CriuSettings, action_script: Path | None) -> str:
+    """The text of the CRIU configuration file of a model's containers (criu.org/Configuration_files)."""
+    lines = [
+        name
+        for name, wanted in (
+            ("tcp-established", settings.tcp_established),
+            ("tcp-close", settings.tcp_close),
+            ("file-locks", settings.file_locks),
+            ("link-remap", settings.link_remap),
+        )
+        if wanted
+    ]
+    # In plain bytes: CRIU misreads suffixes here.
+    lines += [f"ghost-limit {int(settings.ghost_limit)}", f"network-lock {settings.network_lock}"]
+    if action_script is not None:
+        lines.append(f"action-script {action_script}")
+    return "\n".join(["# Written by warmpool; overwritten when a container is made.", *lines, *settings.options, ""])
+
+
+def action_dispatcher(scripts: Mapping[Any, Path]) -> str:
+    """A program that CRIU calls at every point, and that runs the script for the one it is at."""
+    cases = "".join(f"  {name}) exec {_quoted(str(path))} ;;\n" for name, path in sorted(scripts.items()))
+    return f'#!/bin/sh\n# Written by warmpool.\ncase "$CRTOOLS_SCRIPT_ACTION" in\n{cases}esac\n'
+
+
+def runtime_wrapper(program: str, criu: Path, folder: Path) -> str:
+    """An OCI runtime that finds another CRIU: runc takes the one in PATH."""
+    return (
+        f"#!/bin/sh\n# Written by warmpool: {program} with the CRIU {criu}.\n"
+        f'PATH={_quoted(str(folder))}:$PATH exec {_quoted(program)} "$@"\n'
+    )
+
+
+def seccomp_profile(engine: PodmanEngineSettings, folder: Path) -> Path | None:
+    """The profile to name, written to `folder` if it is ours; None where podman's own does."""
+    if engine.seccomp is not None:
+        return engine.seccomp
+    if engine.privileged:
+        return write_if_other(folder / "no-io-uring.json", orjson.dumps(NO_IO_URING, option=orjson.OPT_INDENT_2))
+    try:
+        profile = orjson.loads(_DEFAULT_SECCOMP.read_bytes())
+        allowed = [c for c in profile["syscalls"] if c["action"] == "SCMP_ACT_ALLOW" and {*IO_URING} & {*c["names"]}]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    if not allowed:
+        return None
+    for call in allowed:
+        call["names"] = [name for name in call["names"] if name not in IO_URING]
+    profile["syscalls"].append({"names": [*IO_URING], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS})
+    return write_if_other(folder / "seccomp.json", orjson.dumps(profile))
+
+
+def write_if_other(path: Path, content: bytes, *, mode: int = 0o600, folder_mode: int = 0o700) -> Path:
+    """Make a file have this content, beside and renamed; nothing is done when it has it."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(mode=folder_mode, parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".new")
+        beside.write_bytes(content)
+        beside.chmod(mode)
+        beside.replace(path)
+    return path
+
+
+def engine_of(model: ModelSettings) -> PodmanEngineSettings:
+    """The `podman` table of a model that has one."""
+    assert model.podman is not None  # noqa: S101 - the configuration says which runtime a model has
+    return model.podman
+
+
+def _mount(source: str, target: Path, writable: bool) -> dict[str, Any]:
+    options = ["rbind", "rw" if writable else "ro"]
+    return {"Type": "bind", "Source": source, "Destination": str(target), "Options": options}
+
+
+def _ulimits(wanted: Mapping[str, str]) -> list[dict[str, Any]]:
+    limits = {name: tuple(int(n) for n in value.split(":")) for name, value in wanted.items()}
+    if not _may_raise_limits():
+        # podman's own defaults would be refused by the kernel; and it lowers its processes to the number of pids.
+        files, processes = (resource.getrlimit(k)[1] for k in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
+        pids = int(_PID_MAX.read_text())
+        limits.setdefault("nofile", (files, files))
+        limits.setdefault("nproc", (min(processes, pids),) * 2 if processes != resource.RLIM_INFINITY else (pids, pids))
+    return [{"type": name, "soft": pair[0], "hard": pair[-1]} for name, pair in sorted(limits.items())]
+
+
+def _may_raise_limits() -> bool:
+    """Whether we have CAP_SYS_RESOURCE."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
+    return os.geteuid() == 0
+
+
+def _apply_security(spec: dict[str, Any], option: str) -> None:
+    name, _, value = option.replace(":", "=", 1).partition("=")
+    match name:
+        case "label":
+            spec.setdefault("selinux_opts", []).append(value)
+        case "apparmor":
+            spec["apparmor_profile"] = value
+        case "no-new-privileges":
+            spec["no_new_privileges"] = value != "false"
+        case "mask" | "unmask":
+            spec.setdefault(name, []).extend(value.split(":"))
+
+
+def _fill(argument: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        argument = argument.replace("{" + name + "}", value)
+    return argument
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"

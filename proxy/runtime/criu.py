@@ -1,0 +1,73 @@
+"""The CRIU program: which one it is, whether it works here, and what its logs say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIN_VERSION: Final = (4, 2)
+"""3.17 fails on kernels from 6.x on (vDSO), 4.1 on 6.17 and later (SO_PASSCRED)."""
+
+
+async def run(program: str, *arguments: str) -> tuple[int, str]:
+    """Run CRIU to its end: exit status, and what it printed. Cancelling kills it. Raises OSError."""
+    criu = await asyncio.create_subprocess_exec(
+        program, *arguments,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = await criu.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            criu.kill()
+        await criu.wait()
+        raise
+    return criu.returncode or 0, output.decode("utf-8", "replace")
+
+
+async def version(program: str) -> str:
+    """Its version, or an empty string when it does not say one. Raises OSError."""
+    _, output = await run(program, "--version")
+    return next((w for line in output.splitlines() if line.startswith("Version:") for w in line.split()[1:]), "")
+
+
+def is_recent(text: str) -> bool:
+    """Whether a version is one that works."""
+    return tuple(int(n) for n in text.split(".")[:2] if n.isdigit()) >= MIN_VERSION
+
+
+async def why_not(program: str) -> tuple[str, str | None]:
+    """Its version, and why it cannot checkpoint on this host (None: it can)."""
+    if shutil.which(program) is None:
+        return "", f"no program {program!r} in PATH; install CRIU 4.2 or later (make host)"
+    try:
+        found = await version(program)
+    except OSError as error:
+        return "", f"{program} cannot be run: {error.strerror}"
+    if os.geteuid() != 0:
+        return found, "checkpointing needs root"
+    if not is_recent(found):
+        return found, f"CRIU is {found or 'unknown'}, 4.2 or later is needed (make host)"
+    status, output = await run(program, "check")
+    return found, None if status == 0 else f"criu check fails: {_last_line(output)}"
+
+
+def log_reason(log: Path, output: str) -> str:
+    """CRIU's first error, which is the cause; the ones after it are consequences."""
+    with contextlib.suppress(OSError):
+        text = log.read_text("utf-8", "replace")
+        errors = [line for line in text.splitlines() if "Error" in line and "RLIMIT_NOFILE" not in line]
+        if errors:
+            return f"CRIU: {errors[0].strip()}"
+    return f"CRIU: {_last_line(output)}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"

@@ -1,0 +1,774 @@
+"""Engines in podman containers, checkpointed by CRIU into the store and restored in place.
+
+The container's own checkpoint folder is a symbolic link into the store on tmpfs, so that any number of containers of a
+model restore from one golden checkpoint, each from the same pages, in its own network namespace. A container that is
+not running is only a configuration: it costs nothing until it is restored. docs/architecture.md has the whole picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+import psutil
+
+from proxy import host
+from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
+from proxy.errors import HostError, RuntimeFailure
+from proxy.instance import Tier
+from proxy.runtime import container, criu, ports, processes
+from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.images import KeepsImages
+from proxy.runtime.podman_api import Podman, PodmanError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from proxy.config import ModelSettings, PodmanRuntimeSettings
+    from proxy.instance import Stages
+    from proxy.runtime.claim import Claim
+
+log = logging.getLogger("warmpool.podman")
+
+ROOTFS: Final = "rootfs.tar"
+SHARED_MEMORY: Final = "devshm.tar"
+_BUNDLE_SHARED_MEMORY: Final = "devshm-checkpoint.tar"
+"""podman's name for the content of /dev/shm (libpod/container_internal_linux.go)."""
+_SETTLE_S: Final = 5.0
+_CRUN_WITH_ANNOTATION: Final = (1, 26)
+_HOST_CRIU_CONFIG: Final = Path("/etc/criu/default.conf")
+_TAR: Final = ("tar", "--xattrs", "--xattrs-include=*", "--numeric-owner")
+
+
+@dataclass(slots=True)
+class _Container:
+    """What is known of one instance's container."""
+
+    handle: Handle
+    name: str
+    model: ModelSettings
+    spec_digest: str
+    id: str = ""
+    userdata: Path = Path()
+    """Its bundle, where podman looks for the checkpoint."""
+    upper: Path | None = None
+    """Where what it writes to its root filesystem is."""
+    merged: str = ""
+    pid_file: Path = Path()
+    pid: int | None = None
+    """Of its first process; None while nothing runs."""
+    paused: bool = False
+    interrupted: bool = False
+    """A dump or restore was given up half-way, and its helpers may still run."""
+
+
+class PodmanRuntime(KeepsImages):
+    """The runtime `podman`. See `proxy.runtime.base.Runtime` for what each method promises."""
+
+    name = "podman"
+    shares_images = True
+
+    def __init__(
+        self,
+        settings: PodmanRuntimeSettings,
+        *,
+        claim: Claim,
+        store: CheckpointStore,
+        criu_programs: Iterable[Path] = (),
+    ) -> None:
+        self._settings = settings
+        self._claim = claim
+        self._store = store
+        self._criu_programs = sorted(set(criu_programs))
+        self._containers: dict[str, _Container] = {}
+        self._rungs = Rungs(frozenset())
+        self._facts: dict[str, str] = {}
+        self._oci_program = ""
+        self._annotated = True
+        self._podman = Podman(settings.socket, self._own_socket())
+
+    def _own_socket(self) -> Path:
+        path = self._claim.folder / "podman.sock"
+        # sun_path has 108 bytes
+        return path if len(str(path)) < 100 else Path(f"/run/warmpool-{self._claim.owner}.sock")
+
+    # --- the host ---
+
+    async def open(self) -> None:
+        """Claim the state folder, reach podman, find out what it can do. Raises HostError."""
+        self._claim.acquire()
+        try:
+            await self._podman.open()
+            info = await self._info()
+            if self._criu_programs:
+                await self._register_criu_programs()
+        except BaseException:
+            await self.close()
+            raise
+        reason = await self._look_around(info)
+        offered = {Tier.SLEEPING, Tier.SUSPENDED}
+        missing = {}
+        if reason is None:
+            offered.add(Tier.CHECKPOINTED)
+            if self._store.archive is not None:
+                offered.add(Tier.ARCHIVED)
+            self._store.sweep()
+        else:
+            missing[Tier.CHECKPOINTED] = reason
+        self._rungs = Rungs(frozenset(offered), missing)
+
+    async def _info(self) -> dict[str, Any]:
+        info = await self._podman.get("/info")
+        try:
+            self._oci_program = info["host"]["ociRuntime"]["path"]
+            return {
+                "podman": str(info["version"]["Version"]),
+                "runtime": str(info["host"]["ociRuntime"]["name"]),
+                "version": str(info["host"]["ociRuntime"]["version"]),
+            }
+        except (KeyError, TypeError) as error:
+            raise HostError(f"podman's service answers what this version does not understand: no {error}") from error
+
+    async def _look_around(self, info: Mapping[str, str]) -> str | None:
+        """None when containers can be checkpointed here, else what is missing."""
+        version, reason = await criu.why_not("criu")
+        numbers = _version_numbers(info["version"])
+        self._annotated = info["runtime"] != "crun" or numbers >= _CRUN_WITH_ANNOTATION
+        self._facts = {
+            "kernel": host.kernel(),
+            "CRIU": version,
+            "podman": info["podman"],
+            info["runtime"]: ".".join(map(str, numbers)),
+            **host.gpu_facts(),
+        }
+        if reason is None and info["runtime"] == "crun" and "+CRIU" not in info["version"]:
+            reason = "this crun was built without CRIU; use runc, or a crun with it"
+        if reason is None:
+            try:
+                self._store.open()
+            except StoreError as error:
+                reason = str(error)
+        return reason
+
+    async def _register_criu_programs(self) -> None:
+        """Make an OCI runtime known to podman for each CRIU of the user's own."""
+        lines = ["# Written by warmpool.", "[engine.runtimes]"]
+        for program in self._criu_programs:
+            folder = self._claim.folder / _runtime_name(program)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            link = folder / "criu"
+            link.unlink(missing_ok=True)
+            link.symlink_to(program)
+            wrapper = container.runtime_wrapper(self._oci_program, program, folder)
+            path = container.write_if_other(folder / "runtime", wrapper.encode(), mode=0o700)
+            lines.append(f'{_runtime_name(program)} = ["{path}"]')
+        drop_in = Path(f"/etc/containers/containers.conf.d/warmpool-{self._claim.owner}.conf")
+        container.write_if_other(drop_in, "\n".join([*lines, ""]).encode(), folder_mode=0o755, mode=0o644)
+        # A service that runs already does not read it again.
+        await self._podman.close()
+        self._podman = Podman(self._settings.socket, self._own_socket(), always_own=True)
+        await self._podman.open()
+
+    async def close(self) -> None:
+        """Disconnect and give up the claim."""
+        await self._podman.close()
+        self._claim.release()
+
+    def rungs(self) -> Rungs:
+        """What `open` found."""
+        return self._rungs
+
+    async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
+        """See `Runtime.recover`."""
+        images: dict[str, ImageFacts] = {}
+        if Tier.CHECKPOINTED in self._rungs.offered:
+            facts = {key: await self._image_facts(model) for key, model in models.items()}
+            usable = await self._usable_images(models, facts, container.spec_digest)
+            images = {key: image for key, (_, image) in usable.items()}
+        found = []
+        for entry in await self._ours():
+            one = await self._recovered(entry, models, images)
+            if one is not None:
+                found.append(one)
+        return Recovered(found, images)
+
+    async def _ours(self) -> list[dict[str, Any]]:
+        owned = orjson.dumps({"label": [f"{container.LABEL}owner={self._claim.owner}"]}).decode()
+        entries: list[dict[str, Any]] = await self._podman.get("/containers/json", all="true", filters=owned)
+        return entries
+
+    async def _recovered(
+        self, entry: Mapping[str, Any], models: Mapping[str, ModelSettings], images: Mapping[str, ImageFacts]
+    ) -> Found | None:
+        """An instance of the container if it can be used; else the container is removed."""
+        _kill_helpers(entry["Id"])
+        labels = {n.removeprefix(container.LABEL): v for n, v in (entry["Labels"] or {}).items()}
+        key, instance_id = labels.get("model", ""), labels.get("instance", "")
+        known = models.get(key)
+        if known is None or labels.get("spec") != container.spec_digest(key, known):
+            log.info("container %s is of another configuration: removed", entry["Names"][0])
+            await self._delete(entry["Id"])
+            return None
+        handle = Handle(instance_id, key, ports.LOOPBACK, int(labels["port"]))
+        it = _Container(handle, self._container_name(instance_id), known, labels["spec"])
+        try:
+            state = await self._inspect(it)
+            if state == "paused":
+                await self._podman.post(f"/containers/{it.id}/unpause")
+        except PodmanError as error:
+            log.warning("container %s: %s", it.name, error)
+            state = "unknown"
+        tier = None
+        if state in ("running", "paused"):
+            tier = Tier.READY
+        elif state in ("exited", "stopped") and key in images:
+            it.pid = None
+            await self._reset_rootfs(it)
+            tier = Tier.ARCHIVED if images[key].archived else Tier.CHECKPOINTED
+        if tier is None:
+            await self._delete(entry["Id"])
+            return None
+        self._containers[instance_id] = it
+        return Found(handle, tier)
+
+    # --- starting and ending ---
+
+    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        """Start a container from nothing; see `Runtime.start`."""
+        it = await self._create("start", instance_id, key, model)
+        try:
+            await self._podman.post(f"/containers/{it.id}/start")
+            await self._inspect(it)
+        except BaseException as error:
+            await self._undo(it)
+            if isinstance(error, PodmanError):
+                raise RuntimeFailure("start", str(error)) from error
+            raise
+        return it.handle
+
+    async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        """Make a container with a bundle, which `restore` needs, and nothing in it; see `Runtime.clone`."""
+        it = await self._create("clone", instance_id, key, model)
+        try:
+            await self._podman.post(f"/containers/{it.id}/init")
+            await self._stop(it)
+            await self._inspect(it)
+            it.pid = None
+            await self._reset_rootfs(it)
+        except BaseException as error:
+            await self._undo(it)
+            if isinstance(error, PodmanError | OSError):
+                raise RuntimeFailure("clone", str(error)) from error
+            raise
+        return it.handle
+
+    async def _create(self, operation: str, instance_id: str, key: str, model: ModelSettings) -> _Container:
+        """A container that is not started, in place of one that was there."""
+        known = self._containers.get(instance_id)
+        name = self._container_name(instance_id)
+        try:
+            port = known.handle.port if known is not None else await self._free_port()
+            handle = Handle(instance_id, key, ports.LOOPBACK, port)
+            it = _Container(handle, name, model, container.spec_digest(key, model))
+            self._containers[instance_id] = it
+            await self._delete(name)
+            answer = await self._podman.post("/containers/create", self._specification(it))
+            it.id = answer["Id"]
+        except PodmanError as error:
+            hint = ""
+            if error.status == 404:
+                hint = f"; podman pull {container.engine_of(model).image}, or correct models.{key}.podman.image"
+            raise RuntimeFailure(operation, f"{error}{hint}") from error
+        except OSError as error:
+            raise RuntimeFailure(operation, f"{error.filename or self._claim.folder}: {error.strerror}") from error
+        for warning in answer.get("Warnings") or []:
+            log.warning("%s: podman: %s", instance_id, warning)
+        return it
+
+    def _specification(self, it: _Container) -> dict[str, Any]:
+        engine = container.engine_of(it.model)
+        key = it.handle.model
+        folder = self._claim.folder / "podman"
+        scripts = engine.criu.action_scripts
+        dispatcher = None
+        if scripts:
+            text = container.action_dispatcher(scripts)
+            dispatcher = container.write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
+        options = container.criu_options(engine.criu, dispatcher)
+        if not self._annotated:
+            _write_host_criu_config(options)
+        return container.specification(
+            name=it.name,
+            key=key,
+            model=it.model,
+            port=it.handle.port,
+            labels={
+                "owner": self._claim.owner,
+                "instance": it.handle.instance_id,
+                "model": key,
+                "spec": it.spec_digest,
+                "port": str(it.handle.port),
+            },
+            environment={processes.MARK: self._mark(it.handle.instance_id)},
+            criu_config=container.write_if_other(folder / f"{key}.criu.conf", options.encode()),
+            seccomp=container.seccomp_profile(engine, folder),
+            log=self._claim.log_path(it.handle.instance_id),
+            oci_runtime=_runtime_name(engine.criu.program) if engine.criu.program is not None else None,
+        )
+
+    async def _inspect(self, it: _Container) -> str:
+        """Learn where the container's parts are; its state."""
+        answer = await self._podman.get(f"/containers/{it.id or it.name}/json")
+        try:
+            it.id = answer["Id"]
+            it.userdata = Path(answer["StaticDir"])
+            it.pid_file = Path(answer["PidFile"])
+            graph = answer["GraphDriver"]["Data"] or {}
+            it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
+            it.merged = graph.get("MergedDir", it.merged)
+            it.pid = answer["State"]["Pid"] or None
+            return str(answer["State"]["Status"])
+        except (KeyError, TypeError) as error:
+            raise PodmanError(0, f"{it.name}: inspect answers what this version does not understand: {error}") from None
+
+    async def wait_exit(self, handle: Handle) -> str:
+        """See `Runtime.wait_exit`."""
+        it = self._containers.get(handle.instance_id)
+        if it is None or it.pid is None:
+            return "ended"
+        reason = await processes.wait_gone(it.pid)
+        # podman knows the status a moment later, from conmon.
+        with contextlib.suppress(PodmanError, TimeoutError, KeyError, TypeError):
+            async with asyncio.timeout(_SETTLE_S):
+                while True:
+                    state = (await self._podman.get(f"/containers/{it.id}/json"))["State"]
+                    if state["Status"] not in ("running", "stopping"):
+                        return f"exit status {state['ExitCode']}" + (", out of memory" if state["OOMKilled"] else "")
+                    await asyncio.sleep(0.02)
+        return reason
+
+    async def drop(self, handle: Handle) -> None:
+        """See `Runtime.drop`."""
+        it = self._containers.get(handle.instance_id)
+        if it is None:
+            return
+        try:
+            await self._stop(it)
+            await self._reset_rootfs(it)
+        except (PodmanError, OSError) as error:
+            raise RuntimeFailure("drop", str(error)) from error
+
+    async def _stop(self, it: _Container) -> None:
+        """End all processes of a container at once and return when its filesystem is unmounted."""
+        if it.interrupted:
+            _kill_helpers(it.id)
+            it.interrupted = False
+        if it.paused:
+            with contextlib.suppress(PodmanError):
+                await self._podman.post(f"/containers/{it.id}/unpause")
+            it.paused = False
+        try:
+            await self._podman.post(f"/containers/{it.id or it.name}/stop", timeout="0")
+        except PodmanError as error:
+            if error.status != 404:
+                raise
+        it.pid = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_S):
+                while it.merged and _is_mounted(it.merged):
+                    await asyncio.sleep(0.01)
+
+    def leave(self, handle: Handle) -> bool:
+        """See `Runtime.leave`."""
+        return self._settings.on_exit == "keep"
+
+    async def remove(self, handle: Handle) -> None:
+        """See `Runtime.remove`."""
+        it = self._containers.get(handle.instance_id)
+        if it is None:
+            return
+        try:
+            if it.interrupted:
+                await self._stop(it)
+            elif it.pid is not None:
+                if it.paused:
+                    await self._podman.post(f"/containers/{it.id}/unpause")
+                    it.paused = False
+                grace = str(max(1, round(self._settings.stop_grace)))
+                with contextlib.suppress(PodmanError):
+                    await self._podman.post(f"/containers/{it.id}/stop", timeout=grace)
+            await self._delete(it.id or it.name)
+        except PodmanError as error:
+            raise RuntimeFailure("remove", str(error)) from error
+        self._containers.pop(handle.instance_id, None)
+
+    async def _delete(self, name: str) -> None:
+        try:
+            await self._podman.delete(f"/containers/{name}", force="true", v="true", timeout="0")
+        except PodmanError as error:
+            if error.status != 404:
+                raise
+
+    async def _undo(self, it: _Container) -> None:
+        """A container that could not be started is nobody's."""
+        with contextlib.suppress(PodmanError):
+            await self._delete(it.name)
+        self._containers.pop(it.handle.instance_id, None)
+
+    # --- suspended ---
+
+    async def suspend(self, handle: Handle) -> None:
+        """See `Runtime.suspend`: the container's cgroup is frozen."""
+        it = self._running(handle, "suspend")
+        await self._order(it, "pause", "suspend")
+        it.paused = True
+
+    async def resume(self, handle: Handle) -> None:
+        """See `Runtime.resume`."""
+        it = self._running(handle, "resume")
+        await self._order(it, "unpause", "resume")
+        it.paused = False
+
+    async def _order(self, it: _Container, verb: str, operation: str) -> None:
+        try:
+            await self._podman.post(f"/containers/{it.id}/{verb}")
+        except PodmanError as error:
+            raise RuntimeFailure(operation, str(error)) from error
+
+    # --- checkpointed ---
+
+    async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
+        """See `Runtime.checkpoint`."""
+        it = self._running(handle, "checkpoint")
+        image = self._image(handle)
+        try:
+            pids = await asyncio.to_thread(self._pids, it)
+            expected = await asyncio.to_thread(processes.resident_bytes, pids)
+            expected += _shared_memory_bytes(it.pid)
+            memory = await asyncio.to_thread(processes.memory_by_kind, pids)
+            folder = await asyncio.to_thread(self._store.begin, image, expected)
+            host_facts = await self._image_facts(it.model)
+        except (StoreError, OSError, PodmanError) as error:
+            raise RuntimeFailure("checkpoint", str(error), alive=True) from error
+        was_paused = it.paused
+        try:
+            if was_paused:
+                await self.resume(handle)
+            statistics = await self._dump(it, folder, stages)
+            try:
+                await self._collect(it, folder, stages)
+                with stages.measure("digest"):
+                    await self._store.commit(
+                        Manifest(
+                            image=image,
+                            model=handle.model,
+                            runtime=self.name,
+                            spec_digest=it.spec_digest,
+                            created_unix_s=time.time(),
+                            facts=host_facts,
+                            sleep_level=facts.sleep_level,
+                            canary=facts.canary,
+                            private={},
+                            details={
+                                **facts.details,
+                                "memory": memory,
+                                "criu_us": statistics,
+                                "stages_s": dict(stages.seconds),
+                            },
+                        )
+                    )
+            except (OSError, StoreError) as error:
+                # What CRIU wrote is whole: the engine comes back from it.
+                alive = await self._bring_back(it)
+                raise RuntimeFailure("checkpoint", f"{self._store.root}: {error}", alive=alive) from error
+        except BaseException as error:
+            self._store.abandon(image)
+            if isinstance(error, RuntimeFailure) and error.alive and was_paused:
+                await self.suspend(handle)
+            raise
+
+    async def _dump(self, it: _Container, folder: Path, stages: Stages) -> dict[str, int]:
+        """CRIU's files into `folder`; the container has ended afterwards. CRIU's statistics, in microseconds."""
+        engine = container.engine_of(it.model)
+        _link(it.userdata, folder)
+        # podman writes through a link that is left there
+        (it.userdata / _BUNDLE_SHARED_MEMORY).unlink(missing_ok=True)
+        (it.userdata / "dump.log").unlink(missing_ok=True)
+        began = time.perf_counter()
+        it.interrupted = True
+        try:
+            answer = await self._podman.post(
+                f"/containers/{it.id}/checkpoint",
+                keep="true",
+                tcpEstablished=_flag(engine.criu.tcp_established),
+                fileLocks=_flag(engine.criu.file_locks),
+                printStats=_flag(engine.criu.print_stats),
+            )
+        except PodmanError as error:
+            reason = criu.log_reason(it.userdata / "dump.log", str(error))
+            raise RuntimeFailure("checkpoint", reason, alive=await self._still_runs(it)) from error
+        it.interrupted = False
+        it.pid = None
+        return _note_times(answer, "dump", ("frozen_time", "memdump_time", "memwrite_time"), began, stages)
+
+    async def _still_runs(self, it: _Container) -> bool:
+        with contextlib.suppress(PodmanError):
+            if await self._inspect(it) == "running" and it.pid is not None and processes.alive(it.pid):
+                it.interrupted = False
+                return True
+        return False
+
+    async def _collect(self, it: _Container, folder: Path, stages: Stages) -> None:
+        """What belongs to the engine beside CRIU's files: /dev/shm, and what it wrote to its root filesystem."""
+        engine = container.engine_of(it.model)
+        with stages.measure("collect"):
+            shared = it.userdata / _BUNDLE_SHARED_MEMORY
+            if shared.exists():
+                await asyncio.to_thread(shutil.copyfile, shared, folder / SHARED_MEMORY)
+            if it.upper is not None and not engine.criu.ignore_rootfs:
+                await _tar("-cf", str(folder / ROOTFS), "-C", str(it.upper), ".")
+            stats = it.userdata / "stats-dump"
+            if stats.exists():
+                await asyncio.to_thread(shutil.copyfile, stats, folder / CRIU_FOLDER / "stats-dump")
+
+    async def _bring_back(self, it: _Container) -> bool:
+        try:
+            await self._bring_up(it)
+        except (PodmanError, OSError) as error:
+            log.error("%s could not be brought back: %s", it.handle.instance_id, error)
+            return False
+        return True
+
+    async def restore(self, handle: Handle, stages: Stages) -> None:
+        """See `Runtime.restore`."""
+        it = self._containers[handle.instance_id]
+        image = self._image(handle)
+        folder = self._store.path(image)
+        try:
+            await asyncio.to_thread(self._store.load, image)
+            if it.pid is not None:
+                await self._stop(it)
+                await self._reset_rootfs(it)
+        except (StoreError, PodmanError, OSError) as error:
+            raise RuntimeFailure("restore", str(error)) from error
+        began = time.perf_counter()
+        try:
+            _link_image(it.userdata, folder)
+            answer = await self._bring_up(it)
+        except (PodmanError, OSError) as error:
+            if not await self._is_gone(it):
+                reason = criu.log_reason(it.userdata / "restore.log", str(error))
+                raise RuntimeFailure("restore", reason) from error
+            log.warning("%s: somebody removed its container: it is made again", handle.instance_id)
+            await self.clone(handle.instance_id, handle.model, it.model)
+            it = self._containers[handle.instance_id]
+            try:
+                _link_image(it.userdata, folder)
+                answer = await self._bring_up(it)
+            except (PodmanError, OSError) as again:
+                raise RuntimeFailure("restore", str(again)) from again
+        _note_times(answer, "criu", ("restore_time",), began, stages)
+
+    async def _is_gone(self, it: _Container) -> bool:
+        try:
+            await self._podman.get(f"/containers/{it.id}/json")
+        except PodmanError as error:
+            return error.status == 404
+        return False
+
+    async def _bring_up(self, it: _Container) -> Any:
+        """Restore a container from the image that its bundle links to."""
+        engine = container.engine_of(it.model)
+        it.interrupted = True
+        (it.userdata / "restore.log").unlink(missing_ok=True)
+        answer = await self._podman.post(
+            f"/containers/{it.id}/restore",
+            keep="true",
+            tcpEstablished=_flag(engine.criu.tcp_established),
+            fileLocks=_flag(engine.criu.file_locks),
+            printStats=_flag(engine.criu.print_stats),
+            ignoreStaticIP=_flag(engine.criu.ignore_static_ip),
+            ignoreStaticMAC=_flag(engine.criu.ignore_static_mac),
+        )
+        it.pid = int(it.pid_file.read_text())
+        it.interrupted = False
+        it.paused = False
+        return answer
+
+    async def _reset_rootfs(self, it: _Container) -> None:
+        """Make a stopped container's own files those of the image: CRIU refuses a file that has grown since."""
+        engine = container.engine_of(it.model)
+        archive = self._store.path(it.handle.model) / ROOTFS
+        if it.upper is None or engine.criu.ignore_rootfs or not archive.is_file() or not it.upper.is_dir():
+            return
+        await asyncio.to_thread(_empty, it.upper)
+        await _tar("-xpf", str(archive), "-C", str(it.upper))
+
+    async def unarchive_image(self, handle: Handle) -> None:
+        """See `Runtime.unarchive_image`."""
+        await super().unarchive_image(handle)
+        for it in [c for c in self._containers.values() if c.handle.model == handle.model and c.pid is None]:
+            await self._reset_rootfs(it)
+
+    # --- parts ---
+
+    async def _image_facts(self, model: ModelSettings) -> dict[str, str]:
+        """The host, and the container image a model's engines run in."""
+        try:
+            image = await self._podman.get(f"/images/{container.engine_of(model).image}/json")
+        except PodmanError as error:
+            if error.status != 404:
+                raise
+            return dict(self._facts)
+        return {**self._facts, "container image": str(image["Id"])}
+
+    async def _free_port(self) -> int:
+        taken = {it.handle.port for it in self._containers.values()}
+        labelled = orjson.dumps({"label": [f"{container.LABEL}port"]}).decode()
+        for entry in await self._podman.get("/containers/json", all="true", filters=labelled):
+            with contextlib.suppress(ValueError, TypeError):
+                taken.add(int((entry["Labels"] or {}).get(f"{container.LABEL}port", "")))
+        return ports.free(*self._settings.port_range(), taken)
+
+    def _container_name(self, instance_id: str) -> str:
+        return f"warmpool-{self._claim.owner[:6]}-{instance_id}"
+
+    def _mark(self, instance_id: str) -> str:
+        # Not what the process runtime's marks begin with: its guard ends everything that carries one.
+        return f"podman:{self._claim.owner}:{instance_id};"
+
+    def _pids(self, it: _Container) -> list[int]:
+        return processes.members(self._mark(it.handle.instance_id), None)
+
+    def _running(self, handle: Handle, operation: str) -> _Container:
+        it = self._containers.get(handle.instance_id)
+        if it is None or it.pid is None or not processes.alive(it.pid):
+            raise RuntimeFailure(operation, "the engine is not running")
+        return it
+
+
+def _flag(wanted: bool) -> str:
+    return "true" if wanted else "false"
+
+
+def _runtime_name(program: Path) -> str:
+    return "warmpool-" + "-".join(part for part in program.parts if part != "/").replace(".", "-").lower()
+
+
+def _version_numbers(text: str) -> tuple[int, ...]:
+    """Of ``"runc version 1.1.5+ds1\\ncommit: …"``: (1, 1, 5)."""
+    words = text.split()
+    number = words[words.index("version") + 1] if "version" in words[:-1] else ""
+    digits = []
+    for part in number.split("."):
+        leading = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not leading:
+            break
+        digits.append(int(leading))
+    return tuple(digits)
+
+
+def _link_image(userdata: Path, folder: Path) -> None:
+    """Make an image of the store the checkpoint of a container."""
+    _link(userdata, folder)
+    shared = userdata / _BUNDLE_SHARED_MEMORY
+    shared.unlink(missing_ok=True)
+    if (folder / SHARED_MEMORY).exists():
+        shared.symlink_to(folder / SHARED_MEMORY)
+
+
+def _link(userdata: Path, folder: Path) -> None:
+    link = userdata / "checkpoint"
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder / CRIU_FOLDER)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+async def _tar(*arguments: str) -> None:
+    """Run tar, which keeps owners, extended attributes and overlayfs's white-outs. Raises OSError."""
+    tar = await asyncio.create_subprocess_exec(
+        *_TAR, *arguments,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        _, errors = await tar.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            tar.kill()
+        await tar.wait()
+        raise
+    if tar.returncode:
+        raise OSError(f"tar: {errors.decode('utf-8', 'replace').strip().splitlines()[0]}")
+
+
+def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, stages: Stages) -> dict[str, int]:
+    """Split what a call took into CRIU's part, stage `stage`, and podman's; CRIU's figures in microseconds."""
+    wall_s = time.perf_counter() - began
+    statistics = answer.get("criu_statistics") if isinstance(answer, dict) else None
+    figures = {n: v for n, v in (statistics or {}).items() if isinstance(v, int)}
+    own_s = sum(figures.get(name, 0) for name in wanted) / 1e6
+    stages.seconds["podman"] = stages.seconds.get("podman", 0.0) + max(0.0, wall_s - own_s)
+    if own_s:
+        stages.seconds[stage] = stages.seconds.get(stage, 0.0) + own_s
+    return figures
+
+
+def _shared_memory_bytes(pid: int | None) -> int:
+    """What is in the container's /dev/shm."""
+    try:
+        shm = os.statvfs(f"/proc/{pid}/root/dev/shm")
+    except OSError:
+        return 0
+    return (shm.f_blocks - shm.f_bfree) * shm.f_frsize
+
+
+def _is_mounted(path: str) -> bool:
+    with Path("/proc/self/mountinfo").open() as mounts:
+        return any(line.split()[4] == path for line in mounts)
+
+
+def _kill_helpers(container_id: str) -> None:
+    """Kill the OCI runtime that dumps or restores this container, and the CRIU below it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if container_id not in " ".join(command) or not {"restore", "checkpoint"} & set(command):
+                continue
+            if process.name() not in ("runc", "crun"):
+                continue
+            tree = [process, *process.children(recursive=True)]
+            log.warning("killed %s of container %.12s, which was given up", process.name(), container_id)
+            for member in tree:
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+
+
+def _write_host_criu_config(options: str) -> None:
+    """For a crun that has no configuration per container: all of CRIU's, unless somebody else wrote it."""
+    try:
+        if _HOST_CRIU_CONFIG.exists() and not _HOST_CRIU_CONFIG.read_text().startswith("# Written by warmpool"):
+            lines = set(_HOST_CRIU_CONFIG.read_text().splitlines())
+            lacking = [o for o in options.splitlines() if o and not o.startswith("#") and o not in lines]
+            if lacking:
+                log.warning("%s is not warmpool's and lacks: %s", _HOST_CRIU_CONFIG, ", ".join(lacking))
+            return
+        container.write_if_other(_HOST_CRIU_CONFIG, options.encode(), folder_mode=0o755, mode=0o644)
+    except OSError as error:
+        log.warning("%s: %s", _HOST_CRIU_CONFIG, error.strerror)

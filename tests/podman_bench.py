@@ -1,0 +1,120 @@
+"""The podman runtime with load-test engines in real containers, for tests."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from loadtest import image
+from proxy.checkpoints import CheckpointStore
+from proxy.config import ModelSettings, PodmanRuntimeSettings
+from proxy.runtime.claim import Claim
+from proxy.runtime.podman import PodmanRuntime
+from tests.support import HttpBench, files_in, why_no_criu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy.runtime.base import Handle
+
+
+def why_no_podman() -> str | None:
+    """None where containers can be checkpointed, else the reason to skip."""
+    if shutil.which("podman") is None:
+        return "no podman in PATH (make host)"
+    return why_no_criu()
+
+
+@functools.cache
+def engine_image() -> str:
+    """The container image of the load-test engine, made once per session."""
+    return image.build()
+
+
+def podman(*arguments: str) -> str:
+    """What a podman command prints."""
+    done = subprocess.run(["podman", *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def engine_table(*options: str, **podman_keys: Any) -> dict[str, Any]:
+    """A model's `podman` table with a load-test engine that is up at once and writes files as it works."""
+    return {
+        "image": engine_image(),
+        "command": [
+            "--host", "{host}", "--port", "{port}", "--model", "{model}", "--memory", "8MiB", "--ttft", "0.001",
+            "--tokens-per-second", "2000", "--sleep-mode", "--faults", "--scratch", "/root/scratch",
+            "--scratch", "/dev/shm/scratch", *options,
+        ],
+        **podman_keys,
+    }  # fmt: skip
+
+
+def model_of(*options: str, **podman_keys: Any) -> ModelSettings:
+    """The same as a whole model."""
+    return ModelSettings(podman=engine_table(*options, **podman_keys), health={"interval": "20ms"}, max_instances=1)
+
+
+class PodmanBench(HttpBench):
+    """One runtime on folders of its own."""
+
+    def __init__(self, folder: Path, images: Path, *, changed: bool = False, **settings: Any) -> None:
+        self.folder, self.images = folder, images
+        self.claim = Claim(folder / "state")
+        self.store = CheckpointStore(images, 0, folder / "archive")
+        self.runtime = PodmanRuntime(PodmanRuntimeSettings(**settings), claim=self.claim, store=self.store)
+        self.model = model_of("--max-model-len", "2048" if changed else "4096")
+        self.closed = False
+        self.heir: PodmanBench | None = None
+
+    def container(self, handle: Handle) -> str:
+        return self.runtime._container_name(handle.instance_id)
+
+    async def crash(self, handle: Handle) -> None:
+        pid = self.runtime._containers[handle.instance_id].pid
+        assert pid is not None
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            process.kill()
+
+    def remains(self) -> list[str]:
+        owned = f"label=io.warmpool.owner={self.claim.owner}"
+        return [
+            *podman("ps", "--all", "--quiet", "--filter", owned).split(),
+            *(p.name for folder in (self.images, self.folder / "archive") for p in files_in(folder)),
+        ]
+
+    async def close(self) -> None:
+        if self.heir is not None:
+            await self.heir.close()
+        if not self.closed:
+            self.closed = True
+            await self.runtime.close()
+
+    async def successor(self, *, changed: bool = False) -> PodmanBench:
+        await self.close()
+        self.heir = PodmanBench(self.folder, self.images, changed=changed)
+        await self.heir.runtime.open()
+        return self.heir
+
+    async def clear(self) -> None:
+        """End and forget everything."""
+        last = self.heir or self
+        for it in list(last.runtime._containers.values()):
+            await last.runtime.remove(it.handle)
+            await last.runtime.discard_image(it.handle)
+        await self.close()
+
+
+def tmpfs_folder() -> Iterator[Path]:
+    """A folder on tmpfs where there is one, deleted afterwards; for a fixture."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="warmpool-test-", dir=base))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
