@@ -9,6 +9,7 @@
         rootfs.tar …        what else the runtime needs
       demo-2.partial/       one being written; if nobody writes it, a crash left it: removed by `sweep`
       demo.quarantined/     one that failed to restore twice: never used, deleted first when space is needed
+      .lock                 held by the warmpool that uses the folder
     archive_dir/
       demo.tar.zst          an image that left tmpfs
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import os
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 MANIFEST: Final = "manifest.json"
+LOCK: Final = ".lock"
 FORMAT: Final = 2
 CRIU_FOLDER: Final = "criu"
 Compression = Literal["none", "gzip", "zstd"]
@@ -131,10 +134,35 @@ class CheckpointStore:
         self.root = root.absolute()
         self.reserve_bytes = reserve_bytes
         self.archive = archive.absolute() if archive is not None else None
+        self._lock: IO[bytes] | None = None
+        self._users = 0
+        self._unwanted: set[str] = set()
 
     def open(self) -> None:
-        """Make the folder. Raises StoreError when that is not possible."""
-        _make_private(self.root, "checkpoint_dir")
+        """Make the folder and lock it against other processes; each `open` wants a `close`. Raises StoreError."""
+        if self._users == 0:
+            if not self._is_ours():
+                raise StoreError(f"checkpoint_dir {self.root}: holds files of others; name a folder of warmpool's own")
+            _make_private(self.root, "checkpoint_dir")
+            self._lock = _locked(self.root / LOCK, self.root)
+        self._users += 1
+
+    def _is_ours(self) -> bool:
+        try:
+            there = list(self.root.iterdir())
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise StoreError(f"checkpoint_dir {self.root}: {error.strerror}") from error
+        return any(p.name == LOCK for p in there) or all((p / MANIFEST).is_file() for p in there)
+
+    def close(self) -> None:
+        """Let go; the last one unlocks."""
+        if self._users:
+            self._users -= 1
+            if self._users == 0 and self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def path(self, image: str) -> Path:
         """The folder of a finished image."""
@@ -151,9 +179,7 @@ class CheckpointStore:
             final = self.root / old.name.removesuffix(_OLD)
             if not final.exists():
                 old.rename(final)
-        left = [
-            p for p in self.root.iterdir() if p.name.endswith(_PARTIAL) or (p.is_dir() and not (p / MANIFEST).is_file())
-        ]
+        left = list(self.root.glob(f"*{_PARTIAL}"))
         if self.archive is not None and self.archive.is_dir():
             left += self.archive.glob(f"*{_PARTIAL}")
         for path in left:
@@ -167,11 +193,12 @@ class CheckpointStore:
     def begin(self, image: str, expected_bytes: int) -> Path:
         """An empty folder to write an image of about `expected_bytes` to. Raises StoreError when it would not fit.
 
-        Where space is short, quarantined images go first.
+        Where space is short, quarantined images go first, then those that do not fit this host.
         """
-        if expected_bytes > self.free_bytes():
-            for name in self.quarantined():
-                _delete(self.root / (name + _QUARANTINED))
+        expendable = [self.root / (name + _QUARANTINED) for name in self.quarantined()]
+        for path in (*expendable, *(self.path(name) for name in sorted(self._unwanted))):
+            if expected_bytes > self.free_bytes():
+                _delete(path)
         free = self.free_bytes()
         if expected_bytes > free:
             raise StoreError(
@@ -203,6 +230,7 @@ class CheckpointStore:
             _delete(old)
             final.rename(old)
         self.partial(image).rename(final)
+        self._unwanted.discard(image)
         _delete(old)
 
     def abandon(self, image: str) -> None:
@@ -229,6 +257,10 @@ class CheckpointStore:
         manifest = self.load(image)
         await _in_thread(lambda stop: _check_digests(self.path(image), manifest, stop))
         return manifest
+
+    def refuse(self, image: str) -> None:
+        """Note that an image does not fit this host or its configuration: it stays until its space is needed."""
+        self._unwanted.add(image)
 
     def names(self) -> list[str]:
         """The images there are."""
@@ -365,6 +397,18 @@ def _make_private(folder: Path, setting: str) -> None:
         folder.chmod(0o700)
     except OSError as error:
         raise StoreError(f"{setting} {folder}: {error.strerror}") from error
+
+
+def _locked(path: Path, folder: Path) -> IO[bytes]:
+    try:
+        file = path.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StoreError(f"checkpoint_dir {folder}: another warmpool uses it; stop that, or set another one") from None
+    except OSError as error:
+        raise StoreError(f"checkpoint_dir {folder}: {error.strerror}") from error
+    return file
 
 
 def _delete(path: Path) -> None:

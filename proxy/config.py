@@ -202,7 +202,8 @@ class PodmanRuntimeSettings(_Ports):
     """Engines in podman containers (rootful)."""
 
     ports: PortRange = Field(
-        default="19100-19999", description="Loopback ports that engines are published on, outside the ephemeral range."
+        default="19100-19999",
+        description='Loopback ports for engines with network = "host", outside the kernel\'s ephemeral range.',
     )
     socket: Path = Field(
         default=Path("/run/podman/podman.sock"),
@@ -326,7 +327,7 @@ class CriuSettings(_Section):
 
     program: AbsolutePath | None = Field(
         default=None,
-        description="A CRIU binary of your own instead of the one in PATH (runc only).",
+        description="A CRIU binary of your own instead of the one in PATH.",
         examples=["/opt/criu/sbin/criu"],
     )
     tcp_established: bool = Field(
@@ -343,8 +344,12 @@ class CriuSettings(_Section):
         default="skip",
         description="How traffic is held back during a dump; warmpool has closed its connections before.",
     )
-    ignore_static_ip: bool = Field(default=True, description="A restored container may get another address.")
-    ignore_static_mac: bool = Field(default=True, description="A restored container may get another MAC address.")
+    ignore_static_ip: bool = Field(
+        default=True, description="A restored container may get another address; not with tcp_established."
+    )
+    ignore_static_mac: bool = Field(
+        default=True, description="A restored container may get another MAC address; not with tcp_established."
+    )
     ignore_rootfs: bool = Field(
         default=False, description="Leave what the engine wrote to its root filesystem out of the image."
     )
@@ -409,7 +414,8 @@ class PodmanEngineSettings(_Section):
     ] = Field(default=[], description='As for podman: "label=disable", "apparmor=unconfined", "no-new-privileges".')
     network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
         default="bridge",
-        description='"bridge" (a published port each), "host" (only for one instance), or the name of a network.',
+        description='"bridge" (an address of its own on podman\'s network), "host" (only for one instance), or the '
+        "name of a network that this host has a route to.",
     )
     container_port: Port = Field(default=8000, description="The port the engine listens on inside, where not `host`.")
     criu: CriuSettings = CriuSettings()

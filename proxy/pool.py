@@ -526,6 +526,8 @@ class Pool:
         slot.handle = handle
         if slot.client is None:
             slot.client = self._connect(handle, model.served_name, model.settings)
+        else:
+            slot.client.base_url = handle.base_url
 
     # --- waking ---
 
@@ -633,7 +635,7 @@ class Pool:
                     await model.runtime.unarchive_image(_handle(slot))
                 image.archived = False
         with stages.measure("restore"):
-            await model.runtime.restore(_handle(slot), stages)
+            self._attach(model, slot, await model.runtime.restore(_handle(slot), stages))
         instance.sleep_level = image.sleep_level
         slot.canary = image.canary
         self._watch(model, slot)

@@ -176,13 +176,14 @@ class FakeRuntime:
         self.images[self._owner(handle)] = image
         self._end(handle)
 
-    async def restore(self, handle: Handle, stages: Stages) -> None:
+    async def restore(self, handle: Handle, stages: Stages) -> Handle:
         with stages.measure("fake"):
             await self._enter("restore")
         image = self._image(handle, "restore")
         if image.archived:
             raise RuntimeFailure("restore", "the image is archived")
         self.processes[handle.instance_id] = Process(image.boot, image.served, sleep_level=image.sleep_level)
+        return self._new_handle(handle.instance_id, handle.model)
 
     def _end(self, handle: Handle) -> None:
         process = self.processes.pop(handle.instance_id, None)
@@ -228,6 +229,7 @@ class FakeEngine:
     def __init__(self, runtime: FakeRuntime, handle: Handle) -> None:
         self.runtime = runtime
         self.handle = handle
+        self.base_url = handle.base_url
         self.connected = False
         self.sleeps = True
         self.answer = "canary"

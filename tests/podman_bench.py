@@ -20,7 +20,7 @@ from proxy.runtime.podman import PodmanRuntime
 from tests.support import HttpBench, files_in, why_no_criu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from proxy.runtime.base import Handle
 
@@ -65,11 +65,15 @@ def model_of(*options: str, **podman_keys: Any) -> ModelSettings:
 class PodmanBench(HttpBench):
     """One runtime on folders of its own."""
 
-    def __init__(self, folder: Path, images: Path, *, changed: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, images: Path, *, changed: bool = False, criu_programs: Sequence[Path] = (), **settings: Any
+    ) -> None:
         self.folder, self.images = folder, images
         self.claim = Claim(folder / "state")
         self.store = CheckpointStore(images, 0, folder / "archive")
-        self.runtime = PodmanRuntime(PodmanRuntimeSettings(**settings), claim=self.claim, store=self.store)
+        self.runtime = PodmanRuntime(
+            PodmanRuntimeSettings(**settings), claim=self.claim, store=self.store, criu_programs=criu_programs
+        )
         self.model = model_of("--max-model-len", "2048" if changed else "4096")
         self.closed = False
         self.heir: PodmanBench | None = None

@@ -111,8 +111,8 @@ class HttpBench:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is in a folder that may not be there."""
-    return sorted(folder.iterdir()) if folder.exists() else []
+    """What is in a folder that may not be there, lock files left out."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
 
 
 def why_no_criu() -> str | None:

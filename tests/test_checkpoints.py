@@ -19,14 +19,17 @@ from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Ma
 from tests.support import files_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from proxy.checkpoints import Compression
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
+def store(tmp_path: Path) -> Iterator[CheckpointStore]:
     made = CheckpointStore(tmp_path / "images", 0, tmp_path / "archive")
     made.open()
-    return made
+    yield made
+    made.close()
 
 
 def manifest(name: str) -> Manifest:
@@ -75,7 +78,7 @@ async def test_a_new_image_takes_the_place_of_the_old(store: CheckpointStore) ->
     await write(store, "demo-1", b"old")
     await write(store, "demo-1", b"newer")
     assert (store.path("demo-1") / "criu" / "pages-1.img").read_bytes() == b"newer"
-    assert [p.name for p in store.root.iterdir()] == ["demo-1"]
+    assert [p.name for p in files_in(store.root)] == ["demo-1"]
 
 
 async def test_one_that_was_not_finished_is_no_image_and_is_swept(store: CheckpointStore) -> None:
@@ -83,7 +86,7 @@ async def test_one_that_was_not_finished_is_no_image_and_is_swept(store: Checkpo
     store.begin("demo-2", 0)
     (store.root / "demo-3").mkdir()
     assert store.names() == ["demo-1"]
-    assert sorted(store.sweep()) == ["demo-2.partial", "demo-3"]
+    assert store.sweep() == ["demo-2.partial"]
     assert store.names() == ["demo-1"]
     store.begin("demo-2", 0)
     store.abandon("demo-2")
@@ -96,7 +99,7 @@ async def test_a_crash_between_the_renames_loses_no_image(store: CheckpointStore
     store.begin("demo-1", 0)
     store.sweep()
     assert store.load("demo-1") == written
-    assert [p.name for p in store.root.iterdir()] == ["demo-1"]
+    assert [p.name for p in files_in(store.root)] == ["demo-1"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ async def test_removing_removes_everything_and_can_be_repeated(store: Checkpoint
     store.begin("demo-1", 0)
     await store.remove("demo-1")
     await store.remove("demo-1")
-    assert list(store.root.iterdir()) == []
+    assert files_in(store.root) == []
 
 
 async def test_a_quarantined_image_is_none_and_gives_way_when_space_is_needed(store: CheckpointStore) -> None:
@@ -187,6 +190,7 @@ async def test_an_export_is_imported_elsewhere(
     await other.verify("demo")
     assert (other.path("demo") / "criu" / "pages-1.img").read_bytes() == data
     assert other.path("demo").stat().st_mode & 0o777 == 0o700
+    other.close()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty", "missing"])
@@ -215,7 +219,7 @@ async def test_a_damaged_export_is_refused_and_leaves_the_store_as_it_was(
         await store.import_(file)
     assert store.load("demo") == before
     await store.verify("demo")
-    assert [p.name for p in store.root.iterdir()] == ["demo"]
+    assert [p.name for p in files_in(store.root)] == ["demo"]
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "criu/extra.img"])
@@ -232,7 +236,7 @@ async def test_an_export_with_a_file_that_the_manifest_does_not_name_is_refused(
     await store.remove("demo")
     with pytest.raises(StoreError, match="not in the manifest"):
         await store.import_(file)
-    assert list(store.root.iterdir()) == []
+    assert files_in(store.root) == []
     assert not (tmp_path / "evil").exists()
 
 
@@ -266,6 +270,7 @@ async def test_without_an_archive_folder_archiving_says_which_key_is_missing(tmp
     with pytest.raises(StoreError, match=r"pool.archive_dir"):
         await store.put_into_archive("demo")
     assert store.archived() == []
+    store.close()
 
 
 async def test_a_cancelled_export_leaves_nothing_behind(store: CheckpointStore, tmp_path: Path) -> None:
@@ -290,4 +295,36 @@ def test_whatever_a_file_holds_importing_it_is_an_error_of_the_store(content: by
             file.write_bytes(head + content)
             with pytest.raises(StoreError):
                 asyncio.run(store.import_(file))
-        assert list(store.root.iterdir()) == []
+        assert files_in(store.root) == []
+        store.close()
+
+
+async def test_a_refused_image_stays_until_its_space_is_needed(store: CheckpointStore) -> None:
+    await write(store, "old", b"x" * 4096)
+    store.refuse("old")
+    store.begin("demo", 4096)
+    assert store.names() == ["old"]
+    with pytest.raises(StoreError):
+        store.begin("demo", 1 << 60)
+    assert store.names() == []
+
+
+def test_two_stores_cannot_have_one_folder_open(store: CheckpointStore, tmp_path: Path) -> None:
+    other = CheckpointStore(tmp_path / "images", 0)
+    with pytest.raises(StoreError, match="another warmpool uses it"):
+        other.open()
+    store.open()
+    store.close()
+    with pytest.raises(StoreError):
+        other.open()
+    store.close()
+    other.open()
+    other.close()
+
+
+def test_a_folder_with_files_of_others_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "images" / "overlay-containers").mkdir(parents=True)
+    before = (tmp_path / "images").stat().st_mode
+    with pytest.raises(StoreError, match="holds files of others"):
+        CheckpointStore(tmp_path / "images", 0).open()
+    assert (tmp_path / "images").stat().st_mode == before

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
-from proxy.instance import Tier
-from tests.podman_bench import PodmanBench, engine_image, tmpfs_folder, why_no_podman
-from tests.runtime_contract import RuntimeContract
+from loadtest.image import python
+from proxy.checkpoints import SUFFIX, StoreError
+from proxy.config import ModelSettings
+from proxy.errors import HostError, RuntimeFailure
+from proxy.instance import Stages, Tier
+from tests.podman_bench import (
+    PodmanBench,
+    engine_image,
+    engine_table,
+    model_of,
+    podman,
+    tmpfs_folder,
+    why_no_podman,
+)
+from tests.runtime_contract import FACTS, RuntimeContract
+from tests.support import PATIENCE_S, files_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
+
+    from proxy.checkpoints import Compression
 
 pytestmark = [
     pytest.mark.podman,
@@ -33,9 +56,467 @@ async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
     assert made.remains() == []
 
 
+def shell(script: str, **podman_keys: Any) -> ModelSettings:
+    """A container that runs Python code instead of an engine."""
+    table = engine_table(**podman_keys)
+    return ModelSettings(podman={**table, "entrypoint": [str(python()), "-c"], "command": [script + "\n# {port}"]})
+
+
+async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
+    """What such a container prints before it ends."""
+    handle = await bench.runtime.start("demo-1", "demo", model)
+    await asyncio.wait_for(bench.runtime.wait_exit(handle), PATIENCE_S)
+    return bench.claim.log_path("demo-1").read_text()
+
+
 class TestPodmanRuntime(RuntimeContract):
-    """The contract."""
+    """The contract, and what only containers have."""
 
     async def test_every_rung_is_there_where_criu_works(self, bench: PodmanBench) -> None:
         assert bench.runtime.rungs().missing == {}
         assert Tier.ARCHIVED in bench.runtime.rungs().offered
+
+    # --- one golden checkpoint, several containers ---
+
+    async def test_three_clones_are_restored_at_once_from_the_same_pages(
+        self, bench: PodmanBench, images: Path
+    ) -> None:
+        golden, boot = await self.checkpointed(bench)
+        size = sum(p.stat().st_blocks for p in images.rglob("*"))
+        clones = [await bench.runtime.clone(f"demo-{n}", "demo", bench.model) for n in (2, 3, 4)]
+        clones = await asyncio.gather(*(bench.runtime.restore(clone, Stages()) for clone in clones))
+        for clone in clones:
+            await bench.healthy(clone)
+            assert await bench.boot_id(clone) == boot
+        assert sum(p.stat().st_blocks for p in images.rglob("*")) < size * 1.1, "clones have no pages of their own"
+        for clone in clones:
+            await bench.scribble(clone)
+        await bench.runtime.remove(golden)
+
+    @pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+    async def test_an_exported_image_is_restored_where_it_was_imported(
+        self, bench: PodmanBench, tmp_path: Path, compression: Compression
+    ) -> None:
+        handle, boot = await self.checkpointed(bench)
+        file = tmp_path / f"golden{SUFFIX[compression]}"
+        await bench.store.export("demo", file, compression)
+        await bench.runtime.discard_image(handle)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.restore(handle, Stages())
+        await bench.runtime.remove(handle)
+        await bench.store.import_(file)
+        clone = await bench.runtime.clone("demo-1", "demo", bench.model)
+        clone = await bench.runtime.restore(clone, Stages())
+        await bench.healthy(clone)
+        assert await bench.boot_id(clone) == boot
+
+    # --- what goes wrong ---
+
+    async def test_a_dump_that_fails_leaves_the_container_serving(self, bench: PodmanBench, tmp_path: Path) -> None:
+        script = tmp_path / "refuse"
+        script.write_text("#!/bin/sh\nexit 7\n")
+        script.chmod(0o755)
+        bench.model = model_of(criu={"action_scripts": {"pre-dump": str(script)}})
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        for suspended in (False, True):
+            if suspended:
+                await bench.runtime.suspend(handle)
+            with pytest.raises(RuntimeFailure, match="CRIU") as failure:
+                await bench.runtime.checkpoint(handle, FACTS, Stages())
+            assert failure.value.alive
+            assert await bench.answers(handle) is not suspended
+        await bench.runtime.resume(handle)
+        assert await bench.boot_id(handle) == boot
+        assert files_in(bench.images) == []
+
+    async def test_an_image_that_would_not_fit_is_not_begun(self, bench: PodmanBench) -> None:
+        handle, _ = await self.checkpointed(bench)
+        handle = await bench.runtime.restore(handle, Stages())
+        bench.store.reserve_bytes = 1 << 60
+        with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
+            await bench.runtime.checkpoint(handle, FACTS, Stages())
+        assert failure.value.alive
+        assert await bench.answers(handle)
+        await bench.store.verify("demo")
+
+    async def test_a_tmpfs_that_fills_up_meanwhile_harms_neither_the_engine_nor_the_image(
+        self, bench: PodmanBench, tmp_path: Path
+    ) -> None:
+        small = tmp_path / "small"
+        small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(small)], check=True)
+        try:
+            bench.store.root = small
+            handle, boot = await self.checkpointed(bench)
+            await bench.store.verify("demo")
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            free = os.statvfs(small)
+            (small / ".other").write_bytes(bytes(free.f_bavail * free.f_frsize - (4 << 20)))
+            bench.store.reserve_bytes = -(1 << 40)  # as if the space went after it was looked at
+            with pytest.raises(RuntimeFailure, match="checkpoint: ") as failure:
+                await bench.runtime.checkpoint(handle, FACTS, Stages())
+            assert failure.value.alive
+            assert await bench.boot_id(handle) == boot
+            (small / ".other").unlink()
+            await bench.store.verify("demo")
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            await bench.runtime.remove(handle)
+        finally:
+            subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+    @pytest.mark.parametrize("damage", ["shortened", "missing", "overwritten"])
+    async def test_a_corrupted_image_file_is_refused(self, bench: PodmanBench, damage: str) -> None:
+        handle, _ = await self.checkpointed(bench)
+        file = next(bench.store.path("demo").glob("criu/core-*.img"))
+        match damage:
+            case "shortened":
+                os.truncate(file, 100)
+            case "missing":
+                file.unlink()
+            case "overwritten":
+                file.write_bytes(os.urandom(file.stat().st_size))
+        with pytest.raises(RuntimeFailure, match="restore"):
+            await bench.runtime.restore(handle, Stages())
+        with pytest.raises(StoreError):
+            await bench.store.verify("demo")
+        await bench.runtime.drop(handle)
+        assert await self.start(bench) == handle
+
+    async def test_a_container_that_somebody_removed_is_made_again(self, bench: PodmanBench) -> None:
+        handle, boot = await self.checkpointed(bench)
+        podman("rm", "--force", bench.container(handle))
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_a_running_container_that_somebody_removed_ends_and_starts_again(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        ended = asyncio.create_task(bench.runtime.wait_exit(handle))
+        await asyncio.sleep(0)
+        podman("rm", "--force", "--time", "0", bench.container(handle))
+        await asyncio.wait_for(ended, PATIENCE_S)
+        await bench.runtime.drop(handle)
+        assert await self.start(bench) == handle
+
+    async def test_podmans_service_may_be_killed_at_any_time(self, bench: PodmanBench) -> None:
+        handle, boot = await self.checkpointed(bench)
+        service = bench.runtime._podman._service
+        if service is None:
+            pytest.skip(reason="podman's service is the system's here")
+        service.kill()
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+        await bench.runtime.suspend(handle)
+        killed = bench.runtime._podman._service
+        assert killed is not None
+        killed.kill()
+        await bench.runtime.resume(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_podmans_service_killed_in_the_middle_of_a_dump_leaves_something_usable(
+        self, bench: PodmanBench, tmp_path: Path
+    ) -> None:
+        reached, go_on = tmp_path / "reached", tmp_path / "go-on"
+        script = tmp_path / "wait"
+        script.write_text(f"#!/bin/sh\ntouch {reached}\nwhile [ ! -e {go_on} ]; do sleep 0.05; done\n")
+        script.chmod(0o755)
+        bench.model = model_of(criu={"action_scripts": {"pre-dump": str(script)}})
+        handle = await self.start(bench)
+        service = bench.runtime._podman._service
+        if service is None:
+            pytest.skip(reason="podman's service is the system's here")
+        dumping = asyncio.create_task(bench.runtime.checkpoint(handle, FACTS, Stages()))
+        async with asyncio.timeout(PATIENCE_S):
+            while not reached.exists():
+                await asyncio.sleep(0.01)
+        service.kill()
+        with pytest.raises(RuntimeFailure):
+            await dumping
+        go_on.touch()
+        await bench.runtime.drop(handle)
+        assert await self.start(bench) == handle
+        assert files_in(bench.images) == []
+
+    async def test_a_restore_that_hangs_can_be_given_up(self, bench: PodmanBench, tmp_path: Path) -> None:
+        hang = tmp_path / "hang"
+        script = tmp_path / "script"
+        script.write_text(f"#!/bin/sh\nwhile [ -e {hang} ]; do sleep 0.05; done\n")
+        script.chmod(0o755)
+        bench.model = model_of(criu={"action_scripts": {"pre-restore": str(script)}})
+        handle, boot = await self.checkpointed(bench)
+        hang.touch()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await bench.runtime.restore(handle, Stages())
+        await bench.runtime.drop(handle)
+        hang.unlink()
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_the_end_of_an_engine_is_told_with_its_status(self, bench: PodmanBench) -> None:
+        handle = await bench.runtime.start("demo-1", "demo", shell("raise SystemExit(3)"))
+        assert await asyncio.wait_for(bench.runtime.wait_exit(handle), PATIENCE_S) == "exit status 3"
+
+    async def test_an_image_that_is_not_there_is_named_with_the_way_to_get_it(self, bench: PodmanBench) -> None:
+        model = model_of(image="localhost/no-such-image")
+        with pytest.raises(RuntimeFailure, match="podman pull localhost/no-such-image.*models.demo.podman.image"):
+            await bench.runtime.start("demo-1", "demo", model)
+        assert bench.remains() == []
+
+    # --- what a predecessor left ---
+
+    async def test_a_successor_adopts_a_running_container(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        assert bench.runtime.leave(handle)
+        after = await bench.successor()
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.READY)]
+        await after.runtime.checkpoint(handle, FACTS, Stages())
+        handle = await after.runtime.restore(handle, Stages())
+        await after.healthy(handle)
+        assert await after.boot_id(handle) == boot
+
+    async def test_a_successor_lets_a_suspended_container_go_on(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.suspend(handle)
+        after = await bench.successor()
+        await after.runtime.recover({"demo": after.model})
+        await after.healthy(handle)
+
+    async def test_orphans_of_another_configuration_are_removed_and_other_peoples_containers_are_not(
+        self, bench: PodmanBench, images: Path, tmp_path: Path
+    ) -> None:
+        await self.start(bench)
+        neighbour = PodmanBench(tmp_path / "other", tmp_path / "other-images")
+        await neighbour.runtime.open()
+        theirs = await self.start(neighbour)
+        after = await bench.successor(changed=True)
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert list(recovered.instances) == []
+        assert after.remains() == []
+        assert await neighbour.answers(theirs)
+        await neighbour.clear()
+
+    async def test_a_container_that_ended_and_has_no_image_is_removed(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.drop(handle)
+        after = await bench.successor()
+        assert list((await after.runtime.recover({"demo": after.model})).instances) == []
+        assert after.remains() == []
+
+    # --- connections ---
+
+    async def test_a_clients_open_connection_is_closed_by_a_checkpoint(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        with socket.create_connection((handle.host, handle.port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            client.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(1000) == b""
+
+    async def test_with_neither_tcp_option_an_open_connection_fails_the_dump_and_harms_nothing(
+        self, bench: PodmanBench
+    ) -> None:
+        bench.model = model_of(criu={"tcp_close": False})
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        with socket.create_connection((handle.host, handle.port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            with pytest.raises(RuntimeFailure, match="CRIU") as failure:
+                await bench.runtime.checkpoint(handle, FACTS, Stages())
+            assert failure.value.alive
+        assert await bench.boot_id(handle) == boot
+
+    async def test_with_tcp_established_the_engine_keeps_its_connections(self, bench: PodmanBench) -> None:
+        bench.model = model_of(criu={"tcp_established": True, "tcp_close": False})
+        handle = await self.start(bench)
+        boot = await bench.boot_id(handle)
+        with socket.create_connection((handle.host, handle.port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            client.settimeout(10)
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+    # --- what a container is given ---
+
+    async def test_settings_reach_the_container(self, bench: PodmanBench, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("from the host")
+        script = (
+            "import os, resource;"
+            "print(os.environ['SECRET'], open('/mnt/in/file').read(), resource.getrlimit(resource.RLIMIT_NOFILE));"
+            "s = os.statvfs('/dev/shm'); print('shm', s.f_blocks * s.f_frsize);"
+            "print('null', os.path.exists('/dev/mine'));"
+            "\ntry: open('/mnt/in/new', 'w')\nexcept OSError as e: print('read-only', e.errno)\n"
+            "open('/mnt/out/new', 'w').write('x')"
+        )
+        (tmp_path / "out").mkdir()
+        model = shell(
+            script,
+            env={"SECRET": "x y"},
+            volumes=[
+                {"source": str(tmp_path), "target": "/mnt/in"},
+                {"source": str(tmp_path / "out"), "target": "/mnt/out", "writable": True},
+            ],
+            devices=["/dev/null:/dev/mine"],
+            shm_size="32MiB",
+            ulimits={"nofile": "512:1024"},
+        )
+        text = await output_of(bench, model)
+        assert "x y from the host (512, 1024)" in text
+        assert f"shm {32 << 20}" in text
+        assert "null True" in text
+        assert "read-only 30" in text
+        assert (tmp_path / "out" / "new").exists()
+        handle = bench.runtime._containers["demo-1"].handle
+        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]
+        assert shown["HostConfig"]["Privileged"] is False
+        assert shown["Config"]["Labels"]["io.warmpool.model"] == "demo"
+        assert stat.S_IMODE((bench.folder / "state").stat().st_mode) == 0o700, "logs are below"
+
+    @pytest.mark.parametrize("privileged", [False, True])
+    async def test_io_uring_is_refused_to_engines(self, bench: PodmanBench, privileged: bool) -> None:
+        script = (
+            "import ctypes, errno; c = ctypes.CDLL(None, use_errno=True); r = c.syscall(425, 8, 0);"
+            "print('io_uring', r, errno.errorcode[ctypes.get_errno()])"
+        )
+        assert "io_uring -1 ENOSYS" in await output_of(bench, shell(script, privileged=privileged))
+
+    async def test_a_privileged_engine_can_be_checkpointed(self, bench: PodmanBench) -> None:
+        bench.model = model_of(privileged=True, security_options=["label=disable", "apparmor=unconfined"])
+        handle, boot = await self.checkpointed(bench)
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    async def test_a_model_on_the_hosts_network_listens_on_loopback(self, bench: PodmanBench) -> None:
+        bench.model = model_of(network="host")
+        handle, boot = await self.checkpointed(bench)
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+        assert f"listening on 127.0.0.1:{handle.port}" in bench.claim.log_path("demo-1").read_text()
+
+    async def test_an_engine_is_published_nowhere(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]["NetworkSettings"]
+        assert not any((shown["Ports"] or {}).values())
+        assert handle.host in {network["IPAddress"] for network in shown["Networks"].values()}
+
+    async def test_a_network_of_the_users_own_is_used(self, bench: PodmanBench) -> None:
+        podman("network", "create", "warmpool-test")
+        try:
+            bench.model = model_of(network="warmpool-test")
+            handle, boot = await self.checkpointed(bench)
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            await bench.runtime.remove(handle)
+            await bench.runtime.discard_image(handle)
+        finally:
+            podman("network", "rm", "--force", "warmpool-test")
+
+    async def test_what_was_written_to_the_root_filesystem_is_left_out_where_told(self, bench: PodmanBench) -> None:
+        bench.model = ModelSettings(
+            podman={
+                **engine_table(criu={"ignore_rootfs": True}),
+                "command": ["--host", "{host}", "--port", "{port}", "--model", "{model}"],
+            }
+        )
+        handle, boot = await self.checkpointed(bench)
+        assert "rootfs.tar" not in bench.store.load("demo").bytes_by_file
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+    # --- CRIU ---
+
+    async def test_the_users_action_scripts_run_at_their_points(self, bench: PodmanBench, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        scripts = {}
+        for point in ("pre-dump", "post-dump", "pre-restore", "post-restore", "post-resume"):
+            scripts[point] = tmp_path / f"script {point}"
+            scripts[point].write_text(f"#!/bin/sh\necho $CRTOOLS_SCRIPT_ACTION >> {log}\n")
+            scripts[point].chmod(0o755)
+        bench.model = model_of(criu={"action_scripts": {n: str(p) for n, p in scripts.items()}})
+        handle, _ = await self.checkpointed(bench)
+        assert log.read_text().split() == ["pre-dump", "post-dump"]
+        handle = await bench.runtime.restore(handle, Stages())
+        assert log.read_text().split()[2:] == ["pre-restore", "post-restore", "post-resume"]
+
+    async def test_a_criu_of_the_users_own_is_used(self, tmp_path: Path, images: Path) -> None:
+        engine_image()
+        log, mine = tmp_path / "calls", tmp_path / "my-criu"
+        mine.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("criu")} "$@"\n')
+        mine.chmod(0o755)
+        bench = PodmanBench(tmp_path, images, criu_programs=[mine])
+        await bench.runtime.open()
+        bench.model = model_of(criu={"program": str(mine)})
+        handle, boot = await self.checkpointed(bench)
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+        assert "swrk" in log.read_text()
+        await bench.clear()
+
+    async def test_criu_options_come_from_a_file_of_the_models_own(self, bench: PodmanBench) -> None:
+        bench.model = model_of(criu={"options": ["force-irmap"], "ghost_limit": "1GiB"})
+        handle, _ = await self.checkpointed(bench)
+        folder = bench.folder / "state" / "podman"
+        text = (folder / "demo.criu.conf").read_text()
+        assert "ghost-limit 1073741824\n" in text
+        assert "force-irmap\n" in text
+        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]
+        assert shown["Config"]["Annotations"]["org.criu.config"] == str(folder / "demo.criu.conf")
+
+    async def test_criu_reports_its_times(self, bench: PodmanBench) -> None:
+        handle = await self.start(bench)
+        stages = Stages()
+        await bench.runtime.checkpoint(handle, FACTS, stages)
+        assert {"podman", "dump", "digest"} <= set(stages.seconds)
+        again = Stages()
+        await bench.runtime.restore(handle, again)
+        assert {"podman", "criu"} <= set(again.seconds)
+        manifest = bench.store.load("demo")
+        assert manifest.details["criu_us"]["frozen_time"] > 0
+        assert manifest.facts.keys() >= {"kernel", "CRIU", "podman", "container image"}
+        assert manifest.bytes_by_kind()["memory pages"] > 8 << 20
+
+    # --- the host ---
+
+    async def test_two_proxies_cannot_share_a_state_folder(self, bench: PodmanBench, images: Path) -> None:
+        with pytest.raises(HostError, match="another warmpool uses state_dir"):
+            await PodmanBench(bench.folder, images).runtime.open()
+
+    async def test_without_podman_the_host_error_says_how_to_get_it(
+        self, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        bench = PodmanBench(tmp_path, images, socket=str(tmp_path / "no-socket"))
+        with pytest.raises(HostError, match="podman is not installed"):
+            await bench.runtime.open()
+
+    async def test_a_checkpoint_folder_in_use_takes_the_rung_away_with_a_reason(
+        self, bench: PodmanBench, tmp_path: Path, images: Path
+    ) -> None:
+        other = PodmanBench(tmp_path / "other", images)
+        await other.runtime.open()
+        assert "another warmpool uses it" in other.runtime.rungs().missing[Tier.CHECKPOINTED]
+        await other.close()

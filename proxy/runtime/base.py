@@ -30,18 +30,22 @@ class Rungs:
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A runtime's grip on an instance, alive or checkpointed: where its engine listens."""
+    """A runtime's grip on an instance, alive or checkpointed, and where its engine listens while it runs.
+
+    Two handles of one instance are equal: the address may be another after a restore.
+    """
 
     instance_id: str
     model: str
     """Its key."""
-    host: str
-    port: int
+    host: str = field(compare=False)
+    """Empty while nothing runs and the address is not known."""
+    port: int = field(compare=False)
 
     @property
     def base_url(self) -> str:
         """``http://HOST:PORT``"""
-        return f"http://{self.host}:{self.port}"
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,7 @@ class Runtime(Protocol):
         """What is left of these very models and can be used; everything else that is ours is deleted."""
 
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
-        """Start an engine's processes from nothing. It is not healthy yet.
-
-        An instance that was started before keeps its address, so that its checkpoint stays restorable.
-        """
+        """Start an engine's processes from nothing. It is not healthy yet."""
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Prepare a further instance that `restore` brings up from the model's image; nothing runs yet."""
@@ -123,8 +124,11 @@ class Runtime(Protocol):
         A failure with `alive` leaves the engine as it was; one without leaves nothing running.
         """
 
-    async def restore(self, handle: Handle, stages: Stages) -> None:
-        """Bring the engine back from its image, which is kept; it runs (not suspended) afterwards."""
+    async def restore(self, handle: Handle, stages: Stages) -> Handle:
+        """Bring the engine back from its image, which is kept; it runs (not suspended) afterwards.
+
+        The handle says where it listens now.
+        """
 
     async def drop(self, handle: Handle) -> None:
         """End the engine's processes, whole and at once; the image, if there is one, stays."""

@@ -50,21 +50,22 @@ def specification(
     name: str,
     key: str,
     model: ModelSettings,
-    port: int,
+    host_port: int | None,
     labels: Mapping[str, str],
     environment: Mapping[str, str],
     criu_config: Path,
     seccomp: Path | None,
     log: Path,
-    oci_runtime: str | None,
 ) -> dict[str, Any]:
-    """The body of `POST /libpod/containers/create`."""
+    """The body of `POST /libpod/containers/create`; `host_port` for a container on the host's network.
+
+    No port is published: an engine is reached at its address on podman's bridge, which only this host has a route to.
+    """
     engine = engine_of(model)
     on_host = engine.network == "host"
-    inside = port if on_host else engine.container_port
     values = {
         "host": LOOPBACK if on_host else "0.0.0.0",  # noqa: S104 - inside its own network namespace
-        "port": str(inside),
+        "port": str(host_port if host_port is not None else engine.container_port),
         "model": model.name or key,
     }
     spec: dict[str, Any] = {
@@ -95,15 +96,12 @@ def specification(
         spec["resource_limits"]["memory"] = {"limit": int(engine.memory_limit)}
     if seccomp is not None:
         spec["seccomp_profile_path"] = str(seccomp)
-    if oci_runtime is not None:
-        spec["oci_runtime"] = oci_runtime
     if on_host:
         spec["netns"] = {"nsmode": "host"}
     else:
         spec["netns"] = {"nsmode": "bridge"}
         if engine.network != "bridge":
             spec["Networks"] = {engine.network: {}}
-        spec["portmappings"] = [{"container_port": inside, "host_port": port, "host_ip": LOOPBACK, "protocol": "tcp"}]
     for option in engine.security_options:
         _apply_security(spec, option)
     return spec
@@ -134,11 +132,14 @@ def action_dispatcher(scripts: Mapping[Any, Path]) -> str:
     return f'#!/bin/sh\n# Written by warmpool.\ncase "$CRTOOLS_SCRIPT_ACTION" in\n{cases}esac\n'
 
 
-def runtime_wrapper(program: str, criu: Path, folder: Path) -> str:
-    """An OCI runtime that finds another CRIU: runc takes the one in PATH."""
+def runtime_wrapper(program: str, folder: Path) -> str:
+    """An OCI runtime that finds the CRIU which `FOLDER/CONTAINER-ID/criu` is, where there is one.
+
+    runc and crun take the one in PATH, and podman has no setting for it.
+    """
     return (
-        f"#!/bin/sh\n# Written by warmpool: {program} with the CRIU {criu}.\n"
-        f'PATH={_quoted(str(folder))}:$PATH exec {_quoted(program)} "$@"\n'
+        "#!/bin/sh\n# Written by warmpool.\nfor id; do :; done\nmine="
+        f'{_quoted(str(folder))}/"$id"\n[ -e "$mine/criu" ] && PATH="$mine:$PATH"\nexec {_quoted(program)} "$@"\n'
     )
 
 

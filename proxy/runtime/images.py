@@ -73,7 +73,7 @@ class KeepsImages:
         facts: Mapping[str, Mapping[str, str]],
         digest: Callable[[str, ModelSettings], str],
     ) -> dict[str, tuple[Manifest, ImageFacts]]:
-        """The images of these models that fit this host, on tmpfs or archived; others of this runtime are deleted."""
+        """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""
         usable: dict[str, tuple[Manifest, ImageFacts]] = {}
         for archived, names in ((False, self._store.names()), (True, self._store.archived())):
             for image in names:
@@ -82,32 +82,29 @@ class KeepsImages:
                 try:
                     manifest = await self._store.archived_manifest(image) if archived else self._store.load(image)
                 except StoreError as error:
-                    log.warning("checkpoint %s cannot be used and is deleted: %s", image, error)
-                    await self._delete_image(image, archived=archived)
+                    log.error("checkpoint %s is damaged: %s", image, error)
+                    if not archived:
+                        await asyncio.to_thread(self._store.quarantine, image)
                     continue
                 if manifest.runtime != self.name:
                     continue
-                reason = _why_not(manifest, models, facts, digest)
+                reason = why_not(manifest, models, facts, digest)
                 if reason is not None:
-                    log.warning("checkpoint %s does not fit and is deleted: %s", image, reason)
-                    await self._delete_image(image, archived=archived)
+                    log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, reason)
+                    if not archived:
+                        self._store.refuse(image)
                     continue
                 usable[image] = manifest, ImageFacts(manifest.sleep_level, manifest.canary, archived=archived)
         return usable
 
-    async def _delete_image(self, image: str, *, archived: bool) -> None:
-        if archived:
-            self._store.archive_path(image).unlink(missing_ok=True)
-        else:
-            await self._store.remove(image)
 
-
-def _why_not(
+def why_not(
     manifest: Manifest,
     models: Mapping[str, ModelSettings],
     facts: Mapping[str, Mapping[str, str]],
     digest: Callable[[str, ModelSettings], str],
 ) -> str | None:
+    """Why an image cannot be used with this configuration on this host; None when it can."""
     if manifest.model not in models:
         return f"there is no model {manifest.model!r} any more"
     if manifest.spec_digest != digest(manifest.model, models[manifest.model]):

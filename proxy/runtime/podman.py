@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -88,6 +88,7 @@ class PodmanRuntime(KeepsImages):
         self._claim = claim
         self._store = store
         self._criu_programs = sorted(set(criu_programs))
+        self._criu_versions: dict[Path, str] = {}
         self._containers: dict[str, _Container] = {}
         self._rungs = Rungs(frozenset())
         self._facts: dict[str, str] = {}
@@ -109,7 +110,7 @@ class PodmanRuntime(KeepsImages):
             await self._podman.open()
             info = await self._info()
             if self._criu_programs:
-                await self._register_criu_programs()
+                await self._give_containers_their_criu()
         except BaseException:
             await self.close()
             raise
@@ -158,28 +159,23 @@ class PodmanRuntime(KeepsImages):
                 reason = str(error)
         return reason
 
-    async def _register_criu_programs(self) -> None:
-        """Make an OCI runtime known to podman for each CRIU of the user's own."""
-        lines = ["# Written by warmpool.", "[engine.runtimes]"]
+    async def _give_containers_their_criu(self) -> None:
+        """Start podman's service again, with an OCI runtime that looks for the CRIU programs of the user's own."""
+        folder = self._claim.folder / "oci"
+        text = container.runtime_wrapper(self._oci_program, folder)
+        wrapper = container.write_if_other(folder / Path(self._oci_program).name, text.encode(), mode=0o700)
         for program in self._criu_programs:
-            folder = self._claim.folder / _runtime_name(program)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            link = folder / "criu"
-            link.unlink(missing_ok=True)
-            link.symlink_to(program)
-            wrapper = container.runtime_wrapper(self._oci_program, program, folder)
-            path = container.write_if_other(folder / "runtime", wrapper.encode(), mode=0o700)
-            lines.append(f'{_runtime_name(program)} = ["{path}"]')
-        drop_in = Path(f"/etc/containers/containers.conf.d/warmpool-{self._claim.owner}.conf")
-        container.write_if_other(drop_in, "\n".join([*lines, ""]).encode(), folder_mode=0o755, mode=0o644)
-        # A service that runs already does not read it again.
+            self._criu_versions[program], reason = await criu.why_not(str(program))
+            if reason is not None:
+                log.error("models with criu.program = %s cannot be checkpointed: %s", program, reason)
         await self._podman.close()
-        self._podman = Podman(self._settings.socket, self._own_socket(), always_own=True)
+        self._podman = Podman(self._settings.socket, self._own_socket(), oci_runtime=wrapper)
         await self._podman.open()
 
     async def close(self) -> None:
         """Disconnect and give up the claim."""
         await self._podman.close()
+        self._store.close()
         self._claim.release()
 
     def rungs(self) -> Rungs:
@@ -217,8 +213,7 @@ class PodmanRuntime(KeepsImages):
             log.info("container %s is of another configuration: removed", entry["Names"][0])
             await self._delete(entry["Id"])
             return None
-        handle = Handle(instance_id, key, ports.LOOPBACK, int(labels["port"]))
-        it = _Container(handle, self._container_name(instance_id), known, labels["spec"])
+        it = _Container(Handle(instance_id, key, "", 0), self._container_name(instance_id), known, labels["spec"])
         try:
             state = await self._inspect(it)
             if state == "paused":
@@ -237,7 +232,7 @@ class PodmanRuntime(KeepsImages):
             await self._delete(entry["Id"])
             return None
         self._containers[instance_id] = it
-        return Found(handle, tier)
+        return Found(it.handle, tier)
 
     # --- starting and ending ---
 
@@ -275,23 +270,36 @@ class PodmanRuntime(KeepsImages):
         known = self._containers.get(instance_id)
         name = self._container_name(instance_id)
         try:
-            port = known.handle.port if known is not None else await self._free_port()
-            handle = Handle(instance_id, key, ports.LOOPBACK, port)
+            engine = container.engine_of(model)
+            if engine.network == "host":
+                port = known.handle.port if known is not None else await self._host_port(key)
+                handle = Handle(instance_id, key, ports.LOOPBACK, port)
+            else:
+                handle = Handle(instance_id, key, "", engine.container_port)
             it = _Container(handle, name, model, container.spec_digest(key, model))
             self._containers[instance_id] = it
             await self._delete(name)
             answer = await self._podman.post("/containers/create", self._specification(it))
             it.id = answer["Id"]
+            if engine.criu.program is not None:
+                _put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
         except PodmanError as error:
             hint = ""
-            if error.status == 404:
-                hint = f"; podman pull {container.engine_of(model).image}, or correct models.{key}.podman.image"
+            if await self._lacks_image(engine.image):
+                hint = f"; podman pull {engine.image}, or correct models.{key}.podman.image"
             raise RuntimeFailure(operation, f"{error}{hint}") from error
         except OSError as error:
             raise RuntimeFailure(operation, f"{error.filename or self._claim.folder}: {error.strerror}") from error
         for warning in answer.get("Warnings") or []:
             log.warning("%s: podman: %s", instance_id, warning)
         return it
+
+    async def _lacks_image(self, image: str) -> bool:
+        try:
+            await self._podman.get(f"/images/{image}/exists")
+        except PodmanError as error:
+            return error.status == 404
+        return False
 
     def _specification(self, it: _Container) -> dict[str, Any]:
         engine = container.engine_of(it.model)
@@ -309,7 +317,7 @@ class PodmanRuntime(KeepsImages):
             name=it.name,
             key=key,
             model=it.model,
-            port=it.handle.port,
+            host_port=it.handle.port if engine.network == "host" else None,
             labels={
                 "owner": self._claim.owner,
                 "instance": it.handle.instance_id,
@@ -321,7 +329,6 @@ class PodmanRuntime(KeepsImages):
             criu_config=container.write_if_other(folder / f"{key}.criu.conf", options.encode()),
             seccomp=container.seccomp_profile(engine, folder),
             log=self._claim.log_path(it.handle.instance_id),
-            oci_runtime=_runtime_name(engine.criu.program) if engine.criu.program is not None else None,
         )
 
     async def _inspect(self, it: _Container) -> str:
@@ -335,8 +342,9 @@ class PodmanRuntime(KeepsImages):
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
             it.merged = graph.get("MergedDir", it.merged)
             it.pid = answer["State"]["Pid"] or None
+            it.handle = _addressed(it, answer)
             return str(answer["State"]["Status"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PodmanError(0, f"{it.name}: inspect answers what this version does not understand: {error}") from None
 
     async def wait_exit(self, handle: Handle) -> str:
@@ -369,7 +377,8 @@ class PodmanRuntime(KeepsImages):
     async def _stop(self, it: _Container) -> None:
         """End all processes of a container at once and return when its filesystem is unmounted."""
         if it.interrupted:
-            _kill_helpers(it.id)
+            await asyncio.to_thread(_kill_helpers, it.id)
+            await self._forget_half_made(it)
             it.interrupted = False
         if it.paused:
             with contextlib.suppress(PodmanError):
@@ -383,8 +392,15 @@ class PodmanRuntime(KeepsImages):
         it.pid = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
-                while it.merged and _is_mounted(it.merged):
+                while it.merged and it.merged in _mounts():
                     await asyncio.sleep(0.01)
+
+    async def _forget_half_made(self, it: _Container) -> None:
+        """Clear what a killed OCI runtime and CRIU leave: mounts, and a record that the container exists."""
+        # The mounts first: runc's `delete` would empty what is mounted there.
+        for path in reversed([p for p in _mounts() if f"/{it.id}/criu-root" in p or f"{it.userdata}/.criu" in p]):
+            await _quietly("umount", "--lazy", path)
+        await _quietly(self._oci_program, "delete", "--force", it.id)
 
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`."""
@@ -411,6 +427,9 @@ class PodmanRuntime(KeepsImages):
         self._containers.pop(handle.instance_id, None)
 
     async def _delete(self, name: str) -> None:
+        with contextlib.suppress(PodmanError):
+            id_ = (await self._podman.get(f"/containers/{name}/json"))["Id"]
+            await asyncio.to_thread(shutil.rmtree, self._claim.folder / "oci" / id_, ignore_errors=True)
         try:
             await self._podman.delete(f"/containers/{name}", force="true", v="true", timeout="0")
         except PodmanError as error:
@@ -428,26 +447,39 @@ class PodmanRuntime(KeepsImages):
     async def suspend(self, handle: Handle) -> None:
         """See `Runtime.suspend`: the container's cgroup is frozen."""
         it = self._running(handle, "suspend")
-        await self._order(it, "pause", "suspend")
+        await self._order(it, "pause", "suspend", "paused")
         it.paused = True
 
     async def resume(self, handle: Handle) -> None:
         """See `Runtime.resume`."""
         it = self._running(handle, "resume")
-        await self._order(it, "unpause", "resume")
+        await self._order(it, "unpause", "resume", "running")
         it.paused = False
 
-    async def _order(self, it: _Container, verb: str, operation: str) -> None:
+    async def _order(self, it: _Container, verb: str, operation: str, wanted: str) -> None:
         try:
-            await self._podman.post(f"/containers/{it.id}/{verb}")
+            try:
+                await self._podman.post(f"/containers/{it.id}/{verb}")
+            except PodmanError as error:
+                if error.status or await self._inspect(it) == wanted:
+                    raise
+                await self._podman.post(f"/containers/{it.id}/{verb}")  # the service ended before it did it
         except PodmanError as error:
+            if error.status == 0 and await self._has_state(it, wanted):
+                return
             raise RuntimeFailure(operation, str(error)) from error
+
+    async def _has_state(self, it: _Container, wanted: str) -> bool:
+        with contextlib.suppress(PodmanError):
+            return await self._inspect(it) == wanted
+        return False
 
     # --- checkpointed ---
 
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         """See `Runtime.checkpoint`."""
         it = self._running(handle, "checkpoint")
+        engine = container.engine_of(it.model)
         image = self._image(handle)
         try:
             pids = await asyncio.to_thread(self._pids, it)
@@ -476,7 +508,7 @@ class PodmanRuntime(KeepsImages):
                             facts=host_facts,
                             sleep_level=facts.sleep_level,
                             canary=facts.canary,
-                            private={},
+                            private={"host_port": it.handle.port} if engine.network == "host" else {},
                             details={
                                 **facts.details,
                                 "memory": memory,
@@ -547,7 +579,7 @@ class PodmanRuntime(KeepsImages):
             return False
         return True
 
-    async def restore(self, handle: Handle, stages: Stages) -> None:
+    async def restore(self, handle: Handle, stages: Stages) -> Handle:
         """See `Runtime.restore`."""
         it = self._containers[handle.instance_id]
         image = self._image(handle)
@@ -576,6 +608,7 @@ class PodmanRuntime(KeepsImages):
             except (PodmanError, OSError) as again:
                 raise RuntimeFailure("restore", str(again)) from again
         _note_times(answer, "criu", ("restore_time",), began, stages)
+        return it.handle
 
     async def _is_gone(self, it: _Container) -> bool:
         try:
@@ -595,10 +628,11 @@ class PodmanRuntime(KeepsImages):
             tcpEstablished=_flag(engine.criu.tcp_established),
             fileLocks=_flag(engine.criu.file_locks),
             printStats=_flag(engine.criu.print_stats),
-            ignoreStaticIP=_flag(engine.criu.ignore_static_ip),
-            ignoreStaticMAC=_flag(engine.criu.ignore_static_mac),
+            # A connection belongs to an address.
+            ignoreStaticIP=_flag(engine.criu.ignore_static_ip and not engine.criu.tcp_established),
+            ignoreStaticMAC=_flag(engine.criu.ignore_static_mac and not engine.criu.tcp_established),
         )
-        it.pid = int(it.pid_file.read_text())
+        await self._inspect(it)
         it.interrupted = False
         it.paused = False
         return answer
@@ -622,15 +656,23 @@ class PodmanRuntime(KeepsImages):
 
     async def _image_facts(self, model: ModelSettings) -> dict[str, str]:
         """The host, and the container image a model's engines run in."""
+        engine = container.engine_of(model)
+        facts = dict(self._facts)
+        if engine.criu.program is not None:
+            facts["CRIU"] = self._criu_versions.get(engine.criu.program, "")
         try:
-            image = await self._podman.get(f"/images/{container.engine_of(model).image}/json")
+            facts["container image"] = str((await self._podman.get(f"/images/{engine.image}/json"))["Id"])
         except PodmanError as error:
             if error.status != 404:
                 raise
-            return dict(self._facts)
-        return {**self._facts, "container image": str(image["Id"])}
+        return facts
 
-    async def _free_port(self) -> int:
+    async def _host_port(self, key: str) -> int:
+        """The port for a container on the host's network: the one its image was taken with, or a free one."""
+        with contextlib.suppress(StoreError):
+            port = self._store.load(key).private.get("host_port")
+            if isinstance(port, int):
+                return port
         taken = {it.handle.port for it in self._containers.values()}
         labelled = orjson.dumps({"label": [f"{container.LABEL}port"]}).decode()
         for entry in await self._podman.get("/containers/json", all="true", filters=labelled):
@@ -655,12 +697,19 @@ class PodmanRuntime(KeepsImages):
         return it
 
 
+def _addressed(it: _Container, answer: Mapping[str, Any]) -> Handle:
+    """The handle with the address that podman says the container has."""
+    if container.engine_of(it.model).network == "host":
+        labels = answer["Config"]["Labels"]
+        return replace(it.handle, host=ports.LOOPBACK, port=int(labels[f"{container.LABEL}port"]))
+    networks = (answer["NetworkSettings"]["Networks"] or {}).values()
+    addresses = [n.get(kind) for kind in ("IPAddress", "GlobalIPv6Address") for n in networks]
+    port = container.engine_of(it.model).container_port
+    return replace(it.handle, host=next((a for a in addresses if a), ""), port=port)
+
+
 def _flag(wanted: bool) -> str:
     return "true" if wanted else "false"
-
-
-def _runtime_name(program: Path) -> str:
-    return "warmpool-" + "-".join(part for part in program.parts if part != "/").replace(".", "-").lower()
 
 
 def _version_numbers(text: str) -> tuple[int, ...]:
@@ -689,8 +738,13 @@ def _link(userdata: Path, folder: Path) -> None:
     link = userdata / "checkpoint"
     if link.is_dir() and not link.is_symlink():
         shutil.rmtree(link)
+    _put_link(link, folder / CRIU_FOLDER)
+
+
+def _put_link(link: Path, target: Path) -> None:
+    link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(folder / CRIU_FOLDER)
+    link.symlink_to(target)
 
 
 def _empty(folder: Path) -> None:
@@ -739,9 +793,17 @@ def _shared_memory_bytes(pid: int | None) -> int:
     return (shm.f_blocks - shm.f_bfree) * shm.f_frsize
 
 
-def _is_mounted(path: str) -> bool:
+def _mounts() -> list[str]:
     with Path("/proc/self/mountinfo").open() as mounts:
-        return any(line.split()[4] == path for line in mounts)
+        return [line.split()[4] for line in mounts]
+
+
+async def _quietly(*command: str) -> None:
+    """Run a command to its end, whatever that is."""
+    nothing = asyncio.subprocess.DEVNULL
+    with contextlib.suppress(OSError):
+        process = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=nothing, stderr=nothing)
+        await process.wait()
 
 
 def _kill_helpers(container_id: str) -> None:

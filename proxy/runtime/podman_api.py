@@ -41,10 +41,11 @@ class PodmanError(WarmpoolError):
 class Podman:
     """Calls to podman's service. `open` before use."""
 
-    def __init__(self, socket: Path, own_socket: Path, *, always_own: bool = False) -> None:
+    def __init__(self, socket: Path, own_socket: Path, *, oci_runtime: Path | None = None) -> None:
+        """With an `oci_runtime`, which podman can only be told at its start, the service is always one of our own."""
         self._socket = socket
         self._own_socket = own_socket
-        self._always_own = always_own
+        self._oci_runtime = oci_runtime
         self._session: aiohttp.ClientSession | None = None
         self._service: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -52,14 +53,16 @@ class Podman:
     async def open(self) -> None:
         """Connect. Raises HostError when there is neither a service nor a podman to start one."""
         socket = self._socket
-        if self._always_own or not await _listens(socket):
+        if self._oci_runtime is not None or not await _listens(socket):
             if shutil.which("podman") is None:
                 raise HostError("podman is not installed (make host, or your distribution's package)")
             socket = self._own_socket
             socket.unlink(missing_ok=True)
             self._supervisor = asyncio.create_task(self._supervise(socket), name="podman service")
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(socket), limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            # A kept connection would break with a service that was restarted; a new one waits for it.
+            connector=aiohttp.UnixConnector(str(socket), limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
         )
         try:
             await self.get("/_ping", raw=True)
@@ -80,9 +83,10 @@ class Podman:
     async def _supervise(self, socket: Path) -> None:
         """Keep a service running; it ends with us, however we end (PR_SET_PDEATHSIG)."""
         tied = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+        options = ("--runtime", str(self._oci_runtime)) if self._oci_runtime is not None else ()
         while True:
             service = await asyncio.create_subprocess_exec(
-                *tied, "podman", "--log-level", "error", "system", "service", "--time", "0", f"unix://{socket}",
+                *tied, "podman", "--log-level", "error", *options, "system", "service", "--time", "0", f"unix://{socket}",
                 stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             self._service = service

@@ -112,6 +112,7 @@ class ProcessRuntime(KeepsImages):
             self._guard.stdin.close()
             await self._guard.wait()
             self._guard = None
+        self._store.close()
         self._claim.release()
 
     def rungs(self) -> Rungs:
@@ -272,7 +273,7 @@ class ProcessRuntime(KeepsImages):
                 raise RuntimeFailure("checkpoint", f"{self._store.root}: {error}") from error
             raise
 
-    async def restore(self, handle: Handle, stages: Stages) -> None:
+    async def restore(self, handle: Handle, stages: Stages) -> Handle:
         """See `Runtime.restore`."""
         engine = self._engines[handle.instance_id]
         mark = self._mark(handle.instance_id)
@@ -294,6 +295,7 @@ class ProcessRuntime(KeepsImages):
             reason = criu.log_reason(folder / "restore.log", output)
             await self.drop(handle)
             raise RuntimeFailure("restore", reason)
+        return engine.handle
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """See `Runtime.recover`."""
