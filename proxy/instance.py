@@ -212,7 +212,7 @@ class Instance:
 
     __slots__ = (
         "barred", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
-        "model", "sleep_level", "state", "waking_from",
+        "model", "postponed", "sleep_level", "state", "waking_from",
     )  # fmt: skip
 
     def __init__(self, id_: str, model: str) -> None:
@@ -226,7 +226,9 @@ class Instance:
         self.sleep_level = 0
         """vLLM's sleep level the engine is in: 0 awake, 1 weights in host RAM, 2 weights dropped."""
         self.barred: set[Tier] = set()
-        """Rungs that this engine failed to step down to; not tried again until it was started anew."""
+        """Rungs that this engine cannot step down to; not tried again until it was started anew."""
+        self.postponed: dict[Tier, float] = {}
+        """Rungs that could not be stepped down to for now, as for want of space, and when to try again."""
         self.waking_from: Tier | None = None
         self.last_wake: WakeRecord | None = None
 

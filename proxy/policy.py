@@ -156,14 +156,17 @@ def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None
         return None
     for tier in STEPS:
         if tier > here and tier in model.timetable and _possible(instance, tier, model):
-            shared = tier is Tier.ARCHIVED and model.has_shared_image
+            # What ends the golden checkpoint waits for the last instance that comes from it.
+            shared = tier >= Tier.ARCHIVED and model.has_shared_image
             since = _shared_image_idle_since(model) if shared else instance.idle_since
-            return None if since is None else (tier, since + model.timetable[tier])
+            if since is None:
+                return None
+            return tier, max(since + model.timetable[tier], instance.postponed.get(tier, -math.inf))
     return None
 
 
 def _shared_image_idle_since(model: ModelView) -> float | None:
-    """Since when no instance of a model has needed the golden checkpoint on tmpfs; None while one is above."""
+    """Since when no instance of a model has needed the golden checkpoint; None while one is above it."""
     if any(i.state not in (State.CHECKPOINTED, State.ARCHIVED) for i in model.instances):
         return None
     return max((i.idle_since for i in model.instances if i.idle_since is not None), default=None)
@@ -175,8 +178,9 @@ def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
     return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
 
 
-def _first_rung_below(instance: Instance, model: ModelView) -> Tier:
-    return next(t for t in STEPS if t > instance.tier and _possible(instance, t, model))
+def _first_rung_below(instance: Instance, model: ModelView, now: float) -> Tier:
+    possible = (t for t in STEPS if t > instance.tier and _possible(instance, t, model))
+    return next(t for t in possible if now >= instance.postponed.get(t, -math.inf))
 
 
 def decide(view: View, now: float) -> Plan:
@@ -191,7 +195,7 @@ def decide(view: View, now: float) -> Plan:
         for candidate in candidates(model, now)[: wakes_wanted(model, now)]:
             victim: StepDown | None = None
             if view.max_awake and awake >= view.max_awake:
-                victim = _victim(view, model, used)
+                victim = _victim(view, model, now, used)
                 if victim is None:
                     starved = starved or model.oldest_wait is not None
                     _ask_for_room(view, model, now, plan, used)
@@ -211,7 +215,7 @@ def decide(view: View, now: float) -> Plan:
     return plan
 
 
-def _victim(view: View, needy: ModelView, used: set[int]) -> StepDown | None:
+def _victim(view: View, needy: ModelView, now: float, used: set[int]) -> StepDown | None:
     """The idle instance of another model that has been idle longest, if it may step down."""
     idle = [
         (i.state is not State.RETIRING, i.idle_since or 0.0, i, m)
@@ -223,7 +227,7 @@ def _victim(view: View, needy: ModelView, used: set[int]) -> StepDown | None:
     if not idle:
         return None
     _, _, instance, model = min(idle, key=lambda entry: entry[:2])
-    return StepDown(instance, _first_rung_below(instance, model), "evict")
+    return StepDown(instance, _first_rung_below(instance, model, now), "evict")
 
 
 def _spare(model: ModelView) -> list[Instance]:

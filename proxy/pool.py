@@ -48,6 +48,8 @@ _ADOPT_S = 5.0
 """How long an engine that runs already may take to say that it serves."""
 _DEEPEST_SLEEP = 2
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_STEP_RETRY_S = (60.0, 300.0, 1800.0)
+"""Between two tries to step down to a rung that could not be had without harm, as for want of space."""
 _LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
 _RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
 """Between two starts for `min_ready` that failed; a request is always a new try."""
@@ -84,6 +86,10 @@ class _Slot:
     canary: str | None = None
     """What the running engine answers."""
     warmup: list[dict[str, float]] = field(default_factory=list)
+    failed_steps: int = 0
+    """Steps down that failed without harm, in a row."""
+    discards_image: bool = False
+    """Removing it deletes the image that it shares."""
 
 
 @dataclass(slots=True)
@@ -488,6 +494,9 @@ class Pool:
         slot = model.slots[instance.id]
         origin = instance.tier
         instance.apply(DESCENT[action.to])
+        if action.to is Tier.STOPPED and action.reason == "idle" and model.runtime.shares_images and slot.image.present:
+            _reset(slot.image)  # the last rung frees everything, and no clone is prepared any more
+            slot.discards_image = True
         log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
         work = (
             self._remove(model, slot, action.reason)
@@ -614,6 +623,7 @@ class Pool:
         client = _client(slot)
         instance.sleep_level = 0
         instance.barred.clear()
+        instance.postponed.clear()
         self._watch(model, slot)
         with stages.measure("load"):
             await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
@@ -733,8 +743,13 @@ class Pool:
         except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two rungs
             text = str(error) or "no result in time"
             _note_unexpected(instance, error)
-            instance.barred.add(to)
             harmless = isinstance(error, RuntimeFailure) and error.alive
+            if harmless:
+                delay_s = _STEP_RETRY_S[min(slot.failed_steps, len(_STEP_RETRY_S) - 1)]
+                slot.failed_steps += 1
+                instance.postponed[to] = self._clock() + delay_s
+            else:
+                instance.barred.add(to)
             if isinstance(error, EngineError):
                 harmless = await self._still_awake(slot)
             if not harmless:
@@ -744,10 +759,11 @@ class Pool:
                 return
             log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
-            if origin < Tier.SUSPENDED and slot.watcher is None:
+            if slot.watcher is None:
                 self._watch(model, slot)
         else:
             arrived = to
+            slot.failed_steps = 0
             if to >= Tier.SUSPENDED:
                 await client.disconnect()
             self._metrics.step_downs.labels(model.key, to.label, reason).inc()
@@ -813,6 +829,8 @@ class Pool:
         while slot.handle is not None:
             try:
                 await model.runtime.remove(slot.handle)
+                if slot.discards_image:
+                    await model.runtime.discard_image(slot.handle)
                 break
             except RuntimeFailure as error:
                 delay_s = _REMOVE_RETRY_S[min(attempt, len(_REMOVE_RETRY_S) - 1)]

@@ -438,12 +438,26 @@ async def test_a_suspected_engine_that_does_not_answer_is_replaced(rig: Rig) -> 
 
 async def test_a_step_down_that_failed_without_harm_leaves_the_instance_there(rig: Rig) -> None:
     await down_to(rig, Tier.SUSPENDED)
-    rig.runtime.failures["checkpoint"] = [RuntimeFailure("checkpoint", "tmpfs is full", alive=True)]
+    full = RuntimeFailure("checkpoint", "tmpfs is full", alive=True)
+    rig.runtime.failures["checkpoint"] = [full, full]
     await rig.pass_time(10)
     assert rig.states() == {"demo-1": "suspended"}
-    await rig.pass_time(1000)
-    assert rig.runtime.calls["checkpoint"] == 1, "not tried again with this engine"
-    assert (await use(rig)).found is Tier.SUSPENDED
+    await rig.pass_time(59)
+    assert rig.runtime.calls["checkpoint"] == 1, "not tried again at once"
+    await rig.pass_time(1)
+    assert rig.runtime.calls["checkpoint"] == 2
+    await rig.pass_time(299)
+    assert (rig.runtime.calls["checkpoint"], rig.states()) == (2, {"demo-1": "suspended"})
+    await rig.pass_time(1)
+    assert rig.states() == {"demo-1": "checkpointed"}
+
+
+async def test_an_engine_that_ends_after_a_failed_step_down_is_noticed(rig: Rig) -> None:
+    await down_to(rig, Tier.SUSPENDED)
+    rig.runtime.failures["checkpoint"] = [RuntimeFailure("checkpoint", "tmpfs is full", alive=True)]
+    await rig.pass_time(10)
+    rig.runtime.kill("demo-1")
+    await rig.until(demo_1="gone")
 
 
 async def test_a_step_down_that_failed_with_harm_starts_anew(rig: Rig) -> None:
@@ -519,6 +533,180 @@ async def test_a_retiring_instance_is_readmitted_when_the_other_gives_up(rig_of:
     await rig.pass_time(0)
     assert rig.states() == {"a-1": "ready"}
     held.release()
+
+
+# --- one golden checkpoint for several instances ---
+
+SHARED = {"demo": {"idle": {**SECONDS, "archived": "40s", "stopped": "50s"}, "max_instances": 3}}
+
+
+async def test_with_the_first_checkpoint_clones_are_prepared_and_cost_nothing(rig_of: Any) -> None:
+    rig: Rig = await rig_of(SHARED, shares_images=True)
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    assert rig.states() == dict.fromkeys(("demo-1", "demo-2", "demo-3"), "checkpointed")
+    assert rig.runtime.processes == {}
+    assert (rig.runtime.calls["start"], rig.runtime.calls["clone"]) == (1, 2)
+
+
+async def golden(rig_of: Any) -> Rig:
+    """Three instances, checkpointed, of one image."""
+    rig: Rig = await rig_of(SHARED, shares_images=True)
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await rig.until(demo_1="checkpointed", demo_2="checkpointed", demo_3="checkpointed")
+    return rig
+
+
+async def test_several_requests_restore_several_instances_of_one_image(rig_of: Any) -> None:
+    rig: Rig = await rig_of({"demo": {**SHARED["demo"], "max_concurrency": 1}}, shares_images=True)
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await settle()
+    leases = await asyncio.gather(*(rig.pool.lease("demo") for _ in range(3)))
+    assert {lease.instance_id for lease in leases} == {"demo-1", "demo-2", "demo-3"}
+    assert {lease.found for lease in leases} == {Tier.CHECKPOINTED}
+    assert (rig.runtime.calls["start"], rig.runtime.calls["restore"]) == (1, 3)
+    assert {p.boot for p in rig.runtime.processes.values()} == {1}
+    for lease in leases:
+        lease.release()
+
+
+async def test_stepping_down_again_writes_no_second_image(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await rig.until(demo_1="checkpointed")
+    assert (rig.runtime.calls["checkpoint"], rig.runtime.processes) == (1, {})
+
+
+async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    for attempt in (1, 2):
+        rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no")]
+        lease = await use(rig)
+        assert lease.wake is not None
+        assert lease.wake.reached_from is Tier.STOPPED
+        if attempt == 1:
+            for _ in range(3):
+                await rig.pass_time(10)
+    await settle()
+    assert rig.states() == {"demo-1": "ready"}
+    assert (rig.runtime.images, list(rig.runtime.quarantined)) == ({}, ["demo"])
+    text = rig.metrics.exposition().decode()
+    assert 'warmpool_quarantined_checkpoints_total{model="demo"} 1.0' in text
+    assert 'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 2.0' in text
+
+
+async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    rig.engines["demo-1"].answer = "other"
+    lease = await use(rig)
+    assert lease.wake is not None
+    assert lease.wake.reached_from is Tier.STOPPED
+    assert rig.runtime.images
+
+
+@pytest.mark.parametrize(("canary", "asked"), [("first", 2), ("always", 4), ("never", 0)])
+async def test_the_canary_is_asked_as_often_as_told(rig_of: Any, canary: str, asked: int) -> None:
+    rig: Rig = await rig_of({"demo": {"idle": SECONDS, "canary": canary}}, shares_images=True)
+    await use(rig)
+    for _ in range(3):
+        for _ in range(3):
+            await rig.pass_time(10)
+        await use(rig)
+    assert rig.runtime.calls["restore"] == 3
+    assert rig.runtime.calls["canary"] == asked
+
+
+async def test_the_image_is_archived_once_nobody_needs_it_and_comes_back_for_a_request(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    held = await rig.pool.lease("demo")
+    await rig.pass_time(15)
+    assert rig.states()["demo-2"] == "checkpointed", "another instance uses the image"
+    held.release()
+    for _ in range(4):
+        await rig.pass_time(10)
+    await settle()
+    assert rig.states() == dict.fromkeys(("demo-1", "demo-2", "demo-3"), "archived")
+    assert rig.runtime.images["demo"].archived
+    assert rig.runtime.calls["archive_image"] == 1
+    lease = await use(rig)
+    assert lease.found is Tier.ARCHIVED
+    assert lease.wake is not None
+    assert "unarchive" in lease.wake.stages
+    assert lease.wake.reached_from is Tier.ARCHIVED
+    assert not rig.runtime.images["demo"].archived
+
+
+async def test_the_last_rung_frees_the_image_and_prepares_no_clones(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    for _ in range(5):
+        await rig.pass_time(10)
+    await settle()
+    assert (rig.states(), rig.runtime.images, rig.runtime.handles) == ({}, {}, {})
+    assert (await use(rig)).found is Tier.STOPPED
+
+
+async def test_a_clone_that_cannot_be_made_is_tried_again_later(rig_of: Any) -> None:
+    rig: Rig = await rig_of({"demo": {**SHARED["demo"], "max_instances": 2}}, shares_images=True)
+    rig.runtime.failures["clone"] = [RuntimeFailure("clone", "no")]
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await settle()
+    assert rig.states() == {"demo-1": "checkpointed"}
+    await rig.pass_time(1)
+    await settle()
+    assert rig.states() == {"demo-1": "checkpointed", "demo-2": "checkpointed"}
+
+
+async def test_without_keep_the_image_goes_with_the_restore_and_is_written_anew(rig_of: Any) -> None:
+    rig: Rig = await rig_of({"demo": {"idle": SECONDS, "keep": False}}, shares_images=True)
+    for _ in range(2):
+        await use(rig)
+        assert rig.runtime.images == {}
+        for _ in range(3):
+            await rig.pass_time(10)
+        assert list(rig.runtime.images) == ["demo"]
+    assert rig.runtime.calls["checkpoint"] == 2
+
+
+async def test_engines_that_a_predecessor_left_running_serve_on(rig_of: Any) -> None:
+    old: Rig = await rig_of({"demo": {"idle": SECONDS}}, shares_images=True)
+    old.runtime.leaves = True
+    await use(old)
+    await old.pool.close()
+    assert old.runtime.processes, "left running"
+    rig = Rig({"demo": {"idle": SECONDS}}, shares_images=True)
+    rig.runtime.inherit(old.runtime, keep=True)
+    old.runtime.processes = {}
+    await rig.pool.open()
+    assert rig.states() == {"demo-1": "ready"}
+    assert (await use(rig)).found is Tier.READY
+    assert rig.runtime.calls["start"] == 0
+    await rig.pool.close()
+
+
+async def test_one_that_was_left_asleep_is_woken_and_one_that_does_not_serve_is_ended(rig_of: Any) -> None:
+    old: Rig = await rig_of({"a": {"idle": SECONDS}, "b": {"idle": SECONDS}}, shares_images=True)
+    old.runtime.leaves = True
+    await asyncio.gather(use(old, "a"), use(old, "b"))
+    await old.pass_time(10)
+    await old.pool.close()
+    rig = Rig({"a": {"idle": SECONDS}, "b": {"idle": SECONDS}}, shares_images=True)
+    rig.runtime.inherit(old.runtime, keep=True)
+    old.runtime.processes = {}
+    rig.runtime.processes["b-1"].sleep_level = 0
+    rig.runtime.processes["b-1"].healthy = False
+    await rig.pool.open()
+    assert rig.states() == {"a-1": "sleeping"}
+    assert (await use(rig, "a")).found is Tier.SLEEPING
+    await rig.pool.close()
 
 
 # --- adoption, drain, close ---
