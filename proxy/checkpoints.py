@@ -26,6 +26,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
 import threading
 import zlib
@@ -142,13 +143,15 @@ class CheckpointStore:
         """Make the folder and lock it against other processes; each `open` wants a `close`. Raises StoreError."""
         if self._users == 0:
             if not self._is_ours():
-                raise StoreError(f"checkpoint_dir {self.root}: holds files of others; name a folder of warmpool's own")
+                raise StoreError(f"checkpoint_dir {self.root}: is for others too; name a folder of warmpool's own")
             _make_private(self.root, "checkpoint_dir")
             self._lock = _locked(self.root / LOCK, self.root)
         self._users += 1
 
     def _is_ours(self) -> bool:
         try:
+            if self.root.stat().st_mode & stat.S_ISVTX:
+                return False  # for everybody, like /dev/shm
             there = list(self.root.iterdir())
         except FileNotFoundError:
             return True

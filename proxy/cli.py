@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import tomli_w
 import uvloop
 from pythonjsonlogger.json import JsonFormatter
 
-from proxy import __version__, config, reference
+from proxy import __version__, checkpoint_commands, config, importenv, reference
 from proxy.checkpoints import CheckpointStore
+from proxy.doctor import examination, report
+from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
 from proxy.pool import Pool
@@ -99,6 +102,25 @@ def show(path: Path | None) -> None:
     click.echo(tomli_w.dumps(_plain(config.load(path).model_dump(mode="json"))), nl=False)
 
 
+@config_group.command("import-env")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Write this new file, mode 0600, instead of printing."
+)
+def import_env(file: Path, output: Path | None) -> None:
+    """Turn FILE, the .env of the scripts, into a configuration."""
+    converted = importenv.convert(file)
+    for warning in converted.warnings:
+        click.echo(f"warmpool: {file}: {warning}", err=True)
+    if output is None:
+        click.echo(converted.toml, nl=False)
+        return
+    try:
+        importenv.write_new(output, converted.toml)
+    except OSError as error:
+        raise click.FileError(str(output), hint=error.strerror) from None
+
+
 @config_group.command("reference")
 def reference_() -> None:
     """Print a configuration with every key, its meaning and its default."""
@@ -112,15 +134,46 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _runtimes(settings: Settings) -> dict[str, Runtime]:
+def _store(settings: Settings) -> CheckpointStore:
     pool = settings.pool
-    store = CheckpointStore(pool.checkpoint_dir, pool.checkpoint_reserve, pool.archive_dir)
-    claim = Claim(pool.state_dir)
+    return CheckpointStore(pool.checkpoint_dir, pool.checkpoint_reserve, pool.archive_dir)
+
+
+def _runtimes(settings: Settings) -> dict[str, Runtime]:
+    store, claim = _store(settings), Claim(settings.pool.state_dir)
     programs = [m.podman.criu.program for m in settings.models.values() if m.podman and m.podman.criu.program]
     return {
         "process": ProcessRuntime(settings.runtime.process, claim=claim, store=store),
         "podman": PodmanRuntime(settings.runtime.podman, claim=claim, store=store, criu_programs=programs),
     }
+
+
+@cli.command()
+@_CONFIG_OPTION
+@click.option("--fix", is_flag=True, help="Do what is safe to do; says what before.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.pass_context
+def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> None:
+    """Say what this host lacks for checkpoints and how to mend it; exit status 1 when they cannot work."""
+    settings = config.load(path) if path is not None else None
+    runtimes = settings.runtime if settings is not None else config.RuntimeSettings()
+
+    def make(name: str, claim: Claim, store: CheckpointStore) -> Runtime:
+        if name == "podman":
+            return PodmanRuntime(runtimes.podman, claim=claim, store=store)
+        return ProcessRuntime(runtimes.process, claim=claim, store=store)
+
+    diagnosis = asyncio.run(
+        examination.diagnose(settings, Host(), make, fix=fix, tell=lambda text: click.echo(text, err=as_json))
+    )
+    if as_json:
+        click.echo(report.as_json(diagnosis.checks, diagnosis.self_test))
+    else:
+        report.render(diagnosis.checks, diagnosis.self_test, sys.stdout)
+    ctx.exit(diagnosis.exit_status())
+
+
+cli.add_command(checkpoint_commands.group(checkpoint_commands.Wiring(_store, _runtimes)))
 
 
 def _log_to_stderr(log_format: str, level: str) -> None:

@@ -21,6 +21,7 @@ from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from proxy.checkpoints import Manifest
     from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
 
@@ -214,6 +215,9 @@ class FakeRuntime:
     async def unarchive_image(self, handle: Handle) -> None:
         await self._enter("unarchive_image")
         self._image(handle, "unarchive").archived = False
+
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        return None
 
     async def remove(self, handle: Handle) -> None:
         await self._enter("remove")

@@ -325,6 +325,13 @@ def test_two_stores_cannot_have_one_folder_open(store: CheckpointStore, tmp_path
 def test_a_folder_with_files_of_others_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "images" / "overlay-containers").mkdir(parents=True)
     before = (tmp_path / "images").stat().st_mode
-    with pytest.raises(StoreError, match="holds files of others"):
+    with pytest.raises(StoreError, match="is for others too"):
         CheckpointStore(tmp_path / "images", 0).open()
     assert (tmp_path / "images").stat().st_mode == before
+
+
+def test_a_folder_for_everybody_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images").chmod(0o1777)
+    with pytest.raises(StoreError, match="is for others too"):
+        CheckpointStore(tmp_path / "images", 0).open()

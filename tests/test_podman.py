@@ -9,7 +9,6 @@ import shutil
 import socket
 import stat
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -34,6 +33,7 @@ from tests.support import PATIENCE_S, files_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from proxy.checkpoints import Compression
 

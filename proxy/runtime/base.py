@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from proxy.checkpoints import Manifest
     from proxy.config import ModelSettings
     from proxy.instance import Stages, Tier
 
@@ -147,6 +148,9 @@ class Runtime(Protocol):
 
     async def unarchive_image(self, handle: Handle) -> None:
         """Bring the image back from the archive, which keeps it."""
+
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        """Why an image of this runtime cannot be used with this configuration on this host; None when it can."""
 
     async def remove(self, handle: Handle) -> None:
         """End the processes politely, then by force, and delete records; the image too, unless it is shared.

@@ -27,7 +27,7 @@ IO_URING: Final = ("io_uring_setup", "io_uring_enter", "io_uring_register")
 _ENOSYS: Final = 38
 _CAP_SYS_RESOURCE: Final = 24  # linux/capability.h
 _PID_MAX: Final = Path("/proc/sys/kernel/pid_max")
-_DEFAULT_SECCOMP: Final = Path("/usr/share/containers/seccomp.json")
+DEFAULT_SECCOMP: Final = Path("/usr/share/containers/seccomp.json")
 
 NO_IO_URING: Final[Mapping[str, Any]] = {
     "defaultAction": "SCMP_ACT_ALLOW",
@@ -143,14 +143,14 @@ def runtime_wrapper(program: str, folder: Path) -> str:
     )
 
 
-def seccomp_profile(engine: PodmanEngineSettings, folder: Path) -> Path | None:
-    """The profile to name, written to `folder` if it is ours; None where podman's own does."""
+def seccomp_profile(engine: PodmanEngineSettings, folder: Path, default: Path) -> Path | None:
+    """The profile to name, written to `folder` if it is ours; None where podman's `default` does."""
     if engine.seccomp is not None:
         return engine.seccomp
     if engine.privileged:
         return write_if_other(folder / "no-io-uring.json", orjson.dumps(NO_IO_URING, option=orjson.OPT_INDENT_2))
     try:
-        profile = orjson.loads(_DEFAULT_SECCOMP.read_bytes())
+        profile = orjson.loads(default.read_bytes())
         allowed = [c for c in profile["syscalls"] if c["action"] == "SCMP_ACT_ALLOW" and {*IO_URING} & {*c["names"]}]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return None

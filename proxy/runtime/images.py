@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import logging
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from proxy.errors import RuntimeFailure
 from proxy.runtime.base import ImageFacts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from proxy.checkpoints import CheckpointStore, Manifest
     from proxy.config import ModelSettings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("warmpool.runtime")
 
 
-class KeepsImages:
+class KeepsImages(abc.ABC):
     """The image part of a runtime. `shares_images` says whose they are."""
 
     name: str
@@ -67,12 +68,24 @@ class KeepsImages:
         except StoreError as error:
             raise RuntimeFailure("unarchive", str(error)) from error
 
-    async def _usable_images(
-        self,
-        models: Mapping[str, ModelSettings],
-        facts: Mapping[str, Mapping[str, str]],
-        digest: Callable[[str, ModelSettings], str],
-    ) -> dict[str, tuple[Manifest, ImageFacts]]:
+    @abc.abstractmethod
+    async def _facts_for(self, model: ModelSettings) -> Mapping[str, str]:
+        """What must be the same where an image of the model is restored."""
+
+    @abc.abstractmethod
+    def _digest(self, key: str, model: ModelSettings) -> str:
+        """Of everything that shapes the model's engine."""
+
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        """See `Runtime.refusal`."""
+        model = models.get(manifest.model)
+        if model is None:
+            return f"there is no model {manifest.model!r} any more"
+        if manifest.spec_digest != self._digest(manifest.model, model):
+            return f"models.{manifest.model} has changed since"
+        return "; ".join(manifest.differences(await self._facts_for(model))) or None
+
+    async def _usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
         """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""
         usable: dict[str, tuple[Manifest, ImageFacts]] = {}
         for archived, names in ((False, self._store.names()), (True, self._store.archived())):
@@ -88,7 +101,7 @@ class KeepsImages:
                     continue
                 if manifest.runtime != self.name:
                     continue
-                reason = why_not(manifest, models, facts, digest)
+                reason = await self.refusal(manifest, models)
                 if reason is not None:
                     log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, reason)
                     if not archived:
@@ -96,17 +109,3 @@ class KeepsImages:
                     continue
                 usable[image] = manifest, ImageFacts(manifest.sleep_level, manifest.canary, archived=archived)
         return usable
-
-
-def why_not(
-    manifest: Manifest,
-    models: Mapping[str, ModelSettings],
-    facts: Mapping[str, Mapping[str, str]],
-    digest: Callable[[str, ModelSettings], str],
-) -> str | None:
-    """Why an image cannot be used with this configuration on this host; None when it can."""
-    if manifest.model not in models:
-        return f"there is no model {manifest.model!r} any more"
-    if manifest.spec_digest != digest(manifest.model, models[manifest.model]):
-        return f"models.{manifest.model} has changed since"
-    return "; ".join(manifest.differences(facts[manifest.model])) or None

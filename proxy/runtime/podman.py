@@ -93,6 +93,7 @@ class PodmanRuntime(KeepsImages):
         self._rungs = Rungs(frozenset())
         self._facts: dict[str, str] = {}
         self._oci_program = ""
+        self._default_seccomp = container.DEFAULT_SECCOMP
         self._annotated = True
         self._podman = Podman(settings.socket, self._own_socket())
 
@@ -130,6 +131,9 @@ class PodmanRuntime(KeepsImages):
         info = await self._podman.get("/info")
         try:
             self._oci_program = info["host"]["ociRuntime"]["path"]
+            self._default_seccomp = Path(
+                info["host"]["security"].get("seccompProfilePath") or container.DEFAULT_SECCOMP
+            )
             return {
                 "podman": str(info["version"]["Version"]),
                 "runtime": str(info["host"]["ociRuntime"]["name"]),
@@ -186,8 +190,7 @@ class PodmanRuntime(KeepsImages):
         """See `Runtime.recover`."""
         images: dict[str, ImageFacts] = {}
         if Tier.CHECKPOINTED in self._rungs.offered:
-            facts = {key: await self._image_facts(model) for key, model in models.items()}
-            usable = await self._usable_images(models, facts, container.spec_digest)
+            usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
         found = []
         for entry in await self._ours():
@@ -327,7 +330,7 @@ class PodmanRuntime(KeepsImages):
             },
             environment={processes.MARK: self._mark(it.handle.instance_id)},
             criu_config=container.write_if_other(folder / f"{key}.criu.conf", options.encode()),
-            seccomp=container.seccomp_profile(engine, folder),
+            seccomp=container.seccomp_profile(engine, folder, self._default_seccomp),
             log=self._claim.log_path(it.handle.instance_id),
         )
 
@@ -487,7 +490,7 @@ class PodmanRuntime(KeepsImages):
             expected += _shared_memory_bytes(it.pid)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
-            host_facts = await self._image_facts(it.model)
+            host_facts = await self._facts_for(it.model)
         except (StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         was_paused = it.paused
@@ -511,6 +514,7 @@ class PodmanRuntime(KeepsImages):
                             private={"host_port": it.handle.port} if engine.network == "host" else {},
                             details={
                                 **facts.details,
+                                "engine": engine.model_dump(mode="json", exclude={"env", "criu"}),
                                 "memory": memory,
                                 "criu_us": statistics,
                                 "stages_s": dict(stages.seconds),
@@ -654,7 +658,7 @@ class PodmanRuntime(KeepsImages):
 
     # --- parts ---
 
-    async def _image_facts(self, model: ModelSettings) -> dict[str, str]:
+    async def _facts_for(self, model: ModelSettings) -> dict[str, str]:
         """The host, and the container image a model's engines run in."""
         engine = container.engine_of(model)
         facts = dict(self._facts)
@@ -666,6 +670,9 @@ class PodmanRuntime(KeepsImages):
             if error.status != 404:
                 raise
         return facts
+
+    def _digest(self, key: str, model: ModelSettings) -> str:
+        return container.spec_digest(key, model)
 
     async def _host_port(self, key: str) -> int:
         """The port for a container on the host's network: the one its image was taken with, or a free one."""

@@ -301,7 +301,7 @@ class ProcessRuntime(KeepsImages):
         """See `Runtime.recover`."""
         if Tier.CHECKPOINTED not in self._rungs.offered:
             return Recovered()
-        images = await self._usable_images(models, dict.fromkeys(models, self._facts()), spec_digest)
+        images = await self._usable_images(models)
         found = []
         for instance_id, (manifest, facts) in images.items():
             handle = Handle(instance_id, manifest.model, ports.LOOPBACK, manifest.private["port"])
@@ -317,6 +317,12 @@ class ProcessRuntime(KeepsImages):
 
     def _mark(self, instance_id: str) -> str:
         return f"{self._claim.owner}:{instance_id};"
+
+    async def _facts_for(self, model: ModelSettings) -> dict[str, str]:
+        return self._facts()
+
+    def _digest(self, key: str, model: ModelSettings) -> str:
+        return spec_digest(key, model)
 
     def _facts(self) -> dict[str, str]:
         return {"kernel": platform.release(), "CRIU": self._criu_version}
