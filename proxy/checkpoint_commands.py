@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -357,7 +357,7 @@ async def _manifest(store: CheckpointStore, settings: Settings, name: str) -> Ma
 
 
 async def _refusal(wiring: Wiring, settings: Settings, manifest: Manifest) -> str | None:
-    """Why an image cannot be used here, as far as that can be told beside a running proxy."""
+    """Why an image cannot be used here."""
     runtime = wiring.runtimes(settings).get(manifest.runtime)
     if runtime is None:
         return f"there is no runtime {manifest.runtime!r}"
@@ -367,31 +367,41 @@ async def _refusal(wiring: Wiring, settings: Settings, manifest: Manifest) -> st
 
 async def _listing(wiring: Wiring, settings: Settings) -> list[dict[str, Any]]:
     store = wiring.store(settings)
-    rows = []
+    there: list[tuple[str, str, Manifest | StoreError]] = []
     for image in store.names():
         try:
-            manifest = store.load(image)
+            there.append((image, "tmpfs", store.load(image)))
         except StoreError as error:
-            rows.append(_row(image, "tmpfs", None, f"damaged: {error}"))
-            continue
-        rows.append(_row(image, "tmpfs", manifest, await _state(wiring, settings, manifest)))
+            there.append((image, "tmpfs", error))
     for image in store.archived():
         try:
-            manifest = await store.archived_manifest(image)
+            there.append((image, "archive", await store.archived_manifest(image)))
         except StoreError as error:
-            rows.append(_row(image, "archive", None, f"damaged: {error}"))
-            continue
-        rows.append(_row(image, "archive", manifest, await _state(wiring, settings, manifest)))
-    rows += [_row(image, "tmpfs", None, "set aside: it failed to restore twice") for image in store.quarantined()]
+            there.append((image, "archive", error))
+    states = await _states(wiring, settings, [m for *_, m in there if isinstance(m, Manifest)])
+    rows = [
+        _row(image, where, found, states[id(found)])
+        if isinstance(found, Manifest)
+        else _row(image, where, None, f"damaged: {found}")
+        for image, where, found in there
+    ]
+    rows += [_row(image, "tmpfs", None, "set aside: it failed to restore") for image in store.quarantined()]
     return rows
 
 
-async def _state(wiring: Wiring, settings: Settings, manifest: Manifest) -> str:
-    try:
-        reason = await _refusal(wiring, settings, manifest)
-    except HostError as error:
-        return f"not checked against this host: {error}"
-    return "good" if reason is None else f"refused: {reason}"
+async def _states(wiring: Wiring, settings: Settings, manifests: Iterable[Manifest]) -> dict[int, str]:
+    """`id` of a manifest → whether it can be used here, as far as that can be told beside a running proxy."""
+    states = {id(m): f"refused: there is no runtime {m.runtime!r}" for m in manifests}
+    for name, runtime in wiring.runtimes(settings).items():
+        mine = [m for m in manifests if m.runtime == name]
+        try:
+            async with _opened(runtime) if mine else nullcontext():
+                for manifest in mine:
+                    reason = await runtime.refusal(manifest, settings.models)
+                    states[id(manifest)] = "good" if reason is None else f"refused: {reason}"
+        except HostError as error:
+            states |= {id(m): f"not checked against this host: {error}" for m in mine}
+    return states
 
 
 def _row(image: str, where: str, manifest: Manifest | None, state: str) -> dict[str, Any]:
