@@ -51,6 +51,7 @@ Compression = Literal["none", "gzip", "zstd"]
 SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "zstd": ".tar.zst"}
 
 _PARTIAL: Final = ".partial"
+_FOR_ALL: Final = (Path("/dev/shm"), Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - never written to
 _OLD: Final = ".old.partial"
 _QUARANTINED: Final = ".quarantined"
 _CHUNK_BYTES: Final = 4 << 20
@@ -150,8 +151,9 @@ class CheckpointStore:
 
     def _is_ours(self) -> bool:
         try:
-            if self.root.stat().st_mode & stat.S_ISVTX:
-                return False  # for everybody, like /dev/shm
+            for_all = self.root.stat().st_mode & stat.S_ISVTX
+            if for_all and (not self.root.is_mount() or self.root in _FOR_ALL):
+                return False  # a tmpfs of its own has that mode too, unless told otherwise
             there = list(self.root.iterdir())
         except FileNotFoundError:
             return True
