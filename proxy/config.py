@@ -385,7 +385,7 @@ class PodmanEngineSettings(_Section):
         default=None, description="Instead of the image's entry point.", examples=[["vllm", "serve"]]
     )
     env: dict[str, SecretStr] = Field(default={}, description="Environment of the engine.")
-    volumes: list[VolumeSettings] = Field(default=[], description="Folders to mount.")
+    volumes: list[VolumeSettings] = Field(default=[], description="Folders to mount; any number.")
     devices: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description='Devices: CDI names ("nvidia.com/gpu=0"), or paths ("/dev/nvidia0", "/dev/nvidiactl").',

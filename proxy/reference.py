@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from pydantic import BaseModel
 
-from proxy.config import ModelSettings, ProcessEngineSettings, Settings
+from proxy.config import ModelSettings, PodmanEngineSettings, ProcessEngineSettings, Settings, VolumeSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ Durations have a unit: "500ms", "90s", "1m30s", "2h", "1d"; "never" where a key 
 Each key can be set by environment as well, which wins over the file: WARMPOOL_SERVER__PORT=8081,
 WARMPOOL_MODELS__DEMO__IDLE__SLEEPING=10s; tables and lists as JSON."""
 
-_EXAMPLE = ModelSettings(
+_PROCESS = ModelSettings(
     process=ProcessEngineSettings(
         command=[
             "{python}", "-m", "loadtest.engine",
@@ -29,25 +31,38 @@ _EXAMPLE = ModelSettings(
         ]
     )
 )  # fmt: skip
+_PODMAN = PodmanEngineSettings(
+    image="docker.io/vllm/vllm-openai:latest",
+    command=["--model", "org/Model-7B", "--host", "{host}", "--port", "{port}", "--enable-sleep-mode"],
+    volumes=[VolumeSettings(source="/srv/models", target=Path("/root/.cache/huggingface"))],
+)
 
 
 def reference() -> str:
     """A TOML file with every key, its meaning and its default; it loads."""
-    settings = Settings.model_construct(models={"demo": _EXAMPLE})
-    lines = [*_comment(_HEAD), *_section("", settings)]
+    settings = Settings.model_construct(models={"demo": _PROCESS})
+    head = (type(_PODMAN).__doc__ or "").rstrip(".")
+    lines = [*_comment(_HEAD), *_section("", settings), ""]
+    lines += _comment(f"{head}; all other keys of a model are as above.")
+    lines += ["[models.contained.podman]", *_section("models.contained.podman", _PODMAN)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _section(path: str, section: BaseModel) -> Iterator[str]:
     plain = section.model_dump(mode="json")
     tables: list[tuple[str, BaseModel]] = []
+    lists: list[tuple[str, str, BaseModel]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         here = f"{path}.{name}" if path else name
+        if _is_table(field.annotation) and value is None:
+            continue
         if isinstance(value, BaseModel):
             tables.append((here, value))
         elif isinstance(value, dict) and any(isinstance(v, BaseModel) for v in value.values()):
             tables += [(f"{here}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list) and any(isinstance(v, BaseModel) for v in value):
+            lists += [(here, field.description or "", item) for item in value]
         else:
             yield from _comment(field.description or "")
             yield from _key(name, plain[name], field.examples or [])
@@ -59,10 +74,20 @@ def _section(path: str, section: BaseModel) -> Iterator[str]:
             yield f"[{here}]"
         yield from body
 
+    for here, description, item in lists:
+        yield ""
+        yield from _comment(description)
+        yield f"[[{here}]]"
+        yield from _section(here, item)
+
+
+def _is_table(annotation: Any) -> bool:
+    return any(isinstance(c, type) and issubclass(c, BaseModel) for c in getattr(annotation, "__args__", ()))
+
 
 def _key(name: str, value: Any, examples: Sequence[Any]) -> Iterator[str]:
     if value is None:
-        yield f"# {tomli_w.dumps({name: examples[0]}).strip()}"
+        yield f"# {name} = {json.dumps(examples[0])}"  # TOML too, on one line
     elif value == {}:
         yield f"{name} = {{}}"
     else:

@@ -122,6 +122,15 @@ if ! $unified && [ ! -e "$RUNTIME_CONF" ]; then
   step "telling podman to use runc (cgroup v1 or hybrid here), in $RUNTIME_CONF" write_runtime_conf
 fi
 
+# --- the seccomp profile for privileged containers ----------------------------------------------------------------
+readonly PROFILE=/etc/warmpool/no-io-uring.json
+install_profile() { install -D -m 644 "$(dirname "$0")/../config/no-io-uring.json" "$PROFILE"; }
+if [ -e "$PROFILE" ]; then
+  say "$PROFILE is there"
+else
+  step "installing the seccomp profile $PROFILE" install_profile
+fi
+
 # --- does it work? ------------------------------------------------------------------------------------------------
 $dry_run && { say "dry run: nothing was changed"; exit 0; }
 have=$(criu_version) || die "CRIU does not start: $(criu --version 2>&1 | tail -n 1)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def test_version_and_help() -> None:
     assert run("--version") == (0, f"warmpool, version {__version__}\n", "")
     status, out, _ = run("-h")
     assert status == 0
-    for command in ("serve", "config"):
+    for command in ("serve", "config", "checkpoint", "doctor"):
         assert command in out
 
 
@@ -75,3 +76,56 @@ def test_wrong_arguments_end_with_usage(arguments: list[str]) -> None:
     status, _, err = run(*arguments)
     assert status == 2
     assert "Usage:" in err
+
+
+def test_import_env_prints_a_configuration_or_writes_a_new_private_file(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text("MODEL_ID=org/Demo-7B\nAPI_PORT=9000\nCOLOUR=red\n")
+    status, out, err = run("config", "import-env", str(env))
+    assert status == 0
+    assert tomllib.loads(out)["server"]["port"] == 9000
+    assert "COLOUR" in err
+    target = tmp_path / "warmpool.toml"
+    assert run("config", "import-env", str(env), "--output", str(target))[0] == 0
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert run("config", "check", str(target))[0] == 0
+    status, _, err = run("config", "import-env", str(env), "--output", str(target))
+    assert (status, "File exists" in err) == (1, True)
+    env.write_text("API_PORT=99999\n")
+    status, out, err = run("config", "import-env", str(env), "-o", str(tmp_path / "other.toml"))
+    assert (status, out) == (EXIT_CONFIG, "")
+    assert "MODEL_ID" in err
+    assert not (tmp_path / "other.toml").exists()
+
+
+def test_checkpoint_commands_say_what_is_not_there(tmp_path: Path) -> None:
+    config = tmp_path / "warmpool.toml"
+    config.write_text(
+        f'[pool]\ncheckpoint_dir = "{tmp_path}/images"\nstate_dir = "{tmp_path}/state"\n'
+        '[models.demo.process]\ncommand = ["x", "{port}"]\n'
+    )
+    for arguments in (
+        ["inspect", "demo"], ["analyze", "demo"], ["export", "demo"], ["archive", "demo"], ["verify", "demo"],
+        ["rm", "demo"],
+    ):  # fmt: skip
+        status, _, err = run("checkpoint", *arguments, "-c", str(config))
+        assert (status, "demo: no such checkpoint in" in err) == (1, True), arguments
+    assert run("checkpoint", "ls", "--json", "-c", str(config))[:2] == (0, "[]\n")
+    status, _, err = run("checkpoint", "import", str(tmp_path / "none.tar"), "-c", str(config))
+    assert (status, "none.tar" in err) == (1, True)
+    status, _, err = run("checkpoint", "create", "other", "-c", str(config))
+    assert (status, "there are: demo" in err) == (2, True)
+
+
+def test_doctor_ends_with_1_where_a_model_cannot_be_checkpointed(tmp_path: Path) -> None:
+    config = tmp_path / "warmpool.toml"
+    config.write_text(
+        f'[pool]\ncheckpoint_dir = "{tmp_path}/images"\nstate_dir = "{tmp_path}/state"\n'
+        '[models.demo.podman]\nimage = "localhost/no-such-image"\ncommand = ["{port}"]\n'
+        'criu = { program = "/no/such/criu" }\n'
+    )
+    status, out, _ = run("doctor", "--json", "-c", str(config))
+    assert status == 1
+    report = json.loads(out)
+    assert report["ok"] is False
+    assert {"name", "status", "found", "fix"} <= set(report["checks"][0])

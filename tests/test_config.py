@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+PODMAN = '[models.a.podman]\nimage = "x"\ncommand = ["{port}"]\n'
 MINIMAL = '[models.demo.process]\ncommand = ["engine", "{port}"]\n'
 
 
@@ -115,6 +116,25 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
         (MINIMAL + MINIMAL, "is not TOML"),
         (MINIMAL + '[models.other]\nname = "demo"\nprocess.command = ["{port}"]', "belongs to models.demo already"),
         ('[models.a]\nmin_ready = 2\nprocess.command = ["{port}"]', "more than max_instances"),
+        (PODMAN + MINIMAL.replace("demo", "a"), "more than one engine: keep one of the tables process, podman"),
+        (PODMAN.replace("{port}", "8000"), "{port} is missing"),
+        (PODMAN + "criu = { tcp_established = true }", "tcp_established and tcp_close exclude each other"),
+        (PODMAN + 'criu = { options = ["--evil"] }', "models.a.podman.criu.options.0"),
+        (PODMAN + 'criu = { action_scripts = { "pre-lunch" = "/x" } }', "action_scripts"),
+        (PODMAN + 'criu = { action_scripts = { "pre-dump" = "x" } }', "is not an absolute path"),
+        (PODMAN + 'criu = { compression = "xz" }', "Input should be 'none', 'gzip' or 'zstd'"),
+        (
+            PODMAN + 'volumes = [{ source = "../x", target = "/x" }]',
+            "neither an absolute path nor the name of a volume",
+        ),
+        (PODMAN + 'ulimits = { nofile = "many" }', "models.a.podman.ulimits.nofile"),
+        (PODMAN + 'security_options = ["seccomp=unconfined"]', "models.a.podman.security_options.0"),
+        (PODMAN + 'network = "host"\n[models.a]\nmax_instances = 2', "clones would share one port"),
+        (PODMAN + "[models.a]\nmax_instances = 2\nkeep = false", "keep = false needs max_instances = 1"),
+        (
+            PODMAN + "criu = { tcp_established = true, tcp_close = false }\n[models.a]\nmax_instances = 2",
+            "connections cannot be cloned",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said(write: Callable[[str], Path], text: str, problem: str) -> None:
@@ -202,10 +222,16 @@ def test_the_reference_is_complete_and_loads_to_the_defaults(write: Callable[[st
     text = path.read_text()
     assert text == reference(), "write it anew: warmpool config reference > config/reference.toml"
     for key in keys_of(Settings):
-        assert re.search(rf"^(# )?{key} = |^\[(.+\.)?{key}(\..+)?\]$", text, re.MULTILINE), key
+        assert re.search(rf"^(# )?{key} = |^\[\[?(.+\.)?{key}(\..+)?\]\]?$", text, re.MULTILINE), key
     settings = load(path)
-    command = tomllib.loads(text)["models"]["demo"]["process"]["command"]
-    bare = Settings(models={"demo": {"process": {"command": command}}})
+    written = tomllib.loads(text)["models"]
+    process, podman = written["demo"]["process"], written["contained"]["podman"]
+    bare = Settings(
+        models={
+            "demo": {"process": {"command": process["command"]}},
+            "contained": {"podman": {name: podman[name] for name in ("image", "command", "volumes")}},
+        }
+    )
     assert settings.model_dump() == bare.model_dump()
     with_all_keys = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
     assert load(write(with_all_keys)).models["demo"].name == "org/Model-7B"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -204,7 +205,7 @@ def _may_raise_limits() -> bool:
 
 
 def _apply_security(spec: dict[str, Any], option: str) -> None:
-    name, _, value = option.replace(":", "=", 1).partition("=")
+    name, value = [*re.split("[=:]", option, maxsplit=1), ""][:2]
     match name:
         case "label":
             spec.setdefault("selinux_opts", []).append(value)
