@@ -18,6 +18,7 @@ from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
+from proxy.gpu import Gpus
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.claim import Claim
@@ -142,9 +143,10 @@ def _store(settings: Settings) -> CheckpointStore:
 def _runtimes(settings: Settings) -> dict[str, Runtime]:
     store, claim = _store(settings), Claim(settings.pool.state_dir)
     programs = [m.podman.criu.program for m in settings.models.values() if m.podman and m.podman.criu.program]
+    gpus = Gpus()
     return {
-        "process": ProcessRuntime(settings.runtime.process, claim=claim, store=store),
-        "podman": PodmanRuntime(settings.runtime.podman, claim=claim, store=store, criu_programs=programs),
+        "process": ProcessRuntime(settings.runtime.process, claim=claim, store=store, gpus=gpus),
+        "podman": PodmanRuntime(settings.runtime.podman, claim=claim, store=store, criu_programs=programs, gpus=gpus),
     }
 
 

@@ -458,6 +458,17 @@ class ModelSettings(_Section):
         description="Whether a restored engine must repeat a known answer before it serves: "
         "once per image, each time, never.",
     )
+    golden_sleep_level: Literal[1, 2] = Field(
+        default=2,
+        description="How an engine with a sleep mode sleeps until its checkpoint is written, and in it: 2 drops the "
+        "weights, which are loaded again when it is woken; 1 keeps them in memory, and so in the checkpoint. Once "
+        "there is a checkpoint, engines sleep at 1.",
+    )
+    weights: list[AbsolutePath] = Field(
+        default=[],
+        description="Folders with the model's *.safetensors on this host: read ahead while an engine is restored, so "
+        "that its weights come from memory.",
+    )
     keep: bool = Field(
         default=True,
         description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "

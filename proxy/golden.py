@@ -168,7 +168,7 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
         level = 0
         if await client.is_sleeping() is not None:
             with steps.step("sleep"):
-                level = 1
+                level = model.golden_sleep_level
                 await client.sleep(level)
     making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
     return ImageFacts(level, canary, {"warmup": warmup, "making_s": making_s})

@@ -211,7 +211,7 @@ class Instance:
     """
 
     __slots__ = (
-        "barred", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
+        "barred", "evicted", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
         "model", "postponed", "sleep_level", "state", "waking_from",
     )  # fmt: skip
 
@@ -225,6 +225,8 @@ class Instance:
         self.last_used_unix_s: float | None = None
         self.sleep_level = 0
         """vLLM's sleep level the engine is in: 0 awake, 1 weights in host RAM, 2 weights dropped."""
+        self.evicted = False
+        """It stepped down to make room and has not been woken since: it goes on until its GPU is free."""
         self.barred: set[Tier] = set()
         """Rungs that this engine cannot step down to; not tried again until it was started anew."""
         self.postponed: dict[Tier, float] = {}
@@ -249,6 +251,7 @@ class Instance:
         self.state = target
         if event in (Event.WAKE, Event.BROKE):
             self.generation += 1
+            self.evicted = False
         if event is Event.BROKE:
             self.leases = 0  # whoever holds one finds its generation over
         return target

@@ -161,7 +161,8 @@ def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None
             since = _shared_image_idle_since(model) if shared else instance.idle_since
             if since is None:
                 return None
-            return tier, max(since + model.timetable[tier], instance.postponed.get(tier, -math.inf))
+            after_s = 0.0 if instance.evicted and tier is Tier.SUSPENDED else model.timetable[tier]
+            return tier, max(since + after_s, instance.postponed.get(tier, -math.inf))
     return None
 
 
@@ -265,7 +266,7 @@ def _reap(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
             continue
         tier, due = step
         if due <= now:
-            plan.actions.append(StepDown(instance, tier, "idle"))
+            plan.actions.append(StepDown(instance, tier, "evict" if instance.evicted else "idle"))
         else:
             plan.not_later_than(due)
 

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from proxy import policy
+from proxy import policy, weights
 from proxy.engine import EngineClient
 from proxy.errors import (
     DrainingError,
@@ -115,6 +115,10 @@ class _Model:
     """In a row."""
     restock_at: float = -math.inf
 
+    @property
+    def timetable(self) -> Mapping[Tier, float]:
+        return self.settings.idle.timetable()
+
     def instances(self) -> list[Instance]:
         return [slot.instance for slot in self.slots.values()]
 
@@ -124,7 +128,7 @@ class _Model:
             key=self.key,
             instances=self.instances(),
             rungs=self.runtime.rungs().offered,
-            timetable=self.settings.idle.timetable(),
+            timetable=self.timetable,
             max_instances=self.settings.max_instances,
             min_ready=self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
@@ -494,6 +498,7 @@ class Pool:
         slot = model.slots[instance.id]
         origin = instance.tier
         instance.apply(DESCENT[action.to])
+        instance.evicted = action.reason == "evict"
         if action.to is Tier.STOPPED and action.reason == "idle" and model.runtime.shares_images and slot.image.present:
             _reset(slot.image)  # the last rung frees everything, and no clone is prepared any more
             slot.discards_image = True
@@ -644,6 +649,7 @@ class Pool:
                 with stages.measure("unarchive"):
                     await model.runtime.unarchive_image(_handle(slot))
                 image.archived = False
+        reading = self._read_weights(model, image)
         with stages.measure("restore"):
             self._attach(model, slot, await model.runtime.restore(_handle(slot), stages))
         instance.sleep_level = image.sleep_level
@@ -653,6 +659,7 @@ class Pool:
         with stages.measure("health"):
             await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
         await self._wake_up(slot, stages)
+        await asyncio.wait([reading])
         due = settings.canary == "always" or (settings.canary == "first" and not image.canary_checked)
         if due and image.canary is not None:
             with stages.measure("canary"):
@@ -665,6 +672,15 @@ class Pool:
         image.failures = 0
         if not settings.keep:
             await self._forget_image(model, slot)
+
+    def _read_weights(self, model: _Model, image: _Image) -> asyncio.Task[None]:
+        """Bring the weights into memory beside the restore, for an engine that has to load them again."""
+
+        async def read() -> None:
+            if image.sleep_level == _DEEPEST_SLEEP and model.settings.weights:
+                await asyncio.to_thread(weights.read_ahead, model.settings.weights)
+
+        return self._spawn(f"read the weights of {model.key}", read())
 
     async def _wake_up(self, slot: _Slot, stages: Stages) -> None:
         if slot.instance.sleep_level:
@@ -773,9 +789,9 @@ class Pool:
     async def _go_down(self, model: _Model, slot: _Slot, origin: Tier, to: Tier) -> None:
         match to:
             case Tier.SLEEPING:
-                await self._fall_asleep(slot, origin)
+                await self._fall_asleep(model, slot, origin)
             case Tier.SUSPENDED:
-                await self._fall_asleep(slot, origin)
+                await self._fall_asleep(model, slot, origin)
                 await _client(slot).disconnect()
                 await model.runtime.suspend(_handle(slot))
             case Tier.CHECKPOINTED:
@@ -787,10 +803,14 @@ class Pool:
                         await model.runtime.archive_image(_handle(slot))
                         slot.image.archived = True
 
-    async def _fall_asleep(self, slot: _Slot, origin: Tier) -> None:
+    async def _fall_asleep(self, model: _Model, slot: _Slot, origin: Tier) -> None:
         if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
-            await _client(slot).sleep(1)
-            slot.instance.sleep_level = 1
+            # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
+            wanted = Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+            yet_to_come = wanted and not slot.image.present
+            level = model.settings.golden_sleep_level if yet_to_come else 1
+            await _client(slot).sleep(level)
+            slot.instance.sleep_level = level
 
     async def _to_image(self, model: _Model, slot: _Slot, origin: Tier) -> None:
         """End the processes; where there is no image yet, write one before."""
@@ -802,7 +822,7 @@ class Pool:
         else:
             if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
                 slot.canary = await client.canary()
-            await self._fall_asleep(slot, origin)
+            await self._fall_asleep(model, slot, origin)
             await client.disconnect()
             await self._unwatch(slot)
             details = {"warmup": slot.warmup}

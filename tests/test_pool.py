@@ -493,13 +493,20 @@ async def test_a_removal_that_fails_is_tried_again_and_not_forgotten(rig: Rig, m
 async def test_models_take_turns_when_one_may_be_awake(rig_of: Any) -> None:
     rig: Rig = await rig_of({"a": {}, "b": {}}, max_awake=1)
     await use(rig, "a")
-    await use(rig, "b")
-    assert rig.states() == {"a-1": "sleeping", "b-1": "ready"}
-    lease = await use(rig, "a")
-    assert lease.found is Tier.SLEEPING
+    rig.runtime.gates["suspend"] = asyncio.Event()
+    lease = await use(rig, "b")
     assert lease.wake is not None
     assert "evict" in lease.wake.stages
-    assert rig.states() == {"a-1": "ready", "b-1": "sleeping"}
+    assert rig.runtime.calls["sleep"] == 1
+    rig.runtime.gates.pop("suspend").set()
+    await settle()
+    assert rig.states() == {"a-1": "suspended", "b-1": "ready"}, "its GPU memory went behind the other's wake"
+    lease = await use(rig, "a")
+    assert lease.found is Tier.SUSPENDED
+    await settle()
+    assert rig.states() == {"a-1": "ready", "b-1": "suspended"}
+    text = rig.metrics.exposition().decode()
+    assert 'warmpool_step_downs_total{model="a",reason="evict",tier="suspended"} 1.0' in text
 
 
 async def test_a_busy_model_gives_way_after_switch_after(rig_of: Any) -> None:
@@ -517,7 +524,8 @@ async def test_a_busy_model_gives_way_after_switch_after(rig_of: Any) -> None:
     held.release()
     await other
     await late
-    assert rig.states() == {"a-1": "ready", "b-1": "sleeping"}
+    await settle()
+    assert rig.states() == {"a-1": "ready", "b-1": "suspended"}
 
 
 async def test_a_retiring_instance_is_readmitted_when_the_other_gives_up(rig_of: Any) -> None:

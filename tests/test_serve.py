@@ -45,7 +45,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, An
 
 
 async def test_the_whole_ladder_and_back_with_state_intact(serve: Any) -> None:
-    proxy: Proxy = await serve("--load-seconds", "2", idle=QUICK)
+    proxy: Proxy = await serve("--load-seconds", "2", idle=QUICK, golden_sleep_level=1)
     began = time.monotonic()
     tier, text = await proxy.ask()
     cold_s = time.monotonic() - began

@@ -26,6 +26,7 @@ from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import container, criu, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
 from proxy.runtime.podman_api import Podman, PodmanError
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from proxy.config import ModelSettings, PodmanRuntimeSettings
+    from proxy.gpu import Gpus
     from proxy.instance import Stages
     from proxy.runtime.claim import Claim
 
@@ -66,6 +68,8 @@ class _Container:
     pid: int | None = None
     """Of its first process; None while nothing runs."""
     paused: bool = False
+    off_gpu: bool = False
+    """Its CUDA processes are suspended."""
     interrupted: bool = False
     """A dump or restore was given up half-way, and its helpers may still run."""
 
@@ -83,10 +87,12 @@ class PodmanRuntime(KeepsImages):
         claim: Claim,
         store: CheckpointStore,
         criu_programs: Iterable[Path] = (),
+        gpus: Gpus | None = None,
     ) -> None:
         self._settings = settings
         self._claim = claim
         self._store = store
+        self._cuda = Cuda(gpus)
         self._criu_programs = sorted(set(criu_programs))
         self._criu_versions: dict[Path, str] = {}
         self._containers: dict[str, _Container] = {}
@@ -107,6 +113,7 @@ class PodmanRuntime(KeepsImages):
     async def open(self) -> None:
         """Claim the state folder, reach podman, find out what it can do. Raises HostError."""
         self._claim.acquire()
+        self._cuda.open()
         try:
             await self._podman.open()
             info = await self._info()
@@ -221,7 +228,9 @@ class PodmanRuntime(KeepsImages):
             state = await self._inspect(it)
             if state == "paused":
                 await self._podman.post(f"/containers/{it.id}/unpause")
-        except PodmanError as error:
+            if state in ("running", "paused") and self._cuda.usable:
+                await self._cuda.resume("recover", _tree(it))
+        except (PodmanError, RuntimeFailure) as error:
             log.warning("container %s: %s", it.name, error)
             state = "unknown"
         tier = None
@@ -393,6 +402,7 @@ class PodmanRuntime(KeepsImages):
             if error.status != 404:
                 raise
         it.pid = None
+        it.off_gpu = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 while it.merged and it.merged in _mounts():
@@ -448,14 +458,21 @@ class PodmanRuntime(KeepsImages):
     # --- suspended ---
 
     async def suspend(self, handle: Handle) -> None:
-        """See `Runtime.suspend`: the container's cgroup is frozen."""
+        """See `Runtime.suspend`: off the GPU, or where it uses none, the container's cgroup is frozen."""
         it = self._running(handle, "suspend")
+        if await self._cuda.suspend("suspend", _tree(it)):
+            it.off_gpu = True
+            return
         await self._order(it, "pause", "suspend", "paused")
         it.paused = True
 
     async def resume(self, handle: Handle) -> None:
         """See `Runtime.resume`."""
         it = self._running(handle, "resume")
+        if it.off_gpu:
+            await self._cuda.resume("resume", _tree(it))
+            it.off_gpu = False
+            return
         await self._order(it, "unpause", "resume", "running")
         it.paused = False
 
@@ -487,16 +504,18 @@ class PodmanRuntime(KeepsImages):
         try:
             pids = await asyncio.to_thread(self._pids, it)
             expected = await asyncio.to_thread(processes.resident_bytes, pids)
-            expected += _shared_memory_bytes(it.pid)
+            expected += _shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
             host_facts = await self._facts_for(it.model)
         except (StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
-        was_paused = it.paused
+        was_paused, was_off_gpu = it.paused, it.off_gpu
         try:
             if was_paused:
                 await self.resume(handle)
+            with stages.measure("cuda"):
+                it.off_gpu = await self._cuda.before_dump(_tree(it), off_gpu=was_off_gpu)
             statistics = await self._dump(it, folder, stages)
             try:
                 await self._collect(it, folder, stages)
@@ -511,7 +530,10 @@ class PodmanRuntime(KeepsImages):
                             facts=host_facts,
                             sleep_level=facts.sleep_level,
                             canary=facts.canary,
-                            private={"host_port": it.handle.port} if engine.network == "host" else {},
+                            private={
+                                "cuda": it.off_gpu,
+                                **({"host_port": it.handle.port} if engine.network == "host" else {}),
+                            },
                             details={
                                 **facts.details,
                                 "engine": engine.model_dump(mode="json", exclude={"env", "criu"}),
@@ -527,8 +549,11 @@ class PodmanRuntime(KeepsImages):
                 raise RuntimeFailure("checkpoint", f"{self._store.root}: {error}", alive=alive) from error
         except BaseException as error:
             self._store.abandon(image)
-            if isinstance(error, RuntimeFailure) and error.alive and was_paused:
-                await self.suspend(handle)
+            if isinstance(error, RuntimeFailure) and error.alive:
+                if was_paused:
+                    await self.suspend(handle)
+                elif it.off_gpu and not was_off_gpu:
+                    await self.resume(handle)
             raise
 
     async def _dump(self, it: _Container, folder: Path, stages: Stages) -> dict[str, int]:
@@ -553,7 +578,8 @@ class PodmanRuntime(KeepsImages):
             raise RuntimeFailure("checkpoint", reason, alive=await self._still_runs(it)) from error
         it.interrupted = False
         it.pid = None
-        return _note_times(answer, "dump", ("frozen_time", "memdump_time", "memwrite_time"), began, stages)
+        # The time frozen holds that of dumping memory, which holds that of writing it.
+        return _note_times(answer, "dump", ("freezing_time", "frozen_time"), began, stages)
 
     async def _still_runs(self, it: _Container) -> bool:
         with contextlib.suppress(PodmanError):
@@ -589,7 +615,7 @@ class PodmanRuntime(KeepsImages):
         image = self._image(handle)
         folder = self._store.path(image)
         try:
-            await asyncio.to_thread(self._store.load, image)
+            manifest = await asyncio.to_thread(self._store.load, image)
             if it.pid is not None:
                 await self._stop(it)
                 await self._reset_rootfs(it)
@@ -612,6 +638,11 @@ class PodmanRuntime(KeepsImages):
             except (PodmanError, OSError) as again:
                 raise RuntimeFailure("restore", str(again)) from again
         _note_times(answer, "criu", ("restore_time",), began, stages)
+        it.off_gpu = bool(manifest.private.get("cuda"))
+        if it.off_gpu:
+            with stages.measure("cuda"):
+                await self._cuda.resume("restore", _tree(it))
+            it.off_gpu = False
         return it.handle
 
     async def _is_gone(self, it: _Container) -> bool:
@@ -695,13 +726,17 @@ class PodmanRuntime(KeepsImages):
         return f"podman:{self._claim.owner}:{instance_id};"
 
     def _pids(self, it: _Container) -> list[int]:
-        return processes.members(self._mark(it.handle.instance_id), None)
+        return [] if it.pid is None else processes.in_namespace_of(it.pid)
 
     def _running(self, handle: Handle, operation: str) -> _Container:
         it = self._containers.get(handle.instance_id)
         if it is None or it.pid is None or not processes.alive(it.pid):
             raise RuntimeFailure(operation, "the engine is not running")
         return it
+
+
+def _tree(it: _Container) -> list[int]:
+    return processes.tree(it.pid) if it.pid is not None else []
 
 
 def _addressed(it: _Container, answer: Mapping[str, Any]) -> Handle:

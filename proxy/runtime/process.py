@@ -27,12 +27,14 @@ from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import criu, launch, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from proxy.config import ModelSettings, ProcessRuntimeSettings
+    from proxy.gpu import Gpus
     from proxy.instance import Stages
     from proxy.runtime.claim import Claim
 
@@ -53,6 +55,8 @@ class _Engine:
     spec_digest: str
     pid: int | None = None
     suspended: bool = False
+    off_gpu: bool = False
+    """Its CUDA processes are suspended."""
 
 
 class ProcessRuntime(KeepsImages):
@@ -61,8 +65,11 @@ class ProcessRuntime(KeepsImages):
     name = "process"
     shares_images = False
 
-    def __init__(self, settings: ProcessRuntimeSettings, *, claim: Claim, store: CheckpointStore) -> None:
+    def __init__(
+        self, settings: ProcessRuntimeSettings, *, claim: Claim, store: CheckpointStore, gpus: Gpus | None = None
+    ) -> None:
         self._settings = settings
+        self._cuda = Cuda(gpus)
         self._claim = claim
         self._store = store
         self._engines: dict[str, _Engine] = {}
@@ -78,6 +85,7 @@ class ProcessRuntime(KeepsImages):
         Raises HostError when another warmpool uses the folder or it cannot be made.
         """
         self._claim.acquire()
+        self._cuda.open()
         processes.become_subreaper()
         await processes.kill_whole(f"{self._claim.owner}:", None)
         self._guard = await asyncio.create_subprocess_exec(
@@ -175,6 +183,7 @@ class ProcessRuntime(KeepsImages):
             await processes.kill_whole(self._mark(handle.instance_id), engine.pid)
             engine.pid = None
             engine.suspended = False
+            engine.off_gpu = False
 
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`: the guard ends processes with warmpool."""
@@ -203,14 +212,21 @@ class ProcessRuntime(KeepsImages):
     # --- suspended ---
 
     async def suspend(self, handle: Handle) -> None:
-        """See `Runtime.suspend`."""
+        """See `Runtime.suspend`: off the GPU, or where it uses none, every process is stopped."""
         engine = self._running(handle, "suspend")
+        if await self._cuda.suspend("suspend", self._members(engine)):
+            engine.off_gpu = True
+            return
         await processes.stop_whole(self._mark(handle.instance_id), engine.pid)
         engine.suspended = True
 
     async def resume(self, handle: Handle) -> None:
         """See `Runtime.resume`."""
         engine = self._running(handle, "resume")
+        if engine.off_gpu:
+            await self._cuda.resume("resume", self._members(engine))
+            engine.off_gpu = False
+            return
         processes.send(processes.members(self._mark(handle.instance_id), engine.pid), signal.SIGCONT)
         engine.suspended = False
 
@@ -224,14 +240,17 @@ class ProcessRuntime(KeepsImages):
         mark = self._mark(handle.instance_id)
         tree = processes.members(mark, pid)
         try:
-            folder = self._store.begin(handle.instance_id, processes.resident_bytes(tree))
+            expected = processes.resident_bytes(tree) + await self._cuda.held_bytes(tree)
+            folder = self._store.begin(handle.instance_id, expected)
         except (StoreError, OSError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         memory = processes.memory_by_kind(tree)
-        was_suspended = engine.suspended
+        was_suspended, was_off_gpu = engine.suspended, engine.off_gpu
         if was_suspended:
             await self.resume(handle)
         try:
+            with stages.measure("cuda"):
+                engine.off_gpu = await self._cuda.before_dump(tree, off_gpu=was_off_gpu)
             with stages.measure("dump"):
                 status, output = await criu.run(
                     self._settings.criu,
@@ -261,14 +280,17 @@ class ProcessRuntime(KeepsImages):
                         facts=self._facts(),
                         sleep_level=facts.sleep_level,
                         canary=facts.canary,
-                        private={"pid": pid, "port": handle.port},
+                        private={"pid": pid, "port": handle.port, "cuda": engine.off_gpu},
                         details={**facts.details, "memory": memory, "stages_s": dict(stages.seconds)},
                     )
                 )
         except BaseException as error:
             self._store.abandon(handle.instance_id)
-            if isinstance(error, RuntimeFailure) and error.alive and was_suspended:
-                await self.suspend(handle)
+            if isinstance(error, RuntimeFailure) and error.alive:
+                if was_suspended:
+                    await self.suspend(handle)
+                elif engine.off_gpu and not was_off_gpu:
+                    await self.resume(handle)
             if isinstance(error, OSError):
                 raise RuntimeFailure("checkpoint", f"{self._store.root}: {error}") from error
             raise
@@ -287,6 +309,7 @@ class ProcessRuntime(KeepsImages):
         folder = self._store.path(handle.instance_id) / CRIU_FOLDER
         engine.pid = manifest.private["pid"]
         engine.suspended = False
+        engine.off_gpu = bool(manifest.private.get("cuda"))
         with stages.measure("criu"):
             status, output = await criu.run(
                 self._settings.criu, "restore", "-D", str(folder), "-o", "restore.log", *_CRIU_COMMON, *_CRIU_RESTORE
@@ -295,6 +318,10 @@ class ProcessRuntime(KeepsImages):
             reason = criu.log_reason(folder / "restore.log", output)
             await self.drop(handle)
             raise RuntimeFailure("restore", reason)
+        if engine.off_gpu:
+            with stages.measure("cuda"):
+                await self._cuda.resume("restore", self._members(engine))
+            engine.off_gpu = False
         return engine.handle
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
@@ -323,6 +350,9 @@ class ProcessRuntime(KeepsImages):
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return spec_digest(key, model)
+
+    def _members(self, engine: _Engine) -> list[int]:
+        return processes.members(self._mark(engine.handle.instance_id), engine.pid)
 
     def _facts(self) -> dict[str, str]:
         return {"kernel": platform.release(), "CRIU": self._criu_version}

@@ -1,0 +1,364 @@
+"""CUDA suspend and resume by process, through the driver API in-process, and GPU memory from NVML.
+
+A process's CUDA state is locked, copied to its own host memory ("checkpointed", which frees the GPU), copied back
+("restored") and unlocked (CUDA driver API, "CUDA Checkpointing", driver 570 or later; cuda-checkpoint's README). Calls
+in this process avoid the 2.7 s of start-up that each `cuda-checkpoint` command costs. All calls block, release the GIL
+and run in threads, those for several processes side by side.
+
+Needs `cuda-bindings` and `nvidia-ml-py` (the extra `warmpool[gpu]`); without them, or without a GPU, `Gpus.open` says
+why and nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from proxy.errors import WarmpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+T = TypeVar("T")
+
+MIN_DRIVER: Final = 570
+"""The first driver with the checkpoint API."""
+REMAP_DRIVER: Final = 580
+"""The first that restores onto another GPU of the same chip."""
+NOT_INITIALIZED: Final = "CUDA_ERROR_NOT_INITIALIZED"
+"""The answer for a process that never used CUDA."""
+_NOT_READY: Final = "CUDA_ERROR_NOT_READY"
+"""A lock that timed out: the process runs on."""
+_SKIPPED: Final = frozenset({NOT_INITIALIZED, "CUDA_ERROR_INVALID_VALUE"})
+"""No CUDA process, or no process any more."""
+PLUGINS: Final = (
+    Path("/usr/lib/criu/cuda_plugin.so"),
+    Path("/usr/lib/x86_64-linux-gnu/criu/cuda_plugin.so"),
+    Path("/usr/lib/aarch64-linux-gnu/criu/cuda_plugin.so"),
+    Path("/usr/local/lib/criu/cuda_plugin.so"),
+    Path("/opt/warmpool-criu/usr/lib/criu/cuda_plugin.so"),
+)
+
+
+class GpuError(WarmpoolError):
+    """A call of the driver failed; `alive` says whether the process is as it was before."""
+
+    def __init__(self, message: str, *, alive: bool = False) -> None:
+        self.alive = alive
+        super().__init__(message)
+
+
+class DriverError(WarmpoolError):
+    """What the driver answered, by the name of its CUresult."""
+
+    def __init__(self, call: str, pid: int, result: str) -> None:
+        self.result = result
+        super().__init__(f"{call} of process {pid}: {result}")
+
+
+class ProcessState(enum.IntEnum):
+    """CUprocessState of cuda.h."""
+
+    RUNNING = 0
+    LOCKED = 1
+    CHECKPOINTED = 2
+    FAILED = 3
+
+
+class Driver(Protocol):
+    """The calls of the CUDA driver that are used; each raises DriverError."""
+
+    def state(self, pid: int) -> int:
+        """The CUprocessState of a process; a number that `ProcessState` lacks is passed on."""
+
+    def lock(self, pid: int, timeout_ms: int) -> None:
+        """Block further CUDA calls of a running process and wait for those under way."""
+
+    def checkpoint(self, pid: int) -> None:
+        """Copy a locked process's GPU memory to its host memory and free the GPU."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Copy it back; with `pairs` of old and new GPU UUIDs (16 bytes each), onto other GPUs of the same chip."""
+
+    def unlock(self, pid: int) -> None:
+        """Let a locked process go on."""
+
+
+class CudaDriver:
+    """`cuda.bindings.driver`. Raises ImportError, or OSError and RuntimeError where there is no driver."""
+
+    def __init__(self) -> None:
+        self._cuda: Any = importlib.import_module("cuda.bindings.driver")
+        (result,) = self._cuda.cuInit(0)
+        if result != self._cuda.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuInit: {result.name}")
+
+    def _check(self, call: str, pid: int, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        result, *values = answer
+        if result != self._cuda.CUresult.CUDA_SUCCESS:
+            raise DriverError(call, pid, getattr(result, "name", str(result)))
+        return tuple(values)
+
+    def state(self, pid: int) -> int:
+        """See `Driver`."""
+        (state,) = self._check("state", pid, self._cuda.cuCheckpointProcessGetState(pid))
+        return int(state)
+
+    def lock(self, pid: int, timeout_ms: int) -> None:
+        """See `Driver`."""
+        arguments = self._cuda.CUcheckpointLockArgs()
+        arguments.timeoutMs = timeout_ms
+        self._check("lock", pid, self._cuda.cuCheckpointProcessLock(pid, arguments))
+
+    def checkpoint(self, pid: int) -> None:
+        """See `Driver`."""
+        self._check("checkpoint", pid, self._cuda.cuCheckpointProcessCheckpoint(pid, None))
+
+    def restore(self, pid: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """See `Driver`."""
+        arguments = None
+        if pairs:
+            arguments = self._cuda.CUcheckpointRestoreArgs()
+            arguments.gpuPairs = [self._pair(old, new) for old, new in pairs]
+            arguments.gpuPairsCount = len(pairs)
+        self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, arguments))
+
+    def _pair(self, old: bytes, new: bytes) -> Any:
+        pair = self._cuda.CUcheckpointGpuPair()
+        for field, uuid in (("oldUuid", old), ("newUuid", new)):
+            value = self._cuda.CUuuid()
+            value.bytes = uuid
+            setattr(pair, field, value)
+        return pair
+
+    def unlock(self, pid: int) -> None:
+        """See `Driver`."""
+        self._check("unlock", pid, self._cuda.cuCheckpointProcessUnlock(pid, None))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """A GPU's memory, in bytes."""
+
+    index: int
+    name: str
+    uuid: str
+    total_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What is not in use."""
+        return self.total_bytes - self.used_bytes
+
+
+class Monitor(Protocol):
+    """What is asked of NVML."""
+
+    def driver_version(self) -> str:
+        """Such as ``580.159.04``."""
+
+    def gpus(self) -> list[GpuMemory]:
+        """Every GPU, by index."""
+
+    def processes(self) -> dict[int, int]:
+        """Host pid → bytes of GPU memory it holds, over all GPUs."""
+
+
+class Nvml:
+    """`pynvml` (nvidia-ml-py). Raises ImportError, or RuntimeError where there is no driver."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError as error:
+            raise RuntimeError(f"NVML: {error}") from error
+
+    def _handles(self) -> list[Any]:
+        return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
+
+    def driver_version(self) -> str:
+        """See `Monitor`."""
+        return str(self._nvml.nvmlSystemGetDriverVersion())
+
+    def gpus(self) -> list[GpuMemory]:
+        """See `Monitor`."""
+        found = []
+        for index, handle in enumerate(self._handles()):
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+            name, uuid = self._nvml.nvmlDeviceGetName(handle), self._nvml.nvmlDeviceGetUUID(handle)
+            found.append(GpuMemory(index, str(name), str(uuid), int(memory.total), int(memory.used)))
+        return found
+
+    def processes(self) -> dict[int, int]:
+        """See `Monitor`."""
+        held: dict[int, int] = {}
+        for handle in self._handles():
+            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                held[process.pid] = held.get(process.pid, 0) + int(process.usedGpuMemory or 0)
+        return held
+
+
+def criu_has_cuda_plugin() -> bool:
+    """Whether CRIU saves and restores CUDA state itself; then nobody else may."""
+    return any(path.exists() for path in PLUGINS)
+
+
+class Gpus:
+    """Suspends and resumes processes on GPUs. `open` before use."""
+
+    def __init__(
+        self,
+        *,
+        driver: Callable[[], Driver] = CudaDriver,
+        monitor: Callable[[], Monitor] = Nvml,
+        lock_timeout_s: float = 10.0,
+    ) -> None:
+        self._make_driver, self._make_monitor = driver, monitor
+        self._lock_timeout_ms = max(1, round(lock_timeout_s * 1000))
+        self._driver: Driver | None = None
+        self._monitor: Monitor | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def open(self) -> str | None:
+        """None when CUDA processes can be suspended here, else why not; nothing else is lost then."""
+        if self._driver is not None:
+            return None
+        try:
+            self._monitor = self._make_monitor()
+            version = self._monitor.driver_version()
+            self._driver = self._make_driver()
+        except ImportError as error:
+            return f"the extra warmpool[gpu] is not installed ({error.name})"
+        except Exception as error:  # noqa: BLE001 - NVIDIA's libraries raise their own where there is no driver
+            return f"no usable NVIDIA driver: {error}"
+        if int(version.split(".")[0]) < MIN_DRIVER:
+            self._driver = None
+            return f"NVIDIA driver {version}: {MIN_DRIVER} or later is needed"
+        # Enough for every process of a few instances at once; the calls do nothing but wait.
+        self._threads = ThreadPoolExecutor(32, thread_name_prefix="cuda")
+        return None
+
+    def close(self) -> None:
+        """Let the threads go."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+        self._driver = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether `open` found all that is needed."""
+        return self._driver is not None
+
+    async def _side_by_side(self, work: Callable[[Driver, int], T], pids: Iterable[int]) -> list[T | BaseException]:
+        driver, threads = self._driver, self._threads
+        if driver is None or threads is None:
+            raise GpuError("CUDA processes cannot be suspended here", alive=True)
+        loop = asyncio.get_running_loop()
+        calls = [loop.run_in_executor(threads, work, driver, pid) for pid in pids]
+        # A call cannot be taken back: who is cancelled waits until the driver is done with the process.
+        waiting = asyncio.gather(*calls, return_exceptions=True)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            await waiting
+            raise
+
+    async def states(self, pids: Iterable[int]) -> dict[int, int]:
+        """The CUDA processes among these, and the state of each (`ProcessState`, or a number unknown to it)."""
+        asked = list(pids)
+        answers = await self._side_by_side(_state_of, asked)
+        return {pid: answer for pid, answer in zip(asked, answers, strict=True) if isinstance(answer, int)}
+
+    async def suspend(self, pids: Iterable[int]) -> list[int]:
+        """Free the GPU of every CUDA process among these; those processes.
+
+        Raises GpuError: with `alive`, when a process could not be locked in time and all run on; without, when one is
+        of no use any more.
+        """
+        states = await self.states(pids)
+        _refuse(states, {ProcessState.FAILED}, "cannot suspend")
+        todo = [pid for pid, state in states.items() if state != ProcessState.CHECKPOINTED]
+        unlocked = [pid for pid in todo if states[pid] != ProcessState.LOCKED]
+        locked = await self._side_by_side(lambda driver, pid: driver.lock(pid, self._lock_timeout_ms), unlocked)
+        refused = [error for error in locked if isinstance(error, BaseException)]
+        if refused:
+            await self._unlock([pid for pid, error in zip(unlocked, locked, strict=True) if error is None])
+            late = all(isinstance(error, DriverError) and error.result == _NOT_READY for error in refused)
+            raise GpuError(str(refused[0]), alive=late)
+        _raise_first(await self._side_by_side(lambda driver, pid: driver.checkpoint(pid), todo))
+        after = await self.states(todo)
+        _refuse(after, {ProcessState.RUNNING, ProcessState.LOCKED, ProcessState.FAILED}, "was suspended, but")
+        if len(after) != len(todo):
+            raise GpuError("was suspended, but a process is gone")
+        return list(states)
+
+    async def _unlock(self, pids: Sequence[int]) -> None:
+        _raise_first(await self._side_by_side(lambda driver, pid: driver.unlock(pid), pids))
+
+    async def resume(self, pids: Iterable[int], pairs: Sequence[tuple[bytes, bytes]] = ()) -> list[int]:
+        """Bring every suspended CUDA process among these back to its GPU; those processes.
+
+        `pairs`: onto other GPUs of the same chip (old and new UUID, every GPU that was in use; driver 580).
+        Raises GpuError; the processes are of no use then.
+        """
+        states = await self.states(pids)
+        _refuse(states, {ProcessState.FAILED}, "cannot resume")
+
+        def bring_back(driver: Driver, pid: int) -> None:
+            if states[pid] != ProcessState.LOCKED and states[pid] != ProcessState.RUNNING:
+                driver.restore(pid, pairs)
+            if states[pid] != ProcessState.RUNNING:
+                driver.unlock(pid)
+
+        _raise_first(await self._side_by_side(bring_back, states))
+        return list(states)
+
+    async def has_cuda(self, pids: Iterable[int]) -> bool:
+        """Whether any of these uses CUDA."""
+        return self.usable and bool(await self.states(pids))
+
+    async def memory(self) -> list[GpuMemory]:
+        """Every GPU's memory; none where NVML cannot be asked."""
+        return await self._ask(lambda monitor: monitor.gpus(), [])
+
+    async def held_bytes(self, pids: Iterable[int]) -> int:
+        """GPU memory that these processes hold, in bytes."""
+        held: Mapping[int, int] = await self._ask(lambda monitor: monitor.processes(), {})
+        return sum(held.get(pid, 0) for pid in pids)
+
+    async def _ask(self, question: Callable[[Monitor], T], otherwise: T) -> T:
+        monitor = self._monitor
+        if monitor is not None:
+            with contextlib.suppress(Exception):  # NVML's own errors: a figure less, and nothing worse
+                return await asyncio.to_thread(question, monitor)
+        return otherwise
+
+
+def _state_of(driver: Driver, pid: int) -> int | None:
+    try:
+        return driver.state(pid)
+    except DriverError as error:
+        if error.result in _SKIPPED:
+            return None
+        raise
+
+
+def _raise_first(results: Iterable[object]) -> None:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise GpuError(str(result)) from result
+
+
+def _refuse(states: Mapping[int, int], bad: set[ProcessState], text: str) -> None:
+    wrong = [f"process {pid} is {ProcessState(state).name.lower()}" for pid, state in states.items() if state in bad]
+    if wrong:
+        raise GpuError(f"{text}: {', '.join(wrong)}")

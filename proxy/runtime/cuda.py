@@ -1,0 +1,68 @@
+"""The CUDA part of a runtime's operations: which processes use a GPU, and suspending and resuming those."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy import gpu
+from proxy.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from proxy.gpu import Gpus
+
+
+class Cuda:
+    """What a runtime does with the GPU; without `gpus`, or where they are not usable, nothing uses CUDA."""
+
+    def __init__(self, gpus: Gpus | None) -> None:
+        self._gpus = gpus
+        self.reason: str | None = "no GPU support was asked for"
+        """Why CUDA processes cannot be suspended here; None when they can."""
+        self.left_to_criu = False
+        """CRIU has a plugin that does this part of a dump and a restore."""
+
+    def open(self) -> None:
+        """Find out what there is."""
+        if self._gpus is not None:
+            self.reason = self._gpus.open()
+            self.left_to_criu = gpu.criu_has_cuda_plugin()
+
+    async def held_bytes(self, pids: Sequence[int]) -> int:
+        """GPU memory that these processes hold, which a suspend moves to host memory."""
+        return await self._gpus.held_bytes(pids) if self._gpus is not None else 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether CUDA processes can be suspended here."""
+        return self._gpus is not None and self._gpus.usable
+
+    async def suspend(self, operation: str, pids: Sequence[int]) -> bool:
+        """Free the GPU; False where none of these uses one. Raises RuntimeFailure."""
+        if self._gpus is None or not self.usable:
+            return False
+        try:
+            return bool(await self._gpus.suspend(pids))
+        except gpu.GpuError as error:
+            raise RuntimeFailure(operation, f"CUDA: {error}", alive=error.alive) from error
+
+    async def before_dump(self, pids: Sequence[int], *, off_gpu: bool) -> bool:
+        """CRIU cannot dump a process that is on a GPU; its plugin, if there is one, wants it there.
+
+        Whether the processes are off it now. Raises RuntimeFailure.
+        """
+        if self.left_to_criu:
+            if off_gpu:
+                await self.resume("checkpoint", pids)
+            return False
+        return off_gpu or await self.suspend("checkpoint", pids)
+
+    async def resume(self, operation: str, pids: Sequence[int]) -> None:
+        """Bring suspended processes back to the GPU. Raises RuntimeFailure; they are of no use then."""
+        if self._gpus is None or not self.usable:
+            raise RuntimeFailure(operation, f"CUDA: {self.reason}")
+        try:
+            await self._gpus.resume(pids)
+        except gpu.GpuError as error:
+            raise RuntimeFailure(operation, f"CUDA: {error}") from error
