@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from proxy.config import WarmupSettings
+    from proxy.instance import Stages
 
 CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
 CANARY_TOKENS = 16
@@ -183,14 +184,18 @@ class EngineClient:
         """Put the engine to sleep: level 1 keeps the weights in host RAM, level 2 drops them."""
         await self._command("sleep", f"/sleep?level={level}")
 
-    async def wake_up(self, level: int) -> None:
+    async def wake_up(self, level: int, stages: Stages) -> None:
         """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again."""
         if level < 2:
-            await self._command("wake_up", "/wake_up")
+            with stages.measure("wake_up"):
+                await self._command("wake_up", "/wake_up")
             return
-        await self._command("wake_up", "/wake_up?tags=weights")
-        await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
-        await self._command("wake_up", "/wake_up?tags=kv_cache")
+        with stages.measure("wake_up"):
+            await self._command("wake_up", "/wake_up?tags=weights")
+        with stages.measure("reload_weights"):
+            await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
+        with stages.measure("wake_up"):
+            await self._command("wake_up", "/wake_up?tags=kv_cache")
 
     async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
         status, body = await self._call(stage, "POST", path, json=json)

@@ -113,7 +113,7 @@ async def create(shop: Workshop, watcher: Watcher) -> Created:
             with steps.step("checkpoint"):
                 await runtime.checkpoint(handle, facts, steps.stages)
         with steps.step("check"):
-            manifest = await shop.store.verify(shop.image(handle))
+            manifest = await asyncio.to_thread(shop.store.load, shop.image(handle))
             if not manifest.bytes_by_kind()["memory pages"]:
                 raise GoldenError("check: the image holds no memory pages")
         checked = await _prove(shop, handle, manifest, proof)
@@ -220,7 +220,7 @@ async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: 
             await client.wait_healthy(shop.model.health.path, shop.model.health.interval)
         if manifest.sleep_level:
             with steps.step("wake_up"):
-                await client.wake_up(manifest.sleep_level)
+                await client.wake_up(manifest.sleep_level, Stages())
         if manifest.canary is None:
             return False
         with steps.step("canary"):

@@ -684,8 +684,7 @@ class Pool:
 
     async def _wake_up(self, slot: _Slot, stages: Stages) -> None:
         if slot.instance.sleep_level:
-            with stages.measure("wake_up"):
-                await _unless_it_ends(slot, _client(slot).wake_up(slot.instance.sleep_level))
+            await _unless_it_ends(slot, _client(slot).wake_up(slot.instance.sleep_level, stages))
             slot.instance.sleep_level = 0
 
     async def _clear_away(self, model: _Model, slot: _Slot, tier: Tier) -> None:

@@ -277,9 +277,10 @@ class FakeEngine:
         await self.runtime._enter("sleep")
         process.sleep_level = level
 
-    async def wake_up(self, level: int) -> None:
+    async def wake_up(self, level: int, stages: Stages) -> None:
         process = self._process("wake_up")
-        await self.runtime._enter("wake_up")
+        with stages.measure("wake_up"):
+            await self.runtime._enter("wake_up")
         process.sleep_level = 0
 
     async def disconnect(self) -> None:

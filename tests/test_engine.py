@@ -16,6 +16,7 @@ import pytest
 from loadtest import engine_text as text
 from proxy.engine import EngineClient
 from proxy.errors import EngineError
+from proxy.instance import Stages
 from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ async def test_the_client_sleeps_wakes_and_asks(start: Any) -> None:
         assert await client.is_sleeping() is True
         with pytest.raises(EngineError, match="canary: POST /v1/completions answered 503"):
             await client.canary()
-        await client.wake_up(level)
+        await client.wake_up(level, Stages())
         assert await client.canary() == before
     await client.disconnect()
 
@@ -282,7 +283,7 @@ async def test_an_engine_that_is_gone_or_answers_garbage_is_an_error_with_its_st
     engine.end()
     assert await client.healthy("/health") is False
     with pytest.raises(EngineError, match=r"^wake_up: "):
-        await client.wake_up(1)
+        await client.wake_up(1, Stages())
     await client.disconnect()
 
 

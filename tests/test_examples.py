@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
+from loadtest import vllm_cpu
 from proxy import config, importenv
 from proxy.runtime.container import NO_IO_URING
 from tests.support import ROOT
@@ -141,18 +142,19 @@ def test_vllm_cpu_has_two_instances_with_small_images() -> None:
     (key,) = settings.models
     tiny = engine(settings, key)
     assert settings.models[key].max_instances == 2
-    assert tiny.image == "localhost/warmpool-vllm-cpu"
     assert not any(volume.writable for volume in tiny.volumes)
     assert environment(tiny) == LOOPBACK | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "2",
-        "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_MQ_MAX_CHUNK_BYTES_MB": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     found = options(tiny.command)
     assert "--enforce-eager" in found
+    assert found["--dtype"] == "float32"
+    assert tiny.volumes[0].source == str(vllm_cpu.FOLDER / "model")
+    assert tiny.image == vllm_cpu.IMAGE
     assert (found["--kv-cache-memory-bytes"], found["--max-model-len"]) == ("67108864", "512")
 
 

@@ -491,6 +491,7 @@ class TestPodmanRuntime(RuntimeContract):
         stages = Stages()
         await bench.runtime.checkpoint(handle, FACTS, stages)
         assert {"podman", "dump", "digest"} <= set(stages.seconds)
+        assert stages.seconds["podman"] > 0
         again = Stages()
         await bench.runtime.restore(handle, again)
         assert {"podman", "criu"} <= set(again.seconds)
@@ -498,6 +499,16 @@ class TestPodmanRuntime(RuntimeContract):
         assert manifest.details["criu_us"]["frozen_time"] > 0
         assert manifest.facts.keys() >= {"kernel", "CRIU", "podman", "container image"}
         assert manifest.bytes_by_kind()["memory pages"] > 8 << 20
+
+    async def test_the_memory_of_processes_that_hide_their_environment_counts(self, bench: PodmanBench) -> None:
+        child = "import time; kept = b'x' * (32 << 20); print('up', flush=True); time.sleep(1000)"
+        script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], env=dict())"
+        handle = await bench.runtime.start("demo-1", "demo", shell(script))
+        async with asyncio.timeout(PATIENCE_S):
+            while "up" not in bench.claim.log_path("demo-1").read_text():
+                await asyncio.sleep(0.02)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        assert bench.store.load("demo").details["memory"]["anonymous"] > 32 << 20
 
     # --- the host ---
 
