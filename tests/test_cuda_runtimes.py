@@ -1,0 +1,208 @@
+"""The CUDA part of the runtimes: real processes and real CRIU, a fake driver that takes them for CUDA processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy.checkpoints import CheckpointStore
+from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings
+from proxy.errors import RuntimeFailure
+from proxy.gpu import ProcessState
+from proxy.instance import Stages, Tier
+from proxy.runtime import cuda, processes
+from proxy.runtime.claim import Claim
+from proxy.runtime.podman import PodmanRuntime
+from proxy.runtime.process import ProcessRuntime
+from tests.fake_cuda import FakeDriver, FakeNvml, gpus_of
+from tests.podman_bench import engine_image, model_of, tmpfs_folder, why_no_podman
+from tests.runtime_contract import FACTS
+from tests.support import HttpBench, engine_settings, get_json
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from proxy.config import ModelSettings
+    from proxy.runtime.base import Handle
+
+images = pytest.fixture(tmpfs_folder)
+
+
+class EveryEngine(FakeDriver):
+    """Takes every load-test engine for a CUDA process; one that was just restored by CRIU is as it was dumped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dumped = int(ProcessState.RUNNING)
+
+    def state(self, pid: int) -> int:
+        if pid not in self.states and "loadtest.engine" in _command(pid):
+            self.states[pid] = self.dumped
+        return super().state(pid)
+
+    def checkpoint(self, pid: int) -> None:
+        super().checkpoint(pid)
+        self.dumped = self.states[pid]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+class Bench(HttpBench):
+    """A runtime with a fake driver."""
+
+    def __init__(self, runtime: Any, driver: EveryEngine, model: ModelSettings, store: CheckpointStore) -> None:
+        self.runtime, self.driver, self.model, self.store = runtime, driver, model, store
+
+    async def start(self) -> Handle:
+        handle: Handle = await self.runtime.start("demo-1", "demo", self.model)
+        await self.healthy(handle)
+        return handle
+
+
+@pytest.fixture(params=["process", "podman"])
+async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) -> AsyncIterator[Bench]:
+    driver = EveryEngine()
+    gpus = gpus_of(driver, FakeNvml())
+    claim, store = Claim(tmp_path / "state"), CheckpointStore(images, 0)
+    runtime: Any
+    if request.param == "podman":
+        if reason := why_no_podman():
+            pytest.skip(reason=reason)
+        engine_image()
+        runtime, model = PodmanRuntime(PodmanRuntimeSettings(), claim=claim, store=store, gpus=gpus), model_of()
+    else:
+        runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+        model = engine_settings()
+    await runtime.open()
+    made = Bench(runtime, driver, model, store)
+    yield made
+    containers = getattr(runtime, "_containers", None) or runtime._engines
+    for entry in list(containers.values()):
+        await runtime.remove(entry.handle)
+        await runtime.discard_image(entry.handle)
+    await runtime.close()
+    gpus.close()
+
+
+@pytest.fixture
+def checkpoints(bench: Bench) -> None:
+    """Skips where the host cannot checkpoint."""
+    rungs = bench.runtime.rungs()
+    if Tier.CHECKPOINTED not in rungs.offered:
+        pytest.skip(reason=rungs.missing[Tier.CHECKPOINTED])
+
+
+async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: Bench) -> None:
+    handle = await bench.start()
+    await bench.runtime.suspend(handle)
+    assert set(bench.driver.states.values()) == {ProcessState.CHECKPOINTED}
+    assert await bench.answers(handle), "no longer on the GPU, but not frozen: it is not asked anything"
+    await bench.runtime.resume(handle)
+    assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
+
+
+async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, checkpoints: None) -> None:
+    handle = await bench.start()
+    boot = await bench.boot_id(handle)
+    for suspended in (False, True):
+        if suspended:
+            await bench.runtime.suspend(handle)
+        stages = Stages()
+        await bench.runtime.checkpoint(handle, FACTS, stages)
+        assert "cuda" in stages.seconds
+        bench.driver.states.clear()
+        again = Stages()
+        handle = await bench.runtime.restore(handle, again)
+        assert "cuda" in again.seconds
+        assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
+
+async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints: None) -> None:
+    handle = await bench.start()
+    pid = (await get_json(f"{handle.base_url}/debug/state"))["pid"]
+    pids = [p for p in await _cuda_pids(bench, handle) if p != 0]
+    bench.driver.failures.update({("lock", p): "CUDA_ERROR_NOT_READY" for p in (pid, *pids)})
+    for operation in (bench.runtime.suspend(handle), bench.runtime.checkpoint(handle, FACTS, Stages())):
+        with pytest.raises(RuntimeFailure, match="CUDA: lock of process") as failure:
+            await operation
+        assert failure.value.alive
+    assert await bench.answers(handle)
+    assert bench.store.names() == []
+
+
+async def _cuda_pids(bench: Bench, handle: Handle) -> list[int]:
+    entry = (getattr(bench.runtime, "_containers", None) or bench.runtime._engines)[handle.instance_id]
+    return processes.tree(entry.pid)
+
+
+@pytest.mark.parametrize("call", ["checkpoint", "restore"])
+async def test_an_engine_that_fails_on_the_gpu_is_of_no_use_and_can_be_ended(bench: Bench, call: str) -> None:
+    handle = await bench.start()
+    pids = await _cuda_pids(bench, handle)
+    bench.driver.failures.update({(call, p): "CUDA_ERROR_UNKNOWN" for p in pids})
+    with pytest.raises(RuntimeFailure, match=f"CUDA: {call} of process") as failure:
+        await bench.runtime.suspend(handle)
+        await bench.runtime.resume(handle)
+    assert not failure.value.alive
+    await bench.runtime.drop(handle)
+    assert not await bench.answers(handle)
+    bench.driver.failures.clear()
+    handle = await bench.start()
+    await bench.runtime.suspend(handle)
+    await bench.runtime.resume(handle)
+
+
+async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
+    bench: Bench, checkpoints: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await bench.start()
+
+    async def fail(*_: object) -> Any:
+        raise RuntimeFailure("checkpoint", "no", alive=True)
+
+    if isinstance(bench.runtime, PodmanRuntime):
+        monkeypatch.setattr(bench.runtime, "_dump", fail)
+    else:
+        monkeypatch.setattr("proxy.runtime.process.criu.run", fail)
+    with pytest.raises(RuntimeFailure, match="no"):
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+    assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
+    assert await bench.answers(handle)
+
+
+async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
+    bench: Bench, checkpoints: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cuda_plugin.so").touch()
+    monkeypatch.setattr("proxy.gpu.PLUGINS", (tmp_path / "cuda_plugin.so",))
+    bench.runtime._cuda.open()
+    assert bench.runtime._cuda.left_to_criu
+    handle = await bench.start()
+    await bench.runtime.suspend(handle)
+    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    calls = bench.driver.calls["checkpoint"]
+    bench.driver.states.clear()
+    bench.driver.dumped = int(ProcessState.RUNNING)
+    handle = await bench.runtime.restore(handle, Stages())
+    await bench.healthy(handle)
+    assert calls == 1, "only the suspend's; before the dump it was brought back"
+
+
+async def test_without_a_gpu_processes_are_frozen(tmp_path: Path) -> None:
+    without = cuda.Cuda(None)
+    without.open()
+    assert not without.usable
+    assert await without.suspend("suspend", [1]) is False
+    assert await without.before_dump([1], off_gpu=False) is False
+    assert await without.held_bytes([1]) == 0
+    with pytest.raises(RuntimeFailure, match="CUDA"):
+        await without.resume("resume", [1])
