@@ -7,6 +7,7 @@ an image of the same content is there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -17,12 +18,11 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
 NAME: Final = "localhost/warmpool-engine"
 APP: Final = "/app"
@@ -30,11 +30,14 @@ PACKAGES: Final = (
     "aiohappyeyeballs", "aiohttp", "aiosignal", "attr", "attrs", "frozenlist", "idna", "multidict", "orjson",
     "propcache", "typing_extensions", "yarl",
 )  # fmt: skip
+ENGINE: Final = ("__init__.py", "engine.py", "engine_text.py")
 LEFT_OUT: Final = frozenset(
     {"__pycache__", "config-3", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
      "tkinter", "turtledemo"}
 )  # fmt: skip
 FOLDERS: Final = ("dev", "etc", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/sbin")
+MERGED: Final = ("bin", "lib", "lib64", "sbin")
+"""Links into usr, as Debian has them."""
 LABEL: Final = "io.warmpool.content"
 
 
@@ -46,32 +49,31 @@ def python() -> Path:
 def files() -> dict[str, Path]:
     """Path in the image → file on this host."""
     standard_library = Path(sysconfig.get_path("stdlib"))
-    found = {str(p): p for p in _below(standard_library)}
-    found |= {str(p): p for p in _below(standard_library / "lib-dynload")}
+    found = {str(p): p for p in below(standard_library)}
     found[str(python())] = python()
     for name in PACKAGES:
         origin = Path(str(importlib.import_module(name).__file__))
         if origin.name == "__init__.py":
-            found |= {f"{APP}/{name}/{p.relative_to(origin.parent)}": p for p in _below(origin.parent)}
+            found |= {f"{APP}/{name}/{p.relative_to(origin.parent)}": p for p in below(origin.parent)}
         else:
             found[f"{APP}/{origin.name}"] = origin
     here = Path(__file__).parent
-    found |= {f"{APP}/loadtest/{p.name}": p for p in here.glob("*.py")}
-    found |= {str(p): p for p in _libraries(found.values())}
+    found |= {f"{APP}/loadtest/{name}": here / name for name in ENGINE}
+    found |= {str(p): p for p in libraries(p for p in found.values() if ".so" in p.suffixes or p == python())}
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def below(folder: Path, left_out: Container[str] = LEFT_OUT) -> Iterator[Path]:
+    """The files of a tree, without what is below a folder, or is a file, of a name that is left out."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).parts
-        if path.is_file() and not LEFT_OUT & set(inside) and not any(p.startswith("config-3") for p in inside):
+        if not any(p in left_out or p.startswith("config-3") for p in inside) and path.is_file():
             yield path
 
 
-def _libraries(programs: Iterable[Path]) -> Iterator[Path]:
+def libraries(binaries: Iterable[Path]) -> Iterator[Path]:
     """The shared libraries these load, by the paths the loader finds them under."""
-    binaries = [str(p) for p in programs if ".so" in p.suffixes or p == python()]
-    printed = subprocess.run(["ldd", *binaries], check=False, capture_output=True, text=True).stdout
+    printed = subprocess.run(["ldd", *map(str, binaries)], check=False, capture_output=True, text=True).stdout
     for match in sorted(set(re.findall(r"(?:=> |^\s*)(/\S+)(?= \(0x)", printed, re.MULTILINE))):
         yield Path(match)
 
@@ -85,50 +87,72 @@ def digest(contents: dict[str, Path]) -> str:
     return total.hexdigest()
 
 
-def _write(target: Path, contents: dict[str, Path]) -> None:
-    with tarfile.open(target, "w") as tar:
+def _write(stream: IO[bytes], contents: Mapping[str, Path], links: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    with tarfile.open(fileobj=stream, mode="w|", bufsize=1 << 20) as tar:
         for folder in FOLDERS:
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             tar.addfile(entry)
-        for name in ("bin", "lib", "lib64", "sbin"):
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname = tarfile.SYMTYPE, f"usr/{name}"
+        for name, target in {**{name: f"usr/{name}" for name in MERGED}, **links}.items():
+            entry = tarfile.TarInfo(name.lstrip("/"))
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
             tar.addfile(entry)
-        for name, text in (("etc/passwd", "root:x:0:0::/root:/bin/sh\n"), ("etc/group", "root:x:0:\n")):
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(text), 0o644
+        users = {"etc/passwd": "root:x:0:0::/root:/bin/sh\n", "etc/group": "root:x:0:\n"}
+        for name, text in {**users, **texts}.items():
+            entry = tarfile.TarInfo(name.lstrip("/"))
+            entry.size, entry.mode = len(text), 0o755 if text.startswith("#!") else 0o644
             tar.addfile(entry, io.BytesIO(text.encode()))
         for name, path in sorted(contents.items()):
-            inside = re.sub(r"^(lib64|lib|bin|sbin)/", r"usr/\1/", name.lstrip("/"))
-            entry = tarfile.TarInfo(inside)
-            entry.size, entry.mode = path.stat().st_size, stat.S_IMODE(path.stat().st_mode)
+            entry = tarfile.TarInfo(re.sub(rf"^({'|'.join(MERGED)})/", r"usr/\1/", name.lstrip("/")))
+            status = path.stat()
+            entry.size, entry.mode = status.st_size, stat.S_IMODE(status.st_mode)
+            entry.mtime = int(status.st_mtime)  # compiled Python is valid for a source of this time
             with path.open("rb") as file:
                 tar.addfile(entry, file)
 
 
+def import_image(
+    name: str,
+    content: str,
+    contents: Mapping[str, Path],
+    changes: Iterable[str],
+    *,
+    links: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> bool:
+    """Make the image `name` unless it is there with the label `content`; whether it was made.
+
+    `contents`: path in the image → file here; `links`: path → target; `texts`: path → content, a program if it begins
+    with ``#!``. Raises CalledProcessError when podman refuses.
+    """
+    inspect = ["podman", "image", "inspect", "--format", f'{{{{.Id}}}} {{{{index .Labels "{LABEL}"}}}}', name]
+    known = subprocess.run(inspect, check=False, capture_output=True, text=True).stdout.split()
+    if known[1:] == [content]:
+        return False
+    options = [f"--change={change}" for change in (*changes, f"LABEL {LABEL}={content}")]
+    command = ["podman", "import", "--quiet", *options, "-", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as podman:
+        assert podman.stdin is not None
+        # What podman says of its own end is more than a broken pipe.
+        with contextlib.suppress(BrokenPipeError), podman.stdin:
+            _write(podman.stdin, contents, links or {}, texts or {})
+    if podman.returncode:
+        raise subprocess.CalledProcessError(podman.returncode, command)
+    if known:
+        # The one that had the name before; it stays where a container uses it.
+        subprocess.run(["podman", "rmi", known[0]], check=False, capture_output=True)
+    return True
+
+
 def build(name: str = NAME) -> str:
-    """Make the image unless it is there; its name. Raises CalledProcessError when podman refuses."""
+    """Make the engine's image unless it is there; its name. Raises CalledProcessError when podman refuses."""
     contents = files()
-    content = digest(contents)
-    known = subprocess.run(
-        ["podman", "image", "inspect", "--format", f'{{{{index .Labels "{LABEL}"}}}}', name],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    if known.stdout.strip() == content:
-        return name
-    with tempfile.NamedTemporaryFile(suffix=".tar") as tar:
-        _write(Path(tar.name), contents)
-        changes = (
-            f'ENTRYPOINT ["{python()}", "-m", "loadtest.engine"]',
-            f"ENV PYTHONPATH={APP}",
-            "ENV PYTHONUNBUFFERED=1",
-            f"LABEL {LABEL}={content}",
-        )
-        subprocess.run(
-            ["podman", "import", "--quiet", *(f"--change={change}" for change in changes), tar.name, name],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    changes = (
+        f'ENTRYPOINT ["{python()}", "-m", "loadtest.engine"]',
+        f"ENV PYTHONPATH={APP}",
+        "ENV PYTHONUNBUFFERED=1",
+    )
+    import_image(name, digest(contents), contents, changes)
     return name
 
 
