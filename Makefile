@@ -7,7 +7,7 @@ CONFIG ?= config/embedded.toml
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test lint format host vllm-cpu test-vllm bench-vllm clean
+.PHONY: help run test lint format host vllm-cpu test-vllm bench-vllm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,10 @@ test-vllm: $(VENV)/.dev vllm-cpu ## (root) the tests with the real vLLM in conta
 
 bench-vllm: $(VENV)/.dev vllm-cpu ## (root) measure the real vLLM in containers: JSON in build/vllm-cpu.json, a table on the terminal
 	$(BIN)/python -m loadtest.bench_vllm_cpu --model $(VLLM_CPU_MODEL) --json build/vllm-cpu.json
+
+bench-gpu: $(VENV)/.run ## (root) measure every rung on a GPU: make bench-gpu CONFIG=your.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu]'
+	$(BIN)/python -m loadtest.bench_gpu --config $(CONFIG)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

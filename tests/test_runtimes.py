@@ -316,12 +316,18 @@ def test_the_guard_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None
     script = f"""
 import asyncio, sys
 from pathlib import Path
+from proxy.config import ModelSettings
+from tests.support import processes_with
 from tests.test_runtimes import ProcessBench
 async def main():
     bench = ProcessBench(Path({str(tmp_path)!r}))
     await bench.runtime.open()
     handle = await bench.runtime.start("demo-1", "demo", bench.model)
     await bench.healthy(handle)
+    hidden = ["sh", "-c", "exec env -i sh -c 'sleep 1000; : hidden {tmp_path}' # {{port}}"]
+    await bench.runtime.start("demo-2", "demo", ModelSettings(process={{"command": hidden}}))
+    while not processes_with("hidden {tmp_path}"):
+        await asyncio.sleep(0.01)
     print(bench.claim.owner, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
@@ -332,7 +338,8 @@ asyncio.run(main())
         assert processes_with(f"{owner}:demo-1;")
         proxy.kill()
     deadline = 600
-    while processes_with(f"{owner}:") and deadline:
+    while (processes_with(f"{owner}:") or processes_with(f"hidden {tmp_path}")) and deadline:
         deadline -= 1
         asyncio.run(asyncio.sleep(0.05))
     assert processes_with(f"{owner}:") == []
+    assert processes_with(f"hidden {tmp_path}") == [], "one that hides its environment is known by its session"

@@ -153,7 +153,7 @@ class ProcessRuntime(KeepsImages):
         self._engines[instance_id] = engine
         log = os.open(self._claim.log_path(instance_id), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            engine.pid = os.posix_spawn(
+            pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-I", "-S", launch.__file__, directory, *command],
                 environment,
@@ -168,7 +168,7 @@ class ProcessRuntime(KeepsImages):
             raise RuntimeFailure("start", f"{command[0]}: {error}") from error
         finally:
             os.close(log)
-        engine.suspended = False
+        self._runs_as(engine, pid)
         return handle
 
     async def wait_exit(self, handle: Handle) -> str:
@@ -181,9 +181,15 @@ class ProcessRuntime(KeepsImages):
         engine = self._engines.get(handle.instance_id)
         if engine is not None:
             await processes.kill_whole(self._mark(handle.instance_id), engine.pid)
-            engine.pid = None
-            engine.suspended = False
-            engine.off_gpu = False
+            self._runs_as(engine, None)
+
+    def _runs_as(self, engine: _Engine, pid: int | None) -> None:
+        """Note the leader of an engine's session, and tell the guard of it."""
+        said = [f"-{engine.pid}\n"] * (engine.pid is not None) + [f"+{pid}\n"] * (pid is not None)
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.write("".join(said).encode())
+        engine.pid = pid
+        engine.suspended = engine.off_gpu = False
 
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`: the guard ends processes with warmpool."""
@@ -268,7 +274,8 @@ class ProcessRuntime(KeepsImages):
                 reason = criu.log_reason(folder / CRIU_FOLDER / "dump.log", output)
                 raise RuntimeFailure("checkpoint", reason, alive=processes.alive(pid))
             await processes.kill_whole(mark, pid)
-            engine.pid = None
+            off_gpu = engine.off_gpu
+            self._runs_as(engine, None)
             with stages.measure("digest"):
                 await self._store.commit(
                     Manifest(
@@ -280,7 +287,7 @@ class ProcessRuntime(KeepsImages):
                         facts=self._facts(),
                         sleep_level=facts.sleep_level,
                         canary=facts.canary,
-                        private={"pid": pid, "port": handle.port, "cuda": engine.off_gpu},
+                        private={"pid": pid, "port": handle.port, "cuda": off_gpu},
                         details={**facts.details, "memory": memory, "stages_s": dict(stages.seconds)},
                     )
                 )
@@ -307,8 +314,7 @@ class ProcessRuntime(KeepsImages):
         # The log is opened again by name; it may have been rotated away.
         self._claim.log_path(handle.instance_id).touch(mode=0o600)
         folder = self._store.path(handle.instance_id) / CRIU_FOLDER
-        engine.pid = manifest.private["pid"]
-        engine.suspended = False
+        self._runs_as(engine, manifest.private["pid"])
         engine.off_gpu = bool(manifest.private.get("cuda"))
         with stages.measure("criu"):
             status, output = await criu.run(

@@ -52,6 +52,14 @@ def members(mark: str, session: int | None) -> list[int]:
     return sorted(found)
 
 
+def alive_among(mark: str, sessions: Iterable[int]) -> list[int]:
+    """The pids of live processes that have the mark, or belong to one of the sessions."""
+    found = set(marked(mark))
+    for session in sessions:
+        found |= set(members(mark, session))
+    return sorted(pid for pid in found if alive(pid))
+
+
 def in_namespace_of(pid: int) -> list[int]:
     """The pids of a container's first process and of all others in its pid namespace.
 
