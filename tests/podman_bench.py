@@ -65,6 +65,8 @@ def model_of(*options: str, **podman_keys: Any) -> ModelSettings:
 class PodmanBench(HttpBench):
     """One runtime on folders of its own."""
 
+    runtime: PodmanRuntime
+
     def __init__(
         self, folder: Path, images: Path, *, changed: bool = False, criu_programs: Sequence[Path] = (), **settings: Any
     ) -> None:
@@ -75,8 +77,6 @@ class PodmanBench(HttpBench):
             PodmanRuntimeSettings(**settings), claim=self.claim, store=self.store, criu_programs=criu_programs
         )
         self.model = model_of("--max-model-len", "2048" if changed else "4096")
-        self.closed = False
-        self.heir: PodmanBench | None = None
 
     def container(self, handle: Handle) -> str:
         return self.runtime._container_name(handle.instance_id)
@@ -94,18 +94,8 @@ class PodmanBench(HttpBench):
             *(p.name for folder in (self.images, self.folder / "archive") for p in files_in(folder)),
         ]
 
-    async def close(self) -> None:
-        if self.heir is not None:
-            await self.heir.close()
-        if not self.closed:
-            self.closed = True
-            await self.runtime.close()
-
-    async def successor(self, *, changed: bool = False) -> PodmanBench:
-        await self.close()
-        self.heir = PodmanBench(self.folder, self.images, changed=changed)
-        await self.heir.runtime.open()
-        return self.heir
+    def another(self, *, changed: bool) -> PodmanBench:
+        return PodmanBench(self.folder, self.images, changed=changed)
 
     async def clear(self) -> None:
         """End and forget everything."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 import psutil
@@ -79,7 +79,30 @@ def processes_with(text: str) -> list[int]:
 
 
 class HttpBench:
-    """What can be seen of a load-test engine through HTTP."""
+    """A runtime with load-test engines, looked at through HTTP, and those that follow it on the same folders."""
+
+    runtime: Any
+    heir: Self | None = None
+    closed = False
+
+    def another(self, *, changed: bool) -> Self:
+        """One like this, on the same folders; `changed`: with another command."""
+        raise AssertionError  # each has its own
+
+    async def close(self) -> None:
+        """Close the runtime, and those that followed."""
+        if self.heir is not None:
+            await self.heir.close()
+        if not self.closed:
+            self.closed = True
+            await self.runtime.close()
+
+    async def successor(self, *, changed: bool = False) -> Self:
+        """Close the runtime and open another one on the same folders."""
+        await self.close()
+        self.heir = self.another(changed=changed)
+        await self.heir.runtime.open()
+        return self.heir
 
     async def healthy(self, handle: Handle) -> None:
         """Return when the engine answers."""

@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from loadtest.image import python
-from proxy.checkpoints import SUFFIX, StoreError
+from proxy.checkpoints import MANIFEST, SUFFIX, StoreError
 from proxy.config import ModelSettings
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Stages, Tier
@@ -310,6 +310,21 @@ class TestPodmanRuntime(RuntimeContract):
         after = await bench.successor()
         assert list((await after.runtime.recover({"demo": after.model})).instances) == []
         assert after.remains() == []
+
+    @pytest.mark.parametrize("fact", ["kernel", "CRIU", "podman", "container image"])
+    async def test_an_image_taken_elsewhere_is_refused_with_the_reason(
+        self, bench: PodmanBench, fact: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        handle, _ = await self.checkpointed(bench)
+        manifest = bench.store.path("demo") / MANIFEST
+        content = orjson.loads(manifest.read_bytes())
+        was, content["facts"][fact] = content["facts"][fact], "1.2.3"
+        manifest.write_bytes(orjson.dumps(content))
+        after = await bench.successor()
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert (list(recovered.instances), dict(recovered.images)) == ([], {})
+        assert f"checkpoint demo is refused: {fact} was 1.2.3, is {was} here" in caplog.text
+        assert await self.start(after) == handle
 
     # --- connections ---
 

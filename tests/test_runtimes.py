@@ -76,14 +76,14 @@ class FakeBench:
 class ProcessBench(HttpBench):
     """The process runtime with load-test engines."""
 
+    runtime: ProcessRuntime
+
     def __init__(self, folder: Path, *, changed: bool = False, **settings: Any) -> None:
         self.folder = folder
         self.claim = Claim(folder / "state")
         self.store = CheckpointStore(folder / "images", 0, folder / "archive")
         self.runtime = ProcessRuntime(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
         self.model = engine_settings("--max-model-len", "2048" if changed else "4096")
-        self.closed = False
-        self.heir: ProcessBench | None = None
 
     async def crash(self, handle: Handle) -> None:
         state = await get_json(f"{handle.base_url}/debug/state")
@@ -95,18 +95,8 @@ class ProcessBench(HttpBench):
             *(p.name for folder in ("images", "archive") for p in files_in(self.folder / folder)),
         ]
 
-    async def close(self) -> None:
-        if self.heir is not None:
-            await self.heir.close()
-        if not self.closed:
-            self.closed = True
-            await self.runtime.close()
-
-    async def successor(self, *, changed: bool = False) -> ProcessBench:
-        await self.close()
-        self.heir = ProcessBench(self.folder, changed=changed)
-        await self.heir.runtime.open()
-        return self.heir
+    def another(self, *, changed: bool) -> ProcessBench:
+        return ProcessBench(self.folder, changed=changed)
 
 
 class TestFakeRuntime(RuntimeContract):

@@ -297,7 +297,7 @@ class PodmanRuntime(KeepsImages):
                 _put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
         except PodmanError as error:
             hint = ""
-            if await self._lacks_image(engine.image):
+            if await self._is_missing(f"/images/{engine.image}/exists"):
                 hint = f"; podman pull {engine.image}, or correct models.{key}.podman.image"
             raise RuntimeFailure(operation, f"{error}{hint}") from error
         except OSError as error:
@@ -306,9 +306,10 @@ class PodmanRuntime(KeepsImages):
             log.warning("%s: podman: %s", instance_id, warning)
         return it
 
-    async def _lacks_image(self, image: str) -> bool:
+    async def _is_missing(self, path: str) -> bool:
+        """Whether podman says that there is no such thing."""
         try:
-            await self._podman.get(f"/images/{image}/exists")
+            await self._podman.get(path)
         except PodmanError as error:
             return error.status == 404
         return False
@@ -627,7 +628,7 @@ class PodmanRuntime(KeepsImages):
             _link_image(it.userdata, folder)
             answer = await self._bring_up(it)
         except (PodmanError, OSError) as error:
-            if not await self._is_gone(it):
+            if not await self._is_missing(f"/containers/{it.id}/exists"):
                 reason = criu.log_reason(it.userdata / "restore.log", str(error))
                 raise RuntimeFailure("restore", reason) from error
             log.warning("%s: somebody removed its container: it is made again", handle.instance_id)
@@ -645,13 +646,6 @@ class PodmanRuntime(KeepsImages):
                 await self._cuda.resume("restore", _tree(it))
             it.off_gpu = False
         return it.handle
-
-    async def _is_gone(self, it: _Container) -> bool:
-        try:
-            await self._podman.get(f"/containers/{it.id}/json")
-        except PodmanError as error:
-            return error.status == 404
-        return False
 
     async def _bring_up(self, it: _Container) -> Any:
         """Restore a container from the image that its bundle links to."""
