@@ -37,6 +37,8 @@ _NOT_READY: Final = "CUDA_ERROR_NOT_READY"
 """A lock that timed out: the process runs on."""
 _SKIPPED: Final = frozenset({NOT_INITIALIZED, "CUDA_ERROR_INVALID_VALUE"})
 """No CUDA process, or no process any more."""
+MAX_LEFT_BYTES: Final = 64 << 20
+"""What suspended processes may still hold; 4 MiB was seen. More is a leak, and they are of no use."""
 PLUGINS: Final = (
     Path("/usr/lib/criu/cuda_plugin.so"),
     Path("/usr/lib/x86_64-linux-gnu/criu/cuda_plugin.so"),
@@ -299,6 +301,9 @@ class Gpus:
         _refuse(after, {ProcessState.RUNNING, ProcessState.LOCKED, ProcessState.FAILED}, "was suspended, but")
         if len(after) != len(todo):
             raise GpuError("was suspended, but a process is gone")
+        left = await self.held_bytes(states)
+        if left > MAX_LEFT_BYTES:
+            raise GpuError(f"was suspended, but still holds {left >> 20} MiB of GPU memory")
         return list(states)
 
     async def _unlock(self, pids: Sequence[int]) -> None:

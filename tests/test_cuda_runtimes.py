@@ -83,12 +83,17 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) ->
     await runtime.open()
     made = Bench(runtime, driver, model, store)
     yield made
-    containers = getattr(runtime, "_containers", None) or runtime._engines
-    for entry in list(containers.values()):
+    for entry in list(_entries(runtime).values()):
         await runtime.remove(entry.handle)
         await runtime.discard_image(entry.handle)
     await runtime.close()
     gpus.close()
+
+
+def _entries(runtime: Any) -> dict[str, Any]:
+    """What a runtime knows of its instances."""
+    entries: dict[str, Any] = runtime._containers if isinstance(runtime, PodmanRuntime) else runtime._engines
+    return entries
 
 
 @pytest.fixture
@@ -106,6 +111,14 @@ async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: B
     assert await bench.answers(handle), "no longer on the GPU, but not frozen: it is not asked anything"
     await bench.runtime.resume(handle)
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
+
+
+async def test_one_that_is_off_the_gpu_is_ended_without_being_asked(bench: Bench) -> None:
+    handle = await bench.start()
+    await bench.runtime.suspend(handle)
+    pids = await _cuda_pids(bench, handle)
+    await bench.runtime.remove(handle)
+    assert not any(processes.alive(pid) for pid in pids)
 
 
 async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, checkpoints: None) -> None:
@@ -140,8 +153,7 @@ async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints:
 
 
 async def _cuda_pids(bench: Bench, handle: Handle) -> list[int]:
-    entry = (getattr(bench.runtime, "_containers", None) or bench.runtime._engines)[handle.instance_id]
-    return processes.tree(entry.pid)
+    return processes.tree(_entries(bench.runtime)[handle.instance_id].pid)
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "restore"])

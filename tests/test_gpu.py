@@ -121,6 +121,18 @@ async def test_a_process_that_is_not_suspended_after_all_is_noticed(opened: Call
         await opened(Lying(p1=R)).suspend([1])
 
 
+async def test_memory_that_did_not_come_free_is_a_failure(opened: Callable[..., Gpus]) -> None:
+    monitor = FakeNvml()
+    monitor.held = {1: 4 << 20, 9: 70 * GIB}
+    gpus = opened(FakeDriver(p1=R), monitor)
+    assert await gpus.suspend([1]) == [1]
+    await gpus.resume([1])
+    monitor.held[1] = GIB
+    with pytest.raises(GpuError, match="still holds 1024 MiB of GPU memory") as failure:
+        await gpus.suspend([1])
+    assert not failure.value.alive
+
+
 async def test_it_can_be_restored_onto_another_gpu(opened: Callable[..., Gpus]) -> None:
     driver = FakeDriver(p1=C)
     pairs = [(b"a" * 16, b"b" * 16)]

@@ -432,7 +432,8 @@ class PodmanRuntime(KeepsImages):
                 if it.paused:
                     await self._podman.post(f"/containers/{it.id}/unpause")
                     it.paused = False
-                grace = str(max(1, round(self._settings.stop_grace)))
+                # One that is off the GPU cannot end politely: its CUDA calls are locked.
+                grace = "0" if it.off_gpu else str(max(1, round(self._settings.stop_grace)))
                 with contextlib.suppress(PodmanError):
                     await self._podman.post(f"/containers/{it.id}/stop", timeout=grace)
             await self._delete(it.id or it.name)

@@ -204,7 +204,8 @@ class ProcessRuntime(KeepsImages):
         engine = self._engines.get(handle.instance_id)
         if engine is None:
             return
-        if engine.pid is not None:
+        # One that is off the GPU cannot end politely: its CUDA calls are locked.
+        if engine.pid is not None and not engine.off_gpu:
             tree = processes.members(self._mark(handle.instance_id), engine.pid)
             processes.send(tree, signal.SIGCONT)
             processes.send([engine.pid], signal.SIGTERM)
