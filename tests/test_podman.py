@@ -242,6 +242,30 @@ class TestPodmanRuntime(RuntimeContract):
         assert await self.start(bench) == handle
         assert files_in(bench.images) == []
 
+    async def test_podmans_service_killed_in_the_middle_of_a_restore_costs_a_second_try(
+        self, bench: PodmanBench, tmp_path: Path
+    ) -> None:
+        hang, reached = tmp_path / "hang", tmp_path / "reached"
+        script = tmp_path / "wait"
+        script.write_text(f"#!/bin/sh\ntouch {reached}\nwhile [ -e {hang} ]; do sleep 0.05; done\n")
+        script.chmod(0o755)
+        bench.model = model_of(criu={"action_scripts": {"pre-restore": str(script)}})
+        handle, boot = await self.checkpointed(bench)
+        service = bench.runtime._podman._service
+        if service is None:
+            pytest.skip(reason="podman's service is the system's here")
+        hang.touch()
+        restoring = asyncio.create_task(bench.runtime.restore(handle, Stages()))
+        async with asyncio.timeout(PATIENCE_S):
+            while not reached.exists():
+                await asyncio.sleep(0.01)
+        service.kill()
+        await service.wait()
+        hang.unlink()
+        handle = await restoring
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+
     async def test_a_restore_that_hangs_can_be_given_up(self, bench: PodmanBench, tmp_path: Path) -> None:
         hang = tmp_path / "hang"
         script = tmp_path / "script"

@@ -250,14 +250,24 @@ class PodmanRuntime(KeepsImages):
 
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Start a container from nothing; see `Runtime.start`."""
+        try:
+            return await self._start(instance_id, key, model)
+        except PodmanError as error:
+            if error.status:
+                raise RuntimeFailure("start", str(error)) from error
+            log.warning("%s: %s; once more", instance_id, error)
+        try:
+            return await self._start(instance_id, key, model)
+        except PodmanError as error:
+            raise RuntimeFailure("start", str(error)) from error
+
+    async def _start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         it = await self._create("start", instance_id, key, model)
         try:
             await self._podman.post(f"/containers/{it.id}/start")
             await self._inspect(it)
-        except BaseException as error:
+        except BaseException:
             await self._undo(it)
-            if isinstance(error, PodmanError):
-                raise RuntimeFailure("start", str(error)) from error
             raise
         return it.handle
 
@@ -290,8 +300,7 @@ class PodmanRuntime(KeepsImages):
                 handle = Handle(instance_id, key, "", engine.container_port)
             it = _Container(handle, name, model, container.spec_digest(key, model))
             self._containers[instance_id] = it
-            await self._delete(name)
-            answer = await self._podman.post("/containers/create", self._specification(it))
+            answer = await self._create_anew(it)
             it.id = answer["Id"]
             if engine.criu.program is not None:
                 _put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
@@ -305,6 +314,16 @@ class PodmanRuntime(KeepsImages):
         for warning in answer.get("Warnings") or []:
             log.warning("%s: podman: %s", instance_id, warning)
         return it
+
+    async def _create_anew(self, it: _Container) -> Any:
+        for last in (False, True):
+            await self._delete(it.name)
+            try:
+                return await self._podman.post("/containers/create", self._specification(it))
+            except PodmanError as error:
+                if error.status or last:
+                    raise
+        raise AssertionError  # the last try returns or raises
 
     async def _is_missing(self, path: str) -> bool:
         """Whether podman says that there is no such thing."""
@@ -398,7 +417,7 @@ class PodmanRuntime(KeepsImages):
                 await self._podman.post(f"/containers/{it.id}/unpause")
             it.paused = False
         try:
-            await self._podman.post(f"/containers/{it.id or it.name}/stop", timeout="0")
+            await self._podman.post(f"/containers/{it.id or it.name}/stop", repeatable=True, timeout="0")
         except PodmanError as error:
             if error.status != 404:
                 raise
@@ -626,18 +645,11 @@ class PodmanRuntime(KeepsImages):
             raise RuntimeFailure("restore", str(error)) from error
         began = time.perf_counter()
         try:
-            _link_image(it.userdata, folder)
-            answer = await self._bring_up(it)
+            answer = await self._bring_up_from(it, folder)
         except (PodmanError, OSError) as error:
-            if not await self._is_missing(f"/containers/{it.id}/exists"):
-                reason = criu.log_reason(it.userdata / "restore.log", str(error))
-                raise RuntimeFailure("restore", reason) from error
-            log.warning("%s: somebody removed its container: it is made again", handle.instance_id)
-            await self.clone(handle.instance_id, handle.model, it.model)
-            it = self._containers[handle.instance_id]
+            it = await self._clear_for_another_try(it, error)
             try:
-                _link_image(it.userdata, folder)
-                answer = await self._bring_up(it)
+                answer = await self._bring_up_from(it, folder)
             except (PodmanError, OSError) as again:
                 raise RuntimeFailure("restore", str(again)) from again
         _note_times(answer, "criu", ("restore_time",), began, stages)
@@ -647,6 +659,27 @@ class PodmanRuntime(KeepsImages):
                 await self._cuda.resume("restore", _tree(it))
             it.off_gpu = False
         return it.handle
+
+    async def _clear_for_another_try(self, it: _Container, error: Exception) -> _Container:
+        """The container to try once more, where the failure was none of the image's; else raises RuntimeFailure."""
+        try:
+            if await self._is_missing(f"/containers/{it.id}/exists"):
+                log.warning("%s: somebody removed its container: it is made again", it.handle.instance_id)
+                await self.clone(it.handle.instance_id, it.handle.model, it.model)
+                return self._containers[it.handle.instance_id]
+            if isinstance(error, PodmanError) and error.status == 0:
+                log.warning("%s: %s; once more", it.handle.instance_id, error)
+                await self._stop(it)
+                await self._reset_rootfs(it)
+                return it
+        except (PodmanError, OSError) as again:
+            raise RuntimeFailure("restore", str(again)) from again
+        raise RuntimeFailure("restore", criu.log_reason(it.userdata / "restore.log", str(error))) from error
+
+    async def _bring_up_from(self, it: _Container, folder: Path) -> Any:
+        """Make an image of the store the container's own, and restore it."""
+        _link_image(it.userdata, folder)
+        return await self._bring_up(it)
 
     async def _bring_up(self, it: _Container) -> Any:
         """Restore a container from the image that its bundle links to."""

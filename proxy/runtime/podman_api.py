@@ -1,8 +1,8 @@
 """podman's REST API on its unix socket (docs.podman.io, libpod), and the service behind it.
 
 Where nobody listens on the configured socket, `podman system service` is started for us, on a socket of our own, and
-started again when it ends. A call that could not be sent is tried again while the service comes back; one that broke
-on the way is not, since nobody knows how far it came.
+started again when it ends. A call that could not be sent is tried again while the service comes back, and so is one
+that may be repeated; another one that broke on the way is not, since nobody knows how far it came: the caller looks.
 """
 
 from __future__ import annotations
@@ -102,18 +102,27 @@ class Podman:
 
     async def get(self, path: str, *, raw: bool = False, **query: str) -> Any:
         """A GET; the answer as JSON, or as bytes."""
-        return await self._call("GET", path, query, None, raw=raw)
+        return await self._call("GET", path, query, None, raw=raw, repeatable=True)
 
-    async def post(self, path: str, body: Mapping[str, Any] | None = None, **query: str) -> Any:
-        """A POST; the answer as JSON, None without one."""
-        return await self._call("POST", path, query, body)
+    async def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, repeatable: bool = False, **query: str
+    ) -> Any:
+        """A POST; the answer as JSON, None without one. `repeatable`: sent again when the service broke off."""
+        return await self._call("POST", path, query, body, repeatable=repeatable)
 
     async def delete(self, path: str, **query: str) -> Any:
         """A DELETE."""
-        return await self._call("DELETE", path, query, None)
+        return await self._call("DELETE", path, query, None, repeatable=True)
 
     async def _call(
-        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, *, raw: bool = False
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Mapping[str, Any] | None,
+        *,
+        repeatable: bool,
+        raw: bool = False,
     ) -> Any:
         """Raises PodmanError. 304, which says that it is so already, is no error."""
         assert self._session is not None  # noqa: S101 - opened before
@@ -133,7 +142,9 @@ class Podman:
                     raise PodmanError(0, f"nobody listens: {error}") from error
                 await asyncio.sleep(_RETRY_S)
             except aiohttp.ClientError as error:
-                raise PodmanError(0, f"{method} {path}: the service broke off: {error}") from error
+                if not repeatable or loop.time() > deadline:
+                    raise PodmanError(0, f"{method} {path}: the service broke off: {error}") from error
+                await asyncio.sleep(_RETRY_S)
         if response.status >= 400:
             raise PodmanError(response.status, _message(content))
         if raw:
