@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -25,7 +25,7 @@ from proxy.checkpoints import SUFFIX, CheckpointStore, Compression, Manifest, St
 from proxy.errors import HostError, RuntimeFailure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 
     from proxy.config import Settings
     from proxy.runtime.base import Runtime
@@ -96,10 +96,6 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         raise click.ClickException(str(error)) from error
 
 
-def _settings(path: Path | None) -> Settings:
-    return config.load(path)
-
-
 def _model(settings: Settings, name: str) -> str:
     """The key of a model, given by key or by any name clients use."""
     if name in settings.models:
@@ -168,7 +164,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def create(model: str, path: Path | None, json: bool) -> None:
         """Make the golden checkpoint of MODEL, and prove it by a restore."""
-        settings = _settings(path)
+        settings = config.load(path)
         key = _model(settings, model)
         shop = _shop(wiring, settings, key)
 
@@ -188,7 +184,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def ls(path: Path | None, json: bool) -> None:
         """List the checkpoints, on tmpfs and archived."""
-        settings = _settings(path)
+        settings = config.load(path)
         rows = _run(_listing(wiring, settings))
         if json:
             click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
@@ -205,7 +201,7 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def inspect(image: str, path: Path | None) -> None:
         """Print the manifest of IMAGE as JSON; secrets are not in it, the canary's text is left out."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
         manifest = _run(_manifest(store, settings, image))
         shown = asdict(manifest) | {"bytes_by_kind": manifest.bytes_by_kind(), "total_bytes": manifest.total_bytes()}
@@ -218,7 +214,7 @@ def group(wiring: Wiring) -> click.Group:
     @click.option("--digests-only", is_flag=True, help="Only read the files; works beside a running proxy.")
     def verify(image: str, path: Path | None, digests_only: bool) -> None:
         """Check the digest of every file of IMAGE, then restore it and compare its answer with the canary."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
         manifest = _run(_load(store, name))
@@ -244,7 +240,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def analyze(image: str, path: Path | None, json: bool) -> None:
         """Say what fills IMAGE, and how to make it smaller."""
-        settings = _settings(path)
+        settings = config.load(path)
         manifest = _run(_manifest(wiring.store(settings), settings, image))
         if json:
             shown = {
@@ -262,16 +258,15 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def rm(image: str, path: Path | None) -> None:
         """Delete IMAGE: from tmpfs, from the archive, and what was set aside."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, [*store.names(), *store.archived(), *store.quarantined()])
 
         async def work() -> None:
-            _claim(store)
-            await store.remove(name)
-            if name in store.archived():
-                store.archive_path(name).unlink(missing_ok=True)
-            store.close()
+            with _alone(store):
+                await store.remove(name)
+                if name in store.archived():
+                    store.archive_path(name).unlink(missing_ok=True)
 
         _run(work())
         click.echo(f"{name}: deleted")
@@ -285,7 +280,7 @@ def group(wiring: Wiring) -> click.Group:
     )
     def export(image: str, file: Path | None, path: Path | None, compression: Compression | None) -> None:
         """Write IMAGE to FILE (default: its name here), for another machine of the same kind."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
         chosen = compression or _compression_of(settings, _run(_load(store, name)), file)
@@ -300,15 +295,12 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def import_(file: Path, path: Path | None) -> None:
         """Take the image that `export` wrote to FILE into the store, digests checked."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
 
         async def work() -> tuple[Manifest, str | None]:
-            _claim(store)
-            try:
+            with _alone(store):
                 manifest = await store.import_(file)
-            finally:
-                store.close()
             return manifest, await _refusal(wiring, settings, manifest)
 
         manifest, reason = _run(work())
@@ -322,18 +314,15 @@ def group(wiring: Wiring) -> click.Group:
     @click.option("--keep", is_flag=True, help="Leave it on tmpfs as well.")
     def archive(image: str, path: Path | None, keep: bool) -> None:
         """Move IMAGE from tmpfs to pool.archive_dir, compressed with zstd."""
-        settings = _settings(path)
+        settings = config.load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
 
         async def work() -> Path:
-            _claim(store)
-            try:
+            with _alone(store):
                 target = await store.put_into_archive(name)
                 if not keep:
                     await store.remove(name)
-            finally:
-                store.close()
             return target
 
         target = _run(work())
@@ -342,9 +331,14 @@ def group(wiring: Wiring) -> click.Group:
     return checkpoint
 
 
-def _claim(store: CheckpointStore) -> None:
-    """Keep a running proxy's images from being changed under it."""
+@contextmanager
+def _alone(store: CheckpointStore) -> Iterator[None]:
+    """Keep a running proxy's images from being changed under it. Raises StoreError where one runs."""
     store.open()
+    try:
+        yield
+    finally:
+        store.close()
 
 
 async def _load(store: CheckpointStore, image: str) -> Manifest:

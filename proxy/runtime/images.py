@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from proxy.checkpoints import StoreError
 from proxy.errors import RuntimeFailure
-from proxy.runtime.base import ImageFacts
+from proxy.instance import Tier
+from proxy.runtime.base import ImageFacts, Rungs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,20 @@ class KeepsImages(abc.ABC):
 
     def _image(self, handle: Handle) -> str:
         return handle.model if self.shares_images else handle.instance_id
+
+    def _open_store(self, reason: str | None) -> Rungs:
+        """The rungs there are, the store open if this host can checkpoint (`reason` None: it can)."""
+        if reason is None:
+            try:
+                self._store.open()
+            except StoreError as error:
+                reason = str(error)
+        offered = {Tier.SLEEPING, Tier.SUSPENDED}
+        if reason is not None:
+            return Rungs(frozenset(offered), {Tier.CHECKPOINTED: reason})
+        self._store.sweep()
+        archived = {Tier.ARCHIVED} if self._store.archive is not None else set()
+        return Rungs(frozenset({*offered, Tier.CHECKPOINTED, *archived}))
 
     async def discard_image(self, handle: Handle) -> None:
         """See `Runtime.discard_image`."""

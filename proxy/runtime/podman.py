@@ -14,8 +14,9 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 import psutil
@@ -31,7 +32,7 @@ from proxy.runtime.images import KeepsImages
 from proxy.runtime.podman_api import Podman, PodmanError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from proxy.config import ModelSettings, PodmanRuntimeSettings
     from proxy.gpu import Gpus
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from proxy.runtime.claim import Claim
 
 log = logging.getLogger("warmpool.podman")
+
+T = TypeVar("T")
 
 ROOTFS: Final = "rootfs.tar"
 SHARED_MEMORY: Final = "devshm.tar"
@@ -64,7 +67,6 @@ class _Container:
     upper: Path | None = None
     """Where what it writes to its root filesystem is."""
     merged: str = ""
-    pid_file: Path = Path()
     pid: int | None = None
     """Of its first process; None while nothing runs."""
     paused: bool = False
@@ -122,17 +124,7 @@ class PodmanRuntime(KeepsImages):
         except BaseException:
             await self.close()
             raise
-        reason = await self._look_around(info)
-        offered = {Tier.SLEEPING, Tier.SUSPENDED}
-        missing = {}
-        if reason is None:
-            offered.add(Tier.CHECKPOINTED)
-            if self._store.archive is not None:
-                offered.add(Tier.ARCHIVED)
-            self._store.sweep()
-        else:
-            missing[Tier.CHECKPOINTED] = reason
-        self._rungs = Rungs(frozenset(offered), missing)
+        self._rungs = self._open_store(await self._look_around(info))
 
     async def _info(self) -> dict[str, Any]:
         info = await self._podman.get("/info")
@@ -163,11 +155,6 @@ class PodmanRuntime(KeepsImages):
         }
         if reason is None and info["runtime"] == "crun" and "+CRIU" not in info["version"]:
             reason = "this crun was built without CRIU; use runc, or a crun with it"
-        if reason is None:
-            try:
-                self._store.open()
-            except StoreError as error:
-                reason = str(error)
         return reason
 
     async def _give_containers_their_criu(self) -> None:
@@ -251,13 +238,7 @@ class PodmanRuntime(KeepsImages):
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Start a container from nothing; see `Runtime.start`."""
         try:
-            return await self._start(instance_id, key, model)
-        except PodmanError as error:
-            if error.status:
-                raise RuntimeFailure("start", str(error)) from error
-            log.warning("%s: %s; once more", instance_id, error)
-        try:
-            return await self._start(instance_id, key, model)
+            return await _twice(partial(self._start, instance_id, key, model))
         except PodmanError as error:
             raise RuntimeFailure("start", str(error)) from error
 
@@ -300,7 +281,7 @@ class PodmanRuntime(KeepsImages):
                 handle = Handle(instance_id, key, "", engine.container_port)
             it = _Container(handle, name, model, container.spec_digest(key, model))
             self._containers[instance_id] = it
-            answer = await self._create_anew(it)
+            answer = await _twice(partial(self._create_anew, it))
             it.id = answer["Id"]
             if engine.criu.program is not None:
                 _put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
@@ -316,14 +297,8 @@ class PodmanRuntime(KeepsImages):
         return it
 
     async def _create_anew(self, it: _Container) -> Any:
-        for last in (False, True):
-            await self._delete(it.name)
-            try:
-                return await self._podman.post("/containers/create", self._specification(it))
-            except PodmanError as error:
-                if error.status or last:
-                    raise
-        raise AssertionError  # the last try returns or raises
+        await self._delete(it.name)
+        return await self._podman.post("/containers/create", self._specification(it))
 
     async def _is_missing(self, path: str) -> bool:
         """Whether podman says that there is no such thing."""
@@ -369,7 +344,6 @@ class PodmanRuntime(KeepsImages):
         try:
             it.id = answer["Id"]
             it.userdata = Path(answer["StaticDir"])
-            it.pid_file = Path(answer["PidFile"])
             graph = answer["GraphDriver"]["Data"] or {}
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
             it.merged = graph.get("MergedDir", it.merged)
@@ -498,22 +472,17 @@ class PodmanRuntime(KeepsImages):
         it.paused = False
 
     async def _order(self, it: _Container, verb: str, operation: str, wanted: str) -> None:
-        try:
+        async def order() -> None:
             try:
                 await self._podman.post(f"/containers/{it.id}/{verb}")
             except PodmanError as error:
-                if error.status or await self._inspect(it) == wanted:
+                if error.status or await self._inspect(it) != wanted:
                     raise
-                await self._podman.post(f"/containers/{it.id}/{verb}")  # the service ended before it did it
-        except PodmanError as error:
-            if error.status == 0 and await self._has_state(it, wanted):
-                return
-            raise RuntimeFailure(operation, str(error)) from error
 
-    async def _has_state(self, it: _Container, wanted: str) -> bool:
-        with contextlib.suppress(PodmanError):
-            return await self._inspect(it) == wanted
-        return False
+        try:
+            await _twice(order)
+        except PodmanError as error:
+            raise RuntimeFailure(operation, str(error)) from error
 
     # --- checkpointed ---
 
@@ -523,7 +492,7 @@ class PodmanRuntime(KeepsImages):
         engine = container.engine_of(it.model)
         image = self._image(handle)
         try:
-            pids = await asyncio.to_thread(self._pids, it)
+            pids = await asyncio.to_thread(_tree, it)
             expected = await asyncio.to_thread(processes.resident_bytes, pids)
             expected += _shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
@@ -754,14 +723,22 @@ class PodmanRuntime(KeepsImages):
         # Not what the process runtime's marks begin with: its guard ends everything that carries one.
         return f"podman:{self._claim.owner}:{instance_id};"
 
-    def _pids(self, it: _Container) -> list[int]:
-        return [] if it.pid is None else processes.in_namespace_of(it.pid)
-
     def _running(self, handle: Handle, operation: str) -> _Container:
         it = self._containers.get(handle.instance_id)
         if it is None or it.pid is None or not processes.alive(it.pid):
             raise RuntimeFailure(operation, "the engine is not running")
         return it
+
+
+async def _twice(work: Callable[[], Awaitable[T]]) -> T:
+    """The result of `work`, which is tried once more when podman's service broke off."""
+    try:
+        return await work()
+    except PodmanError as error:
+        if error.status:
+            raise
+        log.warning("%s; once more", error)
+        return await work()
 
 
 def _tree(it: _Container) -> list[int]:

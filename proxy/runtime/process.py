@@ -92,27 +92,8 @@ class ProcessRuntime(KeepsImages):
             sys.executable, "-m", "proxy.runtime.guard", f"{self._claim.owner}:",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        reason = await self._why_no_criu()
-        offered = {Tier.SLEEPING, Tier.SUSPENDED}
-        missing = {}
-        if reason is None:
-            offered.add(Tier.CHECKPOINTED)
-            if self._store.archive is not None:
-                offered.add(Tier.ARCHIVED)
-            self._store.sweep()
-        else:
-            missing[Tier.CHECKPOINTED] = reason
-        self._rungs = Rungs(frozenset(offered), missing)
-
-    async def _why_no_criu(self) -> str | None:
-        """None when trees can be checkpointed here, else what is missing."""
         self._criu_version, reason = await criu.why_not(self._settings.criu)
-        if reason is None:
-            try:
-                self._store.open()
-            except StoreError as error:
-                return str(error)
-        return reason
+        self._rungs = self._open_store(reason)
 
     async def close(self) -> None:
         """Dismiss the guard and give up the claim."""

@@ -60,21 +60,6 @@ def alive_among(mark: str, sessions: Iterable[int]) -> list[int]:
     return sorted(pid for pid in found if alive(pid))
 
 
-def in_namespace_of(pid: int) -> list[int]:
-    """The pids of a container's first process and of all others in its pid namespace.
-
-    Not by their mark: vLLM's engine processes name themselves (setproctitle) where their environment was.
-    """
-    found = []
-    with contextlib.suppress(OSError):
-        namespace = Path(f"/proc/{pid}/ns/pid").readlink()
-        for other in psutil.pids():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{other}/ns/pid").readlink() == namespace:
-                    found.append(other)
-    return found
-
-
 def resident_bytes(pids: Iterable[int]) -> int:
     """The memory private to these processes, about what an image of them will hold."""
     total = 0
@@ -103,7 +88,11 @@ def _mapping_kind(path: str) -> str:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all its descendants, as the kernel lists them; much faster than a walk through /proc."""
+    """A process and all its descendants, as the kernel lists them; much faster than a walk through /proc.
+
+    Of a container's first process: all of the container. Not by their mark, since vLLM's engine processes name
+    themselves (setproctitle) where their environment was.
+    """
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()
