@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import enum
 import importlib
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,11 @@ class Nvml:
 
 
 def criu_has_cuda_plugin() -> bool:
-    """Whether CRIU saves and restores CUDA state itself; then nobody else may."""
-    return any(path.exists() for path in PLUGINS)
+    """Whether CRIU saves and restores CUDA state itself; then nobody else may.
+
+    Its plugin does nothing without NVIDIA's cuda-checkpoint in PATH (CRIU's cuda_plugin.c).
+    """
+    return any(path.exists() for path in PLUGINS) and shutil.which("cuda-checkpoint") is not None
 
 
 class Gpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,11 @@ async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
 ) -> None:
     (tmp_path / "cuda_plugin.so").touch()
     monkeypatch.setattr("proxy.gpu.PLUGINS", (tmp_path / "cuda_plugin.so",))
+    bench.runtime._cuda.open()
+    assert not bench.runtime._cuda.left_to_criu, "the plugin does nothing without its program"
+    (tmp_path / "cuda-checkpoint").write_text("#!/bin/sh\n")
+    (tmp_path / "cuda-checkpoint").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     bench.runtime._cuda.open()
     assert bench.runtime._cuda.left_to_criu
     handle = await bench.start()
