@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
@@ -35,7 +36,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, ModelNotFoundError
 from proxy.instance import Tier
 
 if TYPE_CHECKING:
@@ -135,6 +136,12 @@ class ServerSettings(_Section):
     body_limit: Size = Field(default=ByteSize(32 << 20), description="Largest request body.")
     drain_timeout: Duration = Field(
         default=30.0, description="On SIGTERM: how long running and waiting requests may take to finish."
+    )
+    default_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A model's name, for requests that name none; without, they are refused.",
+        examples=["org/Model-7B"],
     )
 
 
@@ -426,6 +433,64 @@ class PodmanEngineSettings(_Section):
         return self
 
 
+class RouteSettings(_Section):
+    """What of a model clients may use; engine routes that are not here are never forwarded."""
+
+    chat: bool = Field(default=True, description="/v1/chat/completions, and /batch and /render below it.")
+    completions: bool = Field(default=True, description="/v1/completions and /render below it.")
+    responses: bool = Field(default=True, description="/v1/responses, a response by its id, and /cancel below that.")
+    messages: bool = Field(default=True, description="/v1/messages (Anthropic's API) and /count_tokens below it.")
+    audio: bool = Field(default=True, description="/v1/audio/transcriptions and /v1/audio/translations.")
+    realtime: bool = Field(default=True, description="/v1/realtime (WebSocket).")
+    embeddings: bool = Field(default=True, description="/v1/embeddings and /v2/embed.")
+    rerank: bool = Field(default=True, description="/rerank, /v1/rerank and /v2/rerank.")
+    score: bool = Field(default=True, description="/score and /v1/score.")
+    classify: bool = Field(default=True, description="/classify.")
+    pooling: bool = Field(default=True, description="/pooling.")
+    tokenize: bool = Field(default=True, description="/tokenize, /detokenize and /tokenizer_info.")
+    lora: bool = Field(
+        default=False,
+        description="/v1/load_lora_adapter and /v1/unload_lora_adapter: clients may then have the engine load files.",
+    )
+
+
+class ParameterSettings(_Section):
+    """What becomes of the parameters of requests for text: chat, completions, responses and messages."""
+
+    defaults: dict[str, Any] = Field(
+        default={}, description="Set where a request has none: { temperature = 0.7, max_tokens = 512 }."
+    )
+    caps: dict[str, int | float] = Field(
+        default={}, description="Larger numbers are lowered to this: { max_tokens = 4096, n = 4 }."
+    )
+    remove: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description='Left out of every request: ["logit_bias", "vllm_xargs"].'
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> ParameterSettings:
+        for table in ("defaults", "caps", "remove"):
+            if "model" in getattr(self, table):
+                raise ValueError(f"{table}: `model` is not a parameter; use `name` and `aliases`")
+        for name in self.remove:
+            if name in self.defaults or name in self.caps:
+                raise ValueError(f"remove: {name!r} has a default or a cap too; keep one of them")
+        for name, cap in self.caps.items():
+            default = self.defaults.get(name, cap)
+            if isinstance(default, bool) or not isinstance(default, int | float) or default > cap:
+                raise ValueError(f"defaults: {name} must be a number up to its cap, {cap}")
+        return self
+
+    @property
+    def present(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.defaults or self.caps or self.remove)
+
+    def names(self) -> list[str]:
+        """Every parameter that is looked at."""
+        return [*self.defaults, *self.caps, *self.remove]
+
+
 class ModelSettings(_Section):
     """One model that clients can name."""
 
@@ -438,6 +503,9 @@ class ModelSettings(_Section):
     )
     aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
         default=[], description="Further names for it."
+    )
+    adapters: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default=[], description="Names of LoRA adapters that the engine has; requests for them go on as they are."
     )
     max_instances: PositiveInt = Field(default=1, description="How many engines of it there may be.")
     min_ready: Count = Field(default=0, description="How many engines are kept ready, requests or not.")
@@ -474,6 +542,8 @@ class ModelSettings(_Section):
         description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
         "the next step down writes it anew; only for one instance.",
     )
+    routes: RouteSettings = RouteSettings()
+    parameters: ParameterSettings = ParameterSettings()
     idle: IdleSettings = IdleSettings()
     health: HealthSettings = HealthSettings()
     warmup: WarmupSettings = WarmupSettings()
@@ -526,15 +596,33 @@ class Settings(BaseSettings):
     def _names_are_unique(self) -> Settings:
         owner: dict[str, str] = {}
         for key, model in self.models.items():
-            for name in (model.name or key, *model.aliases):
+            for name in (model.name or key, *model.aliases, *model.adapters):
                 if name in owner:
                     raise ValueError(f"models.{key}: the name {name!r} belongs to models.{owner[name]} already")
                 owner[name] = key
+        default = self.server.default_model
+        if default is not None and default not in owner:
+            raise ValueError(f"server.default_model: there is no model {default!r}; there are {', '.join(owner)}")
         return self
+
+    @cached_property
+    def _keys(self) -> Mapping[str, str]:
+        return {
+            name: key
+            for key, model in self.models.items()
+            for name in (self.served_name(key), *model.aliases, *model.adapters)
+        }
 
     def names(self) -> Mapping[str, str]:
         """Every name a client may use → the model's key."""
-        return {name: key for key, model in self.models.items() for name in (self.served_name(key), *model.aliases)}
+        return self._keys
+
+    def key_of(self, name: str) -> str:
+        """The key of the model that clients call `name`. Raises ModelNotFoundError."""
+        try:
+            return self._keys[name]
+        except KeyError:
+            raise ModelNotFoundError(name) from None
 
     def served_name(self, key: str) -> str:
         """The name that models.`key` is listed under and that its engine knows."""

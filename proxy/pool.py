@@ -21,7 +21,6 @@ from proxy.engine import EngineClient
 from proxy.errors import (
     DrainingError,
     EngineError,
-    ModelNotFoundError,
     NoCapacityError,
     QueueFullError,
     RuntimeFailure,
@@ -203,7 +202,6 @@ class Pool:
             key: _Model(key, model, settings.served_name(key), self._runtimes[model.runtime])
             for key, model in settings.models.items()
         }
-        self._names = settings.names()
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open_leases = 0
@@ -327,12 +325,14 @@ class Pool:
 
     # --- leases ---
 
+    @property
+    def settings(self) -> Settings:
+        """The configuration in force."""
+        return self._settings
+
     def resolve(self, name: str) -> str:
         """The key of the model that clients call `name`. Raises ModelNotFoundError."""
-        try:
-            return self._names[name]
-        except KeyError:
-            raise ModelNotFoundError(name) from None
+        return self._settings.key_of(name)
 
     def served_name(self, key: str) -> str:
         """What the engines of a model call it."""

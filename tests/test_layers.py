@@ -52,11 +52,14 @@ LAYERS: dict[str, int] = {
     "proxy.checkpoint_commands": 8,
     "proxy.pool": 6,
     "proxy.web": 6,
-    "proxy.web.relay": 7,
-    "proxy.web.admin": 7,
-    "proxy.web.app": 8,
-    "proxy.cli": 9,
-    "proxy.__main__": 10,
+    "proxy.web.routes": 7,
+    "proxy.web.form": 7,
+    "proxy.web.addressing": 8,
+    "proxy.web.relay": 9,
+    "proxy.web.admin": 9,
+    "proxy.web.app": 10,
+    "proxy.cli": 11,
+    "proxy.__main__": 12,
 }
 """The layers of docs/architecture.md, with the order inside a layer where modules of one layer use each other."""
 

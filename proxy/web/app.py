@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import orjson
 from aiohttp import web
@@ -24,6 +24,7 @@ from proxy.errors import (
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.admin import Admin
 from proxy.web.relay import Relay
+from proxy.web.routes import ROUTES, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,15 +36,6 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("warmpool")
-
-FORWARDED: Final = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/tokenize",
-    "/detokenize",
-)
-"""What is forwarded, with POST; everything that is not listed here or in `build` is refused."""
 
 _CLEANUP_S = 2.0
 
@@ -78,8 +70,9 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
     admin = Admin(pool, metrics)
     models = _Models(settings)
     app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
-    for path in FORWARDED:
-        app.router.add_post(path, relay.forward)
+    for route in ROUTES:
+        if not route.websocket:
+            app.router.add_route(route.method, pattern(route), relay.forward)
     for path, handler in (
         ("/v1/models", models.list),
         ("/v1/models/{id:.+}", models.one),

@@ -1,4 +1,4 @@
-"""One request through: read the body once, lease an instance, pass the bytes on both ways.
+"""One request through: address it, lease an instance, pass the bytes on both ways.
 
 What the engine answers reaches the client byte for byte. A client that leaves cancels the handler, which closes the
 connection to the engine and ends the lease. Once headers are out, a failure of the engine breaks the connection: a
@@ -14,18 +14,20 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
-import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from proxy.errors import InvalidRequestError, RequestError, UpstreamError
+from proxy.errors import RequestError, UpstreamError
 from proxy.metrics import UNKNOWN_MODEL
+from proxy.web import routes
+from proxy.web.addressing import Addressing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from proxy.metrics import Metrics
     from proxy.pool import Lease, Pool
+    from proxy.web.addressing import Address
 
 log = logging.getLogger("warmpool.request")
 
@@ -50,48 +52,34 @@ class Relay:
     def __init__(self, pool: Pool, metrics: Metrics) -> None:
         self._pool = pool
         self._metrics = metrics
+        self._addressing = Addressing(lambda: pool.settings)
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """The engine's answer to a request, on the same path. Raises RequestError as long as no header was sent."""
         began = time.perf_counter()
         exchange = _Exchange(request, began)
         try:
+            match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             body = await request.read()
-            exchange.model, body = self._address(body)
-            return await self._exchange(exchange, body)
+            address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
+            exchange.model = address.model
+            return await self._exchange(exchange, address)
         except RequestError as error:
             exchange.status = error.status
             raise
         finally:
             self._account(exchange)
 
-    def _address(self, body: bytes) -> tuple[str, bytes]:
-        """The key of the model that a body asks for, and the body with the name that its engine knows."""
-        try:
-            fields = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise InvalidRequestError(f"The body is not JSON: {error}.") from error
-        if not isinstance(fields, dict):
-            raise InvalidRequestError("The body must be a JSON object.")
-        name = fields.get("model")
-        if not isinstance(name, str) or not name:
-            raise InvalidRequestError("The body must name a model: a string `model`.", param="model")
-        key = self._pool.resolve(name)
-        served_name = self._pool.served_name(key)
-        if name != served_name:
-            body = orjson.dumps({**fields, "model": served_name})
-        return key, body
-
-    async def _exchange(self, exchange: _Exchange, body: bytes) -> web.StreamResponse:
+    async def _exchange(self, exchange: _Exchange, address: Address) -> web.StreamResponse:
         for attempt in range(1, _ATTEMPTS + 1):
             async with await self._pool.lease(self._pool.served_name(exchange.model)) as lease:
                 exchange.lease = exchange.lease or lease
                 try:
                     upstream = await lease.client.request(
                         exchange.request.method,
-                        exchange.request.raw_path,
+                        address.target,
                         headers=_passed_on(exchange.request.headers, _NOT_TO_ENGINE),
-                        body=body,
+                        body=address.body,
                     )
                 except (aiohttp.ClientError, TimeoutError) as error:
                     log.warning("%s: %s before an answer: %s", lease.instance_id, type(error).__name__, error)
