@@ -24,7 +24,7 @@ from proxy.pool import Pool
 from proxy.runtime.claim import Claim
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
-from proxy.web import app
+from proxy.web import serving
 
 if TYPE_CHECKING:
     from proxy.config import Settings
@@ -80,7 +80,7 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     _log_to_stderr(log_format, log_level)
     metrics = Metrics()
     pool = Pool(settings, _runtimes(settings), metrics)
-    uvloop.run(app.serve(pool, settings, metrics))
+    uvloop.run(serving.serve(pool, settings, metrics))
 
 
 @cli.group("config")

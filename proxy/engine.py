@@ -106,6 +106,16 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
+    async def absent(self) -> bool:
+        """Whether nobody listens at its address (yet)."""
+        try:
+            async with self._connected().get(self.base_url + "/"):
+                return False
+        except aiohttp.ClientConnectorError:
+            return True
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
     async def is_sleeping(self) -> bool | None:
         """Whether the engine sleeps; None when it has no sleep mode (its development endpoints are closed)."""
         status, body = await self._call("probe", "GET", "/is_sleeping")

@@ -100,11 +100,14 @@ class Readmit:
     instance: Instance
 
 
+Action = Wake | StepDown | Retire | Readmit | Clone
+
+
 @dataclass(slots=True)
 class Plan:
     """What to do now, in this order, and when to decide again if nothing happens before."""
 
-    actions: list[Wake | StepDown | Retire | Readmit | Clone] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
     deadline: float | None = None
 
     def not_later_than(self, when: float) -> None:

@@ -89,6 +89,8 @@ class _Slot:
     """Steps down that failed without harm, in a row."""
     discards_image: bool = False
     """Removing it deletes the image that it shares."""
+    loading: bool = False
+    """Started from nothing and not healthy yet: another warmpool could go on from here."""
 
 
 @dataclass(slots=True)
@@ -208,6 +210,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._open = False
         self._draining = False
+        self._stopping = False
         self._closed = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -249,7 +252,12 @@ class Pool:
             slot.image = images[slot.instance.id]
         instance = slot.instance
         if found.tier is Tier.READY:
-            instance.state = await self._state_of_running(model, slot)
+            state = await self._state_of_running(model, slot)
+            left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
+            if state is State.BROKEN and left_s > 0 and await _client(slot).absent():
+                self._go_on_starting(model, slot, left_s)
+                return
+            instance.state = state
         else:
             instance.state = State.CHECKPOINTED if not slot.image.archived else State.ARCHIVED
         if instance.state is State.BROKEN:
@@ -260,6 +268,30 @@ class Pool:
             self._watch(model, slot)
         instance.idle_since = self._clock()
         log.info("%s adopted: %s", instance.id, instance.state.value)
+
+    def _go_on_starting(self, model: _Model, slot: _Slot, left_s: float) -> None:
+        """An engine that loads: nobody listens yet, and its time is not over."""
+        instance = slot.instance
+        instance.waking_from = Tier.STOPPED
+        instance.apply(Event.WAKE)
+        self._watch(model, slot)
+        log.info("%s adopted: it is loading", instance.id)
+        slot.task = self._spawn(f"wake {instance.id}", self._wake_adopted(model, slot, instance.generation, left_s))
+
+    async def _wake_adopted(self, model: _Model, slot: _Slot, generation: int, left_s: float) -> None:
+        """The rest of a start that another warmpool began; from nothing if it fails."""
+        stages, began, instance = Stages(), self._clock(), slot.instance
+        try:
+            async with asyncio.timeout(left_s):
+                await self._load(model, slot, stages)
+        except Exception as error:  # noqa: BLE001 - as in `_wake`
+            _note_unexpected(instance, error)
+            log.warning("%s was loading and did not come up: %s", instance.id, str(error) or "no result in time")
+            await self._clear_away(model, slot, Tier.STOPPED)
+            await self._wake(model, slot, generation, None)
+            return
+        if instance.generation == generation and instance.state is State.WAKING:
+            self._woken(model, instance, Tier.STOPPED, Tier.STOPPED, began, stages)
 
     async def _state_of_running(self, model: _Model, slot: _Slot) -> State:
         client = _client(slot)
@@ -278,15 +310,29 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether requests are admitted."""
-        return self._open and not self._draining
+        return self._open and not self._draining and not self._stopping
 
     def begin_drain(self) -> None:
         """Admit nothing new; what runs or waits goes on."""
         self._draining = True
 
+    def begin_stop(self) -> None:
+        """Not ready for new clients any more, but requests that come all the same are served until `close`.
+
+        Nothing is begun that no request waits for.
+        """
+        self._stopping = True
+
     async def drained(self) -> None:
         """Return when no request runs or waits."""
         await self._quiet.wait()
+
+    async def settled(self) -> None:
+        """Return when no instance is on its way anywhere, those left aside that the next warmpool goes on with."""
+        while moves := self._tasks - {
+            s.task for m in self._models.values() for s in m.slots.values() if _is_left(m, s)
+        }:
+            await asyncio.wait(moves)
 
     async def close(self) -> None:
         """End everything: waiters get an error, moves are cancelled, engines end.
@@ -298,7 +344,7 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
         for model in self._models.values():
-            self._fail_waiters(model, DrainingError("The server is shutting down."))
+            self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -311,8 +357,7 @@ class Pool:
         await self._unwatch(slot)
         if slot.client is not None:
             await slot.client.disconnect()
-        left = slot.instance.state in _LEFT_RUNNING and slot.handle is not None and model.runtime.leave(slot.handle)
-        if left:
+        if _is_left(model, slot):
             log.info("%s left running, for the next warmpool to adopt", slot.instance.id)
         elif slot.handle is not None:
             end = model.runtime.drop if slot.image.present else model.runtime.remove
@@ -346,7 +391,7 @@ class Pool:
         granted in the same moment.
         """
         model = self._models[self.resolve(name)]
-        if not self.ready:
+        if not self._open or self._draining:
             raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
         found = policy.best_tier(model.instances())
         if not model.queue:
@@ -437,12 +482,18 @@ class Pool:
                 self._clock(),
             )
             for action in plan.actions:
-                self._begin(action)
+                if not self._stopping or self._is_waited_for(action):
+                    self._begin(action)
             self._set_timer(plan.deadline)
             for model in self._models.values():
                 self._publish(model)
         finally:
             self._ticking = False
+
+    def _is_waited_for(self, action: policy.Action) -> bool:
+        return not isinstance(action, policy.StepDown | policy.Clone) and (
+            not isinstance(action, policy.Wake) or bool(self._models[action.model].queue)
+        )
 
     def _dispatch(self, model: _Model) -> None:
         """Grant leases in the order of arrival as long as there is room."""
@@ -462,7 +513,7 @@ class Pool:
             queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
             waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
 
-    def _begin(self, action: policy.Wake | policy.StepDown | policy.Retire | policy.Readmit | policy.Clone) -> None:
+    def _begin(self, action: policy.Action) -> None:
         match action:
             case policy.Clone(key):
                 model = self._models[key]
@@ -625,13 +676,19 @@ class Pool:
         with stages.measure("start"):
             handle = await model.runtime.start(instance.id, model.key, settings)
         self._attach(model, slot, handle)
-        client = _client(slot)
         instance.sleep_level = 0
         instance.barred.clear()
         instance.postponed.clear()
         self._watch(model, slot)
+        await self._load(model, slot, stages)
+
+    async def _load(self, model: _Model, slot: _Slot, stages: Stages) -> None:
+        """From an engine that was started to one that serves and is known."""
+        settings, instance, client = model.settings, slot.instance, _client(slot)
+        slot.loading = True
         with stages.measure("load"):
             await _unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        slot.loading = False
         with stages.measure("warmup"):
             slot.warmup = await _unless_it_ends(slot, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
@@ -689,6 +746,7 @@ class Pool:
 
     async def _clear_away(self, model: _Model, slot: _Slot, tier: Tier) -> None:
         """After a failed attempt: no process is left, and an image that failed too often is gone."""
+        slot.loading = False
         await self._unwatch(slot)
         if slot.client is not None:
             await slot.client.disconnect()
@@ -1024,6 +1082,12 @@ def _note_unexpected(instance: Instance, error: Exception) -> None:
 
 def _limit_s(model: ModelSettings, tier: Tier) -> float:
     return model.start_timeout if tier is Tier.STOPPED else model.wake_timeout
+
+
+def _is_left(model: _Model, slot: _Slot) -> bool:
+    """Whether the engine goes on without us, for the next warmpool to adopt."""
+    fit = slot.instance.state in _LEFT_RUNNING or (slot.instance.state is State.WAKING and slot.loading)
+    return fit and slot.handle is not None and model.runtime.leave(slot.handle)
 
 
 def _handle(slot: _Slot) -> Handle:

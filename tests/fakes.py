@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +48,8 @@ class Process:
     frozen: bool = False
     sleep_level: int = 0
     healthy: bool = True
+    listens: bool = True
+    started_unix_s: float = field(default_factory=time.time)
     exited: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -131,8 +134,8 @@ class FakeRuntime:
         found = []
         for handle in self.handles.values():
             image = self.images.get(self._owner(handle))
-            if handle.instance_id in self.processes:
-                found.append(Found(handle, Tier.READY))
+            if process := self.processes.get(handle.instance_id):
+                found.append(Found(handle, Tier.READY, process.started_unix_s))
             elif image is not None:
                 found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
         images = {
@@ -240,7 +243,7 @@ class FakeEngine:
 
     def _process(self, stage: str) -> Process:
         process = self.runtime.processes.get(self.handle.instance_id)
-        if process is None or process.frozen:
+        if process is None or process.frozen or not process.listens:
             raise EngineError(stage, "no answer")
         self.connected = True
         return process
@@ -252,7 +255,11 @@ class FakeEngine:
 
     async def healthy(self, path: str) -> bool:
         process = self.runtime.processes.get(self.handle.instance_id)
-        return process is not None and process.healthy and not process.frozen
+        return process is not None and process.healthy and process.listens and not process.frozen
+
+    async def absent(self) -> bool:
+        process = self.runtime.processes.get(self.handle.instance_id)
+        return process is None or not process.listens
 
     async def is_sleeping(self) -> bool | None:
         return self._process("probe").sleep_level > 0 if self.sleeps else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,58 @@ if TYPE_CHECKING:
 ASK = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
 
 
+_HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.execve(sys.argv[2], sys.argv[2:], {**os.environ, "LISTEN_PID": str(os.getpid())})
+"""
+
+
+class ServiceManager:
+    """Holds a listening socket for one process after the other and hears what they say, as systemd does."""
+
+    def __init__(self, folder: Path, *, watchdog_s: float | None = None) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self._heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._heard.bind(str(folder / "notify"))
+        self._heard.setblocking(False)
+        self.said: list[dict[str, str]] = []
+        self.environment = {"LISTEN_FDS": "1", "NOTIFY_SOCKET": str(folder / "notify")}
+        if watchdog_s is not None:
+            self.environment["WATCHDOG_USEC"] = str(int(watchdog_s * 1e6))
+
+    def handing_over(self, command: list[str]) -> list[str]:
+        """The command with the socket as its descriptor 3."""
+        return [PYTHON, "-c", _HAND_OVER, str(self.socket.fileno()), *command]
+
+    async def until(self, name: str, count: int = 1) -> str:
+        """What was said of `name`, once it was said `count` times since `forget`."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(values := [m[name] for m in self.said if name in m]) < count:
+                text = (await asyncio.get_running_loop().sock_recv(self._heard, 65536)).decode()
+                self.said.append(dict(line.split("=", 1) for line in text.splitlines()))
+        return values[count - 1]
+
+    def forget(self) -> None:
+        self.said.clear()
+
+    def close(self) -> None:
+        self.socket.close()
+        self._heard.close()
+
+
 class Proxy:
     """A running `warmpool serve`."""
 
-    def __init__(self, folder: Path, *options: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        settings: dict[str, Any],
+        manager: ServiceManager | None = None,
+        crash: str | None = None,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         pool = {
@@ -34,10 +84,13 @@ class Proxy:
         (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
         self.log = folder / "log"
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
+        program = ["proxy"] if crash is None else ["tests.crashing", crash]
+        command = [PYTHON, "-m", *program, "serve", "-c", str(folder / "warmpool.toml"), *options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [PYTHON, "-m", "proxy", "serve", "-c", str(folder / "warmpool.toml"), *options],
-                cwd=ROOT, stdout=log, stderr=log,
+                manager.handing_over(command) if manager is not None else command,
+                cwd=ROOT, stdout=log, stderr=log, pass_fds=[manager.socket.fileno()] if manager is not None else [],
+                env={**os.environ, **(manager.environment if manager is not None else {})},
             )  # fmt: skip
         self.url = ""
 

@@ -13,6 +13,7 @@ LAYERS: dict[str, int] = {
     "proxy": -1,
     "proxy.errors": 0,
     "proxy.metrics": 0,
+    "proxy.service": 1,
     "proxy.instance": 1,
     "proxy.config": 2,
     "proxy.engine": 3,
@@ -58,8 +59,9 @@ LAYERS: dict[str, int] = {
     "proxy.web.relay": 9,
     "proxy.web.admin": 9,
     "proxy.web.app": 10,
-    "proxy.cli": 11,
-    "proxy.__main__": 12,
+    "proxy.web.serving": 11,
+    "proxy.cli": 12,
+    "proxy.__main__": 13,
 }
 """The layers of docs/architecture.md, with the order inside a layer where modules of one layer use each other."""
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import openai
 import orjson
 import pytest
-import tomli_w
 
-from proxy.runtime.claim import Claim
-from tests.podman_bench import engine_table, podman, tmpfs_folder, why_no_podman
+from tests.podman_bench import podman, tmpfs_folder, why_no_podman
+from tests.podman_host import AWAKE, Host
 from tests.served import ASK, Proxy
-from tests.support import PATIENCE_S, PYTHON, ROOT, files_in, get_json
+from tests.support import PATIENCE_S, files_in, get_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -30,63 +29,7 @@ pytestmark = [
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
 
-QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms"}
-AWAKE = {"sleeping": "never", "suspended": "never", "checkpointed": "never"}
-
 images = pytest.fixture(tmpfs_folder)
-
-
-class Host:
-    """A folder for one proxy after the other, with a model `demo` in containers."""
-
-    def __init__(self, folder: Path, images: Path) -> None:
-        self.folder, self.images = folder, images
-        self.owner = Claim(folder / "warmpool" / "state").owner
-        self.proxies: list[Proxy] = []
-
-    def settings(self, *engine: str, podman_keys: dict[str, Any] | None = None, **entry: Any) -> dict[str, Any]:
-        return {
-            "pool": {"checkpoint_dir": str(self.images), "archive_dir": str(self.folder / "archive")},
-            "models": {
-                "demo": {
-                    "idle": QUICK,
-                    "health": {"interval": "20ms"},
-                    "podman": engine_table(*engine, **(podman_keys or {})),
-                    **entry,
-                }
-            },
-        }
-
-    async def serve(self, *engine: str, **entry: Any) -> Proxy:
-        runtime = entry.pop("runtime", {})
-        settings = {**self.settings(*engine, **entry), "runtime": {"podman": runtime}}
-        proxy = Proxy(self.folder / "warmpool", settings=settings)
-        self.proxies.append(proxy)
-        return await proxy.listening()
-
-    def command(self, *arguments: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        """Run `warmpool checkpoint …` with this configuration."""
-        folder = self.folder / "warmpool"
-        folder.mkdir(exist_ok=True)
-        pool = {"state_dir": str(folder / "state"), **settings["pool"]}
-        (folder / "command.toml").write_text(tomli_w.dumps({**settings, "pool": pool}))
-        return subprocess.run(
-            [PYTHON, "-m", "proxy", "checkpoint", *arguments, "-c", str(folder / "command.toml")],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
-        )  # fmt: skip
-
-    def containers(self, *filters: str) -> list[str]:
-        """The ids of this host's containers."""
-        options = [f"--filter={f}" for f in (f"label=io.warmpool.owner={self.owner}", *filters)]
-        return podman("ps", "--all", "--quiet", *options).split()
-
-    def close(self) -> None:
-        for proxy in self.proxies:
-            if proxy.process.poll() is None:
-                proxy.process.kill()
-                proxy.process.wait()
-        if left := self.containers():
-            podman("rm", "--force", "--time", "0", *left)
 
 
 @pytest.fixture

@@ -68,6 +68,8 @@ class Found:
     handle: Handle
     tier: Tier
     """READY: it runs, and whether it serves has to be asked; CHECKPOINTED and ARCHIVED: as its image."""
+    started_unix_s: float | None = None
+    """When the engine that runs was started, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)

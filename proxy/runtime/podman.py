@@ -186,12 +186,10 @@ class PodmanRuntime(KeepsImages):
         if Tier.CHECKPOINTED in self._rungs.offered:
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
-        found = []
-        for entry in await self._ours():
-            one = await self._recovered(entry, models, images)
-            if one is not None:
-                found.append(one)
-        return Recovered(found, images)
+        entries = await self._ours()
+        helpers = await asyncio.to_thread(_helpers) if entries else []
+        found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
+        return Recovered([one for one in found if one is not None], images)
 
     async def _ours(self) -> list[dict[str, Any]]:
         owned = orjson.dumps({"label": [f"{container.LABEL}owner={self._claim.owner}"]}).decode()
@@ -199,10 +197,14 @@ class PodmanRuntime(KeepsImages):
         return entries
 
     async def _recovered(
-        self, entry: Mapping[str, Any], models: Mapping[str, ModelSettings], images: Mapping[str, ImageFacts]
+        self,
+        entry: Mapping[str, Any],
+        models: Mapping[str, ModelSettings],
+        images: Mapping[str, ImageFacts],
+        helpers: Iterable[psutil.Process],
     ) -> Found | None:
         """An instance of the container if it can be used; else the container is removed."""
-        _kill_helpers(entry["Id"])
+        interrupted = await asyncio.to_thread(_kill_helpers, entry["Id"], helpers)
         labels = {n.removeprefix(container.LABEL): v for n, v in (entry["Labels"] or {}).items()}
         key, instance_id = labels.get("model", ""), labels.get("instance", "")
         known = models.get(key)
@@ -213,6 +215,11 @@ class PodmanRuntime(KeepsImages):
         it = _Container(Handle(instance_id, key, "", 0), self._container_name(instance_id), known, labels["spec"])
         try:
             state = await self._inspect(it)
+            if interrupted:
+                # Half dumped or half restored: not to be trusted, but its image is whole if it is there.
+                it.interrupted = True
+                await self._stop(it)
+                state = await self._inspect(it)
             if state == "paused":
                 await self._podman.post(f"/containers/{it.id}/unpause")
             if state in ("running", "paused") and self._cuda.usable:
@@ -231,7 +238,7 @@ class PodmanRuntime(KeepsImages):
             await self._delete(entry["Id"])
             return None
         self._containers[instance_id] = it
-        return Found(it.handle, tier)
+        return Found(it.handle, tier, float(entry.get("StartedAt") or 0) or None)
 
     # --- starting and ending ---
 
@@ -860,20 +867,30 @@ async def _quietly(*command: str) -> None:
         await process.wait()
 
 
-def _kill_helpers(container_id: str) -> None:
-    """Kill the OCI runtime that dumps or restores this container, and the CRIU below it."""
+def _helpers() -> list[psutil.Process]:
+    """The OCI runtimes that dump or restore a container."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            command = process.cmdline()
-            if container_id not in " ".join(command) or not {"restore", "checkpoint"} & set(command):
-                continue
-            if process.name() not in ("runc", "crun"):
+            if process.name() in ("runc", "crun") and {"restore", "checkpoint"} & set(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _kill_helpers(container_id: str, helpers: Iterable[psutil.Process] | None = None) -> bool:
+    """Kill the OCI runtime that dumps or restores this container, and the CRIU below it; whether there was one."""
+    killed = False
+    for process in _helpers() if helpers is None else helpers:
+        with contextlib.suppress(psutil.Error):
+            if container_id not in " ".join(process.cmdline()):
                 continue
             tree = [process, *process.children(recursive=True)]
             log.warning("killed %s of container %.12s, which was given up", process.name(), container_id)
+            killed = True
             for member in tree:
                 with contextlib.suppress(psutil.Error):
                     member.kill()
+    return killed
 
 
 def _write_host_criu_config(options: str) -> None:

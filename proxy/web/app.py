@@ -1,11 +1,8 @@
-"""Routes, the middleware that turns errors into envelopes, start-up and shutdown."""
+"""Routes, and the middleware that turns errors into envelopes."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -14,7 +11,6 @@ from aiohttp import web
 
 from proxy.errors import (
     BodyTooLargeError,
-    HostError,
     InvalidRequestError,
     MethodNotAllowedError,
     ModelNotFoundError,
@@ -36,8 +32,6 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("warmpool")
-
-_CLEANUP_S = 2.0
 
 
 def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
@@ -112,58 +106,3 @@ class _Models:
 
 def _json(value: object) -> web.Response:
     return web.Response(body=orjson.dumps(value), content_type="application/json")
-
-
-async def serve(pool: Pool, settings: Settings, metrics: Metrics) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
-
-    A second signal ends at once.
-
-    Raises HostError when the address cannot be had or a runtime cannot work.
-    """
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            hurry.set()
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    runner = web.AppRunner(
-        build(pool, settings, metrics), access_log=None, handler_cancellation=True, shutdown_timeout=_CLEANUP_S
-    )
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, settings.server.host, settings.server.port, backlog=4096)
-        try:
-            await site.start()
-        except OSError as error:
-            raise HostError(
-                f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}; "
-                "set server.host and server.port"
-            ) from error
-        await pool.open()
-        for address in runner.addresses:
-            log.info("listening on http://%s:%d, models: %s", *address[:2], ", ".join(settings.names()))
-        await stop.wait()
-        log.info("stopping: up to %g s for running requests, once more to stop at once", settings.server.drain_timeout)
-        pool.begin_drain()
-        await site.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(settings.server.drain_timeout):
-                await _first(pool.drained(), hurry.wait())
-    finally:
-        await pool.close()
-        await runner.cleanup()
-        log.info("stopped")
-
-
-async def _first(*waits: Awaitable[object]) -> None:
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -1,0 +1,123 @@
+"""What a pool leaves for the next one, and what it makes of what it finds; on fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from proxy.errors import DrainingError
+from tests.fakes import Rig, settle
+
+SECONDS = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
+MODEL = {"demo": {"idle": SECONDS}}
+
+
+async def use(rig: Rig) -> None:
+    async with await rig.pool.lease("demo"):
+        pass
+
+
+async def heir_of(rig: Rig, models: dict[str, Any] | None = None) -> Rig:
+    """A pool that finds what `rig` left."""
+    heir = Rig(models or MODEL, shares_images=True)
+    heir.runtime.leaves = True
+    heir.runtime.inherit(rig.runtime, keep=True)
+    await heir.pool.open()
+    await settle()
+    return heir
+
+
+async def loading_rig(**models: Any) -> tuple[Rig, asyncio.Task[None]]:
+    """One whose engine loads, and the request that waits for it."""
+    rig = Rig(models or MODEL, shares_images=True)
+    rig.runtime.leaves = True
+    rig.runtime.gates["health"] = asyncio.Event()
+    await rig.pool.open()
+    request = asyncio.create_task(use(rig))
+    await settle()
+    rig.runtime.processes["demo-1"].listens = False
+    return rig, request
+
+
+async def test_stopping_serves_what_comes_and_begins_nothing_that_nobody_waits_for() -> None:
+    rig = Rig({"demo": {"idle": SECONDS}, "other": {"idle": SECONDS, "min_ready": 1}}, shares_images=True)
+    rig.runtime.gates["start"] = asyncio.Event()
+    await rig.pool.open()
+    rig.runtime.gates["start"].set()
+    await rig.until(other_1="ready")
+    rig.runtime.kill("other-1")
+    rig.pool.begin_stop()
+    assert not rig.pool.ready
+    await use(rig)
+    await rig.pass_time(100)
+    assert rig.states() == {"demo-1": "ready"}
+    await rig.pool.settled()
+    await rig.pool.close()
+    with pytest.raises(DrainingError):
+        await rig.pool.lease("demo")
+
+
+async def test_a_checkpoint_under_way_is_finished_before_the_end() -> None:
+    rig = Rig(MODEL, shares_images=True)
+    await rig.pool.open()
+    await use(rig)
+    rig.runtime.gates["checkpoint"] = asyncio.Event()
+    for _ in range(3):
+        await rig.pass_time(10)
+    assert rig.states() == {"demo-1": "checkpointing"}
+    rig.pool.begin_stop()
+    settled = asyncio.create_task(rig.pool.settled())
+    await settle()
+    assert not settled.done()
+    rig.runtime.gates["checkpoint"].set()
+    await settled
+    assert rig.states() == {"demo-1": "checkpointed"}
+    await rig.pool.close()
+
+
+async def test_an_engine_that_loads_is_left_to_load_and_the_next_pool_waits_for_it() -> None:
+    rig, request = await loading_rig()
+    rig.pool.begin_stop()
+    await rig.pool.settled()
+    await rig.pool.close()
+    with pytest.raises(DrainingError):
+        await request
+    assert set(rig.runtime.processes) == {"demo-1"}
+    heir = await heir_of(rig)
+    assert heir.states() == {"demo-1": "waking"}
+    requests = [asyncio.create_task(use(heir)) for _ in range(3)]
+    await settle()
+    heir.runtime.processes["demo-1"].listens = True
+    await asyncio.gather(*requests)
+    assert heir.runtime.calls["start"] == 0
+    assert heir.runtime.calls["warmup"] == 1, "what comes after loading is not left out"
+    await heir.pool.close()
+
+
+async def test_one_that_loads_and_does_not_come_up_is_started_again() -> None:
+    rig, request = await loading_rig()
+    await rig.pool.close()
+    await asyncio.gather(request, return_exceptions=True)
+    heir = await heir_of(rig)
+    heir.runtime.kill("demo-1")
+    await use(heir)
+    assert heir.runtime.calls["start"] == 1
+    await heir.pool.close()
+
+
+@pytest.mark.parametrize("case", ["too long ago", "it listens"])
+async def test_one_that_does_not_serve_for_another_reason_is_ended(case: str) -> None:
+    rig, request = await loading_rig()
+    await rig.pool.close()
+    await asyncio.gather(request, return_exceptions=True)
+    process = rig.runtime.processes["demo-1"]
+    if case == "it listens":
+        process.listens, process.healthy = True, False
+    else:
+        process.started_unix_s -= 1000.0
+    heir = await heir_of(rig)
+    assert heir.states() == {}
+    assert heir.runtime.processes == {}
+    await heir.pool.close()
