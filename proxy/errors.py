@@ -122,6 +122,37 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.", param="model")
 
 
+class InstanceNotFoundError(RequestError):
+    """An instance that a model does not have."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "instance_not_found"
+
+
+class ConflictError(RequestError):
+    """An order that cannot be carried out as things are; the text says what is in its way."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class OrderFailedError(RequestError):
+    """An order that was begun and could not be carried out; the engine serves on, or was cleared away."""
+
+    status = 500
+    code = "order_failed"
+
+
+class MediaTypeError(RequestError):
+    """A body of a kind that a route does not take."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
 class BodyTooLargeError(RequestError):
     """A request body over the configured limit."""
 

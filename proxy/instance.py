@@ -171,16 +171,25 @@ class Stages:
     """Durations of named stages, in seconds, in the order in which they began."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
+    """When each stage first began, in seconds after this was made; a stage may lie within another."""
+    _origin: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time the block takes to stage `name`, also when it fails."""
         self.seconds.setdefault(name, 0.0)
         began = time.perf_counter()
+        self.starts.setdefault(name, began - self._origin)
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - began
+
+    def add(self, name: str, seconds: float, began: float) -> None:
+        """Add a time that was measured elsewhere; `began` is a reading of `time.perf_counter`."""
+        self.starts.setdefault(name, began - self._origin)
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def total_s(self) -> float:
         """The sum of all stages."""
@@ -199,6 +208,8 @@ class WakeRecord:
     """The same moment by the pool's clock."""
     seconds: float
     stages: Mapping[str, float]
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """When each stage began, in seconds after the wake did."""
 
 
 class Instance:
@@ -212,7 +223,7 @@ class Instance:
 
     __slots__ = (
         "barred", "evicted", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
-        "model", "postponed", "sleep_level", "state", "waking_from",
+        "model", "ordered", "postponed", "sleep_level", "state", "waking_from",
     )  # fmt: skip
 
     def __init__(self, id_: str, model: str) -> None:
@@ -231,6 +242,8 @@ class Instance:
         """Rungs that this engine cannot step down to; not tried again until it was started anew."""
         self.postponed: dict[Tier, float] = {}
         """Rungs that could not be stepped down to for now, as for want of space, and when to try again."""
+        self.ordered: Tier | None = None
+        """An operator wants it on this rung, or a colder one; it takes no new request until it is there."""
         self.waking_from: Tier | None = None
         self.last_wake: WakeRecord | None = None
 

@@ -6,8 +6,14 @@ project. Each `Metrics` has a registry of its own, so that two proxies in one pr
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 UNKNOWN_MODEL = "unknown"
 
@@ -88,3 +94,45 @@ class Metrics:
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format 0.0.4."""
         return generate_latest(self.registry)
+
+    def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Model → tier found → `count`, `mean_s`, `p50_s` and `p95_s` of the time to the first byte, since the start.
+
+        Quantiles are interpolated within the histogram's buckets, as Prometheus does it.
+        """
+        buckets: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        sums: dict[tuple[str, str], float] = {}
+        for family in self.ttft.collect():
+            for sample in family.samples:
+                key = (sample.labels["model"], sample.labels["tier"])
+                if sample.name.endswith("_bucket"):
+                    buckets.setdefault(key, []).append((float(sample.labels["le"]), sample.value))
+                elif sample.name.endswith("_sum"):
+                    sums[key] = sample.value
+        summary: dict[str, dict[str, dict[str, Any]]] = {}
+        for (model, tier), counts in buckets.items():
+            count = counts[-1][1]
+            if count:
+                summary.setdefault(model, {})[tier] = {
+                    "count": int(count),
+                    "mean_s": round(sums[model, tier] / count, 6),
+                    "p50_s": round(quantile(counts, 0.5), 6),
+                    "p95_s": round(quantile(counts, 0.95), 6),
+                }
+        return summary
+
+
+def quantile(counts: Sequence[tuple[float, float]], q: float) -> float:
+    """The `q`-quantile of a histogram given as (upper bound, cumulative count), the last bound infinite.
+
+    Linear within a bucket; the largest finite bound where it lies beyond.
+    """
+    rank = q * counts[-1][1]
+    below_bound, below_count = 0.0, 0.0
+    for bound, count in counts:
+        if count >= rank and count > below_count:
+            if math.isinf(bound):
+                return below_bound
+            return below_bound + (bound - below_bound) * (rank - below_count) / (count - below_count)
+        below_bound, below_count = bound, count
+    return below_bound

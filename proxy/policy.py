@@ -45,6 +45,8 @@ class ModelView:
     waiting: int = 0
     oldest_wait: float | None = None
     """When the first of those who wait began to."""
+    draining: bool = False
+    """It is closed to new requests; nothing is kept ready that nobody waits for."""
     restock_at: float = -math.inf
     """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
     has_shared_image: bool = False
@@ -129,16 +131,24 @@ def best_tier(instances: Iterable[Instance]) -> Tier:
 def wakes_wanted(model: ModelView, now: float) -> int:
     """How many more instances of a model are needed for those who wait, and for `min_ready`."""
     # One on its way down is woken again as soon as it has arrived: sooner than another could be.
-    coming = sum(i.state is State.WAKING or i.state in DESCENDING for i in model.instances)
+    coming = sum(i.state is State.WAKING or i.state in DESCENDING or _goes_down_now(i) for i in model.instances)
     up = sum(i.state is State.READY for i in model.instances)
     for_queue = math.ceil(model.waiting / model.max_concurrency) - coming
-    for_minimum = model.min_ready - coming - up if now >= model.restock_at else 0
+    for_minimum = _kept_ready(model) - coming - up if now >= model.restock_at else 0
     return max(0, for_queue, for_minimum)
+
+
+def _goes_down_now(instance: Instance) -> bool:
+    return instance.ordered not in (None, Tier.STOPPED) and instance.state in RESTING and not instance.leases
+
+
+def _kept_ready(model: ModelView) -> int:
+    return 0 if model.draining else model.min_ready
 
 
 def candidates(model: ModelView, now: float) -> list[Instance | None]:
     """What could be woken for a model, cheapest first; None stands for a new instance."""
-    resting = [i for i in model.instances if i.state in RESTING and i.state is not State.READY]
+    resting = [i for i in model.instances if i.state in RESTING and i.state is not State.READY and i.ordered is None]
     found: list[Instance | None] = [*sorted(resting, key=lambda i: (i.tier, i.id))]
     return found + [None] * (_vacancies(model) - clones_wanted(model, now))
 
@@ -187,14 +197,44 @@ def _first_rung_below(instance: Instance, model: ModelView, now: float) -> Tier:
     return next(t for t in possible if now >= instance.postponed.get(t, -math.inf))
 
 
+def ordered_step(instance: Instance, to: Tier, model: ModelView) -> Tier | None:
+    """Where an order to go down to `to` takes an instance: there, or the next colder rung that it has.
+
+    None when it has none: only an order to stop stops an engine.
+    """
+    if to is Tier.STOPPED:
+        return to
+    return next((t for t in STEPS if to <= t < Tier.ARCHIVED and _possible(instance, t, model)), None)
+
+
+def _obey(model: ModelView, plan: Plan, used: set[int]) -> None:
+    """Take instances where an operator wants them; a busy one is closed first, and goes after its last request."""
+    for instance in model.instances:
+        if instance.ordered is None or (instance.state not in RESTING and instance.state is not State.RETIRING):
+            continue  # what is under way comes to its end first
+        if instance.leases:
+            if instance.state is State.READY:
+                plan.actions.append(Retire(instance))
+            used.add(id(instance))
+            continue
+        to = ordered_step(instance, instance.ordered, model)
+        if to is not None and to > instance.tier:
+            plan.actions.append(StepDown(instance, to, "order"))
+            used.add(id(instance))
+
+
 def decide(view: View, now: float) -> Plan:
-    """What to do now: wakes for those who wait (longest first), evictions for them, then steps due by the timetable."""
+    """What to do now: what operators ordered, wakes for those who wait (longest first), evictions for them, then steps
+    due by the timetable.
+    """
     plan = Plan()
     used: set[int] = set()
+    for model in view.models:
+        _obey(model, plan, used)
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
     starved = False
     for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
-        if (model.min_ready or model.has_shared_image) and now < model.restock_at:
+        if (_kept_ready(model) or model.has_shared_image) and now < model.restock_at:
             plan.not_later_than(model.restock_at)
         for candidate in candidates(model, now)[: wakes_wanted(model, now)]:
             victim: StepDown | None = None
@@ -238,7 +278,7 @@ def _spare(model: ModelView) -> list[Instance]:
     """The ready instances above `min_ready`, those that would be missed least first."""
     up = [i for i in model.instances if i.state in (State.READY, State.RETIRING)]
     up.sort(key=lambda i: (i.state is not State.RETIRING, i.leases, i.idle_since or math.inf))
-    return up[: max(0, len(up) - model.min_ready)]
+    return up[: max(0, len(up) - _kept_ready(model))]
 
 
 def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: set[int]) -> None:

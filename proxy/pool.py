@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from proxy import policy, weights
 from proxy.engine import EngineClient
 from proxy.errors import (
+    ConflictError,
     DrainingError,
     EngineError,
+    InstanceNotFoundError,
     NoCapacityError,
+    OrderFailedError,
     QueueFullError,
     RuntimeFailure,
     WakeFailedError,
 )
-from proxy.instance import ARRIVAL, DESCENT, Event, Instance, Stages, State, Tier, WakeRecord
+from proxy.instance import ARRIVAL, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
 from proxy.runtime.base import ImageFacts
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ _DEEPEST_SLEEP = 2
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
 """Between two tries to step down to a rung that could not be had without harm, as for want of space."""
+_WAKES_KEPT = 50
 _LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
 _RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
 """Between two starts for `min_ready` that failed; a request is always a new try."""
@@ -68,6 +72,35 @@ class _Image:
     canary_checked: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever writes it or moves it."""
+
+
+class Order:
+    """An operator's order to an instance to go down to a rung."""
+
+    __slots__ = ("_ended", "found", "instance_id", "to")
+
+    def __init__(self, instance_id: str, found: Tier, to: Tier) -> None:
+        self.instance_id = instance_id
+        self.found = found
+        """Where the instance was when the order came."""
+        self.to = to
+        self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def open(self) -> bool:
+        """Whether it has still to come true."""
+        return not self._ended.done()
+
+    def end(self, failure: str | None = None) -> None:
+        """It came true, or could not."""
+        if self.open:
+            self._ended.set_result(failure)
+
+    async def carried_out(self) -> None:
+        """Return when the instance is there. Raises OrderFailedError; cancelling does not take the order back."""
+        failure = await asyncio.shield(self._ended)
+        if failure is not None:
+            raise OrderFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")
 
 
 @dataclass(slots=True)
@@ -91,6 +124,8 @@ class _Slot:
     """Removing it deletes the image that it shares."""
     loading: bool = False
     """Started from nothing and not healthy yet: another warmpool could go on from here."""
+    order: Order | None = None
+    """What an operator wants of it and has not come true yet."""
 
 
 @dataclass(slots=True)
@@ -115,6 +150,10 @@ class _Model:
     failed_wakes: int = 0
     """In a row."""
     restock_at: float = -math.inf
+    draining: bool = False
+    """Closed to new requests by an operator."""
+    discarding: bool = False
+    """Its golden checkpoint goes with its last instance."""
 
     @property
     def timetable(self) -> Mapping[Tier, float]:
@@ -135,8 +174,9 @@ class _Model:
             max_concurrency=self.settings.max_concurrency,
             waiting=len(waiting),
             oldest_wait=waiting[0].since if waiting else None,
+            draining=self.draining,
             restock_at=self.restock_at,
-            has_shared_image=self.runtime.shares_images and self.image.present,
+            has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
         )
 
 
@@ -211,7 +251,11 @@ class Pool:
         self._open = False
         self._draining = False
         self._stopping = False
+        self._shut = False
         self._closed = False
+        self._orders: list[tuple[_Model, _Slot, Order]] = []
+        self._listeners: set[Callable[[], None]] = set()
+        self._wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._ticking = False
@@ -310,7 +354,12 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether requests are admitted."""
-        return self._open and not self._draining and not self._stopping
+        return self._open and not self._draining and not self._stopping and not self._shut
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is about to end."""
+        return self._stopping or self._closed
 
     def begin_drain(self) -> None:
         """Admit nothing new; what runs or waits goes on."""
@@ -322,6 +371,8 @@ class Pool:
         Nothing is begun that no request waits for.
         """
         self._stopping = True
+        self._give_up_orders()
+        self._tell()
 
     async def drained(self) -> None:
         """Return when no request runs or waits."""
@@ -345,6 +396,7 @@ class Pool:
             self._timer.cancel()
         for model in self._models.values():
             self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
+        self._give_up_orders()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -393,12 +445,16 @@ class Pool:
         model = self._models[self.resolve(name)]
         if not self._open or self._draining:
             raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        if self._shut or model.draining:
+            what = "The server" if self._shut else f"The model {name!r}"
+            raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
         found = policy.best_tier(model.instances())
         if not model.queue:
             instance = policy.pick(model.instances(), model.settings.max_concurrency)
             if instance is not None:
                 lease = self._grant(model, instance, found, 0.0, None)
                 self._publish(model)
+                self._tell()
                 return lease
         self._refuse_if_full(model)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found)
@@ -463,6 +519,169 @@ class Pool:
         model = self._models[key]
         return self._costs.estimate_s(key, policy.best_tier(model.instances()))
 
+    # --- orders of operators ---
+
+    def find(self, name: str) -> str:
+        """The key of the model that an operator calls `name`: its key, or what clients call it.
+
+        Raises ModelNotFoundError.
+        """
+        return name if name in self._models else self.resolve(name)
+
+    async def order_wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
+        """Have an instance of a model ready: its id, the rung that was found, the wake if there was one.
+
+        A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
+        Instances that an earlier order has closed are open again. Raises what `lease` does.
+        """
+        model = self._models[key]
+        for slot in model.slots.values():
+            if slot.order is not None and slot.instance.state in (State.RETIRING, State.WAKING):
+                self._end_order(slot, "an order to wake came after it")
+        self.tick()
+        ready = next((i for i in model.instances() if i.state is State.READY), None)
+        if ready is not None and self.ready:
+            return ready.id, Tier.READY, None
+        async with await self.lease(model.served_name) as lease:
+            return lease.instance_id, lease.found, lease.wake
+
+    def order_down(
+        self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False
+    ) -> list[Order]:
+        """Send the instances of a model, or one of them, down to a rung or the next colder one that they have.
+
+        Never cuts an answer off: with requests about, it is refused, or with `wait` the instance takes no new ones and
+        goes after its last. Those that are there already have an order that has come true. `discard`: a golden
+        checkpoint goes too, with the last instance.
+        Raises InstanceNotFoundError, ConflictError or DrainingError, with nothing changed.
+        """
+        if self.stopping or not self._open:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        model = self._models[key]
+        slots = [slot for slot in model.slots.values() if instance_id in (None, slot.instance.id)]
+        if instance_id is not None and not slots:
+            there = ", ".join(model.slots) or "none"
+            raise InstanceNotFoundError(f"{key!r} has no instance {instance_id!r}; there are: {there}.")
+        goals = {slot.instance.id: self._goal(model, slot, to) for slot in slots}
+        moving = [slot for slot in slots if _to_move(slot, goals[slot.instance.id])]
+        if moving:
+            self._refuse_order(model, moving, wait=wait)
+        if discard and to is Tier.STOPPED and instance_id is None:
+            model.discarding = bool(model.slots)
+        orders = []
+        for slot in slots:
+            order = slot.order
+            goal = goals[slot.instance.id]
+            if order is None or order.to < goal:
+                order = Order(slot.instance.id, slot.instance.tier, goal)
+                self._give(model, slot, order)
+            orders.append(order)
+        self.tick()
+        return orders
+
+    def _goal(self, model: _Model, slot: _Slot, to: Tier) -> Tier:
+        """The rung that an order means for an instance. Raises ConflictError when it has none."""
+        instance = slot.instance
+        if _height(instance) >= to:
+            return to
+        goal = policy.ordered_step(instance, to, model.view())
+        if goal is None:
+            missing = model.runtime.rungs().missing
+            reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)
+            reason = reason or "this engine failed to go there before; one that is started anew may"
+            raise ConflictError(f"{instance.id} has no rung {to.label}, nor a colder one but stopped: {reason}.")
+        return goal
+
+    def _refuse_order(self, model: _Model, moving: Sequence[_Slot], *, wait: bool) -> None:
+        """Raise ConflictError if something is in the way of an order to go down."""
+        if model.settings.min_ready and not model.draining:
+            raise ConflictError(
+                f"min_ready keeps {model.settings.min_ready} of {model.served_name!r} ready: drain the model first."
+            )
+        if wait:
+            return
+        busy = [f"{s.instance.id} is answering {s.instance.leases}" for s in moving if s.instance.leases]
+        if busy:
+            raise ConflictError(f'{"; ".join(busy)} requests. With "when_busy": "wait" it goes after the last.')
+        if waiting := sum(not w.granted.done() for w in model.queue):
+            raise ConflictError(
+                f'{waiting} requests wait for {model.served_name!r} and would wake it again. With "when_busy": "wait" '
+                f"it goes after them."
+            )
+
+    def _give(self, model: _Model, slot: _Slot, order: Order) -> None:
+        before, slot.order = slot.order, order
+        slot.instance.ordered = order.to
+        self._orders.append((model, slot, order))
+        if before is not None:
+            before.end(f"an order to go to {order.to.label} came after it")
+
+    def _note_orders(self) -> None:
+        """End the orders that came true."""
+        for model, slot, order in [*self._orders]:
+            instance = slot.instance
+            there = instance.state in RESTING and instance.tier >= order.to
+            if there or slot.instance.id not in model.slots:
+                self._end_order(slot)
+        self._orders = [entry for entry in self._orders if entry[2].open]
+
+    def _give_up_orders(self) -> None:
+        for _, slot, _ in self._orders:
+            self._end_order(slot, "the server is shutting down")
+
+    def _end_order(self, slot: _Slot, failure: str | None = None) -> None:
+        order, slot.order = slot.order, None
+        slot.instance.ordered = None
+        if order is not None:
+            order.end(failure)
+
+    def _fail_order(self, slot: _Slot, to: Tier, failure: str) -> None:
+        """The step to `to` failed; an order for a colder rung than that goes on."""
+        if slot.order is not None and to >= slot.order.to:
+            self._end_order(slot, failure)
+
+    def drain(self, key: str | None = None) -> None:
+        """Admit nothing new, for one model or at all, until `admit`; what runs or waits goes on."""
+        self._set_draining(key, draining=True)
+        log.info("%s closed to new requests", key or "all models")
+
+    def admit(self, key: str | None = None) -> None:
+        """Take `drain` back."""
+        self._set_draining(key, draining=False)
+        log.info("%s open to requests", key or "all models")
+
+    def _set_draining(self, key: str | None, *, draining: bool) -> None:
+        if key is None:
+            self._shut = draining
+        else:
+            self._models[key].draining = draining
+        self.tick()
+
+    def unused(self, key: str | None = None) -> bool:
+        """Whether no request runs or waits, for one model or at all."""
+        models = [*self._models.values()] if key is None else [self._models[key]]
+        return not any(m.queue or any(i.leases for i in m.instances()) for m in models)
+
+    async def until_unused(self, key: str | None = None) -> None:
+        """Return when no request runs or waits, for one model or at all, or the server is about to end."""
+        changed = asyncio.Event()
+        silence = self.listen(changed.set)
+        try:
+            while not self.unused(key) and not self.stopping:
+                changed.clear()
+                await changed.wait()
+        finally:
+            silence()
+
+    def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback` called after whatever `status` says may have changed; the result ends that."""
+        self._listeners.add(callback)
+        return lambda: self._listeners.discard(callback)
+
+    def _tell(self) -> None:
+        for callback in [*self._listeners]:
+            callback()
+
     # --- deciding ---
 
     def tick(self) -> None:
@@ -473,6 +692,8 @@ class Pool:
         try:
             for model in self._models.values():
                 self._dispatch(model)
+            if self._orders:
+                self._note_orders()
             plan = policy.decide(
                 policy.View(
                     [m.view() for m in self._models.values()],
@@ -489,6 +710,7 @@ class Pool:
                 self._publish(model)
         finally:
             self._ticking = False
+        self._tell()
 
     def _is_waited_for(self, action: policy.Action) -> bool:
         return not isinstance(action, policy.StepDown | policy.Clone) and (
@@ -550,7 +772,11 @@ class Pool:
         origin = instance.tier
         instance.apply(DESCENT[action.to])
         instance.evicted = action.reason == "evict"
-        if action.to is Tier.STOPPED and action.reason == "idle" and model.runtime.shares_images and slot.image.present:
+        last_of_discarded = model.discarding and len(model.slots) == 1
+        frees_image = (
+            model.runtime.shares_images and slot.image.present and (action.reason == "idle" or last_of_discarded)
+        )
+        if action.to is Tier.STOPPED and frees_image:
             _reset(slot.image)  # the last rung frees everything, and no clone is prepared any more
             slot.discards_image = True
         log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
@@ -631,7 +857,9 @@ class Pool:
         instance.waking_from = None
         model.failed_wakes = 0
         instance.idle_since = now
-        instance.last_wake = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds))
+        record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
+        instance.last_wake = record
+        self._wakes.appendleft(_wake_status(record) | {"model": model.key, "instance": instance.id})
         if tier is found:
             self._costs.record(model.key, tier, seconds)
         for stage, value in (*stages.seconds.items(), ("total", seconds)):
@@ -644,6 +872,9 @@ class Pool:
         """Tell those who wait for nothing but this wake; the next request tries again."""
         slot.instance.apply(Event.BROKE)
         self._rest(model)
+        found = (slot.instance.waking_from or Tier.STOPPED).label
+        failed = {"found": found, "at_unix_s": time.time(), "failed": [*failures]}
+        self._wakes.appendleft(failed | {"model": model.key, "instance": slot.instance.id})
         others = (s.instance.state for s in model.slots.values() if s is not slot)
         if any(state in (State.WAKING, State.READY) for state in others):
             return
@@ -827,10 +1058,12 @@ class Pool:
                 harmless = await self._still_awake(slot)
             if not harmless:
                 log.error("%s broke on its way to %s: %s", instance.id, to.label, text)
+                self._fail_order(slot, to, f"the engine broke: {text}")
                 instance.apply(Event.BROKE)
                 await self._mend(model, slot)
                 return
             log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
+            self._fail_order(slot, to, text)
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
             if slot.watcher is None:
                 self._watch(model, slot)
@@ -916,6 +1149,8 @@ class Pool:
                 await asyncio.sleep(delay_s)
         instance.apply(Event.WENT)
         del model.slots[instance.id]
+        model.discarding = model.discarding and bool(model.slots)
+        self._end_order(slot)
         self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
         log.info("%s stopped", instance.id)
 
@@ -997,44 +1232,70 @@ class Pool:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
         return {
             "ready": self.ready,
+            "draining": self._draining or self._shut,
             "leases": self._open_leases,
             "models": {key: self._model_status(model) for key, model in self._models.items()},
+            "wakes": [*self._wakes],
         }
 
     def _model_status(self, model: _Model) -> dict[str, Any]:
         rungs = model.runtime.rungs()
         return {
             "name": model.served_name,
+            "aliases": [*model.settings.aliases],
+            "draining": model.draining,
             "tier": policy.best_tier(model.instances()).label,
             "queue": len(model.queue),
             "estimate_s": round(self.estimate_s(model.key), 3),
             "runtime": model.runtime.name,
             "rungs": sorted(t.label for t in rungs.offered),
             "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
-            "instances": [_instance_status(slot) for slot in model.slots.values()],
+            "instances": [self._instance_status(model, slot) for slot in model.slots.values()],
+        }
+
+    def _instance_status(self, model: _Model, slot: _Slot) -> dict[str, Any]:
+        instance, wake = slot.instance, slot.instance.last_wake
+        step = policy.next_step(instance, model.view())
+        due = None if step is None else round(time.time() + max(0.0, step[1] - self._clock()))
+        return {
+            "id": instance.id,
+            "state": instance.state.value,
+            "tier": instance.tier.label,
+            "leases": instance.leases,
+            "generation": instance.generation,
+            "has_checkpoint": slot.image.present,
+            "ordered": instance.ordered.label if instance.ordered is not None else None,
+            "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
+            "last_used_unix_s": instance.last_used_unix_s,
+            "last_wake": None if wake is None else _wake_status(wake),
         }
 
 
-def _instance_status(slot: _Slot) -> dict[str, Any]:
-    instance, wake = slot.instance, slot.instance.last_wake
+def _wake_status(wake: WakeRecord) -> dict[str, Any]:
     return {
-        "id": instance.id,
-        "state": instance.state.value,
-        "tier": instance.tier.label,
-        "leases": instance.leases,
-        "generation": instance.generation,
-        "has_checkpoint": slot.image.present,
-        "last_used_unix_s": instance.last_used_unix_s,
-        "last_wake": None
-        if wake is None
-        else {
-            "found": wake.found.label,
-            "from": wake.reached_from.label,
-            "at_unix_s": wake.at_unix_s,
-            "seconds": round(wake.seconds, 6),
-            "stages": {name: round(value, 6) for name, value in wake.stages.items()},
-        },
+        "found": wake.found.label,
+        "from": wake.reached_from.label,
+        "at_unix_s": wake.at_unix_s,
+        "seconds": round(wake.seconds, 6),
+        "stages": {name: round(value, 6) for name, value in wake.stages.items()},
+        "starts": {name: round(value, 6) for name, value in wake.starts.items()},
     }
+
+
+def _frees_image(model: _Model, reason: str) -> bool:
+    """Whether a golden checkpoint goes with an instance that is about to be removed."""
+    last = all(s.instance.state is State.STOPPING for s in model.slots.values())
+    return model.runtime.shares_images and (reason == "idle" or (model.discarding and last))
+
+
+def _height(instance: Instance) -> Tier:
+    """The rung that an instance is on, or will be when the move under way has ended."""
+    return Tier.READY if instance.state is State.WAKING else instance.tier
+
+
+def _to_move(slot: _Slot, goal: Tier) -> bool:
+    """Whether an order to go to `goal` asks something new of an instance."""
+    return _height(slot.instance) < goal and (slot.order is None or slot.order.to < goal)
 
 
 def _connect(handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:

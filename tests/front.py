@@ -16,7 +16,7 @@ from proxy.pool import Pool
 from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
 from proxy.web import app
-from tests.support import PATIENCE_S, get_json
+from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,7 @@ class Front:
         settings = Settings(
             models=models,
             server={"body_limit": "1MiB", **server},
+            runtime={"process": {"ports": ENGINE_PORTS}},
             pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
         )
         self.metrics = Metrics()

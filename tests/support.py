@@ -21,6 +21,10 @@ ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
 """How long a test waits for something that will surely happen, on a machine with much else to do."""
 
+_FIRST_PORT = 20_000 + os.getpid() % 200 * 50
+ENGINE_PORTS = f"{_FIRST_PORT}-{_FIRST_PORT + 49}"
+"""Engines' ports of this test run, so that two runs on one machine do not take each other's engines for their own."""
+
 
 def engine_command(*options: str) -> list[str]:
     """The command of a load-test engine that is up at once."""

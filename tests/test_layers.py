@@ -20,6 +20,7 @@ LAYERS: dict[str, int] = {
     "proxy.reference": 3,
     "proxy.checkpoints": 3,
     "proxy.policy": 3,
+    "proxy.ledger": 4,
     "proxy.runtime": 3,
     "proxy.host": 0,
     "proxy.gpu": 1,
@@ -58,10 +59,13 @@ LAYERS: dict[str, int] = {
     "proxy.web.addressing": 8,
     "proxy.web.relay": 9,
     "proxy.web.admin": 9,
-    "proxy.web.app": 10,
-    "proxy.web.serving": 11,
-    "proxy.cli": 12,
-    "proxy.__main__": 13,
+    "proxy.web.admin_events": 9,
+    "proxy.web.admin_orders": 9,
+    "proxy.web.admin_routes": 10,
+    "proxy.web.app": 11,
+    "proxy.web.serving": 12,
+    "proxy.cli": 13,
+    "proxy.__main__": 14,
 }
 """The layers of docs/architecture.md, with the order inside a layer where modules of one layer use each other."""
 

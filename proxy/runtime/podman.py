@@ -839,9 +839,10 @@ def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, 
     statistics = answer.get("criu_statistics") if isinstance(answer, dict) else None
     figures = {n: v for n, v in (statistics or {}).items() if isinstance(v, int)}
     own_s = sum(figures.get(name, 0) for name in wanted) / 1e6
-    stages.seconds["podman"] = stages.seconds.get("podman", 0.0) + max(0.0, wall_s - own_s)
+    podmans_s = max(0.0, wall_s - own_s)
+    stages.add("podman", podmans_s, began)
     if own_s:
-        stages.seconds[stage] = stages.seconds.get(stage, 0.0) + own_s
+        stages.add(stage, own_s, began + podmans_s)
     return figures
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
 
+from proxy import __version__
+
 if TYPE_CHECKING:
+    from proxy.ledger import Ledger
     from proxy.metrics import Metrics
     from proxy.pool import Pool
 
@@ -15,9 +18,10 @@ if TYPE_CHECKING:
 class Admin:
     """`/health`, `/ready`, `/metrics` and `/admin/status`."""
 
-    def __init__(self, pool: Pool, metrics: Metrics) -> None:
+    def __init__(self, pool: Pool, metrics: Metrics, ledger: Ledger) -> None:
         self._pool = pool
         self._metrics = metrics
+        self._ledger = ledger
 
     async def health(self, _: web.Request) -> web.StreamResponse:
         """200 as long as the event loop turns."""
@@ -33,5 +37,15 @@ class Admin:
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": self._metrics.content_type})
 
     async def status(self, _: web.Request) -> web.StreamResponse:
-        """Models, instances, leases, queues, the last wakes; the fields are in docs/api.md."""
-        return web.Response(body=orjson.dumps(self._pool.status()), content_type="application/json")
+        """Models, instances, leases, queues, the last wakes, memory; the fields are in docs/api.md."""
+        return web.Response(body=orjson.dumps(await self.read_status()), content_type="application/json")
+
+    async def read_status(self) -> dict[str, Any]:
+        """What `/admin/status` answers."""
+        memory = await self._ledger.read()
+        return {
+            "version": __version__,
+            **self._pool.status(),
+            "ttft": self._metrics.ttft_summary(),
+            "memory": memory,
+        }

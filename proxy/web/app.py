@@ -17,8 +17,10 @@ from proxy.errors import (
     RequestError,
     RouteNotFoundError,
 )
+from proxy.ledger import Ledger
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.admin import Admin
+from proxy.web.admin_routes import attach
 from proxy.web.relay import Relay
 from proxy.web.routes import ROUTES, pattern
 
@@ -61,7 +63,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
         )
 
     relay = Relay(pool, metrics)
-    admin = Admin(pool, metrics)
+    admin = Admin(pool, metrics, Ledger(settings.pool))
     models = _Models(settings)
     app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
     for route in ROUTES:
@@ -73,9 +75,9 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
         ("/health", admin.health),
         ("/ready", admin.ready),
         ("/metrics", admin.metrics),
-        ("/admin/status", admin.status),
     ):
         app.router.add_get(path, handler)
+    attach(app, pool, admin)
     app.on_response_prepare.append(_name_server)
     return app
 

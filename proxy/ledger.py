@@ -1,0 +1,77 @@
+"""What memory there is and who has it: the host's, the tmpfs of the checkpoints, the archive."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from proxy.checkpoints import MANIFEST, CheckpointStore, StoreError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from proxy.config import PoolSettings
+
+
+class Ledger:
+    """Reads sizes for `/admin/status`, beside the runtimes that write; an image is read again only when it changed."""
+
+    def __init__(self, pool: PoolSettings) -> None:
+        self._store = CheckpointStore(pool.checkpoint_dir, pool.checkpoint_reserve, pool.archive_dir)
+        self._known: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    async def read(self) -> dict[str, Any]:
+        """`host`, `checkpoints` and, with an archive, `archive`: bytes, and the images with their sizes."""
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        ledger: dict[str, Any] = {
+            "host": {"total_bytes": memory.total, "available_bytes": memory.available},
+            "checkpoints": {
+                **_usage(self._store.root),
+                "reserve_bytes": int(self._store.reserve_bytes),
+                "images": self._images(),
+            },
+        }
+        if self._store.archive is not None:
+            ledger["archive"] = {**_usage(self._store.archive), "images": self._archived()}
+        return ledger
+
+    def _images(self) -> list[dict[str, Any]]:
+        known: dict[str, tuple[int, dict[str, Any]]] = {}
+        for image in self._store.names():
+            try:
+                written = (self._store.path(image) / MANIFEST).stat().st_mtime_ns
+                before = self._known.get(image)
+                if before is not None and before[0] == written:
+                    known[image] = before
+                    continue
+                manifest = self._store.load(image)
+            except (OSError, StoreError):
+                continue  # it is being replaced or removed
+            facts = {"image": image, "model": manifest.model, "bytes": manifest.total_bytes()}
+            known[image] = (written, facts)
+        self._known = known
+        return [facts for _, facts in known.values()]
+
+    def _archived(self) -> list[dict[str, Any]]:
+        found = []
+        for image in self._store.archived():
+            try:
+                found.append({"image": image, "bytes": self._store.archive_path(image).stat().st_size})
+            except OSError:
+                continue
+        return found
+
+
+def _usage(folder: Path) -> dict[str, Any]:
+    """Of the filesystem that a folder is on; without figures while there is no such folder."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return {"path": str(folder)}
+    return {"path": str(folder), "total_bytes": usage.total, "used_bytes": usage.used, "free_bytes": usage.free}

@@ -1,0 +1,26 @@
+"""Everything below `/admin/`, put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy.web.admin_events import Events
+from proxy.web.admin_orders import Orders
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from proxy.pool import Pool
+    from proxy.web.admin import Admin
+
+
+def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
+    """Add the routes, and what ends with the application."""
+    orders = Orders(pool)
+    events = Events(admin.read_status, pool.listen, over=lambda: pool.stopping)
+    app.router.add_get("/admin/status", admin.status)
+    app.router.add_get("/admin/events", events.stream)
+    app.router.add_post("/admin/models/{model:.+}/{order}", orders.for_model)
+    app.router.add_post("/admin/drain", orders.drain)
+    app.router.add_post("/admin/admit", orders.admit)
+    app.on_shutdown.extend((events.close, orders.close))
