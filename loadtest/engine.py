@@ -98,6 +98,7 @@ class Counters:
     loads: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    last_request_id: str | None = None
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -447,7 +448,7 @@ class Engine:
                 "boot_id": self.boot_id, "pid": os.getpid(), "started_at": self.started_at, "served": c.served,
                 "aborted": c.aborted, "running": c.running, "waiting": c.waiting, "loads": c.loads,
                 "sleep_level": self.sleep_level, "memory_bytes": sum(map(len, self.memory)),
-                "children": [child.pid for child in self.children],
+                "children": [child.pid for child in self.children], "last_request_id": c.last_request_id,
             }
         )  # fmt: skip
 
@@ -519,6 +520,8 @@ class Engine:
                 raise ApiError(503, "ServiceUnavailableError", "the model is still loading")
             if needs_model and request.method == "POST" and self.sleep_level:
                 raise ApiError(503, "ServiceUnavailableError", "the engine is sleeping")
+            if needs_model:
+                self.counters.last_request_id = request.headers.get("X-Request-Id")
             return await handler(request)
         except ApiError as error:
             return error.response()

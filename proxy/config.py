@@ -49,6 +49,8 @@ ENV_DELIMITER = "__"
 RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID"})
 """Names with the prefix that are not keys: where the file is, and the mark on every engine process."""
 
+MIN_HEARTBEAT_S: Final = 0.1
+
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -143,6 +145,17 @@ class ServerSettings(_Section):
         description="A model's name, for requests that name none; without, they are refused.",
         examples=["org/Model-7B"],
     )
+    heartbeat: OptionalDuration = Field(
+        default=None,
+        description="While a streaming request waits for an engine: how often it is sent a comment, so that its client "
+        "and what is between do not give up. The status, 200, goes out with the first.",
+    )
+
+    @model_validator(mode="after")
+    def _not_without_pause(self) -> ServerSettings:
+        if self.heartbeat is not None and self.heartbeat < MIN_HEARTBEAT_S:
+            raise ValueError(f"heartbeat must be at least {format_duration(MIN_HEARTBEAT_S)}")
+        return self
 
 
 class PoolSettings(_Section):

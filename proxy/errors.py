@@ -176,6 +176,13 @@ class NoCapacityError(RequestError):
     code = "no_capacity"
 
 
+class MaxWaitError(RequestError):
+    """An instance is not to be had within the time that the client would wait."""
+
+    status = 503
+    code = "max_wait_exceeded"
+
+
 class WakeFailedError(RequestError):
     """Every rung down to a cold start was tried, and none gave a working engine."""
 
@@ -200,3 +207,8 @@ class UpstreamError(RequestError):
 def envelope(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> bytes:
     """One OpenAI error envelope as JSON."""
     return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})
+
+
+def sse_error(body: bytes) -> bytes:
+    """An error envelope as the last event of a stream, in the shape that OpenAI's and Anthropic's clients raise."""
+    return b"event: error\ndata: " + orjson.dumps({"type": "error", **orjson.loads(body)}) + b"\n\n"

@@ -117,10 +117,10 @@ class Plan:
         self.deadline = when if self.deadline is None else min(self.deadline, when)
 
 
-def pick(instances: Iterable[Instance], max_concurrency: int) -> Instance | None:
-    """The ready instance with the fewest requests that has room for one more, or None."""
+def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
+    """The ready instance with room for one more request: the preferred one, else that with the fewest; or None."""
     ready = [i for i in instances if i.state is State.READY and i.leases < max_concurrency]
-    return min(ready, key=lambda i: i.leases, default=None)
+    return min(ready, key=lambda i: (i.id != preferred, i.leases), default=None)
 
 
 def best_tier(instances: Iterable[Instance]) -> Tier:

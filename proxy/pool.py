@@ -23,6 +23,7 @@ from proxy.errors import (
     DrainingError,
     EngineError,
     InstanceNotFoundError,
+    MaxWaitError,
     NoCapacityError,
     OrderFailedError,
     QueueFullError,
@@ -126,6 +127,7 @@ class _Slot:
     """Started from nothing and not healthy yet: another warmpool could go on from here."""
     order: Order | None = None
     """What an operator wants of it and has not come true yet."""
+    wake_began: float = 0.0
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ class _Waiter:
     granted: asyncio.Future[Lease]
     since: float
     found: Tier
+    preferred: str | None
 
 
 @dataclass(slots=True)
@@ -435,12 +438,12 @@ class Pool:
         """What the engines of a model call it."""
         return self._models[key].served_name
 
-    async def lease(self, name: str) -> Lease:
-        """A hold on a ready instance of the model, once there is one.
+    async def lease(self, name: str, *, max_wait_s: float | None = None, preferred: str | None = None) -> Lease:
+        """A hold on a ready instance of the model, once there is one; on the `preferred` one if it is ready.
 
         Joins the wake under way or starts one. Raises ModelNotFoundError, QueueFullError, NoCapacityError
-        (nothing became free in `queue_timeout`), WakeFailedError or DrainingError. Cancelling hands on what was
-        granted in the same moment.
+        (nothing became free in `queue_timeout`), MaxWaitError (nothing will, or did, in `max_wait_s`), WakeFailedError
+        or DrainingError. Cancelling hands on what was granted in the same moment.
         """
         model = self._models[self.resolve(name)]
         if not self._open or self._draining:
@@ -450,24 +453,27 @@ class Pool:
             raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
         found = policy.best_tier(model.instances())
         if not model.queue:
-            instance = policy.pick(model.instances(), model.settings.max_concurrency)
+            instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is not None:
                 lease = self._grant(model, instance, found, 0.0, None)
                 self._publish(model)
                 self._tell()
                 return lease
         self._refuse_if_full(model)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found)
+        self._refuse_if_longer(model, max_wait_s)
+        limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found, preferred)
         model.queue.append(waiter)
         self._quiet.clear()
         self.tick()
         try:
-            async with asyncio.timeout(model.settings.queue_timeout):
+            async with asyncio.timeout(limit_s):
                 return await waiter.granted
         except TimeoutError:
             _hand_on(waiter)
-            raise NoCapacityError(
-                f"No instance of {name!r} became free within {model.settings.queue_timeout:g} s.",
+            kind = NoCapacityError if limit_s == model.settings.queue_timeout else MaxWaitError
+            raise kind(
+                f"No instance of {name!r} became free within {limit_s:g} s.",
                 retry_after_s=self._expected_wait_s(model),
             ) from None
         except asyncio.CancelledError:
@@ -485,6 +491,15 @@ class Pool:
         if len(model.queue) >= model.settings.max_queue or everywhere >= self._settings.pool.max_queue:
             raise QueueFullError(
                 f"{len(model.queue)} requests wait for {model.served_name!r} already.",
+                retry_after_s=self._expected_wait_s(model),
+            )
+
+    def _refuse_if_longer(self, model: _Model, max_wait_s: float | None) -> None:
+        expected_s = self.estimate_s(model.key)
+        if max_wait_s is not None and expected_s > max_wait_s:
+            raise MaxWaitError(
+                f"An instance of {model.served_name!r} is expected in {expected_s:.1f} s, "
+                f"more than the {max_wait_s:g} s that the request would wait.",
                 retry_after_s=self._expected_wait_s(model),
             )
 
@@ -517,7 +532,12 @@ class Pool:
     def estimate_s(self, key: str) -> float:
         """How long a request for the model would wait for a wake, from measured ones, in seconds."""
         model = self._models[key]
-        return self._costs.estimate_s(key, policy.best_tier(model.instances()))
+        tier = policy.best_tier(model.instances())
+        whole_s = self._costs.estimate_s(key, tier)
+        waking = [
+            s.wake_began for s in model.slots.values() if s.instance.state is State.WAKING and s.instance.tier is tier
+        ]
+        return max(0.0, whole_s - (self._clock() - min(waking))) if waking else whole_s
 
     # --- orders of operators ---
 
@@ -723,7 +743,8 @@ class Pool:
             if model.queue[0].granted.done():
                 model.queue.popleft()
                 continue
-            instance = policy.pick(model.instances(), model.settings.max_concurrency)
+            preferred = model.queue[0].preferred
+            instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is None:
                 return
             waiter = model.queue.popleft()
@@ -761,6 +782,7 @@ class Pool:
         instance = slot.instance
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         instance.waking_from = found
+        slot.wake_began = self._clock()
         instance.apply(Event.WAKE)
         log.info("%s waking from %s", instance.id, found.label)
         slot.task = self._spawn(f"wake {instance.id}", self._wake(model, slot, instance.generation, victim))

@@ -124,6 +124,7 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
             MINIMAL + '[models.other]\nadapters = ["demo"]\nprocess.command = ["{port}"]',
             "belongs to models.demo already",
         ),
+        (MINIMAL + '[server]\nheartbeat = "50ms"', "server: heartbeat must be at least 100ms"),
         (MINIMAL + "[models.demo.routes]\nsleep = true", "models.demo.routes.sleep: unknown key; allowed here: audio"),
         (MINIMAL + '[models.demo.parameters]\nremove = ["model"]', "remove: `model` is not a parameter"),
         (

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
 from proxy.errors import (
     BodyTooLargeError,
     InvalidRequestError,
     MethodNotAllowedError,
-    ModelNotFoundError,
     RequestError,
     RouteNotFoundError,
 )
@@ -21,7 +18,9 @@ from proxy.ledger import Ledger
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
+from proxy.web.local import Local
 from proxy.web.relay import Relay
+from proxy.web.request_id import name_request, request_id
 from proxy.web.routes import ROUTES, pattern
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
         except web.HTTPException as error:
             answer = InvalidRequestError(error.reason)
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s failed (%s)", request.method, request.path, request_id(request))
             answer = RequestError("Internal error; the server's log says more.")
         if request.match_info.handler != relay.forward:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
@@ -64,47 +63,27 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
 
     relay = Relay(pool, metrics)
     admin = Admin(pool, metrics, Ledger(settings.pool))
-    models = _Models(settings)
+    local = Local(pool)
     app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
     for route in ROUTES:
         if not route.websocket:
             app.router.add_route(route.method, pattern(route), relay.forward)
     for path, handler in (
-        ("/v1/models", models.list),
-        ("/v1/models/{id:.+}", models.one),
+        ("/v1/models", local.models),
+        ("/v1/models/{id:.+}", local.model),
+        ("/version", local.version),
+        ("/ping", local.ping),
         ("/health", admin.health),
         ("/ready", admin.ready),
         ("/metrics", admin.metrics),
     ):
         app.router.add_get(path, handler)
     attach(app, pool, admin)
+    app.router.add_post("/ping", local.ping)
     app.on_response_prepare.append(_name_server)
+    app.on_response_prepare.append(name_request)
     return app
 
 
 async def _name_server(_: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "warmpool"
-
-
-class _Models:
-    """`/v1/models`, answered from the configuration without waking anything."""
-
-    def __init__(self, settings: Settings) -> None:
-        created = int(time.time())
-        self._models = {
-            name: {"id": name, "object": "model", "created": created, "owned_by": "warmpool"}
-            for name in settings.names()
-        }
-
-    async def list(self, _: web.Request) -> web.StreamResponse:
-        return _json({"object": "list", "data": [*self._models.values()]})
-
-    async def one(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["id"]
-        if name not in self._models:
-            raise ModelNotFoundError(name)
-        return _json(self._models[name])
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=orjson.dumps(value), content_type="application/json")

@@ -1,0 +1,57 @@
+"""What applications ask of a server and what is answered here, so that no engine is woken for it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+import proxy
+
+if TYPE_CHECKING:
+    from proxy.pool import Pool
+
+
+class Local:
+    """`/v1/models`, `/version` and `/ping`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._created = int(time.time())
+
+    async def models(self, _: web.Request) -> web.StreamResponse:
+        """Every name that clients may use."""
+        return _json({"object": "list", "data": [self._model(name) for name in self._pool.settings.names()]})
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        """One of them."""
+        return _json(self._model(request.match_info["id"]))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        settings = self._pool.settings
+        key = settings.key_of(name)
+        served = settings.served_name(key)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "warmpool",
+            "root": served,
+            "parent": served if name in settings.models[key].adapters else None,
+            "tier": self._pool.tiers()[key].label,
+            "expected_wait_s": round(self._pool.estimate_s(key), 3),
+        }
+
+    async def version(self, _: web.Request) -> web.StreamResponse:
+        """Of warmpool: engines may be of several versions, and asleep."""
+        return _json({"version": proxy.__version__})
+
+    async def ping(self, _: web.Request) -> web.StreamResponse:
+        """200 when requests are admitted, as SageMaker asks for it; engines are woken by requests, not by questions."""
+        return web.Response(status=200 if self._pool.ready else 503)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=orjson.dumps(value), content_type="application/json")

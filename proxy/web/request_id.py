@@ -1,0 +1,28 @@
+"""`x-request-id`: taken from the client or made, in every answer, in the log, and sent to the engine."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Final
+
+from aiohttp import web
+
+HEADER: Final = "X-Request-Id"
+_VALID: Final = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
+_KEY: Final = web.RequestKey("request_id", str)
+
+
+def request_id(request: web.Request) -> str:
+    """The request's id, the same each time: the client's, or a new one where it sent none that can be used."""
+    known = request.get(_KEY)
+    if known is None:
+        given = request.headers.getall(HEADER, ())
+        known = given[0] if len(given) == 1 and _VALID.fullmatch(given[0]) else uuid.uuid4().hex
+        request[_KEY] = known
+    return known
+
+
+async def name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the id into an answer; a signal for `on_response_prepare`."""
+    response.headers[HEADER] = request_id(request)
