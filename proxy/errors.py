@@ -54,12 +54,14 @@ class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's 
     """A runtime could not carry out an operation.
 
     `alive` tells whether the engine is still there and as usable as before; when false, only `remove` helps.
+    `leaked_bytes`: GPU memory that should have come free and did not, if that is the failure.
     """
 
-    def __init__(self, operation: str, reason: str, *, alive: bool = False) -> None:
+    def __init__(self, operation: str, reason: str, *, alive: bool = False, leaked_bytes: int = 0) -> None:
         self.operation = operation
         self.reason = reason
         self.alive = alive
+        self.leaked_bytes = leaked_bytes
         super().__init__(f"{operation}: {reason}")
 
 

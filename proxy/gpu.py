@@ -50,10 +50,14 @@ PLUGINS: Final = (
 
 
 class GpuError(WarmpoolError):
-    """A call of the driver failed; `alive` says whether the process is as it was before."""
+    """A call of the driver failed; `alive` says whether the process is as it was before.
 
-    def __init__(self, message: str, *, alive: bool = False) -> None:
+    `leaked_bytes`: GPU memory that should have come free and did not, if that is the failure.
+    """
+
+    def __init__(self, message: str, *, alive: bool = False, leaked_bytes: int = 0) -> None:
         self.alive = alive
+        self.leaked_bytes = leaked_bytes
         super().__init__(message)
 
 
@@ -170,8 +174,8 @@ class Monitor(Protocol):
     def gpus(self) -> list[GpuMemory]:
         """Every GPU, by index."""
 
-    def processes(self) -> dict[int, int]:
-        """Host pid → bytes of GPU memory it holds, over all GPUs."""
+    def processes(self) -> dict[int, dict[str, int]]:
+        """Host pid → UUID of a GPU → bytes of its memory that the process holds."""
 
 
 class Nvml:
@@ -200,12 +204,14 @@ class Nvml:
             found.append(GpuMemory(index, str(name), str(uuid), int(memory.total), int(memory.used)))
         return found
 
-    def processes(self) -> dict[int, int]:
+    def processes(self) -> dict[int, dict[str, int]]:
         """See `Monitor`."""
-        held: dict[int, int] = {}
+        held: dict[int, dict[str, int]] = {}
         for handle in self._handles():
+            uuid = str(self._nvml.nvmlDeviceGetUUID(handle))
             for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                held[process.pid] = held.get(process.pid, 0) + int(process.usedGpuMemory or 0)
+                by_gpu = held.setdefault(process.pid, {})
+                by_gpu[uuid] = by_gpu.get(uuid, 0) + int(process.usedGpuMemory or 0)
         return held
 
 
@@ -307,7 +313,7 @@ class Gpus:
             raise GpuError("was suspended, but a process is gone")
         left = await self.held_bytes(states)
         if left > MAX_LEFT_BYTES:
-            raise GpuError(f"was suspended, but still holds {left >> 20} MiB of GPU memory")
+            raise GpuError(f"was suspended, but still holds {left >> 20} MiB of GPU memory", leaked_bytes=left)
         return list(states)
 
     async def _unlock(self, pids: Sequence[int]) -> None:
@@ -335,14 +341,27 @@ class Gpus:
         """Whether any of these uses CUDA."""
         return self.usable and bool(await self.states(pids))
 
+    @property
+    def measurable(self) -> bool:
+        """Whether there is an NVML to ask."""
+        return self._monitor is not None
+
     async def memory(self) -> list[GpuMemory]:
         """Every GPU's memory; none where NVML cannot be asked."""
         return await self._ask(lambda monitor: monitor.gpus(), [])
 
     async def held_bytes(self, pids: Iterable[int]) -> int:
         """GPU memory that these processes hold, in bytes."""
-        held: Mapping[int, int] = await self._ask(lambda monitor: monitor.processes(), {})
-        return sum(held.get(pid, 0) for pid in pids)
+        return sum((await self.held_by_gpu(pids)).values())
+
+    async def held_by_gpu(self, pids: Iterable[int]) -> dict[str, int]:
+        """UUID of a GPU → bytes of its memory that these processes hold; empty where NVML cannot be asked."""
+        held: Mapping[int, Mapping[str, int]] = await self._ask(lambda monitor: monitor.processes(), {})
+        total: dict[str, int] = {}
+        for pid in pids:
+            for uuid, count in held.get(pid, {}).items():
+                total[uuid] = total.get(uuid, 0) + count
+        return total
 
     async def _ask(self, question: Callable[[Monitor], T], otherwise: T) -> T:
         monitor = self._monitor

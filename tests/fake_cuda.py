@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from proxy.gpu import NOT_INITIALIZED, DriverError, GpuMemory, Gpus, ProcessState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from proxy.gpu import Monitor
+
+T = TypeVar("T")
 GIB = 1 << 30
 ILLEGAL = "CUDA_ERROR_ILLEGAL_STATE"
 LATE = "CUDA_ERROR_NOT_READY"
@@ -73,6 +77,8 @@ class FakeDriver:
 class FakeNvml:
     """One GPU of 80 GiB; `held` by pid."""
 
+    UUID = "GPU-1"
+
     def __init__(self, version: str = "580.159.04") -> None:
         self.version = version
         self.held: dict[int, int] = {}
@@ -84,12 +90,21 @@ class FakeNvml:
     def gpus(self) -> list[GpuMemory]:
         if self.broken:
             raise RuntimeError("NVML_ERROR_GPU_IS_LOST")
-        return [GpuMemory(0, "NVIDIA H100", "GPU-1", 80 * GIB, sum(self.held.values()))]
+        return [GpuMemory(0, "NVIDIA H100", self.UUID, 80 * GIB, sum(self.held.values()))]
 
-    def processes(self) -> dict[int, int]:
+    def processes(self) -> dict[int, dict[str, int]]:
         if self.broken:
             raise RuntimeError("NVML_ERROR_GPU_IS_LOST")
-        return self.held
+        return {pid: {self.UUID: count} for pid, count in self.held.items()}
+
+
+class PromptGpus(Gpus):
+    """Asks its monitor at once instead of in a thread, so that a test knows when it is answered."""
+
+    async def _ask(self, question: Callable[[Monitor], T], otherwise: T) -> T:
+        with contextlib.suppress(RuntimeError):
+            return question(cast("Monitor", self._monitor))
+        return otherwise
 
 
 def gpus_of(driver: FakeDriver, monitor: FakeNvml | None = None) -> Gpus:

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from proxy.config import ModelSettings, Settings
@@ -18,6 +18,7 @@ from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from tests.fake_cuda import FakeNvml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from proxy.checkpoints import Manifest
     from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
+    from proxy.gpu import Gpus
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
 
@@ -73,8 +75,14 @@ class FakeRuntime:
 
     name = "process"
 
-    def __init__(self, *, shares_images: bool = False) -> None:
+    def __init__(self, *, shares_images: bool = False, gpus: Gpus | None = None, nvml: FakeNvml | None = None) -> None:
         self.shares_images = shares_images
+        self.gpus = gpus
+        self.nvml = nvml or FakeNvml()
+        self.takes: dict[str, tuple[int, int]] = {}
+        """Model → bytes of GPU memory that an engine of it holds when it is awake, and asleep."""
+        self.leaks: dict[str, int] = {}
+        """Instance → bytes of GPU memory that its processes hold in addition, whatever they do."""
         self.leaves = False
         self.offered = ALL_RUNGS
         self.missing: dict[Tier, str] = {}
@@ -138,17 +146,30 @@ class FakeRuntime:
                 found.append(Found(handle, Tier.READY, process.started_unix_s))
             elif image is not None:
                 found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
-        images = {
-            owner: ImageFacts(image.facts.sleep_level, image.facts.canary, archived=image.archived)
-            for owner, image in self.images.items()
-        }
+        images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.items()}
         return Recovered(found, images)
 
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         await self._enter("start")
         handle = self._new_handle(instance_id, key)
         self.processes[instance_id] = Process(next(self._boots))
+        self.weigh(handle)
         return handle
+
+    def weigh(self, handle: Handle) -> None:
+        """Let NVML see what the engine holds now."""
+        process = self.processes.get(handle.instance_id)
+        if process is None:
+            self.nvml.held.pop(handle.port, None)
+            return
+        ready, asleep = self.takes.get(handle.model, (0, 0))
+        held = 0 if process.frozen else asleep if process.sleep_level else ready
+        self.nvml.held[handle.port] = held + self.leaks.get(handle.instance_id, 0)
+
+    async def gpu_bytes(self, handle: Handle) -> Mapping[str, int]:
+        if self.gpus is None or handle.instance_id not in self.processes:
+            return {}
+        return await self.gpus.held_by_gpu([handle.port])  # the port stands for the pid
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         await self._enter("clone")
@@ -168,10 +189,12 @@ class FakeRuntime:
     async def suspend(self, handle: Handle) -> None:
         await self._enter("suspend")
         self._process(handle, "suspend").frozen = True
+        self.weigh(handle)
 
     async def resume(self, handle: Handle) -> None:
         await self._enter("resume")
         self._process(handle, "resume").frozen = False
+        self.weigh(handle)
 
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         process = self._process(handle, "checkpoint")
@@ -187,10 +210,13 @@ class FakeRuntime:
         if image.archived:
             raise RuntimeFailure("restore", "the image is archived")
         self.processes[handle.instance_id] = Process(image.boot, image.served, sleep_level=image.sleep_level)
+        self.leaks.pop(handle.instance_id, None)
+        self.weigh(handle)
         return self._new_handle(handle.instance_id, handle.model)
 
     def _end(self, handle: Handle) -> None:
         process = self.processes.pop(handle.instance_id, None)
+        self.weigh(handle)
         if process is not None and not process.exited.done():
             process.exited.set_result("signal 9")
 
@@ -283,12 +309,14 @@ class FakeEngine:
         process = self._process("sleep")
         await self.runtime._enter("sleep")
         process.sleep_level = level
+        self.runtime.weigh(self.handle)
 
     async def wake_up(self, level: int, stages: Stages) -> None:
         process = self._process("wake_up")
         with stages.measure("wake_up"):
             await self.runtime._enter("wake_up")
         process.sleep_level = 0
+        self.runtime.weigh(self.handle)
 
     async def disconnect(self) -> None:
         self.connected = False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from proxy.config import ModelSettings
     from proxy.runtime.base import Handle, Runtime
 
-FACTS = ImageFacts(sleep_level=1, canary="yes")
+FACTS = ImageFacts(sleep_level=1, canary="yes", details={"gpu": {"ready": {"GPU-1": 1 << 30}}})
 PATIENCE_S = 60
 
 
@@ -141,6 +141,18 @@ class RuntimeContract:
             assert not await bench.answers(handle)
             await bench.runtime.resume(handle)
             assert await bench.boot_id(handle) == boot
+
+    async def test_what_an_engine_holds_of_a_gpu_can_be_asked_whatever_it_does(
+        self, bench: Bench, suspends: None
+    ) -> None:
+        handle = await self.start(bench)
+        assert sum((await bench.runtime.gpu_bytes(handle)).values()) == 0, "these engines use none"
+        await bench.runtime.suspend(handle)
+        assert sum((await bench.runtime.gpu_bytes(handle)).values()) == 0
+        await bench.runtime.drop(handle)
+        assert await bench.runtime.gpu_bytes(handle) == {}
+        await bench.runtime.remove(handle)
+        assert await bench.runtime.gpu_bytes(handle) == {}
 
     async def test_a_suspended_engine_can_be_removed(self, bench: Bench, suspends: None) -> None:
         handle = await self.start(bench)
@@ -301,6 +313,7 @@ class RuntimeContract:
         assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.CHECKPOINTED)]
         owner = "demo" if bench.runtime.shares_images else "demo-1"
         assert {o: (i.sleep_level, i.canary) for o, i in recovered.images.items()} == {owner: (1, "yes")}
+        assert recovered.images[owner].details["gpu"] == FACTS.details["gpu"]
         handle = await after.runtime.restore(handle, Stages())
         await after.healthy(handle)
         assert await after.boot_id(handle) == boot

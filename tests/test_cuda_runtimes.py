@@ -58,8 +58,10 @@ def _command(pid: int) -> str:
 class Bench(HttpBench):
     """A runtime with a fake driver."""
 
-    def __init__(self, runtime: Any, driver: EveryEngine, model: ModelSettings, store: CheckpointStore) -> None:
-        self.runtime, self.driver, self.model, self.store = runtime, driver, model, store
+    def __init__(
+        self, runtime: Any, driver: EveryEngine, nvml: FakeNvml, model: ModelSettings, store: CheckpointStore
+    ) -> None:
+        self.runtime, self.driver, self.nvml, self.model, self.store = runtime, driver, nvml, model, store
 
     async def start(self) -> Handle:
         handle: Handle = await self.runtime.start("demo-1", "demo", self.model)
@@ -69,8 +71,8 @@ class Bench(HttpBench):
 
 @pytest.fixture(params=["process", "podman"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) -> AsyncIterator[Bench]:
-    driver = EveryEngine()
-    gpus = gpus_of(driver, FakeNvml())
+    driver, nvml = EveryEngine(), FakeNvml()
+    gpus = gpus_of(driver, nvml)
     claim, store = Claim(tmp_path / "state"), CheckpointStore(images, 0)
     runtime: Any
     if request.param == "podman":
@@ -82,7 +84,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) ->
         runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
         model = engine_settings()
     await runtime.open()
-    made = Bench(runtime, driver, model, store)
+    made = Bench(runtime, driver, nvml, model, store)
     yield made
     for entry in list(_entries(runtime).values()):
         await runtime.remove(entry.handle)
@@ -107,6 +109,9 @@ def checkpoints(bench: Bench) -> None:
 
 async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: Bench) -> None:
     handle = await bench.start()
+    pids = await _cuda_pids(bench, handle)
+    bench.nvml.held = dict.fromkeys(pids, 1 << 20) | {1: 1 << 30}
+    assert await bench.runtime.gpu_bytes(handle) == {bench.nvml.UUID: len(pids) << 20}
     await bench.runtime.suspend(handle)
     assert set(bench.driver.states.values()) == {ProcessState.CHECKPOINTED}
     assert await bench.answers(handle), "no longer on the GPU, but not frozen: it is not asked anything"
@@ -222,5 +227,6 @@ async def test_without_a_gpu_processes_are_frozen(tmp_path: Path) -> None:
     assert await without.suspend("suspend", [1]) is False
     assert await without.before_dump([1], off_gpu=False) is False
     assert await without.held_bytes([1]) == 0
+    assert await without.held_by_gpu(lambda: [1]) == {}
     with pytest.raises(RuntimeFailure, match="CUDA"):
         await without.resume("resume", [1])

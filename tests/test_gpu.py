@@ -131,6 +131,7 @@ async def test_memory_that_did_not_come_free_is_a_failure(opened: Callable[..., 
     with pytest.raises(GpuError, match="still holds 1024 MiB of GPU memory") as failure:
         await gpus.suspend([1])
     assert not failure.value.alive
+    assert failure.value.leaked_bytes == GIB
 
 
 async def test_it_can_be_restored_onto_another_gpu(opened: Callable[..., Gpus]) -> None:
@@ -158,10 +159,11 @@ async def test_memory_is_told_by_gpu_and_by_process(opened: Callable[..., Gpus])
     monitor.held = {1: 3 * GIB, 2: GIB, 9: GIB}
     gpus = opened(FakeDriver(), monitor)
     assert await gpus.held_bytes([1, 2, 3]) == 4 * GIB
+    assert await gpus.held_by_gpu([1, 2, 3]) == {"GPU-1": 4 * GIB}
     (memory,) = await gpus.memory()
     assert (memory.index, memory.total_bytes, memory.free_bytes) == (0, 80 * GIB, 75 * GIB)
     monitor.broken = True
-    assert (await gpus.memory(), await gpus.held_bytes([1])) == ([], 0)
+    assert (await gpus.memory(), await gpus.held_bytes([1]), await gpus.held_by_gpu([1])) == ([], 0, {})
 
 
 @pytest.mark.parametrize(("version", "usable"), [("570.86.15", True), ("565.57.01", False), ("580.1", True)])

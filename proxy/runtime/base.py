@@ -56,7 +56,7 @@ class ImageFacts:
     sleep_level: int
     canary: str | None
     details: Mapping[str, Any] = field(default_factory=dict)
-    """For people: warm-up figures and the like."""
+    """Warm-up figures and the like, for people; and `gpu`, what the engine holds (`Ledger.figures`)."""
     archived: bool = False
     """The image is in the archive, not on tmpfs."""
 
@@ -120,6 +120,12 @@ class Runtime(Protocol):
 
     async def resume(self, handle: Handle) -> None:
         """Let a suspended engine go on."""
+
+    async def gpu_bytes(self, handle: Handle) -> Mapping[str, int]:
+        """UUID of a GPU → bytes of its memory that the engine's processes hold, wherever on the ladder it is.
+
+        Empty where nothing runs, on the CPU, and where NVML cannot be asked; never raises.
+        """
 
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         """Write the engine to an image and end its processes; from any live rung.

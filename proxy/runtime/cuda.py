@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from proxy import gpu
 from proxy.errors import RuntimeFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.gpu import Gpus
 
@@ -33,6 +34,15 @@ class Cuda:
         """GPU memory that these processes hold, which a suspend moves to host memory."""
         return await self._gpus.held_bytes(pids) if self._gpus is not None else 0
 
+    async def held_by_gpu(self, pids: Callable[[], Sequence[int]]) -> Mapping[str, int]:
+        """UUID of a GPU → bytes of its memory that these processes hold; see `Runtime.gpu_bytes`.
+
+        `pids` is asked in a thread, and only where there is a GPU: it may read all of /proc.
+        """
+        if self._gpus is None or not self._gpus.measurable:
+            return {}
+        return await self._gpus.held_by_gpu(await asyncio.to_thread(pids))
+
     @property
     def usable(self) -> bool:
         """Whether CUDA processes can be suspended here."""
@@ -45,7 +55,9 @@ class Cuda:
         try:
             return bool(await self._gpus.suspend(pids))
         except gpu.GpuError as error:
-            raise RuntimeFailure(operation, f"CUDA: {error}", alive=error.alive) from error
+            raise RuntimeFailure(
+                operation, f"CUDA: {error}", alive=error.alive, leaked_bytes=error.leaked_bytes
+            ) from error
 
     async def before_dump(self, pids: Sequence[int], *, off_gpu: bool) -> bool:
         """CRIU cannot dump a process that is on a GPU; its plugin, if there is one, wants it there.

@@ -122,5 +122,6 @@ class KeepsImages(abc.ABC):
                     if not archived:
                         self._store.refuse(image)
                     continue
-                usable[image] = manifest, ImageFacts(manifest.sleep_level, manifest.canary, archived=archived)
+                facts = ImageFacts(manifest.sleep_level, manifest.canary, manifest.details, archived)
+                usable[image] = manifest, facts
         return usable

@@ -478,6 +478,13 @@ class PodmanRuntime(KeepsImages):
         await self._order(it, "unpause", "resume", "running")
         it.paused = False
 
+    async def gpu_bytes(self, handle: Handle) -> Mapping[str, int]:
+        """See `Runtime.gpu_bytes`."""
+        it = self._containers.get(handle.instance_id)
+        if it is None or it.pid is None:
+            return {}
+        return await self._cuda.held_by_gpu(partial(_tree, it))
+
     async def _order(self, it: _Container, verb: str, operation: str, wanted: str) -> None:
         async def order() -> None:
             try:

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -217,6 +218,13 @@ class ProcessRuntime(KeepsImages):
             return
         processes.send(processes.members(self._mark(handle.instance_id), engine.pid), signal.SIGCONT)
         engine.suspended = False
+
+    async def gpu_bytes(self, handle: Handle) -> Mapping[str, int]:
+        """See `Runtime.gpu_bytes`."""
+        engine = self._engines.get(handle.instance_id)
+        if engine is None or engine.pid is None:
+            return {}
+        return await self._cuda.held_by_gpu(partial(self._members, engine))
 
     # --- checkpointed ---
 

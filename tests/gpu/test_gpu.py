@@ -81,6 +81,7 @@ async def test_memory_comes_free_and_comes_back_with_its_content(gpus: Gpus, hol
     (before,) = [g for g in await gpus.memory() if g.index == 0]
     held = await gpus.held_bytes(pids)
     assert held > 2 * GIB
+    assert await gpus.held_by_gpu([1, *pids]) == {before.uuid: held}
     for _ in range(3):
         assert await gpus.suspend([1, *pids]) == pids
         assert await gpus.held_bytes(pids) <= MAX_LEFT_BYTES
@@ -89,6 +90,8 @@ async def test_memory_comes_free_and_comes_back_with_its_content(gpus: Gpus, hol
         assert before.used_bytes - suspended.used_bytes > held * 0.9
         assert await gpus.resume([1, *pids]) == pids
         assert [holder.ask(12345) for holder in holders] == [12345, 12345]
+    (after,) = (await gpus.held_by_gpu(pids)).values()
+    assert abs(after - held) < MAX_LEFT_BYTES
 
 
 async def test_a_process_that_is_killed_while_suspended_leaves_nothing(gpus: Gpus, holders: list[Holder]) -> None:
