@@ -13,7 +13,7 @@ import tomli_w
 import uvloop
 from pythonjsonlogger.json import JsonFormatter
 
-from proxy import __version__, checkpoint_commands, config, importenv, reference
+from proxy import __version__, checkpoint_commands, config, control_commands, importenv, reference
 from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
 from proxy.doctor.view import Host
@@ -175,7 +175,11 @@ def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> N
     ctx.exit(diagnosis.exit_status())
 
 
-cli.add_command(checkpoint_commands.group(checkpoint_commands.Wiring(_store, _runtimes)))
+_checkpoint = checkpoint_commands.group(checkpoint_commands.Wiring(_store, _runtimes))
+_checkpoint.add_command(control_commands.checkpoint_now)
+cli.add_command(_checkpoint)
+for _command in control_commands.COMMANDS:
+    cli.add_command(_command)
 
 
 def _log_to_stderr(log_format: str, level: str) -> None:

@@ -46,8 +46,9 @@ ENGINE_TABLES: Final = ("process", "podman")
 """The tables of a model that say what its engine is; each is the name of a runtime."""
 ENV_PREFIX = "WARMPOOL_"
 ENV_DELIMITER = "__"
-RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID"})
-"""Names with the prefix that are not keys: where the file is, and the mark on every engine process."""
+RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID", "WARMPOOL_URL", "WARMPOOL_TOKEN_FILE"})
+"""Names with the prefix that are not keys: where the file is, the mark on every engine process, and where the commands
+find a server."""
 
 MIN_HEARTBEAT_S: Final = 0.1
 

@@ -1,0 +1,240 @@
+"""The commands that talk to a running server, each against a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from proxy import status_table
+from proxy.cli import EXIT_HOST, cli
+from proxy.control import apply_patch
+from tests.served import Proxy
+from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, engine_model, why_no_criu
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+NEVER = {"sleeping": "never", "suspended": "never", "checkpointed": "never"}
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
+    """A server with a model `demo` that clients call org/Demo, and that never steps down by itself."""
+    settings = {
+        "runtime": {"process": {"ports": ENGINE_PORTS}},
+        "models": {"demo": engine_model(name="org/Demo", idle=NEVER)},
+    }
+    running = await Proxy(tmp_path / "served", settings=settings).listening()
+    yield running
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
+async def run(proxy: Proxy, *arguments: str) -> str:
+    """What a command prints; it must succeed."""
+    status, out, err = await attempt(proxy, *arguments)
+    assert status == 0, err
+    return out
+
+
+async def attempt(proxy: Proxy, *arguments: str) -> tuple[int, str, str]:
+    runner = CliRunner(env={"WARMPOOL_URL": proxy.url, "COLUMNS": "200"})
+    result = await asyncio.to_thread(runner.invoke, cli, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+
+async def test_the_ways_up_and_down(proxy: Proxy) -> None:
+    assert re.fullmatch(
+        r"demo-1: ready from stopped in [\d.]+ s \(start [\d.]+, load .*\)\n", await run(proxy, "wake", "demo")
+    )
+    assert await run(proxy, "wake", "org/Demo") == "demo-1: ready already\n"
+    assert await run(proxy, "suspend", "demo") == "demo-1: ready -> suspended\n"
+    assert await run(proxy, "suspend", "demo", "--instance", "demo-1") == "demo-1: suspended already\n"
+    assert await run(proxy, "stop", "demo", "--discard-golden-checkpoint") == "demo-1: suspended -> stopped\n"
+    assert await run(proxy, "stop", "demo") == "demo: stopped already\n"
+    assert await run(proxy, "wake", "demo", "--no-wait") == "demo: waking\n"
+    await proxy.until("ready")
+    assert await run(proxy, "suspend", "demo", "--no-wait") in (
+        "demo-1: ready -> suspended, under way\n", "demo-1: ready -> suspended\n",
+    )  # fmt: skip
+    await proxy.until("suspended")
+
+
+@pytest.mark.criu
+async def test_checkpoint_now_writes_an_image_that_wakes(proxy: Proxy) -> None:
+    if reason := why_no_criu():
+        pytest.skip(reason)
+    await run(proxy, "wake", "demo")
+    assert await run(proxy, "checkpoint", "now", "demo") == "demo-1: ready -> checkpointed\n"
+    checkpoints = json.loads(await run(proxy, "status", "--json"))["memory"]["checkpoints"]
+    (image,) = checkpoints["images"]
+    assert (image["image"], image["model"]) == ("demo-1", "demo")
+    assert image["bytes"] > 1 << 20
+    assert (await run(proxy, "wake", "demo")).startswith("demo-1: ready from checkpointed in ")
+
+
+async def test_drain_and_admit(proxy: Proxy) -> None:
+    assert await run(proxy, "drain", "demo") == "demo: closed to new requests; no request is left\n"
+    status, _, err = await attempt(proxy, "wake", "demo")
+    assert (status, "closed to new requests" in err) == (1, True)
+    assert "demo closed" in await run(proxy, "status")
+    assert await run(proxy, "admit", "demo") == "demo: open to requests\n"
+    assert await run(proxy, "drain") == "all models: closed to new requests; no request is left\n"
+    assert "The server is closed" in await run(proxy, "status")
+    assert await run(proxy, "admit") == "all models: open to requests\n"
+    await proxy.ask(model="org/Demo")
+
+
+async def test_status_for_people_and_for_programs(proxy: Proxy) -> None:
+    await run(proxy, "wake", "demo")
+    shown = await run(proxy, "status")
+    row = next(line for line in shown.splitlines() if "demo-1" in line)
+    assert re.search(r"demo +demo-1 +ready +0 +0 .*from stopped, \d+s ago", row)
+    assert "host memory:" in shown
+    assert json.loads(await run(proxy, "status", "org/Demo", "--json"))["tier"] == "ready"
+    status, _, err = await attempt(proxy, "status", "other")
+    assert (status, "no model 'other'; there are: demo" in err) == (1, True)
+
+
+async def test_what_the_server_refuses_is_said_in_its_words(proxy: Proxy) -> None:
+    status, out, err = await attempt(proxy, "suspend", "demo", "--instance", "demo-7")
+    assert (status, out) == (1, "")
+    assert err == "Error: 'demo' has no instance 'demo-7'; there are: none.\n"
+
+
+async def test_watch_follows_until_the_server_ends(proxy: Proxy) -> None:
+    environment = {**os.environ, "WARMPOOL_URL": proxy.url}
+    watching = await asyncio.create_subprocess_exec(
+        PYTHON, "-m", "proxy", "status", "demo", "--watch", "--json",
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    async with asyncio.timeout(PATIENCE_S):
+        assert json.loads(await watching.stdout.readline())["tier"] == "stopped"
+        await run(proxy, "wake", "demo")
+        while json.loads(await watching.stdout.readline())["tier"] != "ready":
+            pass
+    watching.send_signal(signal.SIGINT)
+    assert await watching.wait() == 0
+
+
+async def test_logs_print_what_the_engines_wrote_and_follow(proxy: Proxy) -> None:
+    configuration = str(proxy.folder / "warmpool.toml")
+    status, _, err = await attempt(proxy, "logs", "demo", "-c", configuration)
+    assert (status, "no log of any instance of demo" in err) == (1, True)
+    await run(proxy, "wake", "demo")
+    assert "listening on" in await run(proxy, "logs", "org/Demo", "-c", configuration)
+    assert await run(proxy, "logs", "demo", "-n", "0", "-c", configuration) == ""
+    following = await asyncio.create_subprocess_exec(
+        PYTHON, "-m", "proxy", "logs", "demo", "-f", "-n", "1", "-c", configuration,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert following.stdout is not None
+    assert following.stderr is not None
+    log = proxy.folder / "state" / "logs" / "demo-1.log"
+    async with asyncio.timeout(PATIENCE_S):
+        assert await following.stderr.readline() == b"==> demo-1 <==\n"
+        await following.stdout.readline()
+        with log.open("a") as file:
+            file.write("half a ")
+            file.flush()
+            file.write("line\n")
+        while await following.stdout.readline() != b"half a line\n":
+            pass
+        log.with_name("demo-2.log").write_text("another\n")
+        assert await following.stdout.readline() == b"another\n"
+        log.write_text("anew\n")
+        while await following.stdout.readline() != b"anew\n":
+            pass
+    following.send_signal(signal.SIGINT)
+    await following.communicate()
+    assert following.returncode == 0
+
+
+def test_without_a_server_the_commands_say_so() -> None:
+    for arguments in (["status"], ["wake", "demo"], ["drain"], ["status", "--watch"]):
+        result = CliRunner(env={"WARMPOOL_URL": "http://127.0.0.1:9"}).invoke(cli, arguments)
+        assert result.exit_code == EXIT_HOST
+        assert "no warmpool answers at http://127.0.0.1:9" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_the_configuration_leaves_open_has_to_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "warmpool.toml"
+    path.write_text('[server]\nport = 0\n[models.demo.process]\ncommand = ["x", "{port}"]\n')
+    result = CliRunner().invoke(cli, ["status", "-c", str(path)])
+    assert (result.exit_code, "--url" in result.stderr) == (EXIT_HOST, True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_options_and_models(shell: str, tmp_path: Path) -> None:
+    script = CliRunner().invoke(cli, ["completion", shell])
+    assert script.exit_code == 0
+    assert "_WARMPOOL_COMPLETE" in script.stdout
+    path = tmp_path / "warmpool.toml"
+    path.write_text('[models.demo.process]\ncommand = ["x", "{port}"]\n')
+    words = {
+        "wa": "wake",
+        "checkpoint no": "now",
+        "suspend --when-busy re": "refuse",
+        "wake de": "demo",
+        "wake --no": "--no-wait",
+    }
+    for typed, completed in words.items():
+        environment = {"_WARMPOOL_COMPLETE": f"{shell}_complete", "WARMPOOL_CONFIG": str(path)}
+        line = f"warmpool {typed}"
+        environment |= {
+            "COMP_WORDS": line,
+            "COMP_CWORD": typed.split()[-1] if shell == "fish" else str(line.count(" ")),
+        }
+        result = CliRunner(env=environment).invoke(cli, prog_name="warmpool")
+        assert completed in result.stdout, (typed, result.output)
+
+
+def test_the_table_shows_what_there_is() -> None:
+    instance: dict[str, Any] = {
+        "id": "demo-1", "state": "falling_asleep", "leases": 2, "ordered": "suspended", "next_step": None,
+        "last_used_unix_s": None, "last_wake": None,
+    }  # fmt: skip
+    model = {"draining": True, "queue": 3, "instances": [instance]}
+    gpu = {"index": 0, "name": "H100", "total_bytes": 80 << 30, "used_bytes": 12 << 30, "reserved_bytes": 0}
+    disk = {"path": "/tmpfs", "total_bytes": 8 << 30, "free_bytes": 6 << 30, "images": [{"bytes": 2 << 30}]}
+    shown = {"draining": False, "models": {"demo": model}, "gpus": [gpu], "memory": {"checkpoints": disk}}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_table.table(shown))
+    text = console.export_text()
+    for expected in (
+        "demo closed", "falling asleep", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
+        "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 images (/tmpfs)",
+    ):  # fmt: skip
+        assert expected in text, text
+
+
+def test_every_command_has_a_help_text() -> None:
+    def look(command: click.Command) -> None:
+        assert command.help, command.name
+        for parameter in command.params:
+            assert not isinstance(parameter, click.Option) or parameter.help, (command.name, parameter.name)
+        if isinstance(command, click.Group):
+            for inner in command.commands.values():
+                look(inner)
+
+    look(cli)
+
+
+def test_patches_leave_the_old_status_alone() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert apply_patch(old, {"a": {"b": None, "e": {"f": 1}}, "d": None}) == {"a": {"c": 2, "e": {"f": 1}}}
+    assert old == {"a": {"b": 1, "c": 2}, "d": 3}
