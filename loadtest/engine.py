@@ -26,6 +26,7 @@ import orjson
 from aiohttp import web
 
 from loadtest import engine_text as text
+from loadtest.engine_weights import Worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -114,6 +115,7 @@ class Engine:
         self.loaded = False
         self.sleep_level = 0
         self.weights_valid = True
+        self.worker = Worker(options.worker_extension_cls) if options.worker_extension_cls else None
         self.memory: list[bytes] = []
         self.children: list[subprocess.Popen[bytes]] = []
         self.scratch = [path.open("wb", buffering=0) for path in options.scratch]
@@ -462,6 +464,8 @@ class Engine:
         if level == "2":
             self.memory.clear()
             self.weights_valid = False
+            if self.worker is not None:
+                self.worker.lose()
         return web.Response()
 
     async def wake_up(self, request: web.Request) -> web.StreamResponse:
@@ -477,9 +481,19 @@ class Engine:
 
     async def collective_rpc(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
-        if not isinstance(body, dict) or body.get("method") != "reload_weights":
+        method = body.get("method") if isinstance(body, dict) else None
+        if self.worker is not None and isinstance(method, str) and method != "reload_weights":
+            try:
+                result = await asyncio.to_thread(self.worker.call, method)
+            except AttributeError as error:
+                raise _bad(str(error)) from error
+            self.weights_valid = self.worker.valid()
+            return _json({"results": [result]})
+        if method != "reload_weights":
             raise _bad("the only method here is reload_weights")
         await self.fill()
+        if self.worker is not None:
+            self.worker.load()
         self.weights_valid = True
         self.counters.loads += 1
         return _json({"results": [None]})
@@ -600,6 +614,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tokens-per-second", type=_number(0.001), default=100.0, help="of each stream")
     add("--max-num-seqs", type=_number(1, whole=True), default=256, help="streams at once; more wait in turn")
     add("--max-model-len", type=_number(16, whole=True), default=4096)
+    add("--worker-extension-cls", metavar="MODULE.CLASS")
     add("--sleep-mode", action=argparse.BooleanOptionalAction, default=False)
     add("--faults", action=argparse.BooleanOptionalAction, default=False)
     add("--processes", type=_number(1, whole=True), default=1, help="size of the process tree")

@@ -54,6 +54,7 @@ _PARTIAL: Final = ".partial"
 _FOR_ALL: Final = (Path("/dev/shm"), Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - never written to
 _OLD: Final = ".old.partial"
 _QUARANTINED: Final = ".quarantined"
+_WEIGHTS: Final = ".weights"
 _CHUNK_BYTES: Final = 4 << 20
 _MANIFEST_LIMIT_BYTES: Final = 16 << 20
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -177,6 +178,23 @@ class CheckpointStore:
         """The folder of one being written."""
         return self.root / (image + _PARTIAL)
 
+    def weights(self, image: str) -> Path:
+        """The folder for the copy of the weights that goes with an image; it is there.
+
+        It stays when the image goes, for containers have it mounted; its files do not.
+        """
+        path = self.root / (image + _WEIGHTS)
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def _forget_weights(self, image: str) -> None:
+        for path in (self.root / (image + _WEIGHTS)).glob("*"):
+            _delete(path)
+
+    def weights_bytes(self, image: str) -> int:
+        """The size of the copy."""
+        return sum(path.stat().st_size for path in (self.root / (image + _WEIGHTS)).glob("*"))
+
     def sweep(self) -> list[str]:
         """Delete what a crash left half-written; the names of what was deleted."""
         for old in self.root.glob(f"*{_OLD}"):
@@ -281,6 +299,7 @@ class CheckpointStore:
 
     def quarantine(self, image: str) -> None:
         """Set an image aside, in place of one that was set aside before."""
+        self._forget_weights(image)
         path = self.root / (image + _QUARANTINED)
         if self.path(image).exists():
             _delete(path)
@@ -288,6 +307,7 @@ class CheckpointStore:
 
     async def remove(self, image: str) -> None:
         """Delete an image, finished, partial or quarantined, if there is one."""
+        await asyncio.to_thread(self._forget_weights, image)
         for path in (self.path(image), self.partial(image), self.root / (image + _QUARANTINED)):
             if path.exists():
                 await asyncio.to_thread(_delete, path)

@@ -543,13 +543,23 @@ class ModelSettings(_Section):
     golden_sleep_level: Literal[1, 2] = Field(
         default=2,
         description="How an engine with a sleep mode sleeps until its checkpoint is written, and in it: 2 drops the "
-        "weights, which are loaded again when it is woken; 1 keeps them in memory, and so in the checkpoint. Once "
-        "there is a checkpoint, engines sleep at 1.",
+        "weights, which are loaded again when it is woken; 1 keeps them in memory, and so in the checkpoint.",
+    )
+    sleep_level: Literal[1, 2] = Field(
+        default=1,
+        description="How it sleeps once there is a checkpoint: 1 keeps the weights of each instance in pinned memory; "
+        "2, with weights_copy only, drops them, and all instances are woken from the one copy.",
     )
     weights: list[AbsolutePath] = Field(
         default=[],
         description="Folders with the model's *.safetensors on this host: read ahead while an engine is restored, so "
         "that its weights come from memory.",
+    )
+    weights_copy: bool = Field(
+        default=False,
+        description="vLLM with --enable-sleep-mode only: keep a copy of the weights, as they lie on the GPU, in "
+        "pool.checkpoint_dir, from which several threads bring them back, instead of having vLLM load them again. "
+        "Needs as much memory there as the weights take.",
     )
     keep: bool = Field(
         default=True,
@@ -573,6 +583,10 @@ class ModelSettings(_Section):
             raise ValueError(f"more than one engine: keep one of the tables {', '.join(tables)}")
         if self.min_ready > self.max_instances:
             raise ValueError(f"min_ready is {self.min_ready}, more than max_instances ({self.max_instances})")
+        if self.sleep_level == 2 and not self.weights_copy:
+            raise ValueError("sleep_level = 2 needs weights_copy: the weights would be read from files at every wake")
+        if self.weights_copy and self.golden_sleep_level != 2:
+            raise ValueError("weights_copy needs golden_sleep_level = 2: at 1 the checkpoint holds the weights already")
         if self.max_instances > 1:
             self._check_several()
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from proxy.config import WarmupSettings
     from proxy.instance import Stages
+
+log = logging.getLogger("warmpool.engine")
 
 CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
 CANARY_TOKENS = 16
@@ -194,18 +197,51 @@ class EngineClient:
         """Put the engine to sleep: level 1 keeps the weights in host RAM, level 2 drops them."""
         await self._command("sleep", f"/sleep?level={level}")
 
-    async def wake_up(self, level: int, stages: Stages) -> None:
-        """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again."""
+    async def save_weights(self) -> int:
+        """Have vLLM's workers keep a copy of their weights; its bytes. See proxy/inside/warmpool_vllm.py."""
+        return await self._weights("save_weights", "warmpool_save_weights")
+
+    async def _weights(self, stage: str, method: str) -> int:
+        status, body = await self._call(stage, "POST", "/collective_rpc", json={"method": method})
+        answer = _json(body)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if status != 200 or not isinstance(results, list) or not results:
+            raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}")
+        total = 0
+        for result in results:
+            if not isinstance(result, dict) or not isinstance(result.get("bytes"), int):
+                reason = result.get("error") if isinstance(result, dict) else result
+                raise EngineError(stage, f"{method}: {str(reason)[:300]}")
+            total += result["bytes"]
+        return total
+
+    async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:
+        """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again.
+
+        `copied`: from the copy of `save_weights`; where that fails, as the engine does it. False says that it failed.
+        """
         if level < 2:
             with stages.measure("wake_up"):
                 await self._command("wake_up", "/wake_up")
-            return
+            return True
         with stages.measure("wake_up"):
             await self._command("wake_up", "/wake_up?tags=weights")
-        with stages.measure("reload_weights"):
-            await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
+        good = not copied or await self._load_copy(stages)
+        if not copied or not good:
+            with stages.measure("reload_weights"):
+                await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
         with stages.measure("wake_up"):
             await self._command("wake_up", "/wake_up?tags=kv_cache")
+        return good
+
+    async def _load_copy(self, stages: Stages) -> bool:
+        try:
+            with stages.measure("load_weights"):
+                await self._weights("load_weights", "warmpool_load_weights")
+        except EngineError as error:
+            log.warning("%s: the copy of the weights cannot be used, they are loaded again: %s", self.base_url, error)
+            return False
+        return True
 
     async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
         status, body = await self._call(stage, "POST", path, json=json)

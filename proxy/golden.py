@@ -165,13 +165,17 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
         if model.canary != "never":
             with steps.step("canary"):
                 canary = await client.canary()
-        level = 0
+        level, copied = 0, 0
         if await client.is_sleeping() is not None:
+            if model.weights_copy:
+                with steps.step("weights"):
+                    copied = await client.save_weights()
             with steps.step("sleep"):
                 level = model.golden_sleep_level
                 await client.sleep(level)
     making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
-    return ImageFacts(level, canary, {"warmup": warmup, "making_s": making_s})
+    details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied}
+    return ImageFacts(level, canary, details)
 
 
 @contextlib.asynccontextmanager
@@ -220,7 +224,7 @@ async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: 
             await client.wait_healthy(shop.model.health.path, shop.model.health.interval)
         if manifest.sleep_level:
             with steps.step("wake_up"):
-                await client.wake_up(manifest.sleep_level, Stages())
+                await client.wake_up(manifest.sleep_level, Stages(), copied=shop.model.weights_copy)
         if manifest.canary is None:
             return False
         with steps.step("canary"):

@@ -14,7 +14,7 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from proxy import policy, weights
 from proxy.engine import EngineClient
@@ -73,6 +73,8 @@ class _Image:
     canary_checked: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever writes it or moves it."""
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes the copy of the weights."""
 
 
 class Order:
@@ -108,6 +110,8 @@ class Order:
 class _Slot:
     """An instance with what the pool holds of it."""
 
+    # "good": there is a copy of the weights that fits this engine; "lost": there was one.
+
     instance: Instance
     image: _Image
     handle: Handle | None = None
@@ -119,6 +123,7 @@ class _Slot:
     canary: str | None = None
     """What the running engine answers."""
     warmup: list[dict[str, float]] = field(default_factory=list)
+    weights_copy: Literal["none", "good", "lost"] = "none"
     failed_steps: int = 0
     """Steps down that failed without harm, in a row."""
     discards_image: bool = False
@@ -946,7 +951,7 @@ class Pool:
             slot.warmup = await _unless_it_ends(slot, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
             instance.barred.add(Tier.SLEEPING)
-        slot.canary = None
+        slot.canary, slot.weights_copy = None, "none"
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
             with stages.measure("canary"):
                 slot.canary = await _unless_it_ends(slot, client.canary())
@@ -964,6 +969,7 @@ class Pool:
             self._attach(model, slot, await model.runtime.restore(_handle(slot), stages))
         instance.sleep_level = image.sleep_level
         slot.canary = image.canary
+        slot.weights_copy = "good" if settings.weights_copy else "none"
         self._watch(model, slot)
         client = _client(slot)
         with stages.measure("health"):
@@ -987,14 +993,16 @@ class Pool:
         """Bring the weights into memory beside the restore, for an engine that has to load them again."""
 
         async def read() -> None:
-            if image.sleep_level == _DEEPEST_SLEEP and model.settings.weights:
+            if image.sleep_level == _DEEPEST_SLEEP and model.settings.weights and not model.settings.weights_copy:
                 await asyncio.to_thread(weights.read_ahead, model.settings.weights)
 
         return self._spawn(f"read the weights of {model.key}", read())
 
     async def _wake_up(self, slot: _Slot, stages: Stages) -> None:
         if slot.instance.sleep_level:
-            await _unless_it_ends(slot, _client(slot).wake_up(slot.instance.sleep_level, stages))
+            level, copied = slot.instance.sleep_level, slot.weights_copy == "good"
+            if not await _unless_it_ends(slot, _client(slot).wake_up(level, stages, copied=copied)):
+                slot.weights_copy = "lost"
             slot.instance.sleep_level = 0
 
     async def _clear_away(self, model: _Model, slot: _Slot, tier: Tier) -> None:
@@ -1120,9 +1128,26 @@ class Pool:
             # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
             wanted = Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
             yet_to_come = wanted and not slot.image.present
-            level = model.settings.golden_sleep_level if yet_to_come else 1
+            level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
+            if slot.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
+                await self._copy_weights(slot)
+            if level == _DEEPEST_SLEEP and not yet_to_come and slot.weights_copy != "good":
+                level = 1
             await _client(slot).sleep(level)
             slot.instance.sleep_level = level
+
+    async def _copy_weights(self, slot: _Slot) -> None:
+        """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""
+        if slot.instance.evicted and slot.weights_copy == "lost":
+            return  # somebody waits for its place
+        async with slot.image.copying:
+            try:
+                written = await _client(slot).save_weights()
+            except EngineError as error:
+                log.warning("%s: no copy of its weights: %s", slot.instance.id, error)
+                return
+        slot.weights_copy = "good"
+        log.info("%s: %.2f GiB of weights copied", slot.instance.id, written / (1 << 30))
 
     async def _to_image(self, model: _Model, slot: _Slot, origin: Tier) -> None:
         """End the processes; where there is no image yet, write one before."""

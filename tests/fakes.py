@@ -89,6 +89,8 @@ class FakeRuntime:
         self.processes: dict[str, Process] = {}
         self.images: dict[str, Image] = {}
         self.quarantined: dict[str, Image] = {}
+        self.copies: set[int] = set()
+        """Of weights, by the boot of the engine that wrote them."""
         self.handles: dict[str, Handle] = {}
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, asyncio.Event] = {}
@@ -311,12 +313,28 @@ class FakeEngine:
         process.sleep_level = level
         self.runtime.weigh(self.handle)
 
-    async def wake_up(self, level: int, stages: Stages) -> None:
+    async def save_weights(self) -> int:
+        process = self._process("save_weights")
+        await self.runtime._enter("save_weights")
+        self.runtime.copies.add(process.boot)
+        return 1 << 20
+
+    async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:
         process = self._process("wake_up")
         with stages.measure("wake_up"):
             await self.runtime._enter("wake_up")
         process.sleep_level = 0
         self.runtime.weigh(self.handle)
+        if level < 2:
+            return True
+        good = copied and process.boot in self.runtime.copies
+        if not good:
+            with stages.measure("reload_weights"):
+                await self.runtime._enter("reload_weights")
+            return not copied
+        with stages.measure("load_weights"):
+            await self.runtime._enter("load_weights")
+        return True
 
     async def disconnect(self) -> None:
         self.connected = False

@@ -11,6 +11,7 @@ import pytest
 
 from proxy.config import CriuSettings, ModelSettings
 from proxy.runtime import container
+from proxy.runtime.files import write_if_other
 
 PLAIN = {"image": "localhost/x", "command": ["--port", "{port}", "--host", "{host}", "--name", "{model}"]}
 
@@ -174,11 +175,11 @@ def test_podmans_own_profile_is_left_alone_where_it_forbids_io_uring(tmp_path: P
 
 
 def test_a_file_is_written_once(tmp_path: Path) -> None:
-    path = container.write_if_other(tmp_path / "a" / "file", b"x", mode=0o700)
+    path = write_if_other(tmp_path / "a" / "file", b"x", mode=0o700)
     before = path.stat()
     assert before.st_mode & 0o777 == 0o700
-    container.write_if_other(path, b"x")
+    write_if_other(path, b"x")
     assert path.stat().st_ino == before.st_ino
-    container.write_if_other(path, b"y")
+    write_if_other(path, b"y")
     assert path.read_bytes() == b"y"
     assert [p.name for p in path.parent.iterdir()] == ["file"]

@@ -21,6 +21,7 @@ from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
 
 
 class Running:
@@ -246,6 +247,42 @@ async def test_the_client_sleeps_wakes_and_asks(start: Any) -> None:
             await client.canary()
         await client.wake_up(level, Stages())
         assert await client.canary() == before
+    await client.disconnect()
+
+
+async def test_the_client_has_weights_saved_and_brought_back(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARMPOOL_WEIGHTS", str(tmp_path))
+    engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.inside.warmpool_vllm.Weights")
+    client = EngineClient(engine.url, "demo")
+    before = await client.canary()
+    stages = Stages()
+    await client.sleep(2)
+    assert not await client.wake_up(2, stages, copied=True), "there is no copy yet"
+    assert await client.canary() == before, "loaded in the engine's own way instead"
+    assert {"wake_up", "load_weights", "reload_weights"} == set(stages.seconds)
+    assert await client.save_weights() == (256 << 10) + 17
+    loads = (await engine.state())["loads"]
+    stages = Stages()
+    await client.sleep(2)
+    assert await client.wake_up(2, stages, copied=True)
+    assert await client.canary() == before
+    assert {"wake_up", "load_weights"} == set(stages.seconds)
+    assert (await engine.state())["loads"] == loads
+    await client.disconnect()
+
+
+async def test_an_engine_without_the_extension_says_so(
+    start: Any,
+) -> None:
+    engine = await start("--sleep-mode")
+    client = EngineClient(engine.url, "demo")
+    with pytest.raises(EngineError, match="save_weights: POST /collective_rpc answered 400"):
+        await client.save_weights()
+    await client.sleep(2)
+    assert not await client.wake_up(2, Stages(), copied=True)
+    assert await client.canary() is not None
     await client.disconnect()
 
 

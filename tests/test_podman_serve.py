@@ -85,6 +85,29 @@ async def test_from_a_cold_start_to_restores_through_the_openai_package(host: Ho
     assert median(own_ms) < median(others_ms) / 4, "the proxy's own part of a restore"
 
 
+async def test_weights_come_back_from_the_copy_beside_the_checkpoint(host: Host, client_of: Any, images: Path) -> None:
+    proxy = await host.serve("--memory", "8MiB", weights_copy=True, sleep_level=2)
+    async with client_of(proxy) as client:
+        _, _, _, text = await first_token(client)
+        await proxy.until("checkpointed")
+        for _ in range(2):
+            _, tier, stages, again = await first_token(client)
+            assert (tier, again) == ("checkpointed", text)
+            assert "load_weights" in stages
+            assert "reload_weights" not in stages
+            await proxy.until("checkpointed")
+        for file in (images / "demo.weights").iterdir():
+            file.unlink()
+        _, _, stages, again = await first_token(client)
+        assert again == text
+        assert "reload_weights" in stages
+        await proxy.until("checkpointed")
+        assert len([*(images / "demo.weights").iterdir()]) == 2, "written again"
+        _, _, stages, again = await first_token(client)
+        assert again == text
+        assert "reload_weights" not in stages
+
+
 async def test_three_requests_at_once_are_answered_by_three_clones(host: Host) -> None:
     # Answers that take longer than a restore, or the first instance to be ready would give two of them.
     proxy = await host.serve("--tokens-per-second", "40", max_instances=3, max_concurrency=1)

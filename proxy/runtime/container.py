@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from proxy.runtime.files import write_if_other
 from proxy.runtime.ports import LOOPBACK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from proxy.config import CriuSettings, ModelSettings, PodmanEngineSettings
 
@@ -43,7 +44,8 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     engine = engine_of(model)
     plain = engine.model_dump(mode="json", exclude={"env", "criu"})
     environment = {name: value.get_secret_value() for name, value in engine.env.items()}
-    return hashlib.sha256(orjson.dumps([key, model.name, plain, environment], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    parts = [key, model.name, plain, environment, *(["weights_copy"] * model.weights_copy)]
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def specification(
@@ -57,8 +59,12 @@ def specification(
     criu_config: Path,
     seccomp: Path | None,
     log: Path,
+    mounts: Iterable[tuple[str, str, bool]] = (),
+    arguments: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The body of `POST /libpod/containers/create`; `host_port` for a container on the host's network.
+
+    `environment`, `mounts` (source, target, writable) and `arguments` of the command are added to the model's own.
 
     No port is published: an engine is reached at its address on podman's bridge, which only this host has a route to.
     """
@@ -72,11 +78,14 @@ def specification(
     spec: dict[str, Any] = {
         "name": name,
         "image": engine.image,
-        "command": [_fill(argument, values) for argument in engine.command],
+        "command": [*(_fill(argument, values) for argument in engine.command), *arguments],
         "env": {n: v.get_secret_value() for n, v in engine.env.items()} | dict(environment),
         "labels": {LABEL + n: v for n, v in labels.items()},
         "annotations": {CRIU_CONFIG: str(criu_config)},
-        "mounts": [_mount(v.source, v.target, v.writable) for v in engine.volumes if v.source.startswith("/")],
+        "mounts": [
+            *(_mount(v.source, v.target, v.writable) for v in engine.volumes if v.source.startswith("/")),
+            *(_mount(source, Path(target), writable) for source, target, writable in mounts),
+        ],
         "volumes": [
             {"Name": v.source, "Dest": str(v.target), "Options": ["rw" if v.writable else "ro"]}
             for v in engine.volumes
@@ -161,17 +170,6 @@ def seccomp_profile(engine: PodmanEngineSettings, folder: Path, default: Path) -
         call["names"] = [name for name in call["names"] if name not in IO_URING]
     profile["syscalls"].append({"names": [*IO_URING], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS})
     return write_if_other(folder / "seccomp.json", orjson.dumps(profile))
-
-
-def write_if_other(path: Path, content: bytes, *, mode: int = 0o600, folder_mode: int = 0o700) -> Path:
-    """Make a file have this content, beside and renamed; nothing is done when it has it."""
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(mode=folder_mode, parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".new")
-        beside.write_bytes(content)
-        beside.chmod(mode)
-        beside.replace(path)
-    return path
 
 
 def engine_of(model: ModelSettings) -> PodmanEngineSettings:

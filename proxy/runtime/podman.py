@@ -25,9 +25,10 @@ from proxy import host
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import container, criu, ports, processes
+from proxy.runtime import container, criu, inside, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
+from proxy.runtime.files import write_if_other
 from proxy.runtime.images import KeepsImages
 from proxy.runtime.podman_api import Podman, PodmanError
 
@@ -48,6 +49,9 @@ SHARED_MEMORY: Final = "devshm.tar"
 _BUNDLE_SHARED_MEMORY: Final = "devshm-checkpoint.tar"
 """podman's name for the content of /dev/shm (libpod/container_internal_linux.go)."""
 _SETTLE_S: Final = 5.0
+# In the container: what is run in vLLM, and the copies of its weights.
+_EXTENSION: Final = "/opt/warmpool"
+_WEIGHTS: Final = "/run/warmpool-weights"
 _CRUN_WITH_ANNOTATION: Final = (1, 26)
 _HOST_CRIU_CONFIG: Final = Path("/etc/criu/default.conf")
 _TAR: Final = ("tar", "--xattrs", "--xattrs-include=*", "--numeric-owner")
@@ -161,7 +165,7 @@ class PodmanRuntime(KeepsImages):
         """Start podman's service again, with an OCI runtime that looks for the CRIU programs of the user's own."""
         folder = self._claim.folder / "oci"
         text = container.runtime_wrapper(self._oci_program, folder)
-        wrapper = container.write_if_other(folder / Path(self._oci_program).name, text.encode(), mode=0o700)
+        wrapper = write_if_other(folder / Path(self._oci_program).name, text.encode(), mode=0o700)
         for program in self._criu_programs:
             self._criu_versions[program], reason = await criu.why_not(str(program))
             if reason is not None:
@@ -305,7 +309,16 @@ class PodmanRuntime(KeepsImages):
 
     async def _create_anew(self, it: _Container) -> Any:
         await self._delete(it.name)
-        return await self._podman.post("/containers/create", self._specification(it))
+        return await self._podman.post("/containers/create", self._specification(it, await self._python_path(it)))
+
+    async def _python_path(self, it: _Container) -> dict[str, str]:
+        """The variable PYTHONPATH that the engine would have without us, where something is added to it."""
+        engine = container.engine_of(it.model)
+        if not it.model.weights_copy or "PYTHONPATH" in engine.env:
+            return {name: value.get_secret_value() for name, value in engine.env.items() if name == "PYTHONPATH"}
+        image = await self._podman.get(f"/images/{engine.image}/json")
+        pairs = (entry.partition("=") for entry in (image.get("Config") or {}).get("Env") or ())
+        return {name: value for name, _, value in pairs if name == "PYTHONPATH"}
 
     async def _is_missing(self, path: str) -> bool:
         """Whether podman says that there is no such thing."""
@@ -315,7 +328,7 @@ class PodmanRuntime(KeepsImages):
             return error.status == 404
         return False
 
-    def _specification(self, it: _Container) -> dict[str, Any]:
+    def _specification(self, it: _Container, python_path: Mapping[str, str]) -> dict[str, Any]:
         engine = container.engine_of(it.model)
         key = it.handle.model
         folder = self._claim.folder / "podman"
@@ -323,10 +336,18 @@ class PodmanRuntime(KeepsImages):
         dispatcher = None
         if scripts:
             text = container.action_dispatcher(scripts)
-            dispatcher = container.write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
+            dispatcher = write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
         options = container.criu_options(engine.criu, dispatcher)
         if not self._annotated:
             _write_host_criu_config(options)
+        environment = {processes.MARK: self._mark(it.handle.instance_id)}
+        mounts: list[tuple[str, str, bool]] = []
+        arguments: tuple[str, ...] = ()
+        if it.model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
+            environment |= inside.environment(_EXTENSION, _WEIGHTS, python_path)
+            copies = self._store.weights(self._image(it.handle))
+            mounts = [(str(inside.folder(self._claim.folder)), _EXTENSION, False), (str(copies), _WEIGHTS, True)]
+            arguments = inside.ARGUMENTS
         return container.specification(
             name=it.name,
             key=key,
@@ -339,8 +360,10 @@ class PodmanRuntime(KeepsImages):
                 "spec": it.spec_digest,
                 "port": str(it.handle.port),
             },
-            environment={processes.MARK: self._mark(it.handle.instance_id)},
-            criu_config=container.write_if_other(folder / f"{key}.criu.conf", options.encode()),
+            environment=environment,
+            mounts=mounts,
+            arguments=arguments,
+            criu_config=write_if_other(folder / f"{key}.criu.conf", options.encode()),
             seccomp=container.seccomp_profile(engine, folder, self._default_seccomp),
             log=self._claim.log_path(it.handle.instance_id),
         )
@@ -626,6 +649,8 @@ class PodmanRuntime(KeepsImages):
                 await self._reset_rootfs(it)
         except (StoreError, PodmanError, OSError) as error:
             raise RuntimeFailure("restore", str(error)) from error
+        if it.model.weights_copy:
+            self._store.weights(image)  # mounted, and gone after a reboot
         began = time.perf_counter()
         try:
             answer = await self._bring_up_from(it, folder)
@@ -910,6 +935,6 @@ def _write_host_criu_config(options: str) -> None:
             if lacking:
                 log.warning("%s is not warmpool's and lacks: %s", _HOST_CRIU_CONFIG, ", ".join(lacking))
             return
-        container.write_if_other(_HOST_CRIU_CONFIG, options.encode(), folder_mode=0o755, mode=0o644)
+        write_if_other(_HOST_CRIU_CONFIG, options.encode(), folder_mode=0o755, mode=0o644)
     except OSError as error:
         log.warning("%s: %s", _HOST_CRIU_CONFIG, error.strerror)

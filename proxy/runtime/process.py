@@ -26,7 +26,7 @@ import orjson
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import criu, launch, ports, processes
+from proxy.runtime import criu, inside, launch, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
@@ -123,10 +123,15 @@ class ProcessRuntime(KeepsImages):
             "python": sys.executable,
         }
         command = [_fill(argument, values) for argument in model.process.command]
+        given = {name: value.get_secret_value() for name, value in model.process.env.items()}
+        if model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
+            command += inside.ARGUMENTS
+            copies = str(self._store.weights(self._image(handle)))
+            given |= inside.environment(str(inside.folder(self._claim.folder)), copies, {**os.environ, **given})
         directory = str(model.process.cwd or Path.cwd())
         environment = {
             **os.environ,
-            **{name: value.get_secret_value() for name, value in model.process.env.items()},
+            **given,
             processes.MARK: self._mark(instance_id),
         }
         if shutil.which(command[0], path=environment.get("PATH")) is None:
@@ -365,6 +370,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
     environment = {name: value.get_secret_value() for name, value in model.process.env.items()}
     parts = [key, model.name, model.process.command, environment, str(model.process.cwd), sys.executable]
+    parts += ["weights_copy"] * model.weights_copy
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
