@@ -54,6 +54,9 @@ class Sample:
     stages_ms: dict[str, float]
     text: str
     gpu_bytes: int = 0
+    """GPU memory in use after the answer."""
+    resting_gpu_bytes: int = 0
+    """And before the request, by everything on the GPU."""
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Report:
     machine: dict[str, Any]
     create: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    after_swaps: dict[str, Any] = field(default_factory=dict)
+    """What `/admin/status` said at the end of the swaps."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -130,6 +135,12 @@ def gpu_bytes() -> int:
         pynvml.nvmlInit()
         return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
     return 0
+
+
+def creep(used: list[int]) -> float:
+    """The slope of a series of memory readings, in bytes a step (Theil-Sen: the median of the slopes of all pairs)."""
+    pairs = ((i, j) for j in range(len(used)) for i in range(j))
+    return statistics.median((used[j] - used[i]) / (j - i) for i, j in pairs)
 
 
 def output_of(*command: str) -> str:
@@ -208,7 +219,10 @@ class Bench:
                 self.keep(await server.ask("first", self.name(key)), key)
             for _ in range(count):
                 await server.until(key, rung)
-                self.keep(await server.ask(rung, self.name(key)), key)
+                resting = gpu_bytes()
+                sample = await server.ask(rung, self.name(key))
+                sample.resting_gpu_bytes = resting
+                self.keep(sample, key)
             if rung == "checkpointed":
                 return
             await server.until(key, rung)
@@ -228,6 +242,8 @@ class Bench:
                         await asyncio.sleep(0.02)
                 if self.options.settle:
                     await server.until(other, "suspended")
+            async with server.session.get("/admin/status") as response:
+                self.report.after_swaps = orjson.loads(await response.read())
 
     async def run(self) -> int:
         """All phases that were asked for; what fails is noted, and the next one is tried."""
@@ -266,6 +282,9 @@ class Bench:
             stages = ", ".join(f"{n} {statistics.median(s.stages_ms.get(n, 0) for s in mine):.0f} ms" for n in names)
             middle, least, most = statistics.median(ttft), min(ttft), max(ttft)
             lines.append(f"| {rung} | {len(mine)} | **{middle:.3f} s** | {least:.3f} | {most:.3f} | {stages} |")
+            used = [s.resting_gpu_bytes or s.gpu_bytes for s in mine]
+            if len(mine) > 20 and all(used):
+                lines.append(f"GPU memory over {len(mine)} cycles: {creep(used) / 2**20:+.2f} MiB a cycle")
         return "\n".join([*lines, *(f"PROBLEM {p}" for p in self.report.problems)])
 
 

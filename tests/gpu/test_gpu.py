@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
-from proxy.gpu import MAX_LEFT_BYTES, Gpus, ProcessState
+from proxy.gpu import MAX_LEFT_BYTES, Gpus, Nvml, ProcessState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,3 +103,64 @@ async def test_a_process_that_is_killed_while_suspended_leaves_nothing(gpus: Gpu
     one.end()
     assert await gpus.states([one.process.pid]) == {}
     assert holders[1].ask(7) == 7
+
+
+async def test_a_process_goes_on_on_another_gpu(gpus: Gpus, holders: list[Holder]) -> None:
+    memory = await gpus.memory()
+    if len(memory) < 2:
+        pytest.skip("one GPU")
+    pid = holders[0].process.pid
+    first, second = (_uuid(gpu.uuid) for gpu in memory[:2])
+    rest = [(_uuid(gpu.uuid), _uuid(gpu.uuid)) for gpu in memory[2:]]
+    for there, back in ((0, 1), (1, 0)):
+        assert [*await gpus.held_by_gpu([pid])] == [memory[there].uuid]
+        await gpus.suspend([pid])
+        # The pairs name every GPU the process could see, in use or not (cuda.h, CUcheckpointRestoreArgs).
+        await gpus.resume([pid], [(first, second), (second, first), *rest])
+        assert holders[0].ask(4711) == 4711
+        assert [*await gpus.held_by_gpu([pid])] == [memory[back].uuid]
+
+
+def _uuid(name: str) -> bytes:
+    return bytes.fromhex(name.removeprefix("GPU-").replace("-", ""))
+
+
+_WORKER = """
+import ctypes, json, sys, types, torch
+from proxy.inside import warmpool_vllm
+path = next(line.split()[-1] for line in open("/proc/self/maps") if "libcudart" in line)
+runtime = ctypes.CDLL(path)
+runtime.cudaMemcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def copy(target, source, size):
+    assert runtime.cudaMemcpy(target, source, size, 4) == 0  # cudaMemcpyDefault
+weights = [torch.randint(-(2**31), 2**31 - 1, (size,), dtype=torch.int32, device="cuda") for size in (1 << 28, 12345)]
+data = {w.data_ptr(): types.SimpleNamespace(tag="weights", handle=(0, w.nbytes, w.data_ptr(), 0)) for w in weights}
+cumem = types.ModuleType("vllm.device_allocator.cumem")
+cumem.CuMemAllocator = types.SimpleNamespace(get_instance=lambda: types.SimpleNamespace(pointer_to_data=data))
+cumem.libcudart = types.SimpleNamespace(cudaMemcpy=copy)
+sys.modules["vllm.device_allocator.cumem"] = cumem
+before = [w.clone() for w in weights]
+worker = warmpool_vllm.Weights()
+saved = worker.warmpool_save_weights()
+for w in weights: w.zero_()
+torch.cuda.synchronize()
+loaded = worker.warmpool_load_weights()
+pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+print(json.dumps([saved, loaded, all(torch.equal(a, b) for a, b in zip(before, weights)), pinned]))
+"""
+
+
+def test_weights_go_to_a_file_and_come_back(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WORKER], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2], env={**os.environ, "WARMPOOL_WEIGHTS": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved, loaded, equal, pinned = orjson.loads(done.stdout.splitlines()[-1])
+    assert saved["bytes"] == loaded["bytes"] == (1 << 30) + 4 * 12345
+    assert equal
+    assert pinned == 0, "no pinned memory stays for the next checkpoint"
+
+
+def test_nvml_says_what_a_gpu_is_called() -> None:
+    assert all(gpu.uuid.startswith("GPU-") and len(_uuid(gpu.uuid)) == 16 for gpu in Nvml().gpus())
