@@ -8,16 +8,15 @@ own, because every one of them must be closed before the engine is checkpointed.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import time
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
 
 from proxy.errors import EngineError
+from proxy.upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,19 +33,26 @@ CANARY_TOKENS = 16
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
 _JSON = {"Content-Type": "application/json"}
-_SEND_AT_ONCE_BYTES = 256 << 10
 
 
 class EngineClient:
     """A client of one engine. Methods raise EngineError with the stage and the reason."""
 
     def __init__(self, base_url: str, served_name: str, *, response_timeout_s: float | None = None) -> None:
-        self.base_url = base_url
         self.served_name = served_name
+        self.upstream = Upstream(base_url, response_timeout_s)
+        """The connections that clients' requests go over."""
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
         self._session: aiohttp.ClientSession | None = None
-        self._asking: set[asyncio.Timeout] = set()
-        self._answering: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
+
+    @property
+    def base_url(self) -> str:
+        """Where the engine is; it may be elsewhere after a restore."""
+        return self.upstream.base_url
+
+    @base_url.setter
+    def base_url(self, base_url: str) -> None:
+        self.upstream.move(base_url)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -59,39 +65,10 @@ class EngineClient:
             )
         return self._session
 
-    async def request(
-        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None
-    ) -> aiohttp.ClientResponse:
-        """Send a client's request as it is and return when the answer's headers are there.
-
-        Raises aiohttp.ClientError or TimeoutError; the caller decides what that means for the request.
-        """
-        # aiohttp sends a file in pieces, and bytes at once, which would hold up the loop where there are many.
-        data = io.BytesIO(body) if body is not None and len(body) > _SEND_AT_ONCE_BYTES else body
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-                self._asking.add(scope)
-                response = await self._connected().request(
-                    method, self.base_url + path, headers=headers, data=data, allow_redirects=False
-                )
-        except TimeoutError:
-            if scope.expired():
-                raise aiohttp.ClientConnectionError("the engine was disconnected") from None
-            raise
-        finally:
-            self._asking.discard(scope)
-        self._answering.add(response)
-        return response
-
     async def disconnect(self) -> None:
         """Close every connection to the engine; the next request opens new ones. Requests in flight fail."""
-        # Closing the session alone would leave whoever reads from it waiting for ever (aiohttp 3.14).
-        for scope in [*self._asking]:
-            scope.reschedule(asyncio.get_running_loop().time())
-        for response in [*self._answering]:
-            response.close()
         session, self._session = self._session, None
+        await self.upstream.disconnect()
         if session is not None:
             await session.close()
             await asyncio.sleep(0)  # the transports close on the loop's next turn

@@ -17,11 +17,14 @@ from loadtest import engine_text as text
 from proxy.engine import EngineClient
 from proxy.errors import EngineError
 from proxy.instance import Stages
+from proxy.upstream import ExchangeError
 from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
+
+    from proxy.upstream import Exchange
 
 
 class Running:
@@ -329,19 +332,24 @@ async def test_disconnecting_fails_what_is_in_flight(start: Any) -> None:
     client = client_of(engine)
     ask = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
 
-    def post(**more: Any) -> Coroutine[Any, Any, aiohttp.ClientResponse]:
-        return client.request("POST", "/v1/completions", headers={}, body=orjson.dumps({**ask, **more}))
+    def post(**more: Any) -> Coroutine[Any, Any, Exchange]:
+        return client.upstream.exchange("POST", "/v1/completions", [], orjson.dumps({**ask, **more}))
+
+    async def drain() -> None:
+        return
 
     answering = await post()
-    reading = asyncio.create_task(answering.read())
+    answering.start(framed=False)
+    reading = asyncio.create_task(answering.pass_on(lambda _: False, drain))
     asking = asyncio.create_task(post(vllm_xargs={"fault": "hang"}))
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.state())["running"] < 2:
             await asyncio.sleep(0.01)
     await client.disconnect()
     for task in (reading, asking):
-        with pytest.raises(aiohttp.ClientError):
+        with pytest.raises(ExchangeError, match="disconnected"):
             await asyncio.wait_for(task, PATIENCE_S)
+    assert client.upstream.connections == 0
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.state())["running"]:
             await asyncio.sleep(0.01)

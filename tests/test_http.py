@@ -99,13 +99,13 @@ async def test_credentials_stay_here_and_hop_by_hop_headers_too(front: Front, mo
     await front.post("/v1/completions", ASK)
     client = next(iter(front.pool._models["demo"].slots.values())).client
     assert client is not None
-    original = client.request
+    original = client.upstream.exchange
 
-    async def spy(method: str, path: str, **options: Any) -> Any:
-        seen.append({k.lower(): v for k, v in options["headers"].items()})
-        return await original(method, path, **options)
+    async def spy(method: str, target: str, fields: Any, body: bytes | None) -> Any:
+        seen.append({name.decode().lower(): value.decode() for name, value in fields})
+        return await original(method, target, fields, body)
 
-    monkeypatch.setattr(client, "request", spy)
+    monkeypatch.setattr(client.upstream, "exchange", spy)
     headers = {
         "Authorization": "Bearer sk-secret",
         "X-Api-Key": "sk-secret",

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Final, Self
 
-from aiohttp import web
+from proxy import http1
+from proxy.web.answer import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
+
+    from aiohttp import web
 
 COMMENT: Final = b": waiting for the model\n\n"
 HEADERS: Final = {
@@ -31,7 +34,7 @@ class Heartbeat:
         self._every_s = every_s
         self._headers = headers
         self._stopping = asyncio.Event()
-        self._response: web.StreamResponse | None = None
+        self._answer: Answer | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -46,21 +49,22 @@ class Heartbeat:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def stop(self) -> web.StreamResponse | None:
+    async def stop(self) -> Answer | None:
         """Send no more, and return what was begun: the rest of the answer belongs into it. None: nothing was sent."""
         self._stopping.set()
         if self._task is not None:
             await asyncio.shield(self._task)
-        return self._response
+        return self._answer
 
     async def _beat(self, every_s: float) -> None:
         with contextlib.suppress(ConnectionError):  # the client left, which cancels its handler too
             while not await self._stopped_within(every_s):
-                if self._response is None:
-                    response = web.StreamResponse(headers={**HEADERS, **self._headers()})
-                    await response.prepare(self._request)
-                    self._response = response
-                await self._response.write(COMMENT)
+                if self._answer is None:
+                    answer = Answer(self._request)
+                    answer.headers.update({**HEADERS, **self._headers()})
+                    await answer.begin(200, b"OK", [], http1.CHUNKED)
+                    self._answer = answer
+                await self._answer.send(COMMENT)
 
     async def _stopped_within(self, seconds: float) -> bool:
         try:

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
-import struct
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import aiohttp
 import orjson
-from aiohttp import web
-from multidict import CIMultiDict
 
+from proxy import http1
 from proxy.config import parse_duration
 from proxy.errors import InvalidRequestError, RequestError, UpstreamError, sse_error
 from proxy.metrics import UNKNOWN_MODEL
+from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
 from proxy.web.addressing import Addressing
+from proxy.web.answer import Answer
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
 from proxy.web.response_ids import ResponseIds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
+
+    from aiohttp import web
 
     from proxy.metrics import Metrics
     from proxy.pool import Lease, Pool
+    from proxy.upstream import Exchange, Sink
     from proxy.web.addressing import Address
     from proxy.web.response_ids import Reader
 
@@ -41,17 +42,18 @@ log = logging.getLogger("warmpool.request")
 
 # RFC 9110, 7.6.1, and what belongs to one connection or one hop by nature.
 _HOP_BY_HOP: Final = frozenset(
-    "connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade".split()
+    b"connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade".split()
 )
 # Credentials are for this proxy. The body was decoded while it was read, and its length may change.
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
-    "authorization", "proxy-authorization", "cookie", "x-api-key",
-    "host", "content-length", "content-encoding", "expect", "x-warmpool-max-wait",
+    b"authorization", b"proxy-authorization", b"cookie", b"x-api-key",
+    b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-request-id",
 }  # fmt: skip
-_NOT_TO_CLIENT: Final = _HOP_BY_HOP | {"server", "date", "set-cookie", "x-request-id"}
+_NOT_TO_CLIENT: Final = _HOP_BY_HOP | {b"server", b"date", b"set-cookie", b"content-length", b"x-request-id"}
 
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 _ERROR_BYTES: Final = 64 << 10
+_REQUEST_ID: Final = REQUEST_ID.encode("ascii")
 
 _ATTEMPTS: Final = 2
 """A completion has no side effects: an engine that broke before it answered is replaced once."""
@@ -107,60 +109,62 @@ class Relay:
                 name, max_wait_s=exchange.max_wait_s, preferred=address.instance
             ) as lease:
                 exchange.lease = exchange.lease or lease
+                upstream = None
                 try:
-                    upstream = await lease.client.request(
-                        exchange.request.method,
-                        address.target,
-                        headers=_to_engine(exchange.request),
-                        body=address.body,
+                    upstream = await lease.client.upstream.exchange(
+                        exchange.request.method, address.target, _to_engine(exchange.request), address.body
                     )
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    log.warning("%s: %s before an answer: %s", lease.instance_id, type(error).__name__, error)
+                    return await self._answer(exchange, lease, upstream)
+                except ExchangeError as error:
+                    log.warning("%s: before an answer: %s", lease.instance_id, error)
                     await lease.suspect()
-                    if attempt < _ATTEMPTS and not isinstance(error, TimeoutError):
+                    if attempt < _ATTEMPTS and not isinstance(error, SilenceError):
                         continue
                     raise UpstreamError(f"The engine of model {exchange.model!r} failed before it answered.") from error
-                try:
-                    return await self._answer(exchange, lease, upstream)
                 finally:
-                    # Released when it was read to its end, else closed, which tells the engine to stop.
-                    upstream.close() if not upstream.content.is_eof() else upstream.release()
+                    # Kept when its answer was there to its end, else closed, which tells the engine to stop.
+                    if upstream is not None:
+                        upstream.close()
         raise AssertionError("unreachable")
 
-    async def _answer(self, exchange: _Exchange, lease: Lease, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-        """Pass status, headers and every byte on as they come."""
+    async def _answer(self, exchange: _Exchange, lease: Lease, upstream: Exchange) -> web.StreamResponse:
+        """Pass status, headers and every byte on as they come. Raises ExchangeError as long as none was sent."""
+        head = upstream.head
         begun = await exchange.heartbeat.stop() if exchange.heartbeat is not None else None
-        if begun is not None and not _is_stream(upstream):
-            exchange.status = upstream.status
+        if begun is not None and not _is_stream(head):
+            exchange.status = head.status
             return await _end_with(begun, await _error_of(upstream))
-        response = begun
-        if response is None:
-            headers = _passed_on(upstream.headers, _NOT_TO_CLIENT)
-            headers.update(_facts(exchange, lease))
-            response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
-            await response.prepare(exchange.request)
-        exchange.status = upstream.status
-        ids = self._id_reader(exchange, lease)
+        answer = exchange.answer = begun or Answer(exchange.request)
+        framed = answer.framed(http1.CHUNKED if begun is not None else head.length)
+        first, done = upstream.start(framed=framed, drop_trailer=_NOT_TO_CLIENT)
+        exchange.upstream = upstream
+        sink = self._sink(exchange, lease, answer, framed=framed)
+        if begun is None:
+            answer.headers.update(_facts(exchange, lease))
+            await answer.begin(head.status, head.reason, _to_client(head, exchange.request), head.length)
+        exchange.status = head.status
         try:
-            async for chunk in upstream.content.iter_any():
-                if ids is not None:
-                    ids.feed(chunk)
-                if exchange.first_byte_s is None:
-                    exchange.first_byte_s = time.perf_counter() - exchange.began
-                exchange.bytes += len(chunk)
-                await response.write(chunk)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            exchange.broken = str(error) or type(error).__name__
-            _break(exchange.request)
+            if first:
+                sink(first)
+            if not done:
+                await answer.drain()
+                await upstream.pass_on(sink, answer.drain)
+            answer.flush()
+        except ExchangeError as error:
+            exchange.broken = str(error)
+            answer.break_off()
             await lease.suspect()
-            return response
-        await response.write_eof()
-        return response
+        except BaseException:
+            answer.break_off()
+            raise
+        return answer
 
-    def _id_reader(self, exchange: _Exchange, lease: Lease) -> Reader | None:
+    def _sink(self, exchange: _Exchange, lease: Lease, answer: Answer, *, framed: bool) -> Sink:
+        """Where the bytes of the answer's body go."""
         if not exchange.makes_response:
-            return None
-        return self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
+            return answer.write_now
+        ids = self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
+        return _watched(answer.write_now, ids, framed=framed)
 
     def _account(self, exchange: _Exchange) -> None:
         model = exchange.model or UNKNOWN_MODEL
@@ -191,8 +195,8 @@ class _Exchange:
     """What is noted of one request for its log line and its metrics."""
 
     __slots__ = (
-        "began", "broken", "bytes", "first_byte_s", "heartbeat", "lease", "makes_response", "max_wait_s", "model",
-        "request", "status",
+        "answer", "began", "broken", "heartbeat", "lease", "makes_response", "max_wait_s", "model", "request", "status",
+        "upstream",
     )  # fmt: skip
 
     def __init__(self, request: web.Request, began: float) -> None:
@@ -201,12 +205,23 @@ class _Exchange:
         self.model = ""
         self.lease: Lease | None = None
         self.status = 0
-        self.first_byte_s: float | None = None
-        self.bytes = 0
+        self.answer: Answer | None = None
+        self.upstream: Exchange | None = None
         self.broken: str | None = None
         self.max_wait_s: float | None = None
         self.heartbeat: Heartbeat | None = None
         self.makes_response = False
+
+    @property
+    def first_byte_s(self) -> float | None:
+        """From the request's arrival to the first byte of the engine's body."""
+        at = self.answer.first_byte_at if self.answer is not None else None
+        return None if at is None else at - self.began
+
+    @property
+    def bytes(self) -> int:
+        """Of the engine's body."""
+        return self.upstream.payload_bytes if self.upstream is not None else 0
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -224,40 +239,58 @@ def _max_wait_s(request: web.Request) -> float | None:
         raise InvalidRequestError('x-warmpool-max-wait is seconds ("2.5") or a duration ("500ms", "1m30s").') from None
 
 
-def _is_stream(upstream: aiohttp.ClientResponse) -> bool:
-    return upstream.status == 200 and upstream.content_type == "text/event-stream"
+def _is_stream(head: http1.Head) -> bool:
+    types = [value for name, value in head.fields if name.lower() == b"content-type"]
+    return head.status == 200 and [t.split(b";")[0].strip().lower() for t in types] == [b"text/event-stream"]
 
 
-async def _error_of(upstream: aiohttp.ClientResponse) -> bytes:
+async def _error_of(upstream: Exchange) -> bytes:
     """What an engine answered instead of a stream, as an error envelope."""
     try:
-        body = await upstream.content.read(_ERROR_BYTES)
+        body = await upstream.read(_ERROR_BYTES)
         if isinstance(orjson.loads(body)["error"], dict):
             return body
-    except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, TypeError, KeyError):
+    except (ExchangeError, orjson.JSONDecodeError, TypeError, KeyError):
         pass
-    return UpstreamError(f"The engine answered {upstream.status} instead of a stream.").body()
+    return UpstreamError(f"The engine answered {upstream.head.status} instead of a stream.").body()
 
 
-async def _end_with(response: web.StreamResponse, error: bytes) -> web.StreamResponse:
+async def _end_with(answer: Answer, error: bytes) -> web.StreamResponse:
     """End a stream that was begun for heartbeats with an error."""
-    await response.write(sse_error(error))
-    await response.write_eof()
-    return response
+    await answer.send(sse_error(error))
+    answer.end()
+    return answer
 
 
-def _to_engine(request: web.Request) -> CIMultiDict[str]:
-    headers = _passed_on(request.headers, _NOT_TO_ENGINE)
-    headers[REQUEST_ID] = request_id(request)
-    return headers
+def _watched(sink: Sink, ids: Reader, *, framed: bool) -> Sink:
+    """The sink, with a reader of what goes there."""
+    unframed = http1.ChunkedBody(http1.CHUNKED, framed=False) if framed else None
+
+    def watched(data: bytes) -> bool:
+        ids.feed(unframed.feed(data) if unframed is not None else data)
+        return sink(data)
+
+    return watched
 
 
-def _passed_on(headers: Any, left_out: Iterable[str]) -> CIMultiDict[str]:
-    """The headers without `left_out` and without those that `Connection` names."""
-    named = {token.strip().lower() for value in headers.getall("Connection", ()) for token in value.split(",")}
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in left_out and name.lower() not in named
-    )
+def _to_engine(request: web.Request) -> list[tuple[bytes, bytes]]:
+    fields = _passed_on(request.raw_headers, _NOT_TO_ENGINE)
+    fields.append((_REQUEST_ID, request_id(request).encode("ascii")))
+    return fields
+
+
+def _to_client(head: http1.Head, request: web.Request) -> list[tuple[bytes, bytes]]:
+    fields = _passed_on(head.fields, _NOT_TO_CLIENT)
+    if request.method == "HEAD" or head.status == 304:  # says what a GET would have
+        fields += [field for field in head.fields if field[0].lower() == b"content-length"]
+    return fields
+
+
+def _passed_on(fields: Sequence[tuple[bytes, bytes]], left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    """The header fields without `left_out` and without those that `Connection` names."""
+    if named := http1.connection_options(fields):
+        left_out |= named
+    return [field for field in fields if field[0].lower() not in left_out]
 
 
 def _facts(exchange: _Exchange, lease: Lease) -> dict[str, str]:
@@ -273,18 +306,3 @@ def _facts(exchange: _Exchange, lease: Lease) -> dict[str, str]:
         "x-warmpool-instance": lease.instance_id,
         "server-timing": ", ".join(timing),
     }
-
-
-def _break(request: web.Request) -> None:
-    """End the connection so that the client cannot take what it has for the whole answer."""
-    transport = request.transport
-    if transport is None:
-        return
-    if request.version >= aiohttp.HttpVersion11:
-        transport.close()  # what was written still goes out; the missing last chunk or bytes tell the rest
-        return
-    # HTTP/1.0 ends a body by closing, so only a reset is a failure; lingering for 0 s makes one (socket(7)).
-    connection = transport.get_extra_info("socket")
-    if connection is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
