@@ -30,7 +30,7 @@ PACKAGES: Final = (
     "aiohappyeyeballs", "aiohttp", "aiosignal", "attr", "attrs", "frozenlist", "idna", "multidict", "orjson",
     "propcache", "typing_extensions", "yarl",
 )  # fmt: skip
-ENGINE: Final = ("__init__.py", "engine.py", "engine_text.py", "engine_weights.py")
+ENGINE: Final = ("__init__.py", *sorted(p.name for p in Path(__file__).parent.glob("engine*.py")))
 LEFT_OUT: Final = frozenset(
     {"__pycache__", "config-3", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
      "tkinter", "turtledemo"}
