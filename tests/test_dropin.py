@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from proxy.upstream import ExchangeError
 from proxy.web.routes import ROUTES
 from tests.fakes import settle
 from tests.support import PATIENCE_S
 from tests.test_http import error_of
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.front import Front
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
@@ -113,19 +116,19 @@ async def test_an_upload_over_the_limit_is_refused(front: Front) -> None:
     assert front.pool.status()["models"]["demo"]["instances"] == []
 
 
-async def test_an_upload_is_tried_again_when_the_engine_drops_it(front: Front) -> None:
+async def test_an_upload_is_tried_again_when_the_engine_drops_it(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     await front.post("/tokenize", {"model": "demo", "prompt": "wake"})
     client = next(iter(front.pool._models["demo"].slots.values())).client
     assert client is not None
-    original, calls = client.request, []
+    original, calls = client.upstream.exchange, []
 
-    async def fails_once(*args: Any, **options: Any) -> Any:
-        calls.append(options["body"])
+    async def fails_once(method: str, target: str, fields: Any, body: bytes) -> Any:
+        calls.append(body)
         if len(calls) == 1:
-            raise aiohttp.ServerDisconnectedError
-        return await original(*args, **options)
+            raise ExchangeError("the connection broke")
+        return await original(method, target, fields, body)
 
-    client.request = fails_once  # type: ignore[method-assign]
+    monkeypatch.setattr(client.upstream, "exchange", fails_once)
     data = aiohttp.FormData({"model": "demo"})
     data.add_field("file", b"sound", filename="a.wav")
     async with front.session.post("/v1/audio/transcriptions", data=data) as response:
