@@ -7,6 +7,8 @@ project. Each `Metrics` has a registry of its own, so that two proxies in one pr
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 UNKNOWN_MODEL = "unknown"
+RECENT = 256
+"""How many times to the first byte are kept for each model and tier, beside the histogram."""
 
 _SECONDS = (
     0.005,
@@ -62,6 +66,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+        self._recent: dict[tuple[str, str], _Recent] = {}
         self.wake = Histogram(
             "warmpool_wake_seconds",
             'Stages of bringing an instance to ready, by the tier it was woken from; stage "total" is the whole.',
@@ -95,44 +100,35 @@ class Metrics:
         """Everything in Prometheus' text format 0.0.4."""
         return generate_latest(self.registry)
 
-    def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Model → tier found → `count`, `mean_s`, `p50_s` and `p95_s` of the time to the first byte, since the start.
+    def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
+        """Note the time from a request's arrival to the first byte of its answer."""
+        self.ttft.labels(model, tier).observe(seconds)
+        recent = self._recent.get((model, tier))
+        if recent is None:
+            recent = self._recent[model, tier] = _Recent()
+        recent.count += 1
+        recent.seconds.append(seconds)
 
-        Quantiles are interpolated within the histogram's buckets, as Prometheus does it.
-        """
-        buckets: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        sums: dict[tuple[str, str], float] = {}
-        for family in self.ttft.collect():
-            for sample in family.samples:
-                key = (sample.labels["model"], sample.labels["tier"])
-                if sample.name.endswith("_bucket"):
-                    buckets.setdefault(key, []).append((float(sample.labels["le"]), sample.value))
-                elif sample.name.endswith("_sum"):
-                    sums[key] = sample.value
+    def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
         summary: dict[str, dict[str, dict[str, Any]]] = {}
-        for (model, tier), counts in buckets.items():
-            count = counts[-1][1]
-            if count:
-                summary.setdefault(model, {})[tier] = {
-                    "count": int(count),
-                    "mean_s": round(sums[model, tier] / count, 6),
-                    "p50_s": round(quantile(counts, 0.5), 6),
-                    "p95_s": round(quantile(counts, 0.95), 6),
-                }
+        for (model, tier), recent in self._recent.items():
+            ordered = sorted(recent.seconds)
+            summary.setdefault(model, {})[tier] = {
+                "count": recent.count,
+                "p50_s": round(nearest_rank(ordered, 0.5), 6),
+                "p95_s": round(nearest_rank(ordered, 0.95), 6),
+                "max_s": round(ordered[-1], 6),
+            }
         return summary
 
 
-def quantile(counts: Sequence[tuple[float, float]], q: float) -> float:
-    """The `q`-quantile of a histogram given as (upper bound, cumulative count), the last bound infinite.
+@dataclass(slots=True)
+class _Recent:
+    count: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    Linear within a bucket; the largest finite bound where it lies beyond.
-    """
-    rank = q * counts[-1][1]
-    below_bound, below_count = 0.0, 0.0
-    for bound, count in counts:
-        if count >= rank and count > below_count:
-            if math.isinf(bound):
-                return below_bound
-            return below_bound + (bound - below_bound) * (rank - below_count) / (count - below_count)
-        below_bound, below_count = bound, count
-    return below_bound
+
+def nearest_rank(ordered: Sequence[float], q: float) -> float:
+    """The `q`-quantile of values in order: the smallest that a share of `q` does not exceed."""
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]

@@ -1295,6 +1295,7 @@ class Pool:
             "queue": len(model.queue),
             "estimate_s": round(self.estimate_s(model.key), 3),
             "runtime": model.runtime.name,
+            "shares_checkpoint": model.runtime.shares_images,
             "rungs": sorted(t.label for t in rungs.offered),
             "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
             "instances": [self._instance_status(model, slot) for slot in model.slots.values()],

@@ -75,6 +75,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.admin": 9,
     "proxy.web.admin_events": 9,
     "proxy.web.admin_orders": 9,
+    "proxy.web.page": 9,
     "proxy.web.admin_routes": 10,
     "proxy.web.app": 11,
     "proxy.web.serving": 12,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from proxy.web.admin_events import Events
 from proxy.web.admin_orders import Orders
+from proxy.web.page import page, to_page
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -18,6 +19,8 @@ def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
     """Add the routes, and what ends with the application."""
     orders = Orders(pool)
     events = Events(admin.read_status, pool.listen, over=lambda: pool.stopping)
+    app.router.add_get("/admin", to_page)
+    app.router.add_get("/admin/", page)
     app.router.add_get("/admin/status", admin.status)
     app.router.add_get("/admin/events", events.stream)
     app.router.add_post("/admin/models/{model:.+}/{order}", orders.for_model)

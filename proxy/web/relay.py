@@ -173,7 +173,7 @@ class Relay:
         self._metrics.requests.labels(model, str(status)).inc()
         found = exchange.lease.found.label if exchange.lease is not None else None
         if found is not None and exchange.first_byte_s is not None and status < 400:
-            self._metrics.ttft.labels(model, found).observe(exchange.first_byte_s)
+            self._metrics.observe_ttft(model, found, exchange.first_byte_s)
         fields: dict[str, Any] = {
             "request_id": request_id(exchange.request),
             "method": exchange.request.method,
