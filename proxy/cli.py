@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import tomli_w
 import uvloop
-from pythonjsonlogger.json import JsonFormatter
 
-from proxy import __version__, checkpoint_commands, config, control_commands, importenv, reference
+from proxy import (
+    __version__,
+    checkpoint_commands,
+    config,
+    control_commands,
+    importenv,
+    install_commands,
+    logs,
+    reference,
+)
 from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
 from proxy.doctor.view import Host
@@ -62,10 +69,11 @@ def cli() -> None:
 @_CONFIG_OPTION
 @click.option(
     "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
+    type=click.Choice(["auto", *logs.FORMATS]),
+    default="auto",
     show_default=True,
-    help="Lines for people, or JSON objects.",
+    help="Lines for people, JSON objects, or lines with a priority for systemd's journal; auto: journal there, else "
+    "text.",
 )
 @click.option(
     "--log-level",
@@ -77,7 +85,7 @@ def cli() -> None:
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C."""
     settings = config.load(path)
-    _log_to_stderr(log_format, log_level)
+    logs.to_stderr(log_format, log_level)
     metrics = Metrics()
     pool = Pool(settings, _runtimes(settings), metrics)
     uvloop.run(serving.serve(pool, settings, metrics))
@@ -178,23 +186,8 @@ def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> N
 _checkpoint = checkpoint_commands.group(checkpoint_commands.Wiring(_store, _runtimes))
 _checkpoint.add_command(control_commands.checkpoint_now)
 cli.add_command(_checkpoint)
-for _command in control_commands.COMMANDS:
+for _command in (*control_commands.COMMANDS, install_commands.install_, install_commands.uninstall):
     cli.add_command(_command)
-
-
-def _log_to_stderr(log_format: str, level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    formatter: logging.Formatter
-    if log_format == "json":
-        formatter = JsonFormatter(
-            "%(asctime)s %(levelname)s %(name)s %(message)s",
-            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            datefmt="%Y-%m-%dT%H:%M:%S%z",
-        )
-    else:
-        formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def main() -> None:

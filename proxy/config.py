@@ -178,6 +178,11 @@ class PoolSettings(_Section):
         default=Path("/mnt/checkpoint-ram"),
         description="Folder for checkpoint images, on tmpfs (made, mode 0700).",
     )
+    checkpoint_size: Annotated[str, Field(pattern=r"^(0|[1-9]\d*(KiB|MiB|GiB)|[1-9]\d?%|100%)$")] = Field(
+        default="50%",
+        description='Size of the tmpfs that `warmpool install` mounts at checkpoint_dir, as "200GiB" or as a share of '
+        'the memory ("50%"); "0" mounts none, and none is mounted below /dev/shm and /run.',
+    )
     checkpoint_reserve: Size = Field(
         default=ByteSize(256 << 20),
         description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",

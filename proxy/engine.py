@@ -86,11 +86,11 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def absent(self) -> bool:
-        """Whether nobody listens at its address (yet)."""
+    async def loads(self, path: str) -> bool:
+        """Whether it looks like one that is not up yet: nobody listens, or `path` answers 503 at once."""
         try:
-            async with self._connected().get(self.base_url + "/"):
-                return False
+            async with asyncio.timeout(_CONNECT_S), self._connected().get(self.base_url + path) as response:
+                return response.status == 503
         except aiohttp.ClientConnectorError:
             return True
         except (aiohttp.ClientError, TimeoutError):

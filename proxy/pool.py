@@ -306,7 +306,7 @@ class Pool:
         if found.tier is Tier.READY:
             state = await self._state_of_running(model, slot)
             left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
-            if state is State.BROKEN and left_s > 0 and await _client(slot).absent():
+            if state is State.BROKEN and left_s > 0 and await _client(slot).loads(model.settings.health.path):
                 self._go_on_starting(model, slot, left_s)
                 return
             instance.state = state
@@ -322,7 +322,7 @@ class Pool:
         log.info("%s adopted: %s", instance.id, instance.state.value)
 
     def _go_on_starting(self, model: _Model, slot: _Slot, left_s: float) -> None:
-        """An engine that loads: nobody listens yet, and its time is not over."""
+        """An engine that loads, and whose time is not over."""
         instance = slot.instance
         instance.waking_from = Tier.STOPPED
         instance.apply(Event.WAKE)

@@ -285,7 +285,7 @@ class FakeEngine:
         process = self.runtime.processes.get(self.handle.instance_id)
         return process is not None and process.healthy and process.listens and not process.frozen
 
-    async def absent(self) -> bool:
+    async def loads(self, path: str) -> bool:
         process = self.runtime.processes.get(self.handle.instance_id)
         return process is None or not process.listens
 

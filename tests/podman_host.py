@@ -47,8 +47,8 @@ class Host:
         self, *engine: str, manager: ServiceManager | None = None, crash: str | None = None, **entry: Any
     ) -> Proxy:
         """Like `serve`, not waiting; `crash`: where it is to end, for tests/crashing.py."""
-        runtime, pool = entry.pop("runtime", {}), entry.pop("pool", {})
-        settings = {**self.settings(*engine, **entry), "runtime": {"podman": runtime}}
+        runtime, pool, server = (entry.pop(table, {}) for table in ("runtime", "pool", "server"))
+        settings = {**self.settings(*engine, **entry), "runtime": {"podman": runtime}, "server": server}
         settings["pool"].update(pool)
         proxy = Proxy(self.folder / "warmpool", settings=settings, manager=manager, crash=crash)
         self.proxies.append(proxy)
