@@ -37,6 +37,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 import orjson
 import zstandard
 
+from proxy import host
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
 
@@ -55,6 +56,7 @@ _FOR_ALL: Final = (Path("/dev/shm"), Path("/tmp"), Path("/var/tmp"))  # noqa: S1
 _OLD: Final = ".old.partial"
 _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
+_LARGE_BYTES: Final = 64 << 20
 _CHUNK_BYTES: Final = 4 << 20
 _MANIFEST_LIMIT_BYTES: Final = 16 << 20
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -240,7 +242,8 @@ class CheckpointStore:
         The sizes and digests of its files are added to the manifest, which is returned.
         """
         partial = self.partial(manifest.image)
-        sizes, digests = await _in_thread(lambda stop: _measure(partial, stop))
+        lay_out = host.huge_pages_of(self.root) == "within_size"
+        sizes, digests = await _in_thread(lambda stop: _measure(partial, stop, lay_out=lay_out))
         manifest = replace(manifest, bytes_by_file=sizes, sha256_by_file=digests)
         manifest = replace(manifest, details={**manifest.details, "bytes_by_kind": manifest.bytes_by_kind()})
         _write_manifest(partial, manifest)
@@ -474,8 +477,12 @@ def _parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _measure(folder: Path, stop: threading.Event) -> tuple[dict[str, int], dict[str, str]]:
-    """Sizes and digests of every file of an image's folder, by path."""
+def _measure(folder: Path, stop: threading.Event, *, lay_out: bool) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and digests of every file of an image's folder, by path.
+
+    `lay_out`: on a tmpfs with huge=within_size, files that grow as they are written get small pages. Large ones are
+    written again with their size known, which makes restores faster; small ones would take 2 MiB each.
+    """
     sizes, digests = {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
         name = str(path.relative_to(folder))
@@ -483,8 +490,31 @@ def _measure(folder: Path, stop: threading.Event) -> tuple[dict[str, int], dict[
             continue
         path.chmod(0o600)
         sizes[name] = path.stat().st_size
-        digests[name] = _sha256(path, stop)
+        digests[name] = (lay_out and _laid_out(path, sizes[name], stop)) or _sha256(path, stop)
     return sizes, digests
+
+
+def _laid_out(path: Path, size: int, stop: threading.Event) -> str | None:
+    """The digest of a file that was written again, or None: it is too small for that, or there is no space."""
+    if size < _LARGE_BYTES:
+        return None
+    beside = path.with_name(path.name + _PARTIAL)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as old, beside.open("wb") as new:
+            os.posix_fallocate(new.fileno(), 0, size)
+            beside.chmod(0o600)
+            stoppable = _Stoppable(old, stop)
+            while chunk := stoppable.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                new.write(chunk)
+        beside.replace(path)
+    except OSError:
+        _delete(beside)
+        if stop.is_set():
+            raise
+        return None
+    return digest.hexdigest()
 
 
 def _sha256(path: Path, stop: threading.Event) -> str:
@@ -560,6 +590,8 @@ def _unpack(source: Path, target: Path, manifest: Manifest, stop: threading.Even
             digest = hashlib.sha256()
             stoppable = _Stoppable(content, stop)
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                if member.size >= _LARGE_BYTES:
+                    os.posix_fallocate(out.fileno(), 0, member.size)  # see _measure
                 while chunk := stoppable.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     out.write(chunk)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 NVIDIA: Final = Path("/proc/driver/nvidia")
+MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def kernel() -> str:
@@ -32,6 +33,23 @@ def gpus(proc: Path = NVIDIA) -> list[str]:
         text = information.read_text()
         models += [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Model:")]
     return models
+
+
+def huge_pages_of(path: Path, mounts: Path = MOUNTS) -> str:
+    """When the tmpfs that a path is on takes huge pages: "never", "always", "within_size" or "advise".
+
+    Empty where it is on something else (proc(5), mountinfo; the kernel's tmpfs documentation).
+    """
+    best, found = -1, ""
+    for line in mounts.read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4]))
+        kind, _, options = rest.split()
+        if path.is_relative_to(point) and len(point.parts) >= best:
+            best = len(point.parts)
+            huge = [o.removeprefix("huge=") for o in options.split(",") if o.startswith("huge=")]
+            found = (huge[0] if huge else "never") if kind == "tmpfs" else ""
+    return found
 
 
 def gpu_facts(proc: Path = NVIDIA) -> dict[str, str]:

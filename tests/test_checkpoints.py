@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import mmap
 import os
+import re
+import shutil
+import subprocess
 import tarfile
 import tempfile
 import time
@@ -16,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of
+from proxy.host import huge_pages_of
 from tests.support import files_in
 
 if TYPE_CHECKING:
@@ -335,3 +340,73 @@ def test_a_folder_for_everybody_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "images").chmod(0o1777)
     with pytest.raises(StoreError, match="is for others too"):
         CheckpointStore(tmp_path / "images", 0).open()
+
+
+# --- huge pages ---
+
+LARGE = os.urandom(1 << 20) * 65
+
+
+def _pmd_mapped_kib(path: Path) -> int:
+    """How much of a file's mapping is in huge pages (proc(5), smaps)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert sum(view[:: 1 << 12]) > 0
+        smaps = Path("/proc/self/smaps").read_text()
+        (mapping,) = re.findall(
+            rf"^\S+ \S+ \S+ \S+ \S+ +{re.escape(str(path))}\n(?:(?!^\S+-).*\n)*", smaps, re.MULTILINE
+        )
+        return int(re.findall(r"ShmemPmdMapped: +(\d+) kB", mapping)[0])
+
+
+@pytest.fixture
+def within_size(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that takes huge pages within the size of a file."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400m,mode=0700,huge=within_size", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("a tmpfs with huge=within_size cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+async def test_large_files_get_huge_pages_and_small_ones_do_not(within_size: Path, tmp_path: Path) -> None:
+    store = CheckpointStore(within_size / "images", 0, tmp_path / "archive")
+    store.open()
+    written = await write(store, "demo-1", LARGE)
+    pages = store.path("demo-1") / CRIU_FOLDER / "pages-1.img"
+    assert pages.read_bytes() == LARGE
+    assert pages.stat().st_mode & 0o777 == 0o600
+    assert await store.verify("demo-1") == written
+    assert _pmd_mapped_kib(pages) >= 32 << 10
+    assert shutil.disk_usage(within_size).used < len(LARGE) + (8 << 20)
+    await store.put_into_archive("demo-1")
+    await store.remove("demo-1")
+    await store.take_from_archive("demo-1")
+    assert _pmd_mapped_kib(pages) >= 32 << 10
+    store.close()
+
+
+async def test_without_space_for_a_second_copy_a_file_stays_as_it_is(within_size: Path) -> None:
+    store = CheckpointStore(within_size / "images", 0)
+    store.open()
+    (within_size / "other").write_bytes(bytes(300 << 20))
+    await write(store, "demo-1", LARGE)
+    await store.verify("demo-1")
+    assert not [*within_size.rglob("*.partial")]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/dev/shm/x", "never"), ("/mnt/a b/x", "within_size"), ("/mnt/other", ""), ("/mnt/a b/disk/x", "")],
+)
+def test_what_a_tmpfs_does_with_huge_pages(tmp_path: Path, path: str, expected: str) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+        "22 21 0:20 / /dev/shm rw,nosuid - tmpfs tmpfs rw\n"
+        "23 21 0:21 / /mnt/a\\040b rw - tmpfs tmpfs rw,size=1g,huge=within_size\n"
+        "24 23 8:2 / /mnt/a\\040b/disk rw - xfs /dev/sdb rw\n"
+    )
+    assert huge_pages_of(Path(path), mounts) == expected

@@ -151,7 +151,7 @@ class FakeHost(Host):
 MOUNTS = """\
 22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 30 22 0:30 / /mnt/checkpoint-ram rw,nosuid - tmpfs tmpfs rw,size=67108864k,mode=700,huge=within_size
-31 22 0:31 / /mnt/with\\040space rw - tmpfs tmpfs rw
+31 22 0:31 / /mnt/with\\040space rw - tmpfs tmpfs rw,huge=within_size
 32 22 0:32 / /mnt/ramfs rw - ramfs ramfs rw
 broken line
 """

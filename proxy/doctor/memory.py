@@ -61,6 +61,9 @@ def _tmpfs(host: Host, folder: Path, mount: Mount, space: Space, ram_bytes: int)
     if host.memory().get("SwapTotal", 0) > 0 and "noswap" not in mount.options:
         fix = f"swapoff -a, or mount {mount.point} with noswap (kernel 6.4 or later)"
         return Check("tmpfs", "warn", f"{found}; swap is on: images, prompts included, can end up on disk", fix)
+    if huge not in ("huge=within_size", "huge=always"):
+        fix = f"mount -o remount,huge=within_size {mount.point}   # and in /etc/fstab or the mount's unit"
+        return Check("tmpfs", "warn", f"{found}: restores read small pages, which takes longer", fix)
     return Check("tmpfs", "ok", found)
 
 
@@ -71,7 +74,8 @@ def _half_gib(ram_bytes: int) -> int:
 def _mount_lines(folder: Path, ram_bytes: int) -> str:
     """A mount with half of the RAM, now and at every start.
 
-    ``huge=always`` would give the many small files of an image 2 MiB each; restores take the same time with either.
+    ``huge=always`` would give the many small files of an image 2 MiB each; the store sees to it that large files get
+    huge pages with ``huge=within_size`` too.
     """
     options = f"size={_half_gib(ram_bytes)}G,mode=0700,huge=within_size"
     return (
