@@ -87,7 +87,8 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     settings = config.load(path)
     logs.to_stderr(log_format, log_level)
     metrics = Metrics()
-    pool = Pool(settings, _runtimes(settings), metrics)
+    gpus = Gpus()
+    pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus)
     uvloop.run(serving.serve(pool, settings, metrics))
 
 
@@ -148,10 +149,10 @@ def _store(settings: Settings) -> CheckpointStore:
     return CheckpointStore(pool.checkpoint_dir, pool.checkpoint_reserve, pool.archive_dir)
 
 
-def _runtimes(settings: Settings) -> dict[str, Runtime]:
+def _runtimes(settings: Settings, gpus: Gpus | None = None) -> dict[str, Runtime]:
     store, claim = _store(settings), Claim(settings.pool.state_dir)
     programs = [m.podman.criu.program for m in settings.models.values() if m.podman and m.podman.criu.program]
-    gpus = Gpus()
+    gpus = gpus or Gpus()
     return {
         "process": ProcessRuntime(settings.runtime.process, claim=claim, store=store, gpus=gpus),
         "podman": PodmanRuntime(settings.runtime.podman, claim=claim, store=store, criu_programs=programs, gpus=gpus),

@@ -173,6 +173,11 @@ class PoolSettings(_Section):
         description="With max_awake reached and no idle instance: how long a request waits before a busy instance of "
         "another model is closed to new requests, so that it becomes idle.",
     )
+    gpu_creep: Size = Field(
+        default=ByteSize(512 << 20),
+        description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "
+        "more and has a checkpoint ends when it is idle, and is restored from it; 0 is any amount.",
+    )
     state_dir: Path = Field(default=Path("run"), description="Folder for engine logs and records (made, mode 0700).")
     checkpoint_dir: Path = Field(
         default=Path("/mnt/checkpoint-ram"),
@@ -565,6 +570,15 @@ class ModelSettings(_Section):
         description="vLLM with --enable-sleep-mode only: keep a copy of the weights, as they lie on the GPU, in "
         "pool.checkpoint_dir, from which several threads bring them back, instead of having vLLM load them again. "
         "Needs as much memory there as the weights take.",
+    )
+    gpu_memory: Annotated[Size, Field(ge=1)] | None = Field(
+        default=None,
+        description="GPU memory that one engine takes on each of `gpus` when it is ready. Only used until it was "
+        "measured: here, or for the checkpoint.",
+        examples=["72GiB"],
+    )
+    gpus: Annotated[list[Count], Field(min_length=1)] = Field(
+        default=[0], description="The GPUs that gpu_memory is about, by the driver's index."
     )
     keep: bool = Field(
         default=True,

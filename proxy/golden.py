@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
+from proxy import gpu_ledger
 from proxy.engine import EngineClient
 from proxy.errors import EngineError, RuntimeFailure, WarmpoolError
 from proxy.instance import Stages, Tier
@@ -165,6 +166,7 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
         if model.canary != "never":
             with steps.step("canary"):
                 canary = await client.canary()
+        ready, asleep = dict(await shop.runtime.gpu_bytes(handle)), {}
         level, copied = 0, 0
         if await client.is_sleeping() is not None:
             if model.weights_copy:
@@ -173,8 +175,11 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
             with steps.step("sleep"):
                 level = model.golden_sleep_level
                 await client.sleep(level)
+            asleep = dict(await shop.runtime.gpu_bytes(handle))
     making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
     details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied}
+    if any(ready.values()):
+        details["gpu"] = {gpu_ledger.READY: ready, **({gpu_ledger.SLEEPING: asleep} if asleep else {})}
     return ImageFacts(level, canary, details)
 
 

@@ -92,6 +92,21 @@ class Metrics:
         self.quarantines = Counter(
             "warmpool_quarantined_checkpoints", "Checkpoints set aside after failing twice.", ["model"], registry=r
         )
+        self.gpu_memory = Gauge(
+            "warmpool_gpu_memory_bytes",
+            "Memory of a GPU (index), in bytes: total, used, foreign (held by none of ours), charged (held by ours).",
+            ["gpu", "kind"],
+            registry=r,
+        )
+        self.instance_gpu = Gauge(
+            "warmpool_instance_gpu_bytes",
+            "GPU memory that the instances of a model hold, in bytes, over all GPUs.",
+            ["model"],
+            registry=r,
+        )
+        self.gpu_leaks = Counter(
+            "warmpool_gpu_leaks", "Instances that kept GPU memory which should have come free.", ["model"], registry=r
+        )
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
         self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)

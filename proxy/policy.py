@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from proxy import gpu_ledger
 from proxy.instance import AWAKE, DESCENDING, RESTING, State, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from proxy.gpu_ledger import Bytes, GpuLoad
     from proxy.instance import Instance
 
 STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED, Tier.STOPPED)
@@ -51,6 +53,8 @@ class ModelView:
     """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
     has_shared_image: bool = False
     """A golden checkpoint exists, from which further instances can be cloned."""
+    worn: frozenset[str] = frozenset()
+    """Instances that have grown on the GPU and have an image to be replaced from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +65,16 @@ class View:
     max_awake: int = 0
     """How many instances may be awake at once; 0 is no limit."""
     switch_after_s: float = 10.0
+    gpus: GpuLoad = gpu_ledger.EMPTY
 
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Bring an instance (None: a new one) of a model to ready, once the victim has stepped down."""
+    """Bring an instance (None: a new one) of a model to ready, once the victims have stepped down."""
 
     model: str
     instance: Instance | None
-    victim: StepDown | None = None
+    victims: tuple[StepDown, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +197,15 @@ def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
     return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
 
 
-def _first_rung_below(instance: Instance, model: ModelView, now: float) -> Tier:
-    possible = (t for t in STEPS if t > instance.tier and _possible(instance, t, model))
-    return next(t for t in possible if now >= instance.postponed.get(t, -math.inf))
+def _recyclable(instance: Instance, model: ModelView, now: float) -> bool:
+    """Whether its processes should end, so that the next wake restores fresh ones."""
+    to = Tier.CHECKPOINTED
+    return (
+        instance.id in model.worn
+        and instance.tier < to
+        and _possible(instance, to, model)
+        and now >= instance.postponed.get(to, -math.inf)
+    )
 
 
 def ordered_step(instance: Instance, to: Tier, model: ModelView) -> Tier | None:
@@ -232,22 +243,33 @@ def decide(view: View, now: float) -> Plan:
     for model in view.models:
         _obey(model, plan, used)
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
+    room = _Room(view)
+    for ordered in plan.actions:
+        if isinstance(ordered, StepDown):
+            room.expect(_freed(view.gpus, ordered.instance, ordered.to))
     starved = False
     for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
         if (_kept_ready(model) or model.has_shared_image) and now < model.restock_at:
             plan.not_later_than(model.restock_at)
-        for candidate in candidates(model, now)[: wakes_wanted(model, now)]:
-            victim: StepDown | None = None
-            if view.max_awake and awake >= view.max_awake:
-                victim = _victim(view, model, now, used)
-                if victim is None:
-                    starved = starved or model.oldest_wait is not None
-                    _ask_for_room(view, model, now, plan, used)
-                    break
-                used.add(id(victim.instance))
-            else:
+        # One that has to step down for another is woken again when it has arrived.
+        given_up = sum(i.state is State.SLEEPING and i.ordered is None and id(i) in used for i in model.instances)
+        free = [c for c in candidates(model, now) if c is None or id(c) not in used]
+        for candidate in free[: max(0, wakes_wanted(model, now) - given_up)]:
+            full = bool(view.max_awake) and awake >= view.max_awake
+            extra = room.wanted(model, candidate)
+            if not full and room.comes_free(extra):
+                room.promise(extra)
+                break
+            choice = _choose(view, model, candidate, room.short(extra), now, used, full=full)
+            if not choice.enough and (choice.may_come or model.oldest_wait is None):
+                starved = starved or model.oldest_wait is not None
+                _ask_for_room(view, model, now, plan, used, choice.missing)
+                break
+            used.update(id(victim.instance) for victim in choice.victims)
+            room.take(extra, choice.freed)
+            if not full:
                 awake += 1
-            plan.actions.append(Wake(model.key, candidate, victim))
+            plan.actions.append(Wake(model.key, candidate, choice.victims))
             if candidate is not None:
                 used.add(id(candidate))
     if not starved:
@@ -259,19 +281,169 @@ def decide(view: View, now: float) -> Plan:
     return plan
 
 
-def _victim(view: View, needy: ModelView, now: float, used: set[int]) -> StepDown | None:
-    """The idle instance of another model that has been idle longest, if it may step down."""
-    idle = [
-        (i.state is not State.RETIRING, i.idle_since or 0.0, i, m)
-        for m in view.models
-        if m.key != needy.key
-        for i in _spare(m)
-        if i.leases == 0 and id(i) not in used
-    ]
-    if not idle:
-        return None
-    _, _, instance, model = min(idle, key=lambda entry: entry[:2])
-    return StepDown(instance, _first_rung_below(instance, model, now), "evict")
+class _Room:
+    """The GPU memory that is free while a plan is made: now, and when all that moves has arrived."""
+
+    def __init__(self, view: View) -> None:
+        self._load = view.gpus
+        self._now = self._free(view.gpus.now)
+        self._soon = self._free(view.gpus.after)
+
+    def _free(self, charges: Mapping[str, Bytes]) -> dict[str, int]:
+        free = dict(self._load.capacity)
+        for charge in charges.values():
+            for uuid, count in charge.items():
+                free[uuid] = free.get(uuid, 0) - count
+        return free
+
+    def wanted(self, model: ModelView, candidate: Instance | None) -> dict[str, int]:
+        """What a wake needs beyond what the candidate holds; nothing where that is not known."""
+        held = self._load.now.get(candidate.id, gpu_ledger.NOTHING) if candidate is not None else gpu_ledger.NOTHING
+        return gpu_ledger.beyond(self._load.needs.get(model.key, gpu_ledger.NOTHING), held)
+
+    def short(self, extra: Bytes) -> dict[str, int]:
+        """What somebody has to give up for it."""
+        return gpu_ledger.beyond(extra, self._soon)
+
+    def comes_free(self, extra: Bytes) -> bool:
+        """Whether nobody has to give up anything, but some are on their way down still."""
+        return not self.short(extra) and bool(gpu_ledger.beyond(extra, self._now))
+
+    def expect(self, freed: Bytes) -> None:
+        """Count on what a step down that is about to begin frees."""
+        self._soon = gpu_ledger.plus(self._soon, freed)
+
+    def promise(self, extra: Bytes) -> None:
+        """Keep what comes free for who waits for it."""
+        for uuid, count in extra.items():
+            self._soon[uuid] -= count
+
+    def take(self, extra: Bytes, freed: Bytes) -> None:
+        """Give somebody what is free and what others free for it."""
+        for free in (self._now, self._soon):
+            for uuid in extra.keys() | freed.keys():
+                free[uuid] = free.get(uuid, 0) + freed.get(uuid, 0) - extra.get(uuid, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Who steps down for a wake."""
+
+    victims: tuple[StepDown, ...] = ()
+    freed: Bytes = field(default_factory=dict)
+    enough: bool = True
+    missing: Bytes = field(default_factory=dict)
+    """GPU memory that they do not free."""
+    may_come: bool = False
+    """There is not enough, but there may be once others are idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """An instance that may step down, and the rungs it may go to, warmest first; the last frees all it holds."""
+
+    instance: Instance
+    rungs: tuple[Tier, ...]
+    recycle: bool
+
+    def freed(self, load: GpuLoad, to: Tier) -> dict[str, int]:
+        """What comes free when it steps down to a rung; nothing where that is not known."""
+        return _freed(load, self.instance, to)
+
+
+def _freed(load: GpuLoad, instance: Instance, to: Tier) -> dict[str, int]:
+    left = load.held_on(to, instance)
+    held = load.after.get(instance.id, gpu_ledger.NOTHING)
+    return gpu_ledger.beyond(held, left) if left is not None else {}
+
+
+def _option(instance: Instance, model: ModelView, load: GpuLoad, now: float) -> _Option:
+    if _recyclable(instance, model, now):
+        return _Option(instance, (Tier.CHECKPOINTED,), recycle=True)
+    rungs: list[Tier] = []
+    for tier in STEPS:
+        if tier > instance.tier and _possible(instance, tier, model) and now >= instance.postponed.get(tier, -math.inf):
+            rungs.append(tier)
+            if load.held_on(tier, instance) is gpu_ledger.NOTHING:
+                break
+    return _Option(instance, tuple(rungs), recycle=False)
+
+
+def _choose(
+    view: View, needy: ModelView, candidate: Instance | None, short: Bytes, now: float, used: set[int], *, full: bool
+) -> _Choice:
+    """Who steps down so that `short` comes free, and, where as many are awake as may be (`full`), one of these."""
+    load = view.gpus
+    awake, asleep = _idle(view, needy, candidate, now, used)
+    if full and not awake:
+        return _Choice(enough=False, may_come=True)
+    chosen = [awake[0]] if full else []
+    rungs = {id(o): o.rungs[-1] for o in chosen}
+
+    def missing(options: Iterable[_Option]) -> dict[str, int]:
+        left = dict(short)
+        for option in options:
+            left = gpu_ledger.beyond(left, option.freed(load, rungs[id(option)]))
+        return left
+
+    everyone = sorted([*awake, *asleep], key=lambda o: _dispensable(o.instance))
+    for option in everyone:
+        rungs.setdefault(id(option), option.rungs[-1])
+        lacking = missing(chosen)
+        if option not in chosen and lacking.keys() & option.freed(load, option.rungs[-1]).keys():
+            chosen.append(option)
+    lacking = missing(chosen)
+    if not lacking:
+        for option in chosen[1:] if full else list(chosen):
+            if not missing(o for o in chosen if o is not option):
+                chosen.remove(option)
+        # Who was used last stays as warm as can be.
+        for option in reversed(chosen):
+            for rung in option.rungs:
+                rungs[id(option)] = rung
+                if not missing(chosen):
+                    break
+    freed: Bytes = {}
+    for option in chosen:
+        freed = gpu_ledger.plus(freed, option.freed(load, rungs[id(option)]))
+    victims = tuple(StepDown(o.instance, rungs[id(o)], "recycle" if o.recycle else "evict") for o in chosen)
+    may_come = bool(lacking) and not gpu_ledger.beyond(lacking, _busy_bytes(view, needy, used))
+    return _Choice(victims, freed, not lacking, lacking, may_come)
+
+
+def _dispensable(instance: Instance) -> tuple[bool, float]:
+    """Sorts the instances that would be missed least first."""
+    return instance.state is not State.RETIRING, instance.idle_since or 0.0
+
+
+def _idle(
+    view: View, needy: ModelView, candidate: Instance | None, now: float, used: set[int]
+) -> tuple[list[_Option], list[_Option]]:
+    """The idle instances that may make room, longest idle first: awake ones of other models, and sleeping ones."""
+    awake: list[_Option] = []
+    asleep: list[_Option] = []
+    for model in view.models:
+        spare = _spare(model) if model.key != needy.key else []
+        awake += [_option(i, model, view.gpus, now) for i in spare if i.leases == 0 and id(i) not in used]
+        sleeping = [i for i in model.instances if i.state is State.SLEEPING and i is not candidate]
+        asleep += [_option(i, model, view.gpus, now) for i in sleeping if id(i) not in used]
+    return sorted(awake, key=lambda o: _dispensable(o.instance)), asleep
+
+
+def _busy_bytes(view: View, needy: ModelView, used: set[int]) -> Bytes:
+    """What those hold that cannot step down now, but may some day."""
+    total: Bytes = {}
+    for model in view.models:
+        # One's own do not make room, but those who wait are served by them.
+        up = _spare(model) if model.key != needy.key else [i for i in model.instances if i.state in AWAKE]
+        for instance in [*(i for i in up if i.leases or model.key == needy.key), *_waking(model)]:
+            if id(instance) not in used:
+                total = gpu_ledger.plus(total, view.gpus.after.get(instance.id, gpu_ledger.NOTHING))
+    return total
+
+
+def _waking(model: ModelView) -> list[Instance]:
+    return [i for i in model.instances if i.state is State.WAKING]
 
 
 def _spare(model: ModelView) -> list[Instance]:
@@ -281,8 +453,11 @@ def _spare(model: ModelView) -> list[Instance]:
     return up[: max(0, len(up) - _kept_ready(model))]
 
 
-def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: set[int]) -> None:
-    """Close the least busy instance of another model once `needy` has waited long enough."""
+def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: set[int], missing: Bytes) -> None:
+    """Close the least busy instance of another model once `needy` has waited long enough.
+
+    Where GPU memory is missing: as many as hold that much.
+    """
     if needy.oldest_wait is None:
         return
     due = needy.oldest_wait + view.switch_after_s
@@ -290,13 +465,19 @@ def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: se
         plan.not_later_than(due)
         return
     others = [i for m in view.models if m.key != needy.key for i in _spare(m)]
-    if any(i.state is State.RETIRING for i in others):
-        return
-    busy = [i for i in others if id(i) not in used]
-    if busy:
-        chosen = min(busy, key=lambda i: i.leases)
-        used.add(id(chosen))
-        plan.actions.append(Retire(chosen))
+    retiring = [i for i in others if i.state is State.RETIRING]
+    busy = sorted((i for i in others if i not in retiring and id(i) not in used), key=lambda i: i.leases)
+    if not missing:
+        chosen = busy[:1] if not retiring else []
+    else:
+        chosen = []
+        for instance in (*(i for i in retiring if i.leases), *busy):
+            held = view.gpus.after.get(instance.id, gpu_ledger.NOTHING)
+            if missing.keys() & held.keys():
+                missing = gpu_ledger.beyond(missing, held)
+                chosen += [instance] if instance in busy else []
+    used.update(id(i) for i in chosen)
+    plan.actions.extend(Retire(i) for i in chosen)
 
 
 def _reap(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
@@ -308,7 +489,9 @@ def _reap(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
         if step is None:
             continue
         tier, due = step
-        if due <= now:
+        if due <= now and tier < Tier.CHECKPOINTED and _recyclable(instance, model, now):
+            plan.actions.append(StepDown(instance, Tier.CHECKPOINTED, "recycle"))
+        elif due <= now:
             plan.actions.append(StepDown(instance, tier, "evict" if instance.evicted else "idle"))
         else:
             plan.not_later_than(due)

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from proxy import policy, weights
+from proxy import gpu_ledger, policy, weights
 from proxy.engine import EngineClient
 from proxy.errors import (
     ConflictError,
@@ -30,6 +30,7 @@ from proxy.errors import (
     RuntimeFailure,
     WakeFailedError,
 )
+from proxy.gpu_ledger import GpuLedger
 from proxy.instance import ARRIVAL, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
 from proxy.runtime.base import ImageFacts
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from proxy.config import ModelSettings, Settings
+    from proxy.gpu import GpuMemory, Gpus
+    from proxy.gpu_ledger import Bytes
     from proxy.metrics import Metrics
     from proxy.runtime.base import Found, Handle, Runtime
 
@@ -54,6 +57,8 @@ _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
 """Between two tries to step down to a rung that could not be had without harm, as for want of space."""
 _WAKES_KEPT = 50
+_WEIGH_EVERY_S = 5.0
+"""How often GPU memory is looked at when nothing moves: other programs come and go, engines grow."""
 _LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
 _RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
 """Between two starts for `min_ready` that failed; a request is always a new try."""
@@ -134,6 +139,11 @@ class _Slot:
     """What an operator wants of it and has not come true yet."""
     wake_began: float = 0.0
 
+    @property
+    def renewable(self) -> bool:
+        """Whether its processes can be had again from an image."""
+        return self.image.present and not self.image.archived
+
 
 @dataclass(slots=True)
 class _Waiter:
@@ -141,6 +151,21 @@ class _Waiter:
     since: float
     found: Tier
     preferred: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Evictions:
+    """What a wake waits for, and what it expects of it."""
+
+    tasks: Mapping[str, asyncio.Task[None]]
+    """The victims' ids, and their way down."""
+    needed: Bytes
+    """GPU memory that has to be free afterwards."""
+    expected: Mapping[str, Bytes]
+    """Instance → what it should hold by then."""
+
+
+_NO_EVICTIONS = _Evictions({}, {}, {})
 
 
 @dataclass(slots=True)
@@ -151,6 +176,7 @@ class _Model:
     settings: ModelSettings
     served_name: str
     runtime: Runtime
+    ledger: GpuLedger
     slots: dict[str, _Slot] = field(default_factory=dict)
     image: _Image = field(default_factory=_Image)
     """The golden checkpoint, where the runtime shares images."""
@@ -185,6 +211,7 @@ class _Model:
             draining=self.draining,
             restock_at=self.restock_at,
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
+            worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
         )
 
 
@@ -232,6 +259,7 @@ class Pool:
     """All instances of all models on this host.
 
     `runtimes` by name; `clock` is monotonic, in seconds, and may be a test's; `connect` makes the client of an engine.
+    `gpus`: whose memory is kept account of; opened by the runtimes. Without, it plays no part in any decision.
     """
 
     def __init__(
@@ -242,16 +270,24 @@ class Pool:
         *,
         clock: Callable[[], float] = time.monotonic,
         connect: Callable[[Handle, str, ModelSettings], EngineClient] | None = None,
+        gpus: Gpus | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
         self._connect = connect or _connect
         self._runtimes = {m.runtime: runtimes[m.runtime] for m in settings.models.values()}
+        self._gpus = gpus
+        self._ledger = GpuLedger(settings.pool.gpu_creep)
         self._models = {
-            key: _Model(key, model, settings.served_name(key), self._runtimes[model.runtime])
+            key: _Model(key, model, settings.served_name(key), self._runtimes[model.runtime], self._ledger)
             for key, model in settings.models.items()
         }
+        for key, model in settings.models.items():
+            if model.gpu_memory is not None:
+                self._ledger.configure(key, model.gpu_memory, model.gpus)
+        self._weigh_due = asyncio.Event()
+        self._weigher: asyncio.Task[None] | None = None
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open_leases = 0
@@ -285,10 +321,17 @@ class Pool:
             mine = {key: m.settings for key, m in self._models.items() if m.settings.runtime == name}
             recovered = await runtime.recover(mine)
             images = {owner: _image_of(facts) for owner, facts in recovered.images.items()}
+            model_of = {found.handle.instance_id: found.handle.model for found in recovered.instances}
+            for owner, facts in recovered.images.items():
+                self._ledger.learn(owner if runtime.shares_images else model_of[owner], facts.details.get("gpu"))
             for key in mine.keys() & images.keys() if runtime.shares_images else ():
                 self._models[key].image = images[key]
                 log.info("%s: golden checkpoint adopted", key)
             await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
+        if self._gpus is not None and self._gpus.measurable:
+            self._ledger.suspending_frees = self._gpus.usable
+            await self._weigh()
+            self._weigher = asyncio.create_task(self._keep_weighing(), name="weigh")
         self._open = True
         self.tick()
 
@@ -340,7 +383,7 @@ class Pool:
             _note_unexpected(instance, error)
             log.warning("%s was loading and did not come up: %s", instance.id, str(error) or "no result in time")
             await self._clear_away(model, slot, Tier.STOPPED)
-            await self._wake(model, slot, generation, None)
+            await self._wake(model, slot, generation, _NO_EVICTIONS)
             return
         if instance.generation == generation and instance.state is State.WAKING:
             self._woken(model, instance, Tier.STOPPED, Tier.STOPPED, began, stages)
@@ -405,7 +448,7 @@ class Pool:
         for model in self._models.values():
             self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
         self._give_up_orders()
-        tasks = list(self._tasks)
+        tasks = [*self._tasks, *([self._weigher] if self._weigher is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -724,6 +767,7 @@ class Pool:
                     [m.view() for m in self._models.values()],
                     self._settings.pool.max_awake,
                     self._settings.pool.switch_after,
+                    self._ledger.load(i for m in self._models.values() for i in m.instances()),
                 ),
                 self._clock(),
             )
@@ -780,7 +824,7 @@ class Pool:
                 log.info("%s readmitted", instance.id)
 
     def _begin_wake(self, action: policy.Wake) -> None:
-        victim = self._begin_step_down(action.victim) if action.victim is not None else None
+        evictions = self._evict(action) if action.victims else _NO_EVICTIONS
         model = self._models[action.model]
         known = action.instance
         slot = model.slots[known.id] if known is not None else self._new_slot(model, _free_id(model))
@@ -790,7 +834,19 @@ class Pool:
         slot.wake_began = self._clock()
         instance.apply(Event.WAKE)
         log.info("%s waking from %s", instance.id, found.label)
-        slot.task = self._spawn(f"wake {instance.id}", self._wake(model, slot, instance.generation, victim))
+        slot.task = self._spawn(f"wake {instance.id}", self._wake(model, slot, instance.generation, evictions))
+
+    def _evict(self, action: policy.Wake) -> _Evictions:
+        held = self._ledger.charge(action.instance) if action.instance is not None else gpu_ledger.NOTHING
+        needed = gpu_ledger.beyond(self._ledger.need(action.model) or gpu_ledger.NOTHING, held)
+        expected = {}
+        for slot in (s for m in self._models.values() for s in m.slots.values()):
+            if slot.instance.state in (State.SLEEPING, State.SUSPENDED):
+                expected[slot.instance.id] = self._ledger.expected(slot.instance, slot.instance.tier)
+        for victim in action.victims:
+            expected[victim.instance.id] = self._ledger.expected(victim.instance, victim.to)
+        tasks = {victim.instance.id: self._begin_step_down(victim) for victim in action.victims}
+        return _Evictions(tasks, needed, expected)
 
     def _begin_step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
         instance = action.instance
@@ -849,16 +905,17 @@ class Pool:
 
     # --- waking ---
 
-    async def _wake(self, model: _Model, slot: _Slot, generation: int, victim: asyncio.Task[None] | None) -> None:
+    async def _wake(self, model: _Model, slot: _Slot, generation: int, evictions: _Evictions) -> None:
         """Bring an instance to ready from the warmest rung that works."""
         instance = slot.instance
         found = instance.waking_from or Tier.STOPPED
         stages = Stages()
         began = self._clock()
         failures: list[str] = []
-        if victim is not None:
+        if evictions.tasks:
             with stages.measure("evict"):
-                await asyncio.wait([victim])
+                await asyncio.wait(evictions.tasks.values())
+                await self._make_sure(evictions)
         for tier in _rungs_from(found, slot):
             try:
                 await self._climb(model, slot, tier, stages)
@@ -884,6 +941,9 @@ class Pool:
         instance.waking_from = None
         model.failed_wakes = 0
         instance.idle_since = now
+        if tier in (Tier.SLEEPING, Tier.SUSPENDED):
+            self._ledger.woke(instance)
+        self._weigh_due.set()
         record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
         instance.last_wake = record
         self._wakes.appendleft(_wake_status(record) | {"model": model.key, "instance": instance.id})
@@ -931,6 +991,7 @@ class Pool:
 
     async def _start(self, model: _Model, slot: _Slot, stages: Stages) -> None:
         settings, instance = model.settings, slot.instance
+        self._ledger.began(instance)
         with stages.measure("start"):
             handle = await model.runtime.start(instance.id, model.key, settings)
         self._attach(model, slot, handle)
@@ -959,6 +1020,7 @@ class Pool:
     async def _restore(self, model: _Model, slot: _Slot, stages: Stages) -> None:
         settings, instance, image = model.settings, slot.instance, slot.image
         await self._unwatch(slot)
+        self._ledger.began(instance)
         async with image.lock:
             if image.archived:
                 with stages.measure("unarchive"):
@@ -1078,6 +1140,8 @@ class Pool:
             text = str(error) or "no result in time"
             _note_unexpected(instance, error)
             harmless = isinstance(error, RuntimeFailure) and error.alive
+            if isinstance(error, RuntimeFailure) and error.leaked_bytes:
+                self._metrics.gpu_leaks.labels(model.key).inc()
             if harmless:
                 delay_s = _STEP_RETRY_S[min(slot.failed_steps, len(_STEP_RETRY_S) - 1)]
                 slot.failed_steps += 1
@@ -1105,6 +1169,9 @@ class Pool:
             self._metrics.step_downs.labels(model.key, to.label, reason).inc()
             log.info("%s %s", instance.id, to.label)
         instance.apply(ARRIVAL[arrived])
+        if arrived is not Tier.READY:
+            self._ledger.arrived(instance, arrived)
+        self._weigh_due.set()
 
     async def _go_down(self, model: _Model, slot: _Slot, origin: Tier, to: Tier) -> None:
         match to:
@@ -1112,6 +1179,8 @@ class Pool:
                 await self._fall_asleep(model, slot, origin)
             case Tier.SUSPENDED:
                 await self._fall_asleep(model, slot, origin)
+                if slot.instance.sleep_level:
+                    await self._weigh_once(model, slot, gpu_ledger.SLEEPING)
                 await _client(slot).disconnect()
                 await model.runtime.suspend(_handle(slot))
             case Tier.CHECKPOINTED:
@@ -1159,10 +1228,16 @@ class Pool:
         else:
             if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
                 slot.canary = await client.canary()
+            if origin is Tier.READY:
+                await self._weigh_once(model, slot, gpu_ledger.READY)
             await self._fall_asleep(model, slot, origin)
+            if instance.sleep_level and origin <= Tier.SLEEPING:
+                await self._weigh_once(model, slot, gpu_ledger.SLEEPING)
             await client.disconnect()
             await self._unwatch(slot)
-            details = {"warmup": slot.warmup}
+            details: dict[str, Any] = {"warmup": slot.warmup}
+            if figures := self._ledger.figures(model.key):
+                details["gpu"] = figures
             await model.runtime.checkpoint(
                 _handle(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
             )
@@ -1196,10 +1271,134 @@ class Pool:
                 await asyncio.sleep(delay_s)
         instance.apply(Event.WENT)
         del model.slots[instance.id]
+        self._ledger.forget(instance.id)
+        self._weigh_due.set()
         model.discarding = model.discarding and bool(model.slots)
         self._end_order(slot)
         self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
         log.info("%s stopped", instance.id)
+
+    # --- GPU memory ---
+
+    async def _keep_weighing(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WEIGH_EVERY_S):
+                    await self._weigh_due.wait()
+            self._weigh_due.clear()
+            try:
+                await self._weigh()
+            except Exception:
+                log.exception("GPU memory could not be weighed")
+            self.tick()
+
+    async def _weigh(self) -> None:
+        """Write down what the GPUs and our engines hold; nothing where NVML does not answer."""
+        gpus = self._gpus
+        if gpus is None:
+            return
+        seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
+        readings = asyncio.gather(*(m.runtime.gpu_bytes(_handle(s)) for m, s, _, _ in seen))
+        memory, held = await asyncio.gather(gpus.memory(), readings)
+        if not memory:
+            return
+        settled = [s for _, s in self._live()] == [s for _, s, _, _ in seen]
+        for (model, slot, state, generation), count in zip(seen, held, strict=True):
+            instance = slot.instance
+            same = instance.state is state and instance.generation == generation and instance.id in model.slots
+            settled = settled and same and (state in RESTING or state is State.RETIRING)
+            if same:
+                self._ledger.weigh(instance, count)
+                self._tell_if_worn(slot)
+        ours = [(slot.instance, count) for (_, slot, _, _), count in zip(seen, held, strict=True)]
+        self._ledger.read(memory, ours, settled=settled)
+        self._publish_gpus()
+
+    def _live(self) -> list[tuple[_Model, _Slot]]:
+        """The instances that have processes."""
+        return [
+            (m, s)
+            for m in self._models.values()
+            for s in m.slots.values()
+            if s.handle is not None and s.instance.state not in gpu_ledger.HOLDS_NOTHING
+        ]
+
+    def _tell_if_worn(self, slot: _Slot) -> None:
+        instance = slot.instance
+        if self._ledger.newly_worn(instance):
+            log.warning(
+                "%s holds %d MiB more of the GPU than at first, after %d cycles: %s",
+                instance.id,
+                self._ledger.growth_bytes(instance) >> 20,
+                self._ledger.cycles(instance),
+                "it is replaced from its checkpoint when it is idle" if slot.renewable else "it has no checkpoint",
+            )
+
+    async def _weigh_once(self, model: _Model, slot: _Slot, kind: str) -> None:
+        """Learn what a model holds awake or asleep in passing, where that was never seen."""
+        if self._gpus is not None and not self._ledger.knows(model.key, kind):
+            self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(_handle(slot)))})
+
+    async def _make_sure(self, evictions: _Evictions) -> None:
+        """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
+        try:
+            if evictions.needed and await self._lacking(evictions.needed):
+                await self._find_room(evictions)
+        except Exception:
+            log.exception("GPU memory could not be looked at")
+
+    async def _find_room(self, evictions: _Evictions) -> None:
+        # One that fell asleep goes off the GPU behind the wake: there may be enough then.
+        slots = {s.instance.id: (m, s) for m, s in self._live() if s.instance.id in evictions.expected}
+        victims = [slots[i][1] for i in evictions.tasks if i in slots]
+        leaving = [s.task for s in victims if s.instance.state is State.SUSPENDING and s.task is not None]
+        if leaving:
+            await asyncio.wait(leaving)
+        await self._weigh()
+        if not await self._lacking(evictions.needed):
+            return
+        stopping = []
+        for instance_id, (model, slot) in slots.items():
+            if slot.instance.state not in (State.SLEEPING, State.SUSPENDED):
+                continue
+            leaked = self._ledger.leaked_bytes(slot.instance, evictions.expected[instance_id])
+            if leaked:
+                log.error("%s holds %d MiB more of the GPU than expected: stopped", instance_id, leaked >> 20)
+                self._metrics.gpu_leaks.labels(model.key).inc()
+                self._break(model, slot)
+                stopping += [slot.task] if slot.task is not None else []
+        if stopping:
+            await asyncio.wait(stopping)
+        if lacking := await self._lacking(evictions.needed):
+            log.warning("%d MiB of GPU memory are still missing for the next wake", sum(lacking.values()) >> 20)
+
+    async def _lacking(self, needed: Bytes) -> dict[str, int]:
+        """What is not free of what is needed; nothing where NVML does not answer."""
+        memory: list[GpuMemory] = await self._gpus.memory() if self._gpus is not None else []
+        return gpu_ledger.beyond(needed, {g.uuid: g.free_bytes for g in memory}) if memory else {}
+
+    def _publish_gpus(self) -> None:
+        for gpu in self._gpu_status():
+            for kind in ("total", "used", "foreign", "charged"):
+                self._metrics.gpu_memory.labels(str(gpu["index"]), kind).set(gpu[f"{kind}_bytes"])
+        for model in self._models.values():
+            held = sum(self._ledger.charged(model.instances()).values())
+            self._metrics.instance_gpu.labels(model.key).set(held)
+
+    def _gpu_status(self) -> list[dict[str, Any]]:
+        charged = self._ledger.charged(i for m in self._models.values() for i in m.instances())
+        return [
+            {
+                "index": gpu.index,
+                "name": gpu.name,
+                "uuid": gpu.uuid,
+                "total_bytes": gpu.total_bytes,
+                "used_bytes": gpu.used_bytes,
+                "foreign_bytes": self._ledger.foreign.get(gpu.uuid, 0),
+                "charged_bytes": charged.get(gpu.uuid, 0),
+            }
+            for gpu in self._ledger.gpus
+        ]
 
     # --- engines that end by themselves ---
 
@@ -1256,6 +1455,8 @@ class Pool:
                 instance.sleep_level = slot.image.sleep_level
                 instance.idle_since = self._clock()
                 instance.apply(Event.AT_CHECKPOINTED)
+                self._ledger.arrived(instance, Tier.CHECKPOINTED)
+                self._weigh_due.set()
                 return
         instance.apply(Event.STOP)
         await self._remove(model, slot, "broken")
@@ -1281,6 +1482,7 @@ class Pool:
             "ready": self.ready,
             "draining": self._draining or self._shut,
             "leases": self._open_leases,
+            "gpus": self._gpu_status(),
             "models": {key: self._model_status(model) for key, model in self._models.items()},
             "wakes": [*self._wakes],
         }
@@ -1298,6 +1500,7 @@ class Pool:
             "shares_checkpoint": model.runtime.shares_images,
             "rungs": sorted(t.label for t in rungs.offered),
             "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
+            "gpu_need_bytes": self._ledger.need(model.key),
             "instances": [self._instance_status(model, slot) for slot in model.slots.values()],
         }
 
@@ -1312,6 +1515,8 @@ class Pool:
             "leases": instance.leases,
             "generation": instance.generation,
             "has_checkpoint": slot.image.present,
+            "gpu_bytes": self._ledger.charge(instance),
+            "cycles": self._ledger.cycles(instance),
             "ordered": instance.ordered.label if instance.ordered is not None else None,
             "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
             "last_used_unix_s": instance.last_used_unix_s,

@@ -18,7 +18,7 @@ from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
-from tests.fake_cuda import FakeNvml
+from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -341,10 +341,18 @@ class FakeEngine:
 
 
 class Rig:
-    """A pool on fakes: `rig.pool`, `rig.runtime`, `rig.clock`, `rig.metrics`."""
+    """A pool on fakes: `rig.pool`, `rig.runtime`, `rig.clock`, `rig.metrics`, `rig.nvml`.
+
+    `takes`: there is a GPU, and this is what the models' engines hold of it (`FakeRuntime.takes`).
+    """
 
     def __init__(
-        self, models: dict[str, dict[str, Any]] | None = None, *, shares_images: bool = False, **pool: Any
+        self,
+        models: dict[str, dict[str, Any]] | None = None,
+        *,
+        shares_images: bool = False,
+        takes: dict[str, tuple[int, int]] | None = None,
+        **pool: Any,
     ) -> None:
         entries = models or {"demo": {}}
         self.settings = Settings(
@@ -352,11 +360,21 @@ class Rig:
             pool={"switch_after": "10s", **pool},
         )
         self.runtime = FakeRuntime(shares_images=shares_images)
+        self.nvml = self.runtime.nvml
+        self.gpus = PromptGpus(driver=FakeDriver, monitor=lambda: self.nvml)
+        if takes is not None:
+            self.runtime.gpus, self.runtime.takes = self.gpus, takes
+            assert self.gpus.open() is None
         self.clock = Clock()
         self.metrics = Metrics()
         self.engines: dict[str, FakeEngine] = {}
         self.pool = Pool(
-            self.settings, {"process": self.runtime}, self.metrics, clock=self.clock, connect=self._connect
+            self.settings,
+            {"process": self.runtime},
+            self.metrics,
+            clock=self.clock,
+            connect=self._connect,
+            gpus=self.gpus if takes is not None else None,
         )
 
     def _connect(self, handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:

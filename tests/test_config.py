@@ -115,6 +115,10 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
         ('[models.a.process]\ncommand = ["x"]', "{port} is missing"),
         (MINIMAL + MINIMAL, "is not TOML"),
         (MINIMAL + '[models.other]\nname = "demo"\nprocess.command = ["{port}"]', "belongs to models.demo already"),
+        ('[models.a]\ngpu_memory = "0B"\nprocess.command = ["{port}"]', "models.a.gpu_memory: "),
+        ('[models.a]\ngpu_memory = "72"\ngpus = []\nprocess.command = ["{port}"]', "models.a.gpus: "),
+        ('[models.a]\ngpus = [-1]\nprocess.command = ["{port}"]', "models.a.gpus.0: "),
+        (MINIMAL + '[pool]\ngpu_creep = "a lot"', "pool.gpu_creep: "),
         ('[models.a]\nmin_ready = 2\nprocess.command = ["{port}"]', "more than max_instances"),
         (
             MINIMAL + '[server]\ndefault_model = "other"',

@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
     "proxy.install_commands": 8,
     "proxy.instance": 1,
     "proxy.config": 2,
+    "proxy.gpu_ledger": 2,
     "proxy.engine": 3,
     "proxy.reference": 3,
     "proxy.checkpoints": 3,

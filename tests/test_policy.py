@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.gpu_ledger import EMPTY, GpuLoad
 from proxy.instance import AWAKE, RESTING, Instance, State, Tier
 from proxy.policy import (
     TYPICAL_S,
@@ -174,7 +175,7 @@ def test_an_idle_instance_of_another_model_makes_room() -> None:
     idle = instance(State.READY, key="c", idle_since=2.0)
     needy = model(waiting=1, oldest_wait=3.0)
     actions = plan(needy, model(idle, key="c"), model(longest, key="b"), now=3.0, max_awake=2).actions
-    assert actions == [Wake("a", None, StepDown(longest, Tier.SLEEPING, "evict"))]
+    assert actions == [Wake("a", None, (StepDown(longest, Tier.SLEEPING, "evict"),))]
 
 
 def test_with_room_left_nobody_is_evicted() -> None:
@@ -187,7 +188,7 @@ def test_one_victim_makes_room_for_one() -> None:
     first = model(waiting=1, oldest_wait=1.0)
     second = model(key="b", waiting=1, oldest_wait=0.0)
     actions = plan(first, second, model(idle, key="c"), max_awake=1).actions
-    assert actions == [Wake("b", None, StepDown(idle, Tier.SLEEPING, "evict"))]
+    assert actions == [Wake("b", None, (StepDown(idle, Tier.SLEEPING, "evict"),))]
 
 
 def test_a_model_does_not_evict_itself_nor_below_min_ready() -> None:
@@ -212,9 +213,213 @@ def test_a_retired_instance_steps_down_when_its_last_request_ends_and_is_readmit
     retired = instance(State.RETIRING, key="b")
     waiting = model(waiting=1, oldest_wait=0.0)
     assert plan(waiting, model(retired, key="b"), max_awake=1).actions == [
-        Wake("a", None, StepDown(retired, Tier.SLEEPING, "evict"))
+        Wake("a", None, (StepDown(retired, Tier.SLEEPING, "evict"),))
     ]
     assert plan(model(), model(retired, key="b"), max_awake=1).actions == [Readmit(retired)]
+
+
+# --- GPU memory ---
+
+GPU = "GPU-1"
+
+
+def gpus(
+    *instances: Instance, needs: dict[str, int], asleep: dict[str, int] | None = None, capacity: int = 80, **more: Any
+) -> GpuLoad:
+    """What these hold by their states, in GiB of one GPU."""
+    sleeps = asleep or {}
+    now: dict[str, dict[str, int]] = {}
+    after: dict[str, dict[str, int]] = {}
+    for one in instances:
+        need, sleeping = needs.get(one.model, 0), sleeps.get(one.model, 0)
+        awake = one.state in AWAKE or one.state is State.STOPPING
+        now[one.id] = {GPU: need if awake else sleeping if one.state is State.SLEEPING else 0}
+        leaves = one.state in (State.SUSPENDING, State.CHECKPOINTING, State.STOPPING)
+        after[one.id] = {GPU: 0 if leaves else sleeping if one.state is State.FALLING_ASLEEP else now[one.id][GPU]}
+    known = {key: {GPU: count} for key, count in needs.items() if count}
+    return GpuLoad({GPU: capacity}, now, after, known, {key: {GPU: n} for key, n in sleeps.items()}, **more)
+
+
+def needy(key: str = "a", *instances: Instance, since: float = 3.0, **more: Any) -> ModelView:
+    return model(*instances, key=key, waiting=1, oldest_wait=since, **more)
+
+
+def test_what_fits_evicts_nobody() -> None:
+    idle = instance(State.READY, key="b")
+    load = gpus(idle, needs={"a": 40, "b": 40})
+    assert plan(needy(), model(idle, key="b"), gpus=load).actions == [Wake("a", None)]
+
+
+def test_the_other_falls_asleep_where_that_is_enough_and_is_suspended_where_not() -> None:
+    idle = instance(State.READY, key="b")
+    models = needy(), model(idle, key="b")
+    enough = gpus(idle, needs={"a": 60, "b": 60}, asleep={"b": 2})
+    assert plan(*models, gpus=enough).actions == [Wake("a", None, (StepDown(idle, Tier.SLEEPING, "evict"),))]
+    too_much = gpus(idle, needs={"a": 79, "b": 60}, asleep={"b": 2})
+    assert plan(*models, gpus=too_much).actions == [Wake("a", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))]
+    unknown = gpus(idle, needs={"a": 60, "b": 60})
+    assert plan(*models, gpus=unknown).actions == [Wake("a", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))]
+
+
+def test_where_suspended_engines_stay_on_the_gpu_a_colder_rung_is_taken() -> None:
+    idle = instance(State.READY, key="b")
+    load = gpus(idle, needs={"a": 79, "b": 60}, asleep={"b": 2}, suspending_frees=False)
+    (wake,) = plan(needy(), model(idle, key="b"), gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(idle, Tier.CHECKPOINTED, "evict"),))
+
+
+def test_rungs_that_are_barred_or_postponed_are_passed_over() -> None:
+    idle = instance(State.READY, key="b")
+    idle.barred.add(Tier.SUSPENDED)
+    idle.postponed[Tier.CHECKPOINTED] = 50.0
+    load = gpus(idle, needs={"a": 79, "b": 60}, asleep={"b": 2})
+    (wake,) = plan(needy(), model(idle, key="b"), now=3.0, gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(idle, Tier.STOPPED, "evict"),))
+
+
+def test_the_longest_idle_goes_first_and_as_many_as_are_needed() -> None:
+    longest, later, last = (instance(State.READY, key=k, idle_since=t) for k, t in (("b", 0.0), ("c", 1.0), ("d", 2.0)))
+    others = [model(i, key=i.model) for i in (last, longest, later)]
+    needs = {"a": 50, "b": 20, "c": 30, "d": 30}
+    (wake,) = plan(needy(), *others, gpus=gpus(longest, later, last, needs=needs)).actions
+    assert isinstance(wake, Wake)
+    assert [v.instance for v in wake.victims] == [longest, later]
+    (wake,) = plan(needy(), *others, gpus=gpus(longest, later, last, needs={**needs, "a": 30, "c": 10})).actions
+    assert isinstance(wake, Wake)
+    assert [v.instance for v in wake.victims] == [longest]
+
+
+def test_one_that_turns_out_not_to_be_needed_is_spared_and_the_latest_stays_warmest() -> None:
+    small, large = instance(State.READY, key="b", idle_since=0.0), instance(State.READY, key="c", idle_since=1.0)
+    others = model(small, key="b"), model(large, key="c")
+    load = gpus(small, large, needs={"a": 70, "b": 5, "c": 70}, asleep={"b": 1, "c": 2})
+    (wake,) = plan(needy(), *others, gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(large, Tier.SLEEPING, "evict"),))
+    load = gpus(small, large, needs={"a": 78, "b": 5, "c": 70}, asleep={"b": 1, "c": 2})
+    (wake,) = plan(needy(), *others, gpus=load).actions
+    both = StepDown(small, Tier.SUSPENDED, "evict"), StepDown(large, Tier.SLEEPING, "evict")
+    assert wake == Wake("a", None, both)
+
+
+def test_sleeping_ones_make_room_those_of_the_same_model_too_but_not_the_one_that_wakes() -> None:
+    first, second = instance(State.SLEEPING), instance(State.SLEEPING, number=2, idle_since=9.0)
+    other = instance(State.SLEEPING, key="b", idle_since=1.0)
+    load = gpus(first, second, other, needs={"a": 77, "b": 10}, asleep={"a": 2, "b": 2})
+    (wake,) = plan(needy("a", first, second), model(other, key="b"), now=9.0, gpus=load).actions
+    assert wake == Wake("a", first, (StepDown(other, Tier.SUSPENDED, "evict"),))
+    load = gpus(first, second, other, needs={"a": 80, "b": 10}, asleep={"a": 2, "b": 2})
+    (wake,) = plan(needy("a", first, second), model(other, key="b"), now=9.0, gpus=load).actions
+    both = StepDown(other, Tier.SUSPENDED, "evict"), StepDown(second, Tier.SUSPENDED, "evict")
+    assert wake == Wake("a", first, both)
+
+
+def test_a_sleeping_one_needs_only_what_it_does_not_hold_yet() -> None:
+    own, idle = instance(State.SLEEPING), instance(State.READY, key="b")
+    load = gpus(own, idle, needs={"a": 40, "b": 40}, asleep={"a": 5})
+    assert plan(needy("a", own), model(idle, key="b"), gpus=load).actions == [Wake("a", own)]
+
+
+def test_one_that_is_wanted_itself_and_was_taken_is_woken_when_it_has_arrived() -> None:
+    asleep = instance(State.SLEEPING, key="b")
+    load = gpus(asleep, needs={"a": 79, "b": 60}, asleep={"b": 2})
+    both = needy("a", since=1.0), needy("b", asleep, since=2.0, max_instances=2)
+    assert plan(*both, gpus=load).actions == [Wake("a", None, (StepDown(asleep, Tier.SUSPENDED, "evict"),))]
+
+
+def test_memory_that_is_on_its_way_is_waited_for_and_kept_for_who_waits() -> None:
+    leaving = instance(State.SUSPENDING, key="b")
+    idle = instance(State.READY, key="c")
+    load = gpus(leaving, idle, needs={"a": 50, "b": 50, "c": 20, "d": 20})
+    others = model(leaving, key="b"), model(idle, key="c")
+    assert plan(needy(since=1.0), *others, gpus=load).actions == []
+    actions = plan(needy(since=1.0), *others, needy("d", since=2.0), gpus=load).actions
+    assert actions == [Wake("d", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))], "not of what comes free for a"
+
+
+def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() -> None:
+    busy = instance(State.READY, key="b", leases=2)
+    load = gpus(busy, needs={"a": 60, "b": 60}, asleep={"b": 2})
+    models = needy(since=5.0), model(busy, key="b")
+    early = plan(*models, now=6.0, gpus=load)
+    assert (early.actions, early.deadline) == ([], 15.0)
+    assert plan(*models, now=15.0, gpus=load).actions == [Retire(busy)]
+    busy.state = State.RETIRING
+    assert plan(*models, now=16.0, gpus=load).actions == []
+    busy.leases, busy.idle_since = 0, 16.0
+    assert plan(*models, now=16.0, gpus=load).actions == [Wake("a", None, (StepDown(busy, Tier.SLEEPING, "evict"),))]
+
+
+def test_as_many_busy_ones_are_asked_as_hold_what_is_missing() -> None:
+    two = [instance(State.READY, key=k, leases=n) for k, n in (("b", 1), ("c", 2), ("d", 3))]
+    load = gpus(*two, needs={"a": 50, "b": 26, "c": 26, "d": 26})
+    models = needy(since=0.0), *(model(i, key=i.model) for i in two)
+    assert plan(*models, now=10.0, gpus=load).actions == [Retire(two[0]), Retire(two[1])]
+    two[0].state = State.RETIRING
+    assert plan(*models, now=11.0, gpus=load).actions == [Retire(two[1])]
+
+
+def test_what_would_never_fit_is_tried_with_all_the_room_there_is_once_somebody_waits() -> None:
+    idle = instance(State.READY, key="b")
+    load = gpus(idle, needs={"a": 90, "b": 20})
+    (wake,) = plan(needy(), model(idle, key="b"), gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))
+    assert plan(model(min_ready=1), model(idle, key="b"), gpus=load).actions == []
+
+
+def test_min_ready_is_not_evicted_for_memory() -> None:
+    kept = instance(State.READY, key="b")
+    load = gpus(kept, needs={"a": 60, "b": 60})
+    assert plan(needy(), model(kept, key="b", min_ready=1), gpus=load).actions == [Wake("a", None)], "it may fit yet"
+
+
+def test_a_further_instance_waits_while_those_of_its_model_are_what_fills_the_gpu() -> None:
+    own = instance(State.READY, leases=4)
+    load = gpus(own, needs={"a": 60})
+    assert plan(needy("a", own, max_instances=2), now=100.0, gpus=load).actions == []
+
+
+def test_a_need_that_is_not_known_evicts_nobody() -> None:
+    idle = instance(State.READY, key="b")
+    load = gpus(idle, needs={"b": 80})
+    assert plan(needy(), model(idle, key="b"), gpus=load).actions == [Wake("a", None)]
+
+
+def test_max_awake_and_memory_are_both_kept() -> None:
+    idle, asleep = instance(State.READY, key="b"), instance(State.SLEEPING, key="c", idle_since=-1.0)
+    models = needy(), model(idle, key="b"), model(asleep, key="c")
+    load = gpus(idle, asleep, needs={"a": 20, "b": 20, "c": 20}, asleep={"b": 2, "c": 2})
+    one = StepDown(idle, Tier.SLEEPING, "evict")
+    assert plan(*models, max_awake=1, gpus=load).actions == [Wake("a", None, (one,))]
+    load = gpus(idle, asleep, needs={"a": 77, "b": 20, "c": 20}, asleep={"b": 2, "c": 2})
+    (wake,) = plan(*models, max_awake=1, gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))
+
+
+def test_only_the_gpus_that_are_short_count() -> None:
+    here, there = instance(State.READY, key="b"), instance(State.READY, key="c", idle_since=-5.0)
+    load = GpuLoad(
+        {"x": 80, "y": 80},
+        {"b-1": {"x": 60}, "c-1": {"y": 60}},
+        {"b-1": {"x": 60}, "c-1": {"y": 60}},
+        {"a": {"x": 60}},
+        {},
+    )
+    (wake,) = plan(needy(), model(here, key="b"), model(there, key="c"), gpus=load).actions
+    assert wake == Wake("a", None, (StepDown(here, Tier.SUSPENDED, "evict"),))
+
+
+@pytest.mark.parametrize("state", [State.READY, State.SLEEPING])
+def test_a_worn_instance_is_replaced_from_its_checkpoint_instead(state: State) -> None:
+    worn = instance(state, key="b")
+    other = model(worn, key="b", worn=frozenset({"b-1"}))
+    assert plan(other, now=1.0).actions == []
+    assert plan(other, now=120.0).actions == [StepDown(worn, Tier.CHECKPOINTED, "recycle")]
+    load = gpus(worn, needs={"a": 79, "b": 60}, asleep={"b": 2})
+    assert plan(needy(), other, gpus=load).actions == [Wake("a", None, (StepDown(worn, Tier.CHECKPOINTED, "recycle"),))]
+    worn.postponed[Tier.CHECKPOINTED] = 1000.0
+    (step,) = plan(other, now=120.0).actions
+    assert isinstance(step, StepDown)
+    assert step.reason == "idle"
 
 
 # --- all rules together ---
@@ -245,7 +450,11 @@ def views(draw: st.DrawFn) -> View:
                 oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
             )
         )
-    return View(models, draw(st.integers(0, 4)), 10.0)
+    everyone = [i for m in models for i in m.instances]
+    needs = {m.key: draw(st.integers(0, 90)) for m in models}
+    asleep = {m.key: draw(st.integers(1, 10)) for m in models if draw(st.booleans())}
+    load = gpus(*everyone, needs=needs, asleep=asleep, capacity=draw(st.integers(1, 100)))
+    return View(models, draw(st.integers(0, 4)), 10.0, load if draw(st.booleans()) else EMPTY)
 
 
 @given(views(), st.floats(0, 2000))
@@ -257,7 +466,7 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     new: dict[str, int] = {m.key: 0 for m in view.models}
     for action in made.actions:
         match action:
-            case Wake(key, woken, victim):
+            case Wake(key, woken, victims):
                 if woken is None:
                     new[key] += 1
                 else:
@@ -265,10 +474,10 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
                     assert woken.state is not State.READY
                     touched.append(woken)
                 awake += 1
-                if victim is not None:
+                for victim in victims:
                     assert victim.instance.leases == 0
                     touched.append(victim.instance)
-                    awake -= 1
+                    awake -= victim.instance.state in AWAKE
                 assert awake <= limit
             case StepDown(one, to, _):
                 assert one.leases == 0
