@@ -27,6 +27,11 @@ class Ledger:
         """`host`, `checkpoints` and, with an archive, `archive`: bytes, and the images with their sizes."""
         return await asyncio.to_thread(self._read)
 
+    async def checkpoint_space(self) -> tuple[int, int]:
+        """Size of the filesystem that checkpoints are on, and free space on it, in bytes; 0 while it is not there."""
+        usage = await asyncio.to_thread(_usage, self._store.root)
+        return usage.get("total_bytes", 0), usage.get("free_bytes", 0)
+
     def _read(self) -> dict[str, Any]:
         memory = psutil.virtual_memory()
         ledger: dict[str, Any] = {

@@ -11,11 +11,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from proxy import __version__
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 UNKNOWN_MODEL = "unknown"
 RECENT = 256
@@ -110,6 +112,24 @@ class Metrics:
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
         self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)
+
+        self.checkpoint_dir_size = Gauge(
+            "warmpool_checkpoint_dir_size_bytes", "Size of the filesystem that checkpoints are on.", registry=r
+        )
+        self.checkpoint_dir_free = Gauge(
+            "warmpool_checkpoint_dir_free_bytes", "Free space on it; the reserve is part of it.", registry=r
+        )
+        Info("warmpool_build", "The running version.", registry=r).info({"version": __version__})
+        ProcessCollector(registry=r)
+
+    def expect(self, models: Iterable[str], tiers: Iterable[str]) -> None:
+        """Let counters of what seldom happens begin at 0, so that the first time is seen as an increase."""
+        tiers = [*tiers]
+        for model in models:
+            self.engine_exits.labels(model)
+            self.quarantines.labels(model)
+            for tier in tiers:
+                self.wake_failures.labels(model, tier)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format 0.0.4."""

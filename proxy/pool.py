@@ -303,6 +303,7 @@ class Pool:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._ticking = False
+        metrics.expect(self._models, [tier.label for tier in Tier])
         for key in self._models:
             self._publish(self._models[key])
 

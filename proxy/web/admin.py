@@ -34,6 +34,9 @@ class Admin:
 
     async def metrics(self, _: web.Request) -> web.StreamResponse:
         """Prometheus' text format."""
+        size, free = await self._ledger.checkpoint_space()
+        self._metrics.checkpoint_dir_size.set(size)
+        self._metrics.checkpoint_dir_free.set(free)
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": self._metrics.content_type})
 
     async def status(self, _: web.Request) -> web.StreamResponse:
