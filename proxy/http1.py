@@ -26,7 +26,8 @@ _FIELD: Final = re.compile(
     rb"(" + _TOKEN + rb"):[ \t]*((?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*\r\n"
 )
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
-_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
+_SIZES: Final = {b"%x" % size: size for size in range(1, 0x1000)}
+"""What the size lines of events say: looked up faster than read."""
 _SIZE_EXTENDED: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?\r\n")
 
 CHUNKED: Final = -1
@@ -144,8 +145,8 @@ class Body:
     """
 
     __slots__ = (
-        "_at_end", "_drop_trailer", "_framed", "_left", "_line", "_trailer_bytes", "_trailers", "done", "excess",
-        "payload_bytes",
+        "_at_end", "_between", "_drop_trailer", "_framed", "_left", "_line", "_trailer_bytes", "_trailers", "done",
+        "excess", "payload_bytes",
     )  # fmt: skip
 
     def __init__(self, length: int, *, framed: bool, drop_trailer: frozenset[bytes] = frozenset()) -> None:
@@ -156,6 +157,7 @@ class Body:
         self._trailers: list[bytes] = []
         self._trailer_bytes = 0
         self._at_end = False
+        self._between = True
         self.payload_bytes = 0
         self.done = length == 0
         self.excess = False
@@ -212,17 +214,18 @@ class ChunkedBody(Body):
 
     def feed(self, data: bytes) -> bytes:
         # Nearly always one whole chunk, an event of a stream.
-        if not self._left and not self._line and not self._at_end and not self.done:
-            size_line = _SIZE.match(data)
-            if size_line is not None:
-                size, begin = int(size_line.group(1), 16), size_line.end()
-                if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
-                    self.payload_bytes += size
-                    return data if self._framed else data[begin:-2]
-        return self._feed(data)
+        if self._between:
+            at = data.find(b"\r\n", 0, 5)
+            size = _SIZES.get(data[:at])
+            if size is not None and len(data) == at + size + 4 and data.endswith(b"\r\n"):
+                self.payload_bytes += size
+                return data if self._framed else data[at + 2 : -2]
+        out = self._feed(data)
+        self._between = not (self._left or self._line or self._at_end)
+        return out
 
-    # `_left`: bytes of a chunk that are still to come, its CRLF among them; `_line`: the beginning of a line;
-    # `_at_end`: the last chunk was there, lines are trailers.
+    # `_between`: at the beginning of a chunk; `_left`: bytes of a chunk that are still to come, its CRLF among them;
+    # `_line`: the beginning of a line; `_at_end`: the last chunk was there, lines are trailers.
 
     def _feed(self, data: bytes) -> bytes:
         out: list[bytes] = []

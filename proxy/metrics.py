@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from proxy import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from prometheus_client.metrics_core import Metric
 
 UNKNOWN_MODEL = "unknown"
 RECENT = 256
@@ -47,6 +50,18 @@ _SECONDS = (
 )
 
 
+class _Refresh(Collector):
+    """Collected first, and has nothing to tell: it brings the gauges up to date that nobody sets in between."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[], None]] = []
+
+    def collect(self) -> Iterable[Metric]:
+        for callback in self.callbacks:
+            callback()
+        return ()
+
+
 class Metrics:
     """All metrics of one proxy."""
 
@@ -54,6 +69,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # Looking a child up by its labels takes longer than counting.
+        self._requests: dict[tuple[str, int], Counter] = {}
+        self._ttft: dict[tuple[str, str], Histogram] = {}
+        self._refresh = _Refresh()
+        self.registry.register(self._refresh)
         r = self.registry
         self.requests = Counter(
             "warmpool_requests",
@@ -131,18 +151,27 @@ class Metrics:
             for tier in tiers:
                 self.wake_failures.labels(model, tier)
 
-    def exposition(self) -> bytes:
-        """Everything in Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
+    def count_request(self, model: str, status: int) -> None:
+        """One more request answered."""
+        child = self._requests.get((model, status))
+        if child is None:
+            child = self._requests[model, status] = self.requests.labels(model, str(status))
+        child.inc()
 
     def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
         """Note the time from a request's arrival to the first byte of its answer."""
-        self.ttft.labels(model, tier).observe(seconds)
-        recent = self._recent.get((model, tier))
-        if recent is None:
-            recent = self._recent[model, tier] = _Recent()
-        recent.count += 1
-        recent.seconds.append(seconds)
+        child = self._ttft.get((model, tier))
+        if child is None:
+            child = self._ttft[model, tier] = self.ttft.labels(model, tier)
+        child.observe(seconds)
+
+    def before_collecting(self, refresh: Callable[[], None]) -> None:
+        """Have `refresh` called each time the metrics are read, before they are."""
+        self._refresh.callbacks.append(refresh)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)
 
     def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -50,6 +50,7 @@ T = TypeVar("T")
 
 MAX_IMAGE_FAILURES = 2
 """An image that failed to restore this often in a row is set aside."""
+_COUNTED = 256
 _ADOPT_S = 5.0
 """How long an engine that runs already may take to say that it serves."""
 _DEEPEST_SLEEP = 2
@@ -145,7 +146,7 @@ class _Slot:
         return self.image.present and not self.image.archived
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiter:
     granted: asyncio.Future[Lease]
     since: float
@@ -180,7 +181,8 @@ class _Model:
     slots: dict[str, _Slot] = field(default_factory=dict)
     image: _Image = field(default_factory=_Image)
     """The golden checkpoint, where the runtime shares images."""
-    queue: deque[_Waiter] = field(default_factory=deque)
+    queue: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)
+    """In the order of arrival; the values mean nothing."""
     failed_wakes: int = 0
     """In a row."""
     restock_at: float = -math.inf
@@ -197,7 +199,10 @@ class _Model:
         return [slot.instance for slot in self.slots.values()]
 
     def view(self) -> policy.ModelView:
-        waiting = [w for w in self.queue if not w.granted.done()]
+        first = next((w for w in self.queue if not w.granted.done()), None)
+        # Some may have been cancelled in this moment; among many they make no difference.
+        many = len(self.queue) > _COUNTED
+        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
         return policy.ModelView(
             key=self.key,
             instances=self.instances(),
@@ -206,8 +211,8 @@ class _Model:
             max_instances=self.settings.max_instances,
             min_ready=self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
-            waiting=len(waiting),
-            oldest_wait=waiting[0].since if waiting else None,
+            waiting=waiting,
+            oldest_wait=first.since if first is not None else None,
             draining=self.draining,
             restock_at=self.restock_at,
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
@@ -304,8 +309,7 @@ class Pool:
         self._quiet.set()
         self._ticking = False
         metrics.expect(self._models, [tier.label for tier in Tier])
-        for key in self._models:
-            self._publish(self._models[key])
+        metrics.before_collecting(self._publish)
 
     # --- life ---
 
@@ -505,14 +509,13 @@ class Pool:
             instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is not None:
                 lease = self._grant(model, instance, found, 0.0, None)
-                self._publish(model)
                 self._tell()
                 return lease
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found, preferred)
-        model.queue.append(waiter)
+        model.queue[waiter] = None
         self._quiet.clear()
         self.tick()
         try:
@@ -530,10 +533,8 @@ class Pool:
             raise
         finally:
             # One that was granted or failed has left the queue already.
-            with contextlib.suppress(ValueError):
-                model.queue.remove(waiter)
+            model.queue.pop(waiter, None)
             self._note_quiet()
-            self._publish(model)
 
     def _refuse_if_full(self, model: _Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())
@@ -560,8 +561,16 @@ class Pool:
 
     def _lease_ended(self, slot: _Slot, generation: int) -> None:
         self._open_leases -= 1
-        if slot.instance.generation == generation:
-            slot.instance.end_lease(self._clock(), time.time())
+        instance = slot.instance
+        if instance.generation == generation:
+            instance.end_lease(self._clock(), time.time())
+            if instance.leases and instance.state is State.READY and not self._orders:
+                # It is still busy, so nothing is to be decided unless others wait for its place.
+                model = self._models[instance.model]
+                if not any(m.queue for m in self._models.values() if m is not model):
+                    self._dispatch(model)
+                    self._tell()
+                    return
         self._note_quiet()
         self.tick()
 
@@ -776,8 +785,6 @@ class Pool:
                 if not self._stopping or self._is_waited_for(action):
                     self._begin(action)
             self._set_timer(plan.deadline)
-            for model in self._models.values():
-                self._publish(model)
         finally:
             self._ticking = False
         self._tell()
@@ -790,14 +797,15 @@ class Pool:
     def _dispatch(self, model: _Model) -> None:
         """Grant leases in the order of arrival as long as there is room."""
         while model.queue:
-            if model.queue[0].granted.done():
-                model.queue.popleft()
+            waiter = next(iter(model.queue))
+            if waiter.granted.done():
+                del model.queue[waiter]
                 continue
-            preferred = model.queue[0].preferred
+            preferred = waiter.preferred
             instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is None:
                 return
-            waiter = model.queue.popleft()
+            del model.queue[waiter]
             waited_s = self._clock() - waiter.since
             wake = instance.last_wake
             # A wake that ended before the request came is not the one it waited for.
@@ -1464,14 +1472,16 @@ class Pool:
 
     # --- seeing ---
 
-    def _publish(self, model: _Model) -> None:
-        instances = model.instances()
-        for state in State:
-            if state is not State.GONE:
-                count = sum(i.state is state for i in instances)
-                self._metrics.instances.labels(model.key, state.value).set(count)
-        self._metrics.queue_depth.labels(model.key).set(len(model.queue))
-        self._metrics.leases.labels(model.key).set(sum(i.leases for i in instances))
+    def _publish(self) -> None:
+        """Bring the gauges up to date; asked for when they are read, since requests have no time for it."""
+        for model in self._models.values():
+            instances = model.instances()
+            states = Counter(i.state for i in instances)
+            for state in State:
+                if state is not State.GONE:
+                    self._metrics.instances.labels(model.key, state.value).set(states[state])
+            self._metrics.queue_depth.labels(model.key).set(len(model.queue))
+            self._metrics.leases.labels(model.key).set(sum(i.leases for i in instances))
 
     def tiers(self) -> dict[str, Tier]:
         """Model key → the rung a request would find."""

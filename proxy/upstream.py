@@ -429,11 +429,17 @@ class Exchange:
         """Bytes came."""
         sink, body = self._sink, self._body
         if sink is not None and body is not None:
-            out = self._fed(body, data)
-            if out and sink(out) and self._connection is not None:
-                self._connection.pause()
+            try:
+                out = body.feed(data)
+            except http1.ProtocolError as error:
+                self._broke(error)
+                return
+            enough = bool(out) and sink(out)
+            if body.done:
+                self._let_go(reusable=self.head.keeps_alive and not body.excess)
                 self._wake()
-            elif body.done or self.failure is not None:
+            elif enough and self._connection is not None:
+                self._connection.pause()
                 self._wake()
             return
         self._early = self._early + data if self._early else data

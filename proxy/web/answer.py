@@ -48,6 +48,7 @@ class Answer(web.StreamResponse):
     def __init__(self, request: web.Request) -> None:
         super().__init__()
         self._request = request
+        self._protocol = request.protocol
         self._client: asyncio.Transport
         self._head = b""
         """Not sent yet."""
@@ -75,6 +76,9 @@ class Answer(web.StreamResponse):
         self.set_status(status)
         self._stays = request.keep_alive and (framed or length >= 0)
         await request._prepare_hook(self)  # what `on_response_prepare` adds
+        if super().keep_alive is False:  # by force_close()
+            self._stays = False
+        self.headers.popall("Connection", None)
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
@@ -112,7 +116,7 @@ class Answer(web.StreamResponse):
         if self._head:
             data, self._head = self._head + data, b""
         self._client.write(data)
-        return self._request.protocol.writing_paused
+        return self._protocol.writing_paused
 
     async def send(self, payload: bytes) -> None:
         """Send a piece of a body that is made here, framed as it has to be."""

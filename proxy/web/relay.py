@@ -89,6 +89,8 @@ class Relay:
     async def _kept_alive(self, exchange: _Exchange, address: Address) -> web.StreamResponse:
         """The answer; to a client that waits for a stream heartbeats before it, where they are switched on."""
         every_s = self._pool.settings.server.heartbeat if address.streams else None
+        if every_s is None:
+            return await self._exchange(exchange, address)
         async with Heartbeat(exchange.request, every_s, lambda: self._found(address.model)) as exchange.heartbeat:
             try:
                 return await self._exchange(exchange, address)
@@ -170,10 +172,12 @@ class Relay:
         model = exchange.model or UNKNOWN_MODEL
         # nginx's 499: the client left before an answer.
         status = exchange.status or 499
-        self._metrics.requests.labels(model, str(status)).inc()
+        self._metrics.count_request(model, status)
         found = exchange.lease.found.label if exchange.lease is not None else None
         if found is not None and exchange.first_byte_s is not None and status < 400:
             self._metrics.observe_ttft(model, found, exchange.first_byte_s)
+        if not log.isEnabledFor(logging.INFO):
+            return
         fields: dict[str, Any] = {
             "request_id": request_id(exchange.request),
             "method": exchange.request.method,

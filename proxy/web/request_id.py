@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from typing import Final
 
 from aiohttp import web
@@ -18,7 +18,7 @@ def request_id(request: web.Request) -> str:
     known = request.get(_KEY)
     if known is None:
         given = request.headers.getall(HEADER, ())
-        known = given[0] if len(given) == 1 and _VALID.fullmatch(given[0]) else uuid.uuid4().hex
+        known = given[0] if len(given) == 1 and _VALID.fullmatch(given[0]) else os.urandom(16).hex()
         request[_KEY] = known
     return known
 
