@@ -164,6 +164,11 @@ class Metrics:
         if child is None:
             child = self._ttft[model, tier] = self.ttft.labels(model, tier)
         child.observe(seconds)
+        recent = self._recent.get((model, tier))
+        if recent is None:
+            recent = self._recent[model, tier] = _Recent()
+        recent.count += 1
+        recent.seconds.append(seconds)
 
     def before_collecting(self, refresh: Callable[[], None]) -> None:
         """Have `refresh` called each time the metrics are read, before they are."""
