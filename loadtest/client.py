@@ -95,8 +95,8 @@ class Outcome:
 
     series: str
     tags: dict[str, Any]
-    due_s: float
-    """From the begin of the run."""
+    due_ns: int
+    """The intended moment, of `time.monotonic_ns`."""
     late_s: float = 0.0
     """How late this client began it."""
     connect_s: float | None = None
@@ -141,7 +141,6 @@ class Client:
         self.target = target
         self.timeout_s = timeout_s
         self.open: set[_Exchange] = set()
-        self._began_ns = time.monotonic_ns()
 
     async def __aenter__(self) -> Self:
         raise_file_limit()
@@ -150,10 +149,6 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         for exchange in list(self.open):
             exchange.fail("given up")
-
-    def now_s(self) -> float:
-        """Seconds since the run began."""
-        return (time.monotonic_ns() - self._began_ns) / _SECOND_NS
 
     async def ask(self, request: Request) -> Outcome:
         """Send a request now, whatever its `due_s`, and wait for what becomes of it."""
@@ -179,7 +174,7 @@ class Client:
 
         `done` is called with each outcome as it comes. The run begins now: `due_s` counts from here.
         """
-        self._began_ns = time.monotonic_ns()
+        began_ns = time.monotonic_ns()
         idle = asyncio.Event()
 
         sent = ended = 0
@@ -193,7 +188,7 @@ class Client:
         with Alarm() as alarm, undisturbed():
             in_a_row = 0
             for request in requests:
-                due_ns = self._began_ns + round(request.due_s * _SECOND_NS)
+                due_ns = began_ns + round(request.due_s * _SECOND_NS)
                 if due_ns > time.monotonic_ns():
                     await alarm.until(due_ns)
                     in_a_row = 0
@@ -206,7 +201,7 @@ class Client:
                 await idle.wait()
 
     def _send(self, request: Request, due_ns: int, finish: Callable[[Outcome], None]) -> _Exchange:
-        exchange = _Exchange(self, request, due_ns, (due_ns - self._began_ns) / _SECOND_NS, finish)
+        exchange = _Exchange(self, request, due_ns, finish)
         self.open.add(exchange)
         exchange.begin()
         return exchange
@@ -235,9 +230,7 @@ class _Exchange:
         "_socket", "_timer", "outcome",
     )  # fmt: skip
 
-    def __init__(
-        self, client: Client, request: Request, due_ns: int, due_s: float, finish: Callable[[Outcome], None]
-    ) -> None:
+    def __init__(self, client: Client, request: Request, due_ns: int, finish: Callable[[Outcome], None]) -> None:
         self._client = client
         self._request = request
         self._keep_text = request.keep_text
@@ -250,7 +243,7 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.outcome = Outcome(request.series, request.tags, due_s)
+        self.outcome = Outcome(request.series, request.tags, due_ns)
 
     def begin(self) -> None:
         self.outcome.late_s = (time.monotonic_ns() - self._due_ns) / _SECOND_NS

@@ -3,8 +3,8 @@
 | kind | fields |
 |---|---|
 | `run` | `schema`, `command`, `options`, `began`, `machine`, `versions`, `title` |
-| `sample` | `series`, `values` (name → number; `_s` are seconds, `_bytes` bytes), what is known of it besides |
-| `state` | `at_s`, `models`: what the proxy said of itself, whenever it had changed |
+| `sample` | `series`, `values` (name → number; `_s`: seconds, `_bytes`: bytes), and what else is known: `tier`, … |
+| `state` | `at_s` (since the run began), `models`: what the proxy said of itself, whenever it had changed |
 | `summary` | `series` → value's name → median and the rest, `counts`, `notes`, `hdr` |
 
 A sample is written when it is there; a run that was cut short is a file without a summary, and can be read.
@@ -84,6 +84,7 @@ class Writer:
     def __init__(self, path: Path | None, command: str, options: Mapping[str, Any], title: str = "") -> None:
         self.path = path
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        self.began_ns = time.monotonic_ns()
         began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.result = Result(command, plain, title, began, machine.machine(), machine.versions())
         self._file: IO[bytes] | None = None
@@ -113,11 +114,12 @@ class Writer:
 
     def outcome(self, outcome: Outcome, series: str = "", **known: Any) -> None:
         """Keep what became of a request."""
-        self.sample(series or outcome.series, measured(outcome), **facts(outcome), **known)
+        at_s = round((outcome.due_ns - self.began_ns) / 1e9, 6)
+        self.sample(series or outcome.series, measured(outcome), at_s=at_s, **facts(outcome), **known)
 
-    def state(self, at_s: float, models: Mapping[str, Any]) -> None:
-        """Keep what the proxy said of itself."""
-        made = {"at_s": round(at_s, 4), "models": models}
+    def state(self, models: Mapping[str, Any]) -> None:
+        """Keep what the proxy says of itself now."""
+        made = {"at_s": round((time.monotonic_ns() - self.began_ns) / 1e9, 4), "models": models}
         self.result.states.append(made)
         self._line({"kind": "state", **made})
 
@@ -156,6 +158,7 @@ class Writer:
 def measured(outcome: Outcome) -> dict[str, float]:
     """The times of an outcome that are known."""
     times = {
+        "wake_s": outcome.stages_s.get("wake"),
         "late_s": outcome.late_s,
         "connect_s": outcome.connect_s,
         "headers_s": outcome.headers_s,
@@ -172,7 +175,6 @@ def measured(outcome: Outcome) -> dict[str, float]:
 def facts(outcome: Outcome) -> dict[str, Any]:
     """What else is known of an outcome."""
     known: dict[str, Any] = {
-        "at_s": round(outcome.due_s, 6),
         "status": outcome.status,
         "tier": outcome.tier,
         "instance": outcome.headers.get("x-warmpool-instance", ""),

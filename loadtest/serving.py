@@ -106,14 +106,28 @@ class Setup:
         """What clients call a model."""
         return str(self.base().get("models", {}).get(key, {}).get("name", key))
 
-    def settings(self, idle: Mapping[str, str], count: int = 1, **pool: Any) -> dict[str, Any]:
-        """A configuration in which `count` models have an idle timetable of `idle` and nothing else."""
+    def settings(
+        self,
+        idle: Mapping[str, str],
+        *,
+        count: int = 1,
+        pool: Mapping[str, Any] | None = None,
+        entry: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A configuration in which `count` models have an idle timetable of `idle` and nothing else.
+
+        `pool` and `entry` are further keys of `[pool]` and of every model.
+        """
         base = self.base()
         models = {
-            key: {**(self._table() if self.config is None else base["models"][key]), "idle": {**NEVER, **idle}}
+            key: {
+                **(self._table() if self.config is None else base["models"][key]),
+                **(entry or {}),
+                "idle": {**NEVER, **idle},
+            }
             for key in self.keys(count)
         }
-        return {**base, "pool": {**base.get("pool", {}), **pool}, "models": models}
+        return {**base, "pool": {**base.get("pool", {}), **(pool or {})}, "models": models}
 
     def _table(self) -> dict[str, Any]:
         health = {"interval": "20ms"}

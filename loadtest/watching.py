@@ -38,7 +38,7 @@ async def watching(client: Client, writer: Writer, interval_s: float = INTERVAL_
             if status is not None and (now := seen(status)) != latest:
                 latest.clear()
                 latest.update(now)
-                writer.state(client.now_s(), now)
+                writer.state(now)
             await asyncio.sleep(interval_s)
 
     task = asyncio.create_task(watch())

@@ -1,0 +1,144 @@
+"""`baseline`, `restore` and `burst`: what a request costs that finds an engine on a given rung."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from loadtest.serving import RUNGS, ServeError, completion, folders, serving
+from loadtest.watching import watching
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loadtest.client import Outcome
+    from loadtest.display import Display
+    from loadtest.results import Writer
+    from loadtest.serving import Served, Setup
+
+FIRST: Final = "checkpointed, first"
+"""The first restore of an image, which must repeat a known answer."""
+WARM: Final = ("checkpointed", "suspended", "sleeping", "ready")
+
+
+@dataclass(slots=True)
+class Checks:
+    """What must not happen."""
+
+    lost: int = 0
+    different: int = 0
+    other_tier: int = 0
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def look_at(self, outcome: Outcome, model: str, rung: str | None = None) -> None:
+        """Count an answer that is missing, is another than before, or comes from elsewhere than meant."""
+        if not outcome.ok:
+            self.lost += 1
+            return
+        self.different += self.texts.setdefault(model, outcome.text) != outcome.text
+        self.other_tier += rung is not None and outcome.tier != rung
+
+    def into(self, writer: Writer) -> bool:
+        """Write them down; whether all is well."""
+        writer.count(lost=self.lost, different_answers=self.different, other_tier=self.other_tier)
+        return not (self.lost or self.different)
+
+
+async def baseline(setup: Setup, count: int, writer: Writer, display: Display) -> bool:
+    """`count` cold starts, one after the other, each from nothing; whether all went well."""
+    checks = Checks()
+    await _rung(setup, "stopped", count, writer, display, checks)
+    return checks.into(writer)
+
+
+async def restore(setup: Setup, count: int, cold: int, rungs: Sequence[str], writer: Writer, display: Display) -> bool:
+    """`cold` cold starts, then `count` wakes from each rung; whether all went well. What the host lacks is noted."""
+    checks = Checks()
+    await _rung(setup, "stopped", cold, writer, display, checks)
+    for rung in rungs:
+        try:
+            await _rung(setup, rung, count, writer, display, checks)
+        except ServeError as error:
+            writer.note(f"{rung}: {error}")
+    return checks.into(writer)
+
+
+async def _rung(setup: Setup, rung: str, count: int, writer: Writer, display: Display, checks: Checks) -> None:
+    (key,) = setup.keys()
+    name = setup.name(key)
+    display.phase(rung)
+    with folders() as where:
+        async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
+            if rung != "stopped":
+                await _prepare(served, key, name, rung, writer, checks)
+            for number in range(count):
+                await served.until(key, rung)
+                outcome = await served.ask(name, rung, model=key)
+                checks.look_at(outcome, key, rung)
+                writer.outcome(outcome)
+                display.update(number + 1, count, ttft=_ms(outcome.ttft_s))
+
+
+def _archive(rung: str, folder: object) -> dict[str, str]:
+    return {"archive_dir": f"{folder}/archive"} if rung == "archived" else {}
+
+
+async def _prepare(served: Served, key: str, name: str, rung: str, writer: Writer, checks: Checks) -> None:
+    """A cold start, and where there is an image its first restore, whose known answer is asked for."""
+    outcome = await served.ask(name, "stopped", model=key)
+    checks.look_at(outcome, key)
+    writer.outcome(outcome)
+    if rung in ("checkpointed", "archived"):
+        await served.until(key, rung)
+        outcome = await served.ask(name, FIRST if rung == "checkpointed" else f"{rung}, first", model=key)
+        checks.look_at(outcome, key)
+        writer.outcome(outcome)
+
+
+async def burst(
+    setup: Setup, sizes: Sequence[int], rungs: Sequence[str], rounds: int, writer: Writer, display: Display
+) -> bool:
+    """`rounds` times each of `sizes` requests at once, to a model that rests on each rung; whether all went well."""
+    checks = Checks()
+    for rung in rungs:
+        try:
+            await _bursts(setup, sizes, rung, rounds, writer, display, checks)
+        except ServeError as error:
+            writer.note(f"{rung}: {error}")
+    return checks.into(writer)
+
+
+async def _bursts(
+    setup: Setup, sizes: Sequence[int], rung: str, rounds: int, writer: Writer, display: Display, checks: Checks
+) -> None:
+    (key,) = setup.keys()
+    name = setup.name(key)
+    with folders() as where:
+        async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
+            if rung != "stopped":
+                await _prepare(served, key, name, rung, writer, checks)
+            for size in sizes:
+                series = f"{rung}, {size} at once"
+                display.phase(series)
+                for number in range(rounds):
+                    await served.until(key, rung)
+                    outcomes = await at_once(served, name, key, size, series, number, writer)
+                    for outcome in outcomes:
+                        checks.look_at(outcome, key)
+                        writer.outcome(outcome)
+                    display.update(number + 1, rounds, lost=str(checks.lost))
+
+
+async def at_once(
+    served: Served, name: str, key: str, size: int, series: str, number: int, writer: Writer
+) -> list[Outcome]:
+    """Requests that are all meant to be sent in the same moment."""
+    outcomes: list[Outcome] = []
+    requests = [completion(name, 0.0, series, keep_text=True, model=key, round=number) for _ in range(size)]
+    async with watching(served.client, writer):
+        await served.client.run(requests, outcomes.append)
+    return outcomes
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1000:.1f} ms"

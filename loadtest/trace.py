@@ -1,0 +1,216 @@
+"""`trace`: requests as somebody's users sent them, replayed through the proxy over several models.
+
+The format is that of the public Azure LLM inference traces (github.com/Azure/AzurePublicDataset,
+AzureLLMInferenceTrace_conv.csv and _code.csv, 2023, CC BY 4.0): `TIMESTAMP` (UTC), `ContextTokens`, `GeneratedTokens`, and
+in a trace of one's own, where there are several models, `Model`.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from loadtest.client import Client, Outcome, Request
+from loadtest.results import TTFT
+from loadtest.serving import ServeError, completion, folders, serving
+from loadtest.watching import watching
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from loadtest.display import Display
+    from loadtest.results import Writer
+    from loadtest.serving import Setup
+
+COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+WORD: Final = "be "
+"""A token for most tokenizers; three bytes, which the load-test engine counts as one."""
+_MOMENT: Final = re.compile(r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|\+00:00)?")
+
+
+class TraceError(Exception):
+    """A trace that cannot be used; the text says which line and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request of a trace; `at_s` counts from its first one."""
+
+    at_s: float
+    prompt_tokens: int
+    tokens: int
+    model: str = ""
+
+
+def read(path: Path) -> list[Row]:
+    """All rows, in the order of their time. Raises TraceError."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+            if missing:
+                raise TraceError(f"{path}: no column {', '.join(missing)}; a trace has {', '.join(COLUMNS)}")
+            rows = [_row(path, lines.line_num, line) for line in lines]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: {error}") from error
+    if not rows:
+        raise TraceError(f"{path}: there is no request in it")
+    rows.sort(key=lambda row: row.at_s)
+    first_s = rows[0].at_s
+    return [Row(row.at_s - first_s, row.prompt_tokens, row.tokens, row.model) for row in rows]
+
+
+def _row(path: Path, number: int, line: Mapping[str, str | None]) -> Row:
+    moment, prompt, generated = (str(line[name] or "").strip() for name in COLUMNS)
+    found = _MOMENT.fullmatch(moment)
+    if found is None:
+        raise TraceError(f"{path}: line {number}: {moment!r} is not a TIMESTAMP as 2023-11-16 18:15:46.6805900")
+    for name, value in (("ContextTokens", prompt), ("GeneratedTokens", generated)):
+        if not value.isdecimal():
+            raise TraceError(f"{path}: line {number}: {name} is {value!r}, not a number")
+    try:
+        second = datetime(*(int(part) for part in found.groups()[:6]), tzinfo=UTC)  # type: ignore[misc,arg-type]
+    except ValueError as error:
+        raise TraceError(f"{path}: line {number}: {moment}: {error}") from error
+    at_s = second.timestamp() + float(f"0.{found[7] or 0}")
+    return Row(at_s, int(prompt), int(generated), (line.get("Model") or "").strip())
+
+
+def part(rows: Sequence[Row], begin_s: float, length_s: float | None) -> list[Row]:
+    """Those from `begin_s` on, for `length_s`, with times from its begin. Raises TraceError when there are none."""
+    end_s = float("inf") if length_s is None else begin_s + length_s
+    found = [
+        Row(row.at_s - begin_s, row.prompt_tokens, row.tokens, row.model) for row in rows if begin_s <= row.at_s < end_s
+    ]
+    if not found:
+        raise TraceError(f"the trace is {rows[-1].at_s:.0f} s long; there is no request in the part that was asked for")
+    return found
+
+
+def models_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
+    """The model of each row: by the trace's own names where it has some, else drawn, some used much and some seldom.
+
+    Drawn by Zipf's law (the n-th has 1/n of the first's share), the same ones each time. Names of a trace are mapped to
+    `keys` in the order of their frequency. Raises TraceError when there are more names than keys.
+    """
+    named = Counter(row.model for row in rows if row.model)
+    if named:
+        if len(named) > len(keys):
+            raise TraceError(f"the trace names {len(named)} models and {len(keys)} are served: --models {len(named)}")
+        by_name = dict(zip([name for name, _ in named.most_common()], keys, strict=False))
+        return [by_name.get(row.model, keys[0]) for row in rows]
+    draw = random.Random(0)
+    return draw.choices(keys, weights=[1 / number for number in range(1, len(keys) + 1)], k=len(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How a trace is replayed."""
+
+    speed: float = 1.0
+    late_s: float = 10.0
+    """A first token after this is late."""
+    most_prompt_tokens: int = 100_000
+    most_tokens: int = 100_000
+
+
+def requests(rows: Sequence[Row], models: Sequence[str], names: Mapping[str, str], how: Replay) -> Iterator[Request]:
+    """What is sent, and when."""
+    for row, key in zip(rows, models, strict=True):
+        prompt = WORD * max(1, min(row.prompt_tokens, how.most_prompt_tokens))
+        tokens = max(1, min(row.tokens, how.most_tokens))
+        request = completion(
+            names[key], row.at_s / how.speed, key, prompt=prompt, max_tokens=tokens, model=key, wanted=tokens
+        )
+        request.body["ignore_eos"] = True
+        yield request
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of the requests."""
+
+    sent: int = 0
+    answered: int = 0
+    lost: int = 0
+    short: int = 0
+    late: int = 0
+
+    def look_at(self, outcome: Outcome, late_s: float) -> None:
+        """Count one; a whole answer has all the tokens that were asked for."""
+        self.sent += 1
+        if not outcome.ok or outcome.ttft_s is None:
+            self.lost += 1
+            return
+        self.answered += 1
+        self.short += outcome.tokens != outcome.tags["wanted"]
+        self.late += outcome.ttft_s > late_s
+
+
+async def replay(
+    client: Client, planned: Iterable[Request], total: int, how: Replay, writer: Writer, display: Display
+) -> Account:
+    """Send everything at its moment, and write down what became of it."""
+    account = Account()
+    lates: list[float] = []
+    async with watching(client, writer) as latest:
+
+        def done(outcome: Outcome) -> None:
+            account.look_at(outcome, how.late_s)
+            lates.append(outcome.late_s)
+            # By the tier found: that is what the times depend on.
+            writer.outcome(outcome, outcome.tier or ("lost" if not outcome.ok else "answered"))
+            display.update(account.sent, total, **_figures(account, client, latest, writer))
+
+        await client.run(planned, done)
+    writer.count(
+        sent=account.sent,
+        answered=account.answered,
+        lost=account.lost,
+        short=account.short,
+        late=account.late,
+        late_after_s=how.late_s,
+        speed=how.speed,
+        client_late_most_s=round(max(lates), 6),
+    )
+    return account
+
+
+def _figures(
+    account: Account, client: Client, latest: Mapping[str, dict[str, object]], writer: Writer
+) -> dict[str, str]:
+    last = writer.result.samples[-1]
+    states = Counter(state for m in latest.values() for state in m["instances"].values())  # type: ignore[attr-defined]
+    return {
+        "lost": str(account.lost),
+        "open": str(len(client.open)),
+        "last": f"{last['values'].get(TTFT, 0) * 1000:.0f} ms, {last['series']}",
+        "instances": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
+    }
+
+
+async def run(
+    setup: Setup, rows: Sequence[Row], count: int, idle: Mapping[str, str], how: Replay, writer: Writer,
+    display: Display, *, max_awake: int = 0,
+) -> Account:  # fmt: skip
+    """Replay through a proxy of its own, over `count` models that step down by `idle`. Raises TraceError, ServeError."""
+    keys = setup.keys(count)
+    names = {key: setup.name(key) for key in keys}
+    models = models_of(rows, keys)
+    display.phase("serving")
+    with folders() as where:
+        settings = setup.settings(idle, count=count, pool={"max_awake": max_awake})
+        async with serving(settings, where) as served:
+            display.phase(f"{len(rows)} requests over {count} models")
+            account = await replay(served.client, requests(rows, models, names, how), len(rows), how, writer, display)
+            status = await served.status()
+            left = sum(model["queue"] + sum(i["leases"] for i in model["instances"]) for model in status.values())
+            if left:
+                raise ServeError(f"{left} requests are still open at the proxy after the last answer")
+    return account
