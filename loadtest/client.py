@@ -174,7 +174,6 @@ class Client:
 
         `done` is called with each outcome as it comes. The run begins now: `due_s` counts from here.
         """
-        began_ns = time.monotonic_ns()
         idle = asyncio.Event()
 
         sent = ended = 0
@@ -186,6 +185,7 @@ class Client:
             idle.set()
 
         with Alarm() as alarm, undisturbed():
+            began_ns = time.monotonic_ns()
             in_a_row = 0
             for request in requests:
                 due_ns = began_ns + round(request.due_s * _SECOND_NS)
@@ -332,7 +332,7 @@ class _Exchange:
 
     def _conclude(self) -> None:
         answer, events, outcome = self._answer, self._events, self.outcome
-        outcome.tokens = events.tokens
+        outcome.tokens = events.tokens if events.usage is None else events.usage
         reason = None
         if answer.is_stream:
             outcome.text = "".join(events.text)

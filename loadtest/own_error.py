@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from loadtest.client import Client, Outcome, Request, Target
 from loadtest.machine import ROOT
+from loadtest.results import measured
 
 if TYPE_CHECKING:
     from loadtest.display import Display
@@ -91,8 +92,7 @@ async def _measure(url: str, load: Load, writer: Writer, display: Display) -> Me
             continue
         found.errors_s.append(error_s(outcome))
         found.read_late_s.append(outcome.read_s - outcome.ttft_s)
-        writer.outcome(outcome)
-        writer.result.samples[-1]["values"]["error_s"] = found.errors_s[-1]
+        writer.sample(SERIES, {**measured(outcome), "error_s": found.errors_s[-1]}, tokens=outcome.tokens)
     writer.count(
         lost=found.lost,
         most_open=found.most_open,

@@ -136,7 +136,9 @@ class Writer:
         result = self.result
         result.complete = True
         summaries = result.summaries()
-        few = [f"{s} ({m[TTFT].n})" for s, m in summaries.items() if TTFT in m and not m[TTFT].enough]
+        few = [
+            f"{s} ({m[TTFT].n})" for s, m in summaries.items() if TTFT in m and not m[TTFT].enough and "first" not in s
+        ]
         if few:
             result.notes.append(f"fewer than {stats.FEWEST} samples: {', '.join(few)}")
         self._line(

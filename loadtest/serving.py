@@ -55,12 +55,14 @@ class Engine:
     ttft_s: float = 0.02
     tokens_per_second: float = 100.0
     max_model_len: int = 4096
+    sleep_mode: bool = True
     options: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """For its command."""
         return [
-            "--host", "{host}", "--port", "{port}", "--model", "{model}", "--sleep-mode",
+            "--host", "{host}", "--port", "{port}", "--model", "{model}",
+            "--sleep-mode" if self.sleep_mode else "--no-sleep-mode",
             "--memory", self.memory, "--load-seconds", str(self.load_s), "--ttft", str(self.ttft_s),
             "--tokens-per-second", str(self.tokens_per_second), "--max-model-len", str(self.max_model_len),
             *self.options,
@@ -92,7 +94,7 @@ class Setup:
     def keys(self, count: int = 1) -> list[str]:
         """The keys of the models that are served."""
         if self.config is None:
-            return ["demo"] if count == 1 else [f"model-{number}" for number in range(1, count + 1)]
+            return ["demo"] if count == 1 else [f"model_{number}" for number in range(1, count + 1)]
         models = list(self.base()["models"])
         if self.model is not None:
             if self.model not in models:
@@ -195,6 +197,8 @@ class Served:
             raise ServeError(f"there is no rung {state!r} here: {missing}")
         began_s = time.monotonic()
         while (found := await self.state(key)) != state:
+            if found == "stopped" and not (await self.status())[key]["queue"]:
+                raise ServeError(f"{key} should be {state}, but its engine has ended:\n{tail(self.log)}")
             if time.monotonic() - began_s > PATIENCE_S:
                 raise ServeError(f"{key} is {found} instead of {state}:\n{tail(self.log)}")
             await asyncio.sleep(0.01)
@@ -223,11 +227,17 @@ def completion(
 async def serving(settings: Mapping[str, Any], where: Folders) -> AsyncIterator[Served]:
     """A proxy with these settings and folders; afterwards it and its engines have ended, its images stay."""
     base_runtime = settings.get("runtime", {})
+    # Two proxies that start engines in one moment could pick the same port.
+    first_port = 20000 + os.getpid() % 120 * 100
     made = {
         **settings,
         "server": {**settings.get("server", {}), "host": "127.0.0.1", "port": 0},
         "pool": {**settings.get("pool", {}), "state_dir": str(where.state), "checkpoint_dir": str(where.images)},
-        "runtime": {**base_runtime, "podman": {**base_runtime.get("podman", {}), "on_exit": "stop"}},
+        "runtime": {
+            **base_runtime,
+            "podman": {**base_runtime.get("podman", {}), "on_exit": "stop"},
+            "process": {"ports": f"{first_port}-{first_port + 99}", **base_runtime.get("process", {})},
+        },
     }
     config, log = where.state / "serve.toml", where.state / "serve.log"
     config.write_text(tomli_w.dumps(made))

@@ -1,8 +1,8 @@
 """`trace`: requests as somebody's users sent them, replayed through the proxy over several models.
 
 The format is that of the public Azure LLM inference traces (github.com/Azure/AzurePublicDataset,
-AzureLLMInferenceTrace_conv.csv and _code.csv, 2023, CC BY 4.0): `TIMESTAMP` (UTC), `ContextTokens`, `GeneratedTokens`, and
-in a trace of one's own, where there are several models, `Model`.
+AzureLLMInferenceTrace_conv.csv and _code.csv, 2023, CC BY 4.0): `TIMESTAMP` (UTC), `ContextTokens`, `GeneratedTokens`,
+and in a trace of one's own, where there are several models, `Model`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import csv
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from loadtest.client import Client, Outcome, Request
 from loadtest.results import TTFT
 from loadtest.serving import ServeError, completion, folders, serving
 from loadtest.watching import watching
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from loadtest.client import Client, Outcome, Request
     from loadtest.display import Display
     from loadtest.results import Writer
     from loadtest.serving import Setup
@@ -93,11 +93,11 @@ def part(rows: Sequence[Row], begin_s: float, length_s: float | None) -> list[Ro
     return found
 
 
-def models_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
+def models_of(rows: Sequence[Row], keys: Sequence[str], skew: float) -> list[str]:
     """The model of each row: by the trace's own names where it has some, else drawn, some used much and some seldom.
 
-    Drawn by Zipf's law (the n-th has 1/n of the first's share), the same ones each time. Names of a trace are mapped to
-    `keys` in the order of their frequency. Raises TraceError when there are more names than keys.
+    Drawn by Zipf's law (the n-th has 1/n**skew of the first's share), the same ones each time. Names of a trace are
+    mapped to `keys` in the order of their frequency. Raises TraceError when there are more names than keys.
     """
     named = Counter(row.model for row in rows if row.model)
     if named:
@@ -106,7 +106,7 @@ def models_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
         by_name = dict(zip([name for name, _ in named.most_common()], keys, strict=False))
         return [by_name.get(row.model, keys[0]) for row in rows]
     draw = random.Random(0)
-    return draw.choices(keys, weights=[1 / number for number in range(1, len(keys) + 1)], k=len(rows))
+    return draw.choices(keys, weights=[1 / number**skew for number in range(1, len(keys) + 1)], k=len(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,8 @@ class Replay:
     speed: float = 1.0
     late_s: float = 10.0
     """A first token after this is late."""
+    skew: float = 2.0
+    """How unequal the models' shares are, where the trace names none."""
     most_prompt_tokens: int = 100_000
     most_tokens: int = 100_000
 
@@ -128,8 +130,19 @@ def requests(rows: Sequence[Row], models: Sequence[str], names: Mapping[str, str
         request = completion(
             names[key], row.at_s / how.speed, key, prompt=prompt, max_tokens=tokens, model=key, wanted=tokens
         )
-        request.body["ignore_eos"] = True
+        request.body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
         yield request
+
+
+def timetable(speed: float) -> dict[str, str]:
+    """An idle timetable in which a model's gaps of some seconds matter, as fast as the replay is."""
+    steps_s = {"sleeping": 2.0, "suspended": 5.0, "checkpointed": 10.0}
+    return {rung: f"{max(50, round(1000 * seconds / speed))}ms" for rung, seconds in steps_s.items()}
+
+
+def with_room(setup: Setup, tokens: int) -> Setup:
+    """With a load-test engine that takes requests of so many tokens."""
+    return replace(setup, engine=replace(setup.engine, max_model_len=max(setup.engine.max_model_len, tokens + 16)))
 
 
 @dataclass(slots=True)
@@ -197,15 +210,15 @@ def _figures(
 
 async def run(
     setup: Setup, rows: Sequence[Row], count: int, idle: Mapping[str, str], how: Replay, writer: Writer,
-    display: Display, *, max_awake: int = 0,
+    display: Display, *, pool: Mapping[str, Any],
 ) -> Account:  # fmt: skip
-    """Replay through a proxy of its own, over `count` models that step down by `idle`. Raises TraceError, ServeError."""
+    """Replay through a proxy of its own, over `count` models with an idle timetable. Raises TraceError, ServeError."""
     keys = setup.keys(count)
     names = {key: setup.name(key) for key in keys}
-    models = models_of(rows, keys)
+    models = models_of(rows, keys, how.skew)
     display.phase("serving")
     with folders() as where:
-        settings = setup.settings(idle, count=count, pool={"max_awake": max_awake})
+        settings = setup.settings(idle, count=count, pool=pool)
         async with serving(settings, where) as served:
             display.phase(f"{len(rows)} requests over {count} models")
             account = await replay(served.client, requests(rows, models, names, how), len(rows), how, writer, display)

@@ -136,7 +136,7 @@ _ONE_TOKEN: Final = re.compile(rb'data: \{(?:(?!\n|"error"|"choices":\[\]).)*\}\
 class Events:
     """Completions as server-sent events: counts tokens, and keeps their text where that is wanted."""
 
-    __slots__ = ("_keep", "_rest", "done", "error", "text", "tokens")
+    __slots__ = ("_keep", "_rest", "done", "error", "text", "tokens", "usage")
 
     def __init__(self, *, keep_text: bool) -> None:
         self._keep = keep_text
@@ -145,6 +145,8 @@ class Events:
         """Events with content so far."""
         self.text: list[str] = []
         """The first token, and all others where that was asked for."""
+        self.usage: int | None = None
+        """The engine's own count of tokens, where it gave one: an event may carry several."""
         self.done = False
         """`[DONE]` came: the answer is whole."""
         self.error: str | None = None
@@ -179,6 +181,9 @@ class Events:
         if "error" in fields:
             self.error = str(fields["error"])[:300]
             return
+        usage = fields.get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage.get("completion_tokens")
         said = ""
         for choice in fields.get("choices", ()):
             said += choice.get("text") or (choice.get("delta") or {}).get("content") or ""

@@ -1,0 +1,176 @@
+"""`restore-flags`: the same restore again and again, each time with one setting changed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import tomli_w
+
+from loadtest.ladder import FIRST, Checks
+from loadtest.machine import HUGE_PAGES, huge_pages
+from loadtest.serving import RUNGS, TMPFS, ServeError, folders, remove_containers, serving, warmpool
+from proxy.checkpoints import SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loadtest.display import Display
+    from loadtest.results import Writer
+    from loadtest.serving import Folders, Setup
+
+DEFAULT: Final = "default"
+DISK: Final = Path("/var/tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One setting that is not the default."""
+
+    name: str
+    entry: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the model."""
+    criu: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `[models.NAME.podman.criu]`."""
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `[runtime.process]`."""
+    rung: str = "checkpointed"
+    images: Path = TMPFS
+    huge_pages: str | None = None
+
+
+def variants(runtime: str, program: Path | None, disk: Path) -> list[Variant]:
+    """The matrix for a runtime: `program` is a CRIU other than the system's, `disk` a folder that is not on tmpfs."""
+    other = "never" if huge_pages() == "always" else "always"
+    found = [
+        Variant(DEFAULT),
+        Variant("keep = false", entry={"keep": False}),
+        Variant(f"huge pages {other}", huge_pages=other),
+        Variant("on disk", images=disk),
+        Variant("archived (zstd, on disk)", rung="archived"),
+    ]
+    if runtime == "podman":
+        fixed = {"ignore_static_ip": False, "ignore_static_mac": False}
+        found += [
+            Variant("ignore_static_ip, _mac = false", criu=fixed),
+            Variant("tcp_close = false", criu={"tcp_close": False}),
+            Variant("tcp_established = true", entry={"max_instances": 1}, criu={"tcp_established": True, **fixed}),
+            Variant("file_locks = false", criu={"file_locks": False}),
+            Variant("link_remap = false", criu={"link_remap": False}),
+            Variant("ignore_rootfs = true", criu={"ignore_rootfs": True}),
+            Variant("network_lock = nftables", criu={"network_lock": "nftables"}),
+        ]
+    if program is not None:
+        if runtime == "podman":
+            found.append(Variant(f"CRIU {program}", criu={"program": str(program)}))
+        else:
+            found.append(Variant(f"CRIU {program}", runtime={"criu": str(program)}))
+    return found
+
+
+async def restore_flags(
+    setup: Setup, matrix: Sequence[Variant], count: int, compressions: Sequence[str], writer: Writer, display: Display
+) -> bool:
+    """`count` restores with each variant, then exports and imports; whether all that could be done went well."""
+    checks = Checks()
+    for variant in matrix:
+        display.phase(variant.name)
+        try:
+            with _huge_pages(variant.huge_pages), folders(variant.images) as where:
+                await _restores(setup, variant, count, where, writer, display, checks)
+        except ServeError as error:
+            writer.note(f"{variant.name}: {str(error).splitlines()[-1]}")
+    if compressions:
+        with folders() as where:
+            await _moves(setup, compressions, where, writer, display)
+    return checks.into(writer)
+
+
+async def _restores(
+    setup: Setup, variant: Variant, count: int, where: Folders, writer: Writer, display: Display, checks: Checks
+) -> None:
+    (key,) = setup.keys()
+    name = setup.name(key)
+    archive = {"archive_dir": f"{where.state}/archive"} if variant.rung == "archived" else {}
+    async with serving(_settings(setup, variant, archive), where) as served:
+        checks.look_at(await served.ask(name, "stopped", model=key), key)
+        await served.until(key, variant.rung)
+        first = await served.ask(name, f"{variant.name}, {FIRST.partition(', ')[2]}", model=key)
+        checks.look_at(first, key)
+        for number in range(count):
+            await served.until(key, variant.rung)
+            outcome = await served.ask(name, variant.name, model=key)
+            if outcome.ok and outcome.tier != variant.rung:
+                raise ServeError(f"the image was not used: a request found {outcome.tier}")
+            checks.look_at(outcome, key, variant.rung)
+            writer.outcome(outcome)
+            display.update(number + 1, count)
+
+
+def _settings(setup: Setup, variant: Variant, pool: Mapping[str, Any]) -> dict[str, Any]:
+    settings = setup.settings(RUNGS[variant.rung], pool=pool, entry=variant.entry)
+    for model in settings["models"].values():
+        if variant.criu:
+            model["podman"] = {**model["podman"], "criu": {**model["podman"].get("criu", {}), **variant.criu}}
+    if variant.runtime:
+        of_process = settings.get("runtime", {}).get("process", {})
+        settings["runtime"] = {**settings.get("runtime", {}), "process": {**of_process, **variant.runtime}}
+    return settings
+
+
+async def _moves(setup: Setup, compressions: Sequence[str], where: Folders, writer: Writer, display: Display) -> None:
+    """Make an image, then write it to a file and take it from there, in each form."""
+    (key,) = setup.keys()
+    settings = _settings(setup, Variant(DEFAULT), {})
+    settings["pool"] |= {"state_dir": str(where.state), "checkpoint_dir": str(where.images)}
+    config = where.state / "moves.toml"
+    config.write_text(tomli_w.dumps(settings))
+    display.phase("an image to export")
+    made = await asyncio.to_thread(warmpool, "checkpoint", "create", key, config=config)
+    if made.returncode:
+        writer.note(f"export and import: {(made.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        return
+    try:
+        image = next(path.parent.name for path in where.images.glob("*/manifest.json"))
+        for compression in compressions:
+            display.phase(f"export and import, {compression}")
+            file = where.state / f"exported{SUFFIX[compression]}"  # type: ignore[index]
+            values: dict[str, float] = {}
+            for name, arguments in (
+                ("export_s", ("export", image, str(file), "--compression", compression)),
+                ("import_s", ("import", str(file))),
+            ):
+                began_s = time.monotonic()
+                done = await asyncio.to_thread(warmpool, "checkpoint", *arguments, config=config)
+                values[name] = time.monotonic() - began_s
+                if done.returncode:
+                    writer.note(f"{name} {compression}: {done.stderr.strip().splitlines()[-1]}")
+                    break
+            values["file_bytes"] = float(file.stat().st_size)
+            file.unlink()
+            writer.sample(f"export and import, {compression}", values)
+    finally:
+        if shutil.which("podman"):
+            await asyncio.to_thread(remove_containers, where)
+
+
+@contextlib.contextmanager
+def _huge_pages(setting: str | None) -> Iterator[None]:
+    """Transparent huge pages of the whole host, set back afterwards. Raises ServeError."""
+    before = huge_pages()
+    if setting is None or setting == before:
+        yield
+        return
+    try:
+        HUGE_PAGES.write_text(setting)
+    except OSError as error:
+        raise ServeError(f"{HUGE_PAGES}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        HUGE_PAGES.write_text(before)
