@@ -126,6 +126,8 @@ def values(result: Result) -> Table:
     )
     for series, names in result.summaries().items():
         for name, found in names.items():
+            if not found.median or (name.endswith("_s") and found.median < 0.001):
+                continue  # too small to be of interest to anybody
             what = name.removesuffix("_s").removesuffix("_bytes").replace("_", " ").replace(".", ": ")
             spread = interval(name, found.low, found.high) if found.n > 1 else ""
             made.add_row(series, what, str(found.n), quantity(name, found.median), spread, quantity(name, found.most))

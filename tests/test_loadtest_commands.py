@@ -1,0 +1,185 @@
+"""Every command of the load tests, small, with real proxies and engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from loadtest import results
+from tests.podman_bench import why_no_podman
+from tests.served import Proxy
+from tests.support import ROOT, engine_model, processes_with, why_no_criu
+from tests.test_loadtest_results import SAMPLE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ENGINE = (
+    "--runtime",
+    "process",
+    "--memory",
+    "8MiB",
+    "--load",
+    "0.05",
+    "--ttft",
+    "0.002",
+    "--tokens-per-second",
+    "1000",
+)
+criu = pytest.mark.skipif(why_no_criu() is not None, reason=why_no_criu() or "")
+podman = pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or "")
+
+
+def loadtest(*arguments: str, status: int = 0, folder: Path | None = None) -> str:
+    """What a command prints, its own folders below `folder`; it must end with `status`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtest", *arguments], env={**os.environ, "TMPDIR": str(folder or "/tmp")},
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def ran(out: Path, *arguments: str) -> results.Result:
+    """What a command measured. Nothing of it may be left."""
+    folder = out.with_name(f"{out.name}-folder")
+    folder.mkdir()
+    printed = loadtest(*arguments, "--out", str(out), folder=folder)
+    assert str(out) in printed
+    found = results.read(out)
+    assert found.complete
+    assert found.command == arguments[0]
+    assert list(folder.iterdir()) == []
+    assert processes_with(str(folder)) == []
+    return found
+
+
+def test_baseline_takes_a_cold_start_apart(tmp_path: Path) -> None:
+    found = ran(tmp_path / "r", "baseline", *ENGINE, "-n", "2")
+    assert found.series() == ["stopped"]
+    assert len(found.values("stopped")) == 2
+    assert found.counts == {"lost": 0, "different_answers": 0, "other_tier": 0}
+    for sample in found.samples:
+        assert {"start", "load", "warmup", "canary", "wake"} <= set(sample["stages_s"])
+        assert sample["values"]["ttft_s"] > sample["stages_s"]["wake"] > sample["stages_s"]["load"]
+
+
+def test_restore_finds_each_rung(tmp_path: Path) -> None:
+    found = ran(
+        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1",
+        "--rung", "ready", "--rung", "sleeping", "--rung", "suspended",
+    )  # fmt: skip
+    for rung in ("ready", "sleeping", "suspended"):
+        assert [s["tier"] for s in found.samples if s["series"] == rung] == [rung] * 2
+    assert found.counts == {"lost": 0, "different_answers": 0, "other_tier": 0}
+
+
+@criu
+@pytest.mark.criu
+def test_restore_from_a_checkpoint(tmp_path: Path) -> None:
+    found = ran(tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--rung", "checkpointed")
+    restored = [s for s in found.samples if s["series"] == "checkpointed"]
+    assert [s["tier"] for s in restored] == ["checkpointed"] * 2
+    assert all("criu" in s["stages_s"] and "canary" not in s["stages_s"] for s in restored)
+    assert ["canary" in s["stages_s"] for s in found.samples if s["series"] == "checkpointed, first"] == [True]
+
+
+@podman
+@pytest.mark.podman
+def test_restore_and_flags_in_containers(tmp_path: Path) -> None:
+    engine = ("--runtime", "podman", *ENGINE[2:])
+    found = ran(tmp_path / "r", "restore", *engine, "-n", "1", "--cold", "1", "--rung", "checkpointed")
+    (restored,) = (s for s in found.samples if s["series"] == "checkpointed")
+    assert {"podman", "criu"} <= set(restored["stages_s"])
+    found = ran(tmp_path / "f", "restore-flags", *engine, "-n", "1", "--only", "file_locks", "--compression", "zstd")
+    assert found.series() == ["default", "file_locks = false", "export and import, zstd"]
+    assert found.notes == ["fewer than 10 samples: default (1), file_locks = false (1)"]
+
+
+def test_burst_asks_in_one_moment(tmp_path: Path) -> None:
+    found = ran(
+        tmp_path / "r", "burst", *ENGINE, "--size", "1", "--size", "12", "--rounds", "1",
+        "--rung", "ready", "--rung", "stopped",
+    )  # fmt: skip
+    assert len(found.values("ready, 12 at once")) == len(found.values("stopped, 12 at once")) == 12
+    # One wake for all of them.
+    woken = {s["stages_s"]["wake"] for s in found.samples if s["series"] == "stopped, 12 at once"}
+    assert len(woken) == 1
+    assert found.states
+
+
+def test_trace_loses_nothing(tmp_path: Path) -> None:
+    found = ran(tmp_path / "r", "trace", str(SAMPLE), *ENGINE, "--speed", "8", "--models", "3", "--max-awake", "2",
+                "--switch-after", "200ms")  # fmt: skip
+    assert found.counts["sent"] == found.counts["answered"] == 60
+    assert found.counts["lost"] == found.counts["short"] == 0
+    assert sum(1 for s in found.samples if "ttft_s" in s["values"]) == 60
+    assert {s["model"] for s in found.samples} == {"model_1", "model_2", "model_3"}
+    assert all(sum(state == "ready" for m in s["models"].values() for state in m["instances"].values()) <= 2
+               for s in found.states)  # fmt: skip
+
+
+async def test_trace_through_a_proxy_that_runs(tmp_path: Path) -> None:
+    proxy = Proxy(tmp_path / "p", settings={"models": {"demo": engine_model("--max-model-len", "16384")}})
+    await proxy.listening()
+    try:
+        options = ("--speed", "20", "--url", proxy.url, "--names", "demo,demo")
+        # Three models in the trace and one here.
+        assert "--models 3" in loadtest("trace", str(SAMPLE), *options[:4], "--names", "demo", status=2)
+        plain = tmp_path / "plain.csv"
+        plain.write_text("\n".join(line.rpartition(",")[0] for line in SAMPLE.read_text().splitlines()[:20]) + "\n")
+        found = ran(tmp_path / "r", "trace", str(plain), *options)
+        assert found.counts["answered"] == 19
+        assert "--names" in loadtest("trace", str(plain), "--url", proxy.url, status=2)
+    finally:
+        proxy.process.terminate()
+        await proxy.ended()
+
+
+def test_soak_passes_the_rungs_and_leaks_nothing(tmp_path: Path) -> None:
+    found = ran(tmp_path / "r", "soak", *ENGINE, "--models", "2", "--time", "5s")
+    assert found.counts["lost"] == found.counts["different_answers"] == found.counts["open after"] == 0
+    assert {"ready", "sleeping"} <= {s["tier"] for s in found.samples}
+    assert found.counts["sent"] > found.counts["left"]
+
+
+@criu
+@pytest.mark.criu
+def test_checkpoint_and_analyze(tmp_path: Path) -> None:
+    found = ran(tmp_path / "c", "checkpoint", *ENGINE, "-n", "1", "--level", "2", "--level", "0")
+    assert found.series() == ["asleep, level 2", "awake"]
+    # What was put away before is not in the image.
+    assert found.values("awake", "image_bytes")[0] > found.values("asleep, level 2", "image_bytes")[0]
+    found = ran(tmp_path / "a", "analyze", *ENGINE)
+    (image,) = found.samples
+    assert image["values"]["image_bytes"] >= image["values"]["memory_pages_bytes"] > 0
+    assert sum(image["pages_by_file"].values()) * 4096 == image["values"]["memory_pages_bytes"]
+    assert any("zstd" in note for note in found.notes)
+
+
+def test_calibrate(tmp_path: Path) -> None:
+    found = ran(tmp_path / "r", "calibrate", "--streams", "50", "--per-second", "100")
+    assert len(found.values("client", "error_s")) == 50
+    assert found.counts["most_open"] == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("baseline", "--config", "no-such-file.toml"), "no-such-file.toml"),
+        (("baseline", "--config", "config/embedded.toml", "--model", "other"), "no model 'other'"),
+        (("trace", "README.md"), "no column TIMESTAMP"),
+        (("report", "README.md"), "not a file of results"),
+        (("trace", str(SAMPLE), "--length", "10"), "a duration needs a unit"),
+        (("trace", str(SAMPLE), "--idle", "never"), "a rung and a time"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_what_cannot_be_run_is_a_line_and_status_2(arguments: tuple[str, ...], reason: str) -> None:
+    printed = loadtest(*arguments, status=2)
+    assert reason in printed
+    assert "Traceback" not in printed
