@@ -70,10 +70,9 @@ def test_baseline_takes_a_cold_start_apart(tmp_path: Path) -> None:
 
 def test_restore_finds_each_rung(tmp_path: Path) -> None:
     found = ran(
-        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1",
-        "--rung", "ready", "--rung", "sleeping", "--rung", "suspended",
-    )  # fmt: skip
-    for rung in ("ready", "sleeping", "suspended"):
+        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--rung", "sleeping", "--rung", "suspended"
+    )
+    for rung in ("sleeping", "suspended"):
         assert [s["tier"] for s in found.samples if s["series"] == rung] == [rung] * 2
     assert found.counts == {"lost": 0, "different_answers": 0, "other_tier": 0}
 
@@ -143,8 +142,9 @@ async def test_trace_through_a_proxy_that_runs(tmp_path: Path) -> None:
 def test_soak_passes_the_rungs_and_leaks_nothing(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "soak", *ENGINE, "--models", "2", "--time", "5s")
     assert found.counts["lost"] == found.counts["different_answers"] == found.counts["open after"] == 0
-    assert {"ready", "sleeping"} <= {s["tier"] for s in found.samples}
-    assert found.counts["sent"] > found.counts["left"]
+    assert len({s["tier"] for s in found.samples}) > 1
+    answered = sum(count for name, count in found.counts.items() if name.startswith("found "))
+    assert answered == len(found.samples) == found.counts["sent"] - found.counts["left"]
 
 
 @criu

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-CHARACTER: Final = 6.6
+CHARACTER: Final = 7.0
 """About the width of a character of the text, in pixels."""
 LINE: Final = 20
 NARROW: Final = 560

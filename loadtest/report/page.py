@@ -90,7 +90,7 @@ def _cards(result: Result) -> str:
             (tables.quantity("_s", error.p99), "error, 99 %", "good" if error.p99 < 0.001 else "bad"),
         ]
     for name in ("sent", "answered", "lost", "late", "short", "different_answers", "other_tier", "most_open", "left"):
-        if name in result.counts:
+        if name in result.counts and (result.counts[name] or name != "other_tier"):
             value = result.counts[name]
             bad = name in ("lost", "short", "different_answers")
             kind = ("bad" if value else "good") if bad else ""
