@@ -159,7 +159,10 @@ class GpuLedger:
     def arrived(self, instance: Instance, tier: Tier) -> None:
         """It stepped down; until it is weighed it holds what is expected there."""
         account = self._account(instance)
-        account.held = self.expected(instance, tier)
+        if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
+            account.held = self.asleep(instance.model) or account.held
+        else:
+            account.held = NOTHING
 
     def forget(self, instance_id: str) -> None:
         """It is gone."""
@@ -250,7 +253,9 @@ class GpuLedger:
         return True
 
     def expected(self, instance: Instance, tier: Tier) -> Bytes:
-        """What it should hold on a rung at or below its own."""
+        """What it should hold on its own rung, or on one below."""
+        if instance.state is State.SLEEPING and tier is Tier.SLEEPING:
+            return self.charge(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
             return self.asleep(instance.model) or self.charge(instance)
         return NOTHING

@@ -316,7 +316,7 @@ class _Room:
     def promise(self, extra: Bytes) -> None:
         """Keep what comes free for who waits for it."""
         for uuid, count in extra.items():
-            self._soon[uuid] -= count
+            self._soon[uuid] = self._soon.get(uuid, 0) - count
 
     def take(self, extra: Bytes, freed: Bytes) -> None:
         """Give somebody what is free and what others free for it."""
@@ -434,16 +434,14 @@ def _busy_bytes(view: View, needy: ModelView, used: set[int]) -> Bytes:
     """What those hold that cannot step down now, but may some day."""
     total: Bytes = {}
     for model in view.models:
-        # One's own do not make room, but those who wait are served by them.
-        up = _spare(model) if model.key != needy.key else [i for i in model.instances if i.state in AWAKE]
-        for instance in [*(i for i in up if i.leases or model.key == needy.key), *_waking(model)]:
-            if id(instance) not in used:
+        spare = {id(i) for i in _spare(model)}
+        for instance in model.instances:
+            busy = instance.leases > 0 and id(instance) in spare
+            # One's own do not make room, but those who wait are served by them.
+            own = model.key == needy.key and instance.state in (State.READY, State.RETIRING)
+            if busy or instance.state is State.WAKING or (own and id(instance) not in used):
                 total = gpu_ledger.plus(total, view.gpus.after.get(instance.id, gpu_ledger.NOTHING))
     return total
-
-
-def _waking(model: ModelView) -> list[Instance]:
-    return [i for i in model.instances if i.state is State.WAKING]
 
 
 def _spare(model: ModelView) -> list[Instance]:

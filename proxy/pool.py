@@ -1295,17 +1295,18 @@ class Pool:
                 async with asyncio.timeout(_WEIGH_EVERY_S):
                     await self._weigh_due.wait()
             self._weigh_due.clear()
-            try:
-                await self._weigh()
-            except Exception:
-                log.exception("GPU memory could not be weighed")
+            await self._weigh()
             self.tick()
 
     async def _weigh(self) -> None:
-        """Write down what the GPUs and our engines hold; nothing where NVML does not answer."""
-        gpus = self._gpus
-        if gpus is None:
-            return
+        """Write down what the GPUs and our engines hold; nothing where that cannot be learned."""
+        try:
+            if self._gpus is not None:
+                await self._weigh_all(self._gpus)
+        except Exception:
+            log.exception("GPU memory could not be weighed")
+
+    async def _weigh_all(self, gpus: Gpus) -> None:
         seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
         readings = asyncio.gather(*(m.runtime.gpu_bytes(_handle(s)) for m, s, _, _ in seen))
         memory, held = await asyncio.gather(gpus.memory(), readings)

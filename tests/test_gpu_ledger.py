@@ -220,10 +220,14 @@ def test_what_it_leaves_behind_asleep_counts_too_and_zero_is_any_amount() -> Non
 
 
 def test_a_leak_is_more_than_noise() -> None:
-    one, book = instance(State.SLEEPING), known()
+    one, book = instance(State.READY), known()
+    book.weigh(one, {"GPU-0": 61 * GIB})
     expected = book.expected(one, Tier.SLEEPING)
+    assert expected == {"GPU-0": 2 * GIB}
+    one.state = State.SLEEPING
     book.weigh(one, {"GPU-0": 2 * GIB + 10 * MIB})
     assert book.leaked_bytes(one, expected) == 0
     book.weigh(one, {"GPU-0": 3 * GIB})
     assert book.leaked_bytes(one, expected) == GIB
+    assert book.expected(one, Tier.SLEEPING) == {"GPU-0": 3 * GIB}, "one that rests is expected to stay as it is"
     assert book.expected(one, Tier.SUSPENDED) == {}

@@ -349,6 +349,18 @@ def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() ->
     assert plan(*models, now=16.0, gpus=load).actions == [Wake("a", None, (StepDown(busy, Tier.SLEEPING, "evict"),))]
 
 
+def test_one_that_an_operator_sends_down_is_waited_for() -> None:
+    ordered = instance(State.READY, key="b", leases=1)
+    ordered.ordered = Tier.SUSPENDED
+    load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
+    models = needy(since=0.0), model(ordered, key="b")
+    assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered)]
+    ordered.state = State.RETIRING
+    assert plan(*models, now=20.0, gpus=load).actions == []
+    ordered.leases, ordered.idle_since = 0, 20.0
+    assert plan(*models, now=20.0, gpus=load).actions == [StepDown(ordered, Tier.SUSPENDED, "order")]
+
+
 def test_as_many_busy_ones_are_asked_as_hold_what_is_missing() -> None:
     two = [instance(State.READY, key=k, leases=n) for k, n in (("b", 1), ("c", 2), ("d", 3))]
     load = gpus(*two, needs={"a": 50, "b": 26, "c": 26, "d": 26})
@@ -457,6 +469,25 @@ def views(draw: st.DrawFn) -> View:
     return View(models, draw(st.integers(0, 4)), 10.0, load if draw(st.booleans()) else EMPTY)
 
 
+def assert_memory_is_respected(view: View, made: Plan) -> None:
+    """What is woken fits, or everybody who was idle has made room for it."""
+    load = view.gpus
+    free = load.capacity.get(GPU, 0) - sum(held.get(GPU, 0) for held in load.after.values())
+    wakes = [a for a in made.actions if isinstance(a, Wake) and a.model in load.needs]
+    if not wakes or free < 0:
+        return
+    touched = {id(v.instance) for w in wakes for v in w.victims} | {id(w.instance) for w in wakes}
+    for wake in wakes:
+        held = load.now[wake.instance.id].get(GPU, 0) if wake.instance is not None else 0
+        free -= max(0, load.needs[wake.model][GPU] - held)
+        for victim in wake.victims:
+            left = load.held_on(victim.to, victim.instance)
+            if left is not None:
+                free += load.after[victim.instance.id].get(GPU, 0) - left.get(GPU, 0)
+    asleep = [i for m in view.models for i in m.instances if i.state is State.SLEEPING and id(i) not in touched]
+    assert free >= 0 or not any(load.after[i.id].get(GPU) for i in asleep)
+
+
 @given(views(), st.floats(0, 2000))
 def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     made = decide(view, now)
@@ -490,6 +521,7 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     for m in view.models:
         assert len(m.instances) + new[m.key] <= m.max_instances
     assert made.deadline is None or made.deadline > now
+    assert_memory_is_respected(view, made)
     assert decide(view, now) == made, "deciding changes nothing"
 
 
