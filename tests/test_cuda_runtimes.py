@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from proxy.checkpoints import CheckpointStore
-from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings
+from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
 from proxy.errors import RuntimeFailure
-from proxy.gpu import ProcessState
+from proxy.gpu import GpuMemory, Gpus, ProcessState
+from proxy.gpu_ledger import READY
 from proxy.instance import Stages, Tier
+from proxy.metrics import Metrics
+from proxy.pool import Pool
 from proxy.runtime import cuda, processes
 from proxy.runtime.claim import Claim
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
-from tests.fake_cuda import FakeDriver, FakeNvml, gpus_of
+from tests.fake_cuda import GIB, FakeDriver, FakeNvml, gpus_of
 from tests.podman_bench import engine_image, model_of, tmpfs_folder, why_no_podman
 from tests.runtime_contract import FACTS
 from tests.support import HttpBench, engine_settings, get_json
@@ -230,3 +235,54 @@ async def test_without_a_gpu_processes_are_frozen(tmp_path: Path) -> None:
     assert await without.held_by_gpu(lambda: [1]) == {}
     with pytest.raises(RuntimeFailure, match="CUDA"):
         await without.resume("resume", [1])
+
+
+class OneGpu:
+    """NVML as it would be if every engine that we started held 60 GiB while its CUDA state is on the GPU."""
+
+    def __init__(self, driver: EveryEngine) -> None:
+        self.driver = driver
+
+    def driver_version(self) -> str:
+        return "580.159.04"
+
+    def processes(self) -> dict[int, dict[str, int]]:
+        ours = [p.pid for p in psutil.Process().children(recursive=True) if "loadtest.engine" in _command(p.pid)]
+        on_gpu = [pid for pid in ours if self.driver.states.get(pid) != ProcessState.CHECKPOINTED]
+        return {pid: {"GPU-1": 60 * GIB} for pid in on_gpu}
+
+    def gpus(self) -> list[GpuMemory]:
+        used = sum(held["GPU-1"] for held in self.processes().values())
+        return [GpuMemory(0, "NVIDIA H100", "GPU-1", 80 * GIB, used)]
+
+
+async def test_two_models_of_which_one_fits_take_turns_on_the_gpu(tmp_path: Path) -> None:
+    driver = EveryEngine()
+    gpus = Gpus(driver=lambda: driver, monitor=lambda: OneGpu(driver))
+    claim, store = Claim(tmp_path / "state"), CheckpointStore(tmp_path / "images", 0)
+    runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+    model = engine_settings(gpu_memory="60GiB")
+    settings = Settings(models={"a": model, "b": model})
+    pool = Pool(settings, {"process": runtime}, Metrics(), gpus=gpus)
+    await pool.open()
+    try:
+        for _ in range(3):
+            for name in ("a", "b"):
+                async with await pool.lease(name):
+                    assert len(OneGpu(driver).processes()) == 1
+                await _weighed(pool, name)
+        states = {key: entry["instances"][0]["state"] for key, entry in pool.status()["models"].items()}
+        assert states == {"a": "suspended", "b": "ready"}
+        assert pool.status()["models"]["a"]["instances"][0]["cycles"] == 2
+        figures = {"GPU-1": 60 * GIB}
+        assert pool._ledger.figures("b") == {"ready": figures, "sleeping": figures}, "so it has to be suspended first"
+    finally:
+        await pool.close()
+        gpus.close()
+
+
+async def _weighed(pool: Pool, name: str) -> None:
+    """Return when the pool knows what the model's engine holds."""
+    async with asyncio.timeout(30):
+        while not pool._ledger.knows(name, READY):
+            await asyncio.sleep(0.01)
