@@ -288,6 +288,10 @@ class CheckpointStore:
         """Note that an image does not fit this host or its configuration: it stays until its space is needed."""
         self._unwanted.add(image)
 
+    def accept(self, image: str) -> None:
+        """Note that an image that was refused fits again."""
+        self._unwanted.discard(image)
+
     def names(self) -> list[str]:
         """The images there are."""
         if not self.root.is_dir():

@@ -89,7 +89,7 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     metrics = Metrics()
     gpus = Gpus()
     pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus)
-    uvloop.run(serving.serve(pool, settings, metrics))
+    uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path)))
 
 
 @cli.group("config")

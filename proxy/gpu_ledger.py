@@ -106,6 +106,12 @@ class GpuLedger:
         """What an engine is said to take on each of some GPUs, until it is known better."""
         self._configured[model] = size_bytes, indices
 
+    def unlearn(self, model: str) -> None:
+        """Forget what was known of a model: it has other engines now, or is gone."""
+        self._configured.pop(model, None)
+        for learned in self._learned.values():
+            learned.pop(model, None)
+
     def learn(self, model: str, figures: Any) -> None:
         """Take over what a manifest says (`figures` of an earlier run); what is not of that form is passed over."""
         if not isinstance(figures, dict):

@@ -151,6 +151,13 @@ class Metrics:
             for tier in tiers:
                 self.wake_failures.labels(model, tier)
 
+    def forget(self, model: str) -> None:
+        """Let go of the gauges of a model that is gone; what was counted stays."""
+        for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu):
+            for sample in [s for family in gauge.collect() for s in family.samples]:
+                if sample.labels["model"] == model:
+                    gauge.remove(*sample.labels.values())
+
     def count_request(self, model: str, status: int) -> None:
         """One more request answered."""
         child = self._requests.get((model, status))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from proxy import gpu_ledger, policy, weights
+from proxy import gpu_ledger, policy, reload, weights
 from proxy.engine import EngineClient
 from proxy.errors import (
     ConflictError,
@@ -24,6 +25,7 @@ from proxy.errors import (
     EngineError,
     InstanceNotFoundError,
     MaxWaitError,
+    ModelNotFoundError,
     NoCapacityError,
     OrderFailedError,
     QueueFullError,
@@ -31,7 +33,7 @@ from proxy.errors import (
     WakeFailedError,
 )
 from proxy.gpu_ledger import GpuLedger
-from proxy.instance import ARRIVAL, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
+from proxy.instance import ARRIVAL, DESCENDING, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
 from proxy.runtime.base import ImageFacts
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from proxy.gpu import GpuMemory, Gpus
     from proxy.gpu_ledger import Bytes
     from proxy.metrics import Metrics
+    from proxy.reload import Changes
     from proxy.runtime.base import Found, Handle, Runtime
 
 log = logging.getLogger("warmpool.pool")
@@ -190,6 +193,8 @@ class _Model:
     """Closed to new requests by an operator."""
     discarding: bool = False
     """Its golden checkpoint goes with its last instance."""
+    leaving: bool = False
+    """The configuration has it no more, or with other engines: its instances go after their last request."""
 
     @property
     def timetable(self) -> Mapping[Tier, float]:
@@ -208,8 +213,8 @@ class _Model:
             instances=self.instances(),
             rungs=self.runtime.rungs().offered,
             timetable=self.timetable,
-            max_instances=self.settings.max_instances,
-            min_ready=self.settings.min_ready,
+            max_instances=0 if self.leaving else self.settings.max_instances,
+            min_ready=0 if self.leaving else self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
             waiting=waiting,
             oldest_wait=first.since if first is not None else None,
@@ -281,6 +286,7 @@ class Pool:
         self._metrics = metrics
         self._clock = clock
         self._connect = connect or _connect
+        self._all_runtimes = runtimes
         self._runtimes = {m.runtime: runtimes[m.runtime] for m in settings.models.values()}
         self._gpus = gpus
         self._ledger = GpuLedger(settings.pool.gpu_creep)
@@ -288,11 +294,12 @@ class Pool:
             key: _Model(key, model, settings.served_name(key), self._runtimes[model.runtime], self._ledger)
             for key, model in settings.models.items()
         }
-        for key, model in settings.models.items():
-            if model.gpu_memory is not None:
-                self._ledger.configure(key, model.gpu_memory, model.gpus)
+        self._configure_ledger()
         self._weigh_due = asyncio.Event()
         self._weigher: asyncio.Task[None] | None = None
+        self._leaving: list[_Model] = []
+        """Models that the configuration has no more, or with other engines, until their last instance is gone."""
+        self._reconfiguring = asyncio.Lock()
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open_leases = 0
@@ -319,9 +326,7 @@ class Pool:
         Raises HostError when a runtime cannot work here.
         """
         for runtime in self._runtimes.values():
-            await runtime.open()
-            for tier, reason in runtime.rungs().missing.items():
-                log.warning("no rung %s with runtime %s: %s", tier.label, runtime.name, reason)
+            await self._open_runtime(runtime)
         for name, runtime in self._runtimes.items():
             mine = {key: m.settings for key, m in self._models.items() if m.settings.runtime == name}
             recovered = await runtime.recover(mine)
@@ -339,6 +344,11 @@ class Pool:
             self._weigher = asyncio.create_task(self._keep_weighing(), name="weigh")
         self._open = True
         self.tick()
+
+    async def _open_runtime(self, runtime: Runtime) -> None:
+        await runtime.open()
+        for tier, reason in runtime.rungs().missing.items():
+            log.warning("no rung %s with runtime %s: %s", tier.label, runtime.name, reason)
 
     async def _adopt(self, found: Found, images: Mapping[str, _Image]) -> None:
         """Take over an instance as it is; one that runs but does not serve is ended."""
@@ -436,9 +446,7 @@ class Pool:
 
     async def settled(self) -> None:
         """Return when no instance is on its way anywhere, those left aside that the next warmpool goes on with."""
-        while moves := self._tasks - {
-            s.task for m in self._models.values() for s in m.slots.values() if _is_left(m, s)
-        }:
+        while moves := self._tasks - {s.task for m in self._everyone() for s in m.slots.values() if _is_left(m, s)}:
             await asyncio.wait(moves)
 
     async def close(self) -> None:
@@ -457,7 +465,7 @@ class Pool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(self._end(m, s) for m in self._models.values() for s in list(m.slots.values())))
+        await asyncio.gather(*(self._end(m, s) for m in self._everyone() for s in list(m.slots.values())))
         for runtime in self._runtimes.values():
             await runtime.close()
 
@@ -476,6 +484,115 @@ class Pool:
                 return
         del model.slots[slot.instance.id]
 
+    # --- another configuration ---
+
+    def _configure_ledger(self) -> None:
+        for key, model in self._settings.models.items():
+            if model.gpu_memory is not None:
+                self._ledger.configure(key, model.gpu_memory, model.gpus)
+
+    async def reconfigure(self, wanted: Settings) -> Changes:
+        """Take another configuration on, as far as it can be had without a restart; what came of it.
+
+        Models that did not change notice nothing. Where the engine of one changed, its instances take no new requests
+        and go after their last one, while those who wait are served by new engines; so do those of a removed model,
+        where those who wait are told that there is none.
+        Raises ConfigError, HostError (a runtime that is needed now cannot work) or DrainingError, with nothing changed.
+        """
+        async with self._reconfiguring:
+            changes, settings = reload.compare(self._settings, wanted)
+            for name in {settings.models[key].runtime for key in (*changes.added, *changes.replaced)}:
+                if name not in self._runtimes:
+                    await self._open_runtime(self._all_runtimes[name])
+                    self._runtimes[name] = self._all_runtimes[name]
+                    await self._runtimes[name].recover({})
+            going = [self._models[key] for key in (*changes.removed, *changes.replaced)]
+            while True:
+                await self._at_rest(going)
+                images = await self._images_for(settings, (*changes.added, *changes.replaced))
+                if not any(map(_on_its_way_down, going)):
+                    break
+            if self.stopping:
+                raise DrainingError("The server is shutting down.", retry_after_s=1.0)
+            self._switch(changes, settings, images)
+        self.tick()
+        return changes
+
+    async def _at_rest(self, models: Sequence[_Model]) -> None:
+        """Return when nothing is being written of an engine that will be gone."""
+        while moves := [
+            slot.task
+            for model in models
+            for slot in model.slots.values()
+            if slot.instance.state in DESCENDING and slot.task is not None
+        ]:
+            await asyncio.wait(moves)
+
+    async def _images_for(self, settings: Settings, keys: Sequence[str]) -> dict[str, ImageFacts]:
+        """The golden checkpoints that fit the engines of these models already."""
+        images: dict[str, ImageFacts] = {}
+        for name in {settings.models[key].runtime for key in keys}:
+            models = {key: m for key, m in settings.models.items() if m.runtime == name}
+            found = await self._runtimes[name].images_for(models)
+            images |= {key: facts for key, facts in found.items() if key in keys}
+        return images
+
+    def _switch(self, changes: Changes, settings: Settings, images: Mapping[str, ImageFacts]) -> None:
+        before, self._settings = self._models, settings
+        self._models = {}
+        for key, entry in settings.models.items():
+            old = before.get(key)
+            if old is not None and key not in changes.replaced:
+                old.settings = entry
+                self._models[key] = old
+                self._shrink(old)
+                continue
+            model = _Model(key, entry, settings.served_name(key), self._runtimes[entry.runtime], self._ledger)
+            if key in images:
+                model.image = _image_of(images[key])
+            self._models[key] = model
+            if old is not None:
+                model.queue, old.queue = old.queue, model.queue
+                model.draining = old.draining
+        for key in (*changes.removed, *changes.replaced):
+            self._ledger.unlearn(key)
+            self._send_away(before[key])
+        for key, facts in images.items():
+            self._ledger.learn(key, facts.details.get("gpu"))
+        self._configure_ledger()
+        self._metrics.expect(changes.added, [tier.label for tier in Tier])
+
+    def _shrink(self, model: _Model) -> None:
+        """Fewer instances than there are: the coldest go, one that answers after its last request."""
+        surplus = max(0, len(model.slots) - model.settings.max_instances)
+        for slot in sorted(model.slots.values(), key=lambda s: (-s.instance.tier, s.instance.leases))[:surplus]:
+            self._give(model, slot, Order(slot.instance.id, slot.instance.tier, Tier.STOPPED))
+
+    def _send_away(self, model: _Model) -> None:
+        self._fail_waiters(model, ModelNotFoundError(model.served_name))
+        model.leaving = True
+        # The image of that name may be another engine's soon: nothing here may touch it.
+        model.image = _Image()
+        self._leaving.append(model)
+        for slot in model.slots.values():
+            if model.runtime.shares_images:
+                slot.image = model.image
+            self._give(model, slot, Order(slot.instance.id, slot.instance.tier, Tier.STOPPED))
+        self._forget_if_gone(model)
+
+    def _forget_if_gone(self, model: _Model) -> None:
+        if model.leaving and not model.slots:
+            self._leaving.remove(model)
+            if model.key not in self._models:
+                self._metrics.forget(model.key)
+
+    def _everyone(self) -> list[_Model]:
+        return [*self._models.values(), *self._leaving]
+
+    def _home(self, instance: Instance) -> _Model:
+        """The model that an instance belongs to; of that name there may be two."""
+        return next(m for m in self._everyone() if (s := m.slots.get(instance.id)) and s.instance is instance)
+
     # --- leases ---
 
     @property
@@ -489,7 +606,10 @@ class Pool:
 
     def served_name(self, key: str) -> str:
         """What the engines of a model call it."""
-        return self._models[key].served_name
+        try:
+            return next(m for m in self._everyone() if m.key == key).served_name
+        except StopIteration:  # removed since its name was resolved
+            raise ModelNotFoundError(key) from None
 
     async def lease(self, name: str, *, max_wait_s: float | None = None, preferred: str | None = None) -> Lease:
         """A hold on a ready instance of the model, once there is one; on the `preferred` one if it is ready.
@@ -774,10 +894,10 @@ class Pool:
                 self._note_orders()
             plan = policy.decide(
                 policy.View(
-                    [m.view() for m in self._models.values()],
+                    [m.view() for m in self._everyone()],
                     self._settings.pool.max_awake,
                     self._settings.pool.switch_after,
-                    self._ledger.load(i for m in self._models.values() for i in m.instances()),
+                    self._ledger.load(i for m in self._everyone() for i in m.instances()),
                 ),
                 self._clock(),
             )
@@ -818,7 +938,7 @@ class Pool:
         match action:
             case policy.Clone(key):
                 model = self._models[key]
-                slot = self._new_slot(model, _free_id(model))
+                slot = self._new_slot(model, self._free_id(model))
                 slot.instance.apply(Event.CLONE)
                 slot.task = self._spawn(f"clone {slot.instance.id}", self._clone(model, slot))
             case policy.Wake():
@@ -836,7 +956,7 @@ class Pool:
         evictions = self._evict(action) if action.victims else _NO_EVICTIONS
         model = self._models[action.model]
         known = action.instance
-        slot = model.slots[known.id] if known is not None else self._new_slot(model, _free_id(model))
+        slot = model.slots[known.id] if known is not None else self._new_slot(model, self._free_id(model))
         instance = slot.instance
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         instance.waking_from = found
@@ -849,7 +969,7 @@ class Pool:
         held = self._ledger.charge(action.instance) if action.instance is not None else gpu_ledger.NOTHING
         needed = gpu_ledger.beyond(self._ledger.need(action.model) or gpu_ledger.NOTHING, held)
         expected = {}
-        for slot in (s for m in self._models.values() for s in m.slots.values()):
+        for slot in (s for m in self._everyone() for s in m.slots.values()):
             if slot.instance.state in (State.SLEEPING, State.SUSPENDED):
                 expected[slot.instance.id] = self._ledger.expected(slot.instance, slot.instance.tier)
         for victim in action.victims:
@@ -859,7 +979,7 @@ class Pool:
 
     def _begin_step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
         instance = action.instance
-        model = self._models[instance.model]
+        model = self._home(instance)
         slot = model.slots[instance.id]
         origin = instance.tier
         instance.apply(DESCENT[action.to])
@@ -904,6 +1024,10 @@ class Pool:
         slot = _Slot(Instance(instance_id, model.key), model.image if model.runtime.shares_images else _Image())
         model.slots[instance_id] = slot
         return slot
+
+    def _free_id(self, model: _Model) -> str:
+        taken = {instance_id for m in self._everyone() if m.key == model.key for instance_id in m.slots}
+        return next(i for n in itertools.count(1) if (i := f"{model.key}-{n}") not in taken)
 
     def _attach(self, model: _Model, slot: _Slot, handle: Handle) -> None:
         slot.handle = handle
@@ -1057,7 +1181,7 @@ class Pool:
                 )
             image.canary_checked = True
         image.failures = 0
-        if not settings.keep:
+        if not settings.keep and not model.leaving:
             await self._forget_image(model, slot)
 
     def _read_weights(self, model: _Model, image: _Image) -> asyncio.Task[None]:
@@ -1282,6 +1406,7 @@ class Pool:
         del model.slots[instance.id]
         self._ledger.forget(instance.id)
         self._weigh_due.set()
+        self._forget_if_gone(model)
         model.discarding = model.discarding and bool(model.slots)
         self._end_order(slot)
         self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
@@ -1328,7 +1453,7 @@ class Pool:
         """The instances that have processes."""
         return [
             (m, s)
-            for m in self._models.values()
+            for m in self._everyone()
             for s in m.slots.values()
             if s.handle is not None and s.instance.state not in gpu_ledger.HOLDS_NOTHING
         ]
@@ -1346,7 +1471,7 @@ class Pool:
 
     async def _weigh_once(self, model: _Model, slot: _Slot, kind: str) -> None:
         """Learn what a model holds awake or asleep in passing, where that was never seen."""
-        if self._gpus is not None and not self._ledger.knows(model.key, kind):
+        if self._gpus is not None and not model.leaving and not self._ledger.knows(model.key, kind):
             self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(_handle(slot)))})
 
     async def _make_sure(self, evictions: _Evictions) -> None:
@@ -1396,7 +1521,7 @@ class Pool:
             self._metrics.instance_gpu.labels(model.key).set(held)
 
     def _gpu_status(self) -> list[dict[str, Any]]:
-        charged = self._ledger.charged(i for m in self._models.values() for i in m.instances())
+        charged = self._ledger.charged(i for m in self._everyone() for i in m.instances())
         return [
             {
                 "index": gpu.index,
@@ -1439,9 +1564,9 @@ class Pool:
 
     async def _examine(self, slot: _Slot, generation: int) -> None:
         instance = slot.instance
-        model = self._models[instance.model]
         if self._closed or instance.generation != generation:
             return
+        model = self._home(instance)
         healthy = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5.0):
@@ -1475,18 +1600,21 @@ class Pool:
 
     def _publish(self) -> None:
         """Bring the gauges up to date; asked for when they are read, since requests have no time for it."""
-        for model in self._models.values():
-            instances = model.instances()
+        models: dict[str, list[_Model]] = {}
+        for model in self._everyone():
+            models.setdefault(model.key, []).append(model)
+        for key, same in models.items():
+            instances = [i for m in same for i in m.instances()]
             states = Counter(i.state for i in instances)
             for state in State:
                 if state is not State.GONE:
-                    self._metrics.instances.labels(model.key, state.value).set(states[state])
-            self._metrics.queue_depth.labels(model.key).set(len(model.queue))
-            self._metrics.leases.labels(model.key).set(sum(i.leases for i in instances))
+                    self._metrics.instances.labels(key, state.value).set(states[state])
+            self._metrics.queue_depth.labels(key).set(sum(len(m.queue) for m in same))
+            self._metrics.leases.labels(key).set(sum(i.leases for i in instances))
 
     def tiers(self) -> dict[str, Tier]:
         """Model key → the rung a request would find."""
-        return {key: policy.best_tier(m.instances()) for key, m in self._models.items()}
+        return {m.key: policy.best_tier(m.instances()) for m in (*self._leaving, *self._models.values())}
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
@@ -1496,6 +1624,7 @@ class Pool:
             "leases": self._open_leases,
             "gpus": self._gpu_status(),
             "models": {key: self._model_status(model) for key, model in self._models.items()},
+            "leaving": [self._instance_status(m, slot) for m in self._leaving for slot in m.slots.values()],
             "wakes": [*self._wakes],
         }
 
@@ -1581,13 +1710,6 @@ def _hand_on(waiter: _Waiter) -> None:
         granted.result().release()
 
 
-def _free_id(model: _Model) -> str:
-    number = 1
-    while f"{model.key}-{number}" in model.slots:
-        number += 1
-    return f"{model.key}-{number}"
-
-
 def _rungs_from(found: Tier, slot: _Slot) -> list[Tier]:
     """The rungs to try, warmest first."""
     rungs = [] if found is Tier.STOPPED else [found]
@@ -1608,6 +1730,10 @@ def _note_unexpected(instance: Instance, error: Exception) -> None:
 
 def _limit_s(model: ModelSettings, tier: Tier) -> float:
     return model.start_timeout if tier is Tier.STOPPED else model.wake_timeout
+
+
+def _on_its_way_down(model: _Model) -> bool:
+    return any(i.state in DESCENDING for i in model.instances())
 
 
 def _is_left(model: _Model, slot: _Slot) -> bool:

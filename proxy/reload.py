@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LIVE: Final = frozenset(
     {"server.drain_timeout", "server.heartbeat", "server.default_model", "pool.max_awake", "pool.max_queue",
-     "pool.switch_after", "pool.prewarm"}
+     "pool.switch_after"}
 )  # fmt: skip
 """The keys beside those of models that take effect at once; the others are read at the start only."""
 
@@ -106,7 +106,8 @@ def _in_force(old: Settings, new: Settings, live: tuple[str, ...]) -> Settings:
         tables.setdefault(table, {})[name] = getattr(getattr(new, table), name)
     for table, values in tables.items():
         update[table] = _copied(getattr(old, table), values)
-    return old.model_copy(update=update)
+    # Not a copy, which would bring along what the old ones have computed from their models.
+    return type(old).model_construct(**{name: getattr(old, name) for name in type(old).model_fields} | update)
 
 
 def _copied(table: BaseModel, values: Mapping[str, Any]) -> BaseModel:

@@ -49,6 +49,7 @@ class Process:
     served: int = 0
     frozen: bool = False
     sleep_level: int = 0
+    command: list[str] = field(default_factory=list)
     healthy: bool = True
     listens: bool = True
     started_unix_s: float = field(default_factory=time.time)
@@ -65,6 +66,7 @@ class Image:
     model: str
     facts: ImageFacts
     archived: bool = False
+    command: list[str] = field(default_factory=list)
 
 
 class FakeRuntime:
@@ -151,10 +153,16 @@ class FakeRuntime:
         images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.items()}
         return Recovered(found, images)
 
+    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        await self._enter("images_for")
+        if not self.shares_images:
+            return {}
+        return {key: i.facts for key, i in self.images.items() if key in models and i.command == _command(models[key])}
+
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         await self._enter("start")
         handle = self._new_handle(instance_id, key)
-        self.processes[instance_id] = Process(next(self._boots))
+        self.processes[instance_id] = Process(next(self._boots), command=_command(model))
         self.weigh(handle)
         return handle
 
@@ -201,7 +209,7 @@ class FakeRuntime:
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         process = self._process(handle, "checkpoint")
         await self._enter("checkpoint")
-        image = Image(process.boot, process.served, process.sleep_level, handle.model, facts)
+        image = Image(process.boot, process.served, process.sleep_level, handle.model, facts, command=process.command)
         self.images[self._owner(handle)] = image
         self._end(handle)
 
@@ -211,7 +219,9 @@ class FakeRuntime:
         image = self._image(handle, "restore")
         if image.archived:
             raise RuntimeFailure("restore", "the image is archived")
-        self.processes[handle.instance_id] = Process(image.boot, image.served, sleep_level=image.sleep_level)
+        self.processes[handle.instance_id] = Process(
+            image.boot, image.served, sleep_level=image.sleep_level, command=image.command
+        )
         self.leaks.pop(handle.instance_id, None)
         self.weigh(handle)
         return self._new_handle(handle.instance_id, handle.model)
@@ -256,6 +266,11 @@ class FakeRuntime:
         if not self.shares_images:
             self.images.pop(handle.instance_id, None)
         self.handles.pop(handle.instance_id, None)
+
+
+def _command(model: ModelSettings) -> list[str]:
+    assert model.process is not None
+    return model.process.command
 
 
 class FakeEngine:

@@ -106,6 +106,12 @@ class Runtime(Protocol):
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """What is left of these very models and can be used; everything else that is ours is deleted."""
 
+    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        """The images that serve any instance of these models, all of the runtime's, by the model's key.
+
+        Those that do not fit stay, until their space is needed.
+        """
+
     async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Start an engine's processes from nothing. It is not healthy yet."""
 

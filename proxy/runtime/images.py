@@ -84,6 +84,16 @@ class KeepsImages(abc.ABC):
             raise RuntimeFailure("unarchive", str(error)) from error
 
     @abc.abstractmethod
+    def rungs(self) -> Rungs:
+        """See `Runtime.rungs`."""
+
+    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        """See `Runtime.images_for`."""
+        if not self.shares_images or Tier.CHECKPOINTED not in self.rungs().offered:
+            return {}
+        return {key: facts for key, (_, facts) in (await self._usable_images(models)).items()}
+
+    @abc.abstractmethod
     async def _facts_for(self, model: ModelSettings) -> Mapping[str, str]:
         """What must be the same where an image of the model is restored."""
 
@@ -122,6 +132,7 @@ class KeepsImages(abc.ABC):
                     if not archived:
                         self._store.refuse(image)
                     continue
+                self._store.accept(image)
                 facts = ImageFacts(manifest.sleep_level, manifest.canary, manifest.details, archived)
                 usable[image] = manifest, facts
         return usable

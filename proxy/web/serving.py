@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from proxy import service
-from proxy.errors import HostError
+from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app
 
 if TYPE_CHECKING:
@@ -88,10 +88,70 @@ class Traffic:
                 return
 
 
-async def serve(pool: Pool, settings: Settings, metrics: Metrics, manager: Manager | None = None) -> None:
+class Reloader:
+    """Takes another configuration on at SIGHUP, one at a time; a bad one changes nothing.
+
+    `load` reads the configuration anew; `also` are told to read what else they have from files.
+    """
+
+    def __init__(
+        self, pool: Pool, manager: Manager, load: Callable[[], Settings], also: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        self._pool = pool
+        self._manager = manager
+        self._load = load
+        self._also = also
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+
+    def request(self) -> None:
+        """Begin, after the one under way."""
+        task = asyncio.create_task(self._reload(), name="reload")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload(self) -> None:
+        async with self._turn:
+            self._manager.reloading()
+            said = f"serving {len(self._pool.settings.models)} models"
+            try:
+                settings = await asyncio.to_thread(self._load)
+                changes = await self._pool.reconfigure(settings)
+                for read in self._also:
+                    read()
+            except (ConfigError, HostError, RequestError) as error:
+                for line in str(error).splitlines():
+                    log.error("reload: nothing was changed: %s", line)
+                said += f"; the last reload failed: {error}"
+            except Exception as error:
+                log.exception("reload failed")
+                said += f"; the last reload failed: {error!r}"
+            else:
+                log.info("reload: %s", changes)
+                if changes.pending:
+                    log.warning("reload: takes effect after a restart only: %s", ", ".join(changes.pending))
+                said = f"serving {len(self._pool.settings.models)} models; reloaded: {changes}"
+            self._manager.ready(said)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in [*self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def serve(
+    pool: Pool,
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    load: Callable[[], Settings] | None = None,
+    manager: Manager | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
 
-    A second signal ends at once. `manager` holds the sockets and hears of our state; None: that of the environment.
+    A second signal ends at once. SIGHUP: the configuration is read again with `load`. `manager` holds the sockets and
+    hears of our state; None: that of the environment.
 
     Raises HostError when the address cannot be had or a runtime cannot work.
     """
@@ -106,6 +166,9 @@ async def serve(pool: Pool, settings: Settings, metrics: Metrics, manager: Manag
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    # Until there is something to reload, SIGHUP must not end us.
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    reloader = Reloader(pool, manager, load or (lambda: settings))
     traffic = Traffic()
     application = app.build(pool, settings, metrics)
     traffic.attach(application)
@@ -123,8 +186,10 @@ async def serve(pool: Pool, settings: Settings, metrics: Metrics, manager: Manag
         for address in runner.addresses:
             log.info("listening on http://%s, models: %s", _shown(address), ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
+        loop.add_signal_handler(signal.SIGHUP, reloader.request)
         await stop.wait()
-        limit_s = settings.server.drain_timeout
+        await reloader.close()
+        limit_s = pool.settings.server.drain_timeout
         log.info("stopping: up to %g s for running requests, once more to stop at once", limit_s)
         manager.stopping(limit_s + _STOP_RESERVE_S)
         for site in sites:
@@ -136,6 +201,7 @@ async def serve(pool: Pool, settings: Settings, metrics: Metrics, manager: Manag
                 await _first(_all(traffic.ended(_LINGER_S), pool.settled()), hurry.wait())
     finally:
         watchdog.cancel()
+        await reloader.close()
         await pool.close()
         await runner.cleanup()
         for sock in sockets:
