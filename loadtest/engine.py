@@ -59,6 +59,7 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     last_request_id: str | None = None
+    last_socket: dict[str, Any] | None = None
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -192,6 +193,7 @@ class Engine:
                 "aborted": c.aborted, "running": c.running, "waiting": c.waiting, "loads": c.loads,
                 "sleep_level": self.sleep_level, "memory_bytes": sum(map(len, self.memory)),
                 "children": [child.pid for child in self.children], "last_request_id": c.last_request_id,
+                "last_socket": c.last_socket,
             }
         )  # fmt: skip
 

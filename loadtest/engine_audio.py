@@ -29,7 +29,6 @@ class Audio:
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
-        self.sessions = 0
 
     async def transcribe(self, request: web.Request) -> web.StreamResponse:
         """The same text for the same bytes and the same kind of request."""
@@ -67,13 +66,13 @@ class Audio:
         """vLLM's events (vllm/entrypoints/speech_to_text/realtime); binary messages come back as they are."""
         socket = web.WebSocketResponse(protocols=(SUBPROTOCOL,), max_msg_size=16 << 20)
         await socket.prepare(request)
-        self.sessions += 1
         self.writer.counters.running += 1
         try:
             await _Session(self.writer, socket).run()
         finally:
-            self.sessions -= 1
             self.writer.counters.running -= 1
+            offered = request.headers.get("Sec-WebSocket-Protocol")
+            self.writer.counters.last_socket = {"close_code": socket.close_code, "offered": offered}
         return socket
 
 

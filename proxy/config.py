@@ -152,6 +152,10 @@ class ServerSettings(_Section):
         "and what is between do not give up. The status, 200, goes out with the first.",
     )
 
+    websocket_idle_timeout: OptionalDuration = Field(
+        default=600.0, description="How long a WebSocket may be without a message, either way, before it is closed."
+    )
+
     @model_validator(mode="after")
     def _not_without_pause(self) -> ServerSettings:
         if self.heartbeat is not None and self.heartbeat < MIN_HEARTBEAT_S:

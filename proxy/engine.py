@@ -19,7 +19,7 @@ from proxy.errors import EngineError
 from proxy.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from proxy.config import WarmupSettings
     from proxy.instance import Stages
@@ -64,6 +64,30 @@ class EngineClient:
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )
         return self._session
+
+    async def websocket(
+        self,
+        target: str,
+        *,
+        protocols: Iterable[str],
+        headers: Mapping[str, str],
+        most_bytes: int,
+        ping_s: float,
+        close_s: float,
+    ) -> aiohttp.ClientWebSocketResponse[Any]:
+        """A WebSocket to the engine; a message has at most `most_bytes`.
+
+        Raises aiohttp.ClientError or TimeoutError; WSServerHandshakeError has the engine's refusal.
+        """
+        return await self._connected().ws_connect(
+            self.base_url + target,
+            protocols=protocols,
+            headers=headers,
+            max_msg_size=most_bytes,
+            heartbeat=ping_s,
+            timeout=aiohttp.ClientWSTimeout(ws_close=close_s),
+            autoclose=False,
+        )
 
     async def disconnect(self) -> None:
         """Close every connection to the engine; the next request opens new ones. Requests in flight fail."""

@@ -77,6 +77,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.addressing": 8,
     "proxy.web.answer": 6,
     "proxy.web.relay": 9,
+    "proxy.web.realtime": 10,
     "proxy.web.admin": 9,
     "proxy.web.admin_events": 9,
     "proxy.web.admin_orders": 9,

@@ -16,11 +16,14 @@ from proxy.errors import (
 )
 from proxy.ledger import Ledger
 from proxy.metrics import UNKNOWN_MODEL
+from proxy.web.addressing import Addressing
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
 from proxy.web.local import Local
+from proxy.web.realtime import Realtime
 from proxy.web.relay import Relay
 from proxy.web.request_id import name_request, request_id
+from proxy.web.response_ids import ResponseIds
 from proxy.web.routes import ROUTES, pattern
 
 if TYPE_CHECKING:
@@ -61,13 +64,15 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
             body=answer.body(), status=answer.status, headers=answer.headers(), content_type="application/json"
         )
 
-    relay = Relay(pool, metrics)
+    response_ids = ResponseIds()
+    addressing = Addressing(lambda: pool.settings, response_ids.made_by)
+    relay = Relay(pool, metrics, addressing, response_ids)
+    realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, Ledger(settings.pool))
     local = Local(pool)
     app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
     for route in ROUTES:
-        if not route.websocket:
-            app.router.add_route(route.method, pattern(route), relay.forward)
+        app.router.add_route(route.method, pattern(route), realtime.relay if route.websocket else relay.forward)
     for path, handler in (
         ("/v1/models", local.models),
         ("/v1/models/{id:.+}", local.model),

@@ -20,12 +20,10 @@ from proxy.errors import InvalidRequestError, RequestError, UpstreamError, sse_e
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
-from proxy.web.addressing import Addressing
 from proxy.web.answer import Answer
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
-from proxy.web.response_ids import ResponseIds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +33,8 @@ if TYPE_CHECKING:
     from proxy.metrics import Metrics
     from proxy.pool import Lease, Pool
     from proxy.upstream import Exchange, Sink
-    from proxy.web.addressing import Address
-    from proxy.web.response_ids import Reader
+    from proxy.web.addressing import Address, Addressing
+    from proxy.web.response_ids import Reader, ResponseIds
 
 log = logging.getLogger("warmpool.request")
 
@@ -62,11 +60,11 @@ _ATTEMPTS: Final = 2
 class Relay:
     """Forwards requests to engines."""
 
-    def __init__(self, pool: Pool, metrics: Metrics) -> None:
+    def __init__(self, pool: Pool, metrics: Metrics, addressing: Addressing, response_ids: ResponseIds) -> None:
         self._pool = pool
         self._metrics = metrics
-        self._response_ids = ResponseIds()
-        self._addressing = Addressing(lambda: pool.settings, self._response_ids.made_by)
+        self._response_ids = response_ids
+        self._addressing = addressing
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """The engine's answer to a request, on the same path. Raises RequestError as long as no header was sent."""
@@ -77,7 +75,7 @@ class Relay:
             body = await request.read()
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
-            exchange.max_wait_s = _max_wait_s(request)
+            exchange.max_wait_s = max_wait_s(request)
             exchange.makes_response = match.route.path == "/v1/responses"
             return await self._kept_alive(exchange, address)
         except RequestError as error:
@@ -232,7 +230,7 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 1)
 
 
-def _max_wait_s(request: web.Request) -> float | None:
+def max_wait_s(request: web.Request) -> float | None:
     """`x-warmpool-max-wait`: seconds, or a duration as in the configuration."""
     text = request.headers.get("x-warmpool-max-wait")
     if text is None:
