@@ -9,6 +9,7 @@ setting `gpu_memory`. What nobody of ours holds - other programs, the driver - i
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -33,6 +34,8 @@ HOLDS_NOTHING: Final = frozenset(
     {State.NEW, State.CHECKPOINTED, State.CLONING, State.ARCHIVING, State.ARCHIVED, State.GONE}
 )
 """The states in which an instance has no process."""
+_RECENT: Final = 3
+"""How many readings in a row have to show a growth."""
 MAX_EXCESS_BYTES: Final = MAX_LEFT_BYTES
 """An instance that holds this much more than expected leaks."""
 
@@ -71,16 +74,31 @@ class GpuLoad:
         return NOTHING
 
 
+class _Trail:
+    """What an engine held in the same situation again and again, in bytes."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self._recent = deque([first], maxlen=_RECENT)
+
+    def add(self, count: int) -> None:
+        self._recent.append(count)
+
+    def growth_bytes(self) -> int:
+        # What is left behind is there every time; what a request takes for a moment is not.
+        return min(self._recent) - self.first if len(self._recent) == _RECENT else 0
+
+
 @dataclass(slots=True)
 class _Account:
     """What is known of one engine since it was started or restored."""
 
     held: Bytes = field(default_factory=dict)
     """As it was last weighed, or as is expected of the rung it has reached since."""
-    first: dict[str, int] = field(default_factory=dict)
-    """Kind (`READY`, `SLEEPING`) → bytes over all GPUs, when it was first weighed."""
-    last: dict[str, int] = field(default_factory=dict)
-    """The same, when it was last weighed."""
+    trails: dict[str, _Trail] = field(default_factory=dict)
+    """Kind (`READY`, `SLEEPING`) → what it held whenever it had just got there, over all GPUs."""
+    fresh: bool = True
+    """It has not been weighed awake since it woke."""
     cycles: int = 0
     told: bool = False
     """That it has grown was logged."""
@@ -98,6 +116,8 @@ class GpuLedger:
         """Held by none of ours."""
         self._accounts: dict[str, _Account] = {}
         self._learned: dict[str, dict[str, Bytes]] = {READY: {}, SLEEPING: {}}
+        self._measured: set[str] = set()
+        """The models whose need was seen here."""
         self._configured: dict[str, tuple[int, Sequence[int]]] = {}
 
     # --- what a model needs ---
@@ -154,12 +174,15 @@ class GpuLedger:
 
     def began(self, instance: Instance) -> None:
         """It was started or restored: an engine that nothing is known of yet."""
+        if self.worn(instance):
+            self._measured.discard(instance.model)  # what it needed is more than a fresh one needs
         self._accounts[instance.id] = _Account()
 
     def woke(self, instance: Instance) -> None:
         """It came back from asleep or suspended."""
         account = self._account(instance)
         account.cycles += 1
+        account.fresh = True
         account.held = self.need(instance.model) or account.held
 
     def arrived(self, instance: Instance, tier: Tier) -> None:
@@ -184,11 +207,30 @@ class GpuLedger:
             return  # NVML had no answer, or the engine runs on the CPU
         account = self._account(instance)
         account.held = dict(held)
-        if kind is not None:
-            total = sum(held.values())
-            account.first.setdefault(kind, total)
-            account.last[kind] = total
-            self._learned[kind][instance.model] = dict(held)
+        if kind == READY:
+            # The most of its run: under load an engine holds more than just after a wake.
+            before = self._learned[READY].get(instance.model, NOTHING) if instance.model in self._measured else NOTHING
+            most = {uuid: max(held.get(uuid, 0), before.get(uuid, 0)) for uuid in held.keys() | before.keys()}
+            self._learned[READY][instance.model] = most
+            self._measured.add(instance.model)
+            self._follow_ready(account, instance, sum(held.values()))
+        elif kind == SLEEPING:
+            self._learned[SLEEPING][instance.model] = dict(held)
+            self._follow(account, SLEEPING, sum(held.values()))
+
+    def _follow_ready(self, account: _Account, instance: Instance, total: int) -> None:
+        if account.fresh:
+            account.fresh = False
+            self._follow(account, READY, total)
+        elif account.cycles == 0 and Tier.SLEEPING in instance.barred:
+            # One without a sleep mode keeps what its requests took.
+            account.trails[READY].first = max(account.trails[READY].first, total)
+
+    def _follow(self, account: _Account, kind: str, total: int) -> None:
+        if kind in account.trails:
+            account.trails[kind].add(total)
+        else:
+            account.trails[kind] = _Trail(total)
 
     def read(self, gpus: Sequence[GpuMemory], ours: Iterable[tuple[Instance, Bytes]], *, settled: bool) -> None:
         """Write down what the GPUs say, and what each of our engines was seen to hold at about the same time.
@@ -240,11 +282,10 @@ class GpuLedger:
         return account.cycles if account is not None else 0
 
     def growth_bytes(self, instance: Instance) -> int:
-        """How much more it holds than when it was first weighed, awake or asleep, over all GPUs."""
+        """How much more it holds than at first, just woken or asleep, over all GPUs."""
         account = self._accounts.get(instance.id)
-        if account is None:
-            return 0
-        return max((account.last[kind] - account.first[kind] for kind in account.first), default=0)
+        trails = account.trails.values() if account is not None else ()
+        return max(0, *(trail.growth_bytes() for trail in trails), 0)
 
     def worn(self, instance: Instance) -> bool:
         """Whether it has grown so much that it should be replaced by a fresh one."""

@@ -1657,6 +1657,7 @@ class Pool:
             "generation": instance.generation,
             "has_checkpoint": slot.image.present,
             "gpu_bytes": self._ledger.charge(instance),
+            "gpu_growth_bytes": self._ledger.growth_bytes(instance),
             "cycles": self._ledger.cycles(instance),
             "ordered": instance.ordered.label if instance.ordered is not None else None,
             "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},

@@ -197,21 +197,48 @@ def test_without_a_reading_the_policy_sees_no_gpu() -> None:
 
 def test_an_engine_that_grows_beyond_the_limit_is_worn_until_it_begins_anew() -> None:
     one, book = instance(State.READY), ledger(creep=512 * MIB)
-    for cycle in range(6):
+    for cycle in range(8):
         book.weigh(one, {"GPU-0": 60 * GIB + cycle * 100 * MIB})
         book.woke(one)
         assert not book.worn(one)
-    assert (book.cycles(one), book.growth_bytes(one)) == (6, 500 * MIB)
-    book.weigh(one, {"GPU-0": 60 * GIB + 600 * MIB})
+    assert (book.cycles(one), book.growth_bytes(one)) == (8, 500 * MIB)
+    book.weigh(one, {"GPU-0": 60 * GIB + 800 * MIB})
     assert book.worn(one)
     assert [book.newly_worn(one), book.newly_worn(one)] == [True, False]
     book.began(one)
     assert (book.worn(one), book.cycles(one), book.growth_bytes(one)) == (False, 0, 0)
+    book.weigh(one, {"GPU-0": 60 * GIB})
+    assert book.need("a") == {"GPU-0": 60 * GIB}, "what had crept in is forgotten"
+
+
+def test_what_requests_take_is_no_growth_but_is_needed() -> None:
+    one, book = instance(State.READY), ledger(creep=512 * MIB)
+    for cycle in range(5):
+        just_woken = 63 if cycle == 2 else 60  # the first request was large
+        for count in (just_woken, 63, 64, 64):
+            book.weigh(one, {"GPU-0": count * GIB})
+        book.woke(one)
+    assert book.growth_bytes(one) == 0
+    assert book.need("a") == {"GPU-0": 64 * GIB}
+
+
+def test_an_engine_without_sleep_mode_keeps_what_its_first_requests_took() -> None:
+    one, book = instance(State.READY), ledger(creep=512 * MIB)
+    one.barred.add(Tier.SLEEPING)
+    for _ in range(5):
+        for count in (60 if book.cycles(one) == 0 else 64, 64):
+            book.weigh(one, {"GPU-0": count * GIB})
+        book.woke(one)
+    assert book.growth_bytes(one) == 0
+    for _ in range(3):
+        book.weigh(one, {"GPU-0": 65 * GIB})
+        book.woke(one)
+    assert book.growth_bytes(one) == GIB
 
 
 def test_what_it_leaves_behind_asleep_counts_too_and_zero_is_any_amount() -> None:
     one, book, free = instance(State.SLEEPING), ledger(creep=512 * MIB), ledger()
-    for count in (2 * GIB, 3 * GIB):
+    for count in (2 * GIB, 3 * GIB, 3 * GIB, 3 * GIB):
         book.weigh(one, {"GPU-0": count})
         free.weigh(one, {"GPU-0": count})
     assert (book.worn(one), free.worn(one)) == (True, False)

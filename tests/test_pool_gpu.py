@@ -308,10 +308,11 @@ async def test_an_engine_that_grew_is_replaced_from_its_checkpoint_when_idle(rig
     await rig.pass_time(10)
     await use(rig, "a")
     boot = rig.runtime.images["a-1"].boot
-    for cycle in range(1, 7):
+    for cycle in range(1, 9):
         await grow(rig, cycle * 100 * MIB)
     (status,) = rig.pool.status()["models"]["a"]["instances"]
-    assert (status["cycles"], status["gpu_bytes"]) == (6, {"GPU-1": 60 * GIB + 600 * MIB})
+    assert (status["cycles"], status["gpu_bytes"]) == (8, {"GPU-1": 60 * GIB + 800 * MIB})
+    assert status["gpu_growth_bytes"] == 600 * MIB
     await rig.pass_time(10)
     assert rig.states() == {"a-1": "checkpointed"}
     assert metric(rig, "warmpool_step_downs_total", model="a", tier="checkpointed", reason="recycle") == 1
@@ -327,7 +328,7 @@ async def test_without_a_checkpoint_it_is_logged_once_and_goes_on(
 ) -> None:
     rig = await rig_of(a=(60, 2))
     await use(rig, "a")
-    for cycle in range(1, 5):
+    for cycle in range(1, 7):
         await grow(rig, cycle * 300 * MIB)
     assert len([r for r in caplog.records if "more of the GPU than at first" in r.message]) == 1
     await rig.pass_time(10)
