@@ -18,6 +18,7 @@ from proxy import (
     control_commands,
     importenv,
     install_commands,
+    key_commands,
     logs,
     reference,
 )
@@ -187,7 +188,12 @@ def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> N
 _checkpoint = checkpoint_commands.group(checkpoint_commands.Wiring(_store, _runtimes))
 _checkpoint.add_command(control_commands.checkpoint_now)
 cli.add_command(_checkpoint)
-for _command in (*control_commands.COMMANDS, install_commands.install_, install_commands.uninstall):
+for _command in (
+    *control_commands.COMMANDS,
+    install_commands.install_,
+    install_commands.uninstall,
+    key_commands.key,
+):
     cli.add_command(_command)
 
 

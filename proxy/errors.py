@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class WarmpoolError(Exception):
@@ -95,6 +95,62 @@ class InvalidRequestError(RequestError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
+
+
+class AuthenticationError(RequestError):
+    """No key, or none that is known; `scheme` says how to come with one (RFC 9110, 11.6.1)."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, *, scheme: str = "Bearer") -> None:
+        super().__init__(message)
+        self.scheme = scheme
+
+    def headers(self) -> dict[str, str]:
+        """With the challenge."""
+        return {"WWW-Authenticate": f'{self.scheme} realm="warmpool"'}
+
+
+class ForbiddenError(RequestError):
+    """Not for this client, whatever it shows."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
+class ModelNotAllowedError(RequestError):
+    """A model that the client's key is not good for."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "model_not_allowed"
+
+
+class RateLimitError(RequestError):
+    """The client's key has used up what it may; `extra`: headers that say what is left."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, extra: Mapping[str, str]) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.extra = extra
+
+    def headers(self) -> dict[str, str]:
+        """With what is left."""
+        return {**super().headers(), **self.extra}
+
+
+class SlowUploadError(RequestError):
+    """The body did not come in time; the connection ends."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "upload_too_slow"
 
 
 class RouteNotFoundError(RequestError):

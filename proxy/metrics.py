@@ -1,7 +1,7 @@
 """The Prometheus registry and every metric in it.
 
-Labels are bounded: `model` is a configured model's key (or "unknown"), `tier`, `state` and `stage` are words of this
-project. Each `Metrics` has a registry of its own, so that two proxies in one process do not meet.
+Labels are bounded: `model` is a configured model's key (or "unknown"), `tier`, `state`, `stage` and `reason` are
+words of this project. Each `Metrics` has a registry of its own, so that two proxies in one process do not meet.
 """
 
 from __future__ import annotations
@@ -128,6 +128,9 @@ class Metrics:
         )
         self.gpu_leaks = Counter(
             "warmpool_gpu_leaks", "Instances that kept GPU memory which should have come free.", ["model"], registry=r
+        )
+        self.refused = Counter(
+            "warmpool_refused", "Requests and connections refused at the edge, by reason.", ["reason"], registry=r
         )
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)

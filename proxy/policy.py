@@ -46,7 +46,7 @@ class ModelView:
     max_concurrency: int
     waiting: int = 0
     oldest_wait: float | None = None
-    """When the first of those who wait began to."""
+    """When the one to be served next began to wait."""
     draining: bool = False
     """It is closed to new requests; nothing is kept ready that nobody waits for."""
     restock_at: float = -math.inf

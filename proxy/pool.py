@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -34,6 +34,7 @@ from proxy.errors import (
 )
 from proxy.gpu_ledger import GpuLedger
 from proxy.instance import ARRIVAL, DESCENDING, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
+from proxy.line import Line
 from proxy.runtime.base import ImageFacts
 
 if TYPE_CHECKING:
@@ -184,8 +185,8 @@ class _Model:
     slots: dict[str, _Slot] = field(default_factory=dict)
     image: _Image = field(default_factory=_Image)
     """The golden checkpoint, where the runtime shares images."""
-    queue: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)
-    """In the order of arrival; the values mean nothing."""
+    queue: Line[_Waiter] = field(default_factory=Line)
+    """In classes of priority; ranked by when they came, less the head start of their class."""
     failed_wakes: int = 0
     """In a row."""
     restock_at: float = -math.inf
@@ -204,7 +205,7 @@ class _Model:
         return [slot.instance for slot in self.slots.values()]
 
     def view(self) -> policy.ModelView:
-        first = next((w for w in self.queue if not w.granted.done()), None)
+        first = self.queue.first()
         # Some may have been cancelled in this moment; among many they make no difference.
         many = len(self.queue) > _COUNTED
         waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
@@ -217,7 +218,7 @@ class _Model:
             min_ready=0 if self.leaving else self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
             waiting=waiting,
-            oldest_wait=first.since if first is not None else None,
+            oldest_wait=first.since if waiting and first is not None else None,
             draining=self.draining,
             restock_at=self.restock_at,
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
@@ -611,11 +612,15 @@ class Pool:
         except StopIteration:  # removed since its name was resolved
             raise ModelNotFoundError(key) from None
 
-    async def lease(self, name: str, *, max_wait_s: float | None = None, preferred: str | None = None) -> Lease:
+    async def lease(
+        self, name: str, *, priority: int = 0, max_wait_s: float | None = None, preferred: str | None = None
+    ) -> Lease:
         """A hold on a ready instance of the model, once there is one; on the `preferred` one if it is ready.
 
-        Joins the wake under way or starts one. Raises ModelNotFoundError, QueueFullError, NoCapacityError
-        (nothing became free in `queue_timeout`), MaxWaitError (nothing will, or did, in `max_wait_s`), WakeFailedError
+        Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
+        that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
+        ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free in `queue_timeout`), MaxWaitError
+        (nothing will, or did, in `max_wait_s`), WakeFailedError
         or DrainingError. Cancelling hands on what was granted in the same moment.
         """
         model = self._models[self.resolve(name)]
@@ -634,8 +639,10 @@ class Pool:
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), self._clock(), found, preferred)
-        model.queue[waiter] = None
+        since = self._clock()
+        rank = since - priority * self._settings.pool.priority_head_start
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), since, found, preferred)
+        model.queue.add(waiter, priority, rank)
         self._quiet.clear()
         self.tick()
         try:
@@ -653,7 +660,7 @@ class Pool:
             raise
         finally:
             # One that was granted or failed has left the queue already.
-            model.queue.pop(waiter, None)
+            model.queue.discard(waiter)
             self._note_quiet()
 
     def _refuse_if_full(self, model: _Model) -> None:
@@ -915,17 +922,16 @@ class Pool:
         )
 
     def _dispatch(self, model: _Model) -> None:
-        """Grant leases in the order of arrival as long as there is room."""
-        while model.queue:
-            waiter = next(iter(model.queue))
+        """Grant leases in the order of the queue as long as there is room."""
+        while (waiter := model.queue.first()) is not None:
             if waiter.granted.done():
-                del model.queue[waiter]
+                model.queue.discard(waiter)
                 continue
             preferred = waiter.preferred
             instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is None:
                 return
-            del model.queue[waiter]
+            model.queue.discard(waiter)
             waited_s = self._clock() - waiter.since
             wake = instance.last_wake
             # A wake that ended before the request came is not the one it waited for.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
-from aiohttp.test_utils import TestServer
 
 from proxy.checkpoints import CheckpointStore
 from proxy.config import Settings
@@ -15,7 +14,10 @@ from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
-from proxy.web import app
+from proxy.web import app, listen
+from proxy.web.guard import Guard
+from proxy.web.guard_protocol import GuardedRunner
+from proxy.web.tls import Tls
 from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Front:
     def __init__(self, folder: Path, models: dict[str, Any], **server: Any) -> None:
         settings = Settings(
             models=models,
-            server={"body_limit": "1MiB", **server},
+            server={"port": 0, "body_limit": "1MiB", **server},
             runtime={"process": {"ports": ENGINE_PORTS}},
             pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
         )
@@ -39,19 +41,33 @@ class Front:
             store=CheckpointStore(settings.pool.checkpoint_dir, 0),
         )
         self.pool = Pool(settings, {"process": runtime}, self.metrics)
-        self.server = TestServer(app.build(self.pool, settings, self.metrics))
+        self.settings = settings
+        self.guard = Guard(settings, self.metrics)
+        self.tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
+        self.runner = GuardedRunner(
+            app.build(self.pool, settings, self.metrics, self.guard), settings, self.metrics,
+            shutdown_timeout=2.0,
+        )  # fmt: skip
         self.url = ""
 
     async def open(self) -> None:
-        await self.server.start_server()
-        self.url = str(self.server.make_url("")).rstrip("/")
+        await self.runner.setup()
+        server, context = self.settings.server, self.tls.context if self.tls is not None else None
+        sockets = listen.tcp_sockets(server)
+        if server.admin.socket is not None:
+            sockets.append(listen.admin_socket(server.admin))
+        sites = [listen.site(self.runner, sock, server, context) for sock in sockets]
+        for site in sites:
+            await site.start()
+        self.url = sites[0].name
+        self.port = int(self.url.rpartition(":")[2])
         self.session = aiohttp.ClientSession(self.url, timeout=aiohttp.ClientTimeout(PATIENCE_S))
         await self.pool.open()
 
     async def close(self) -> None:
         await self.session.close()
         await self.pool.close()
-        await self.server.close()
+        await self.runner.cleanup()
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[aiohttp.ClientResponse, bytes]:
         data = io.BytesIO(body if isinstance(body, bytes) else orjson.dumps(body))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import tomli_w
 
-from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, processes_with
+from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, get_json, processes_with
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,6 +80,9 @@ class Proxy:
             **settings.get("pool", {}),
         }
         settings = {**settings, "pool": pool}
+        runtime = settings.get("runtime", {})
+        process = {"ports": ENGINE_PORTS, **runtime.get("process", {})}
+        settings["runtime"] = {**runtime, "process": process}
         settings["server"] = {"port": 0, **settings.get("server", {})}
         (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
         self.log = folder / "log"

@@ -93,7 +93,7 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
     for expected in (
         r"^colour: unknown key; allowed here: models, pool, runtime, server$",
         r"^server.port: Input should be less than or equal to 65535$",
-        r"^server.hosst: unknown key; allowed here: body_limit, .*host, .*port",
+        r"^server.hosst: unknown key; allowed here: admin, allow_anyone, body_limit, .*host, .*port",
         r"^pool.checkpoint_reserve: ",
         r"^runtime.process: ports must be FIRST-LAST",
         r"^models.Bad-Key: a model's key has lower-case letters",
@@ -225,6 +225,46 @@ def test_sizes_survive_being_written(count: int) -> None:
 def test_what_is_no_duration(text: object) -> None:
     with pytest.raises(ValueError, match="needs a unit"):
         parse_duration(text)
+
+
+# --- the edge ---
+
+
+@pytest.mark.parametrize(
+    ("server", "problem"),
+    [
+        ('host = "0.0.0.0"', "server: 0.0.0.0 can be reached by others, and there are no keys: set keys_file"),
+        ('host = "::"', "server: :: can be reached by others"),
+        ('host = "warm.example.org"', "server: warm.example.org can be reached by others"),
+        ('tls = { certificate = "/c" }', "server.tls: certificate and key belong together"),
+        ('tls = { client_ca = "/c" }', "server.tls: client_ca needs certificate and key"),
+        ('cors = { origins = ["example.org"] }', "server.cors.origins.0: "),
+        ('cors = { origins = ["https://example.org/page"] }', "server.cors.origins.0: "),
+        ('admin = { socket_group = "ops" }', "server.admin: socket_group needs socket"),
+        ("limits = { head = 1000 }", "server.limits: head must be as large as url"),
+        ("limits = { url = 10 }", "server.limits: url must be 256 bytes at least"),
+        ('limits = { head_timeout = "0s" }', "server.limits: head_timeout must be more than 0s"),
+    ],
+)
+def test_what_would_leave_the_edge_open_or_shut(write: Callable[[str], Path], server: str, problem: str) -> None:
+    assert any(p.startswith(problem) for p in problems(write(f"[server]\n{server}\n{MINIMAL}")))
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        'host = "127.8.0.1"',
+        'host = "::1"',
+        'host = "localhost"',
+        'host = "0.0.0.0"\nkeys_file = "/k"',
+        'host = "0.0.0.0"\ntls = { certificate = "/c", key = "/k", client_ca = "/a" }',
+        'host = "0.0.0.0"\nallow_anyone = true',
+        'cors = { origins = ["https://a.example.org:8443", "*"] }',
+        'limits = { stall_timeout = "never" }',
+    ],
+)
+def test_what_may_be_listened_on(write: Callable[[str], Path], server: str) -> None:
+    load(write(f"[server]\n{server}\n{MINIMAL}"))
 
 
 # --- the files in config/ ---

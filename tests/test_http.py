@@ -325,7 +325,7 @@ async def test_http_1_0_clients_see_the_break_as_a_reset(front: Front) -> None:
     body = orjson.dumps(
         {**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True, "vllm_xargs": {"fault": "die_mid_stream"}}
     )
-    reader, writer = await asyncio.open_connection("127.0.0.1", front.server.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with pytest.raises(ConnectionResetError):
         while await reader.read(1000):

@@ -245,6 +245,51 @@ async def test_leases_are_granted_in_order_within_the_concurrency(rig_of: Any) -
     assert order == [0, 1, 2, 3, 4]
 
 
+async def granted_in_order(rig: Rig, *waits: tuple[str, int, float]) -> list[str]:
+    """Who is served in which order behind one busy engine; `waits`: name, priority, seconds since the one before."""
+    held = await rig.pool.lease("demo")
+    order: list[str] = []
+
+    async def wait(name: str, priority: int) -> None:
+        async with await rig.pool.lease("demo", priority=priority):
+            order.append(name)
+
+    tasks = []
+    for name, priority, later_s in waits:
+        rig.clock.now += later_s
+        tasks.append(asyncio.create_task(wait(name, priority)))
+        await settle()
+    held.release()
+    await asyncio.gather(*tasks)
+    return order
+
+
+async def test_a_higher_priority_is_served_first_and_equals_in_order(rig_of: Any) -> None:
+    rig = await rig_of({"demo": {"idle": SECONDS, "max_concurrency": 1}}, priority_head_start="60s")
+    waits = [("a", 0, 0), ("low", -1, 1), ("b", 0, 1), ("high", 1, 1), ("c", 0, 1), ("high2", 1, 0)]
+    assert await granted_in_order(rig, *waits) == ["high", "high2", "a", "b", "c", "low"]
+
+
+async def test_one_that_waited_long_enough_is_not_overtaken(rig_of: Any) -> None:
+    rig = await rig_of(
+        {"demo": {"idle": SECONDS, "max_concurrency": 1, "queue_timeout": "1d"}}, priority_head_start="60s"
+    )
+    waits = [("low", -1, 0), ("early", 1, 119), ("late", 1, 2), ("middle", 0, 0)]
+    assert await granted_in_order(rig, *waits) == ["early", "low", "late", "middle"]
+
+
+async def test_one_that_leaves_the_middle_of_the_queue_is_passed_over(rig_of: Any) -> None:
+    rig = await rig_of({"demo": {"idle": SECONDS, "max_concurrency": 1}})
+    held = await rig.pool.lease("demo")
+    low, high = (asyncio.create_task(rig.pool.lease("demo", priority=p)) for p in (-1, 1))
+    await settle()
+    high.cancel()
+    await settle()
+    held.release()
+    (await low).release()
+    assert rig.pool.status()["models"]["demo"]["queue"] == 0
+
+
 async def test_more_waiting_wakes_more_instances(rig_of: Any) -> None:
     rig: Rig = await rig_of({"demo": {"max_concurrency": 2, "max_instances": 3}})
     leases = await asyncio.gather(*(rig.pool.lease("demo") for _ in range(5)))

@@ -189,6 +189,8 @@ def test_what_cannot_be_served_ends_with_a_sentence_and_a_status(tmp_path: Path)
     status, log = serve_once(tmp_path, {"models": {}})
     assert (status, "Traceback" in log) == (78, False)
     assert "models" in log
-    status, log = serve_once(tmp_path, {"server": {"host": "203.0.113.1"}, "models": {"demo": engine_model()}})
+    status, log = serve_once(
+        tmp_path, {"server": {"host": "203.0.113.1", "allow_anyone": True}, "models": {"demo": engine_model()}}
+    )
     assert (status, "Traceback" in log) == (69, False)
     assert "cannot listen on 203.0.113.1:0" in log

@@ -13,12 +13,15 @@ from proxy.errors import (
     MethodNotAllowedError,
     RequestError,
     RouteNotFoundError,
+    SlowUploadError,
 )
 from proxy.ledger import Ledger
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.addressing import Addressing
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
+from proxy.web.guard import Guard
+from proxy.web.guard_cors import Cors
 from proxy.web.local import Local
 from proxy.web.realtime import Realtime
 from proxy.web.relay import Relay
@@ -38,8 +41,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("warmpool")
 
 
-def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
-    """The application; the pool is opened and closed by whoever runs it."""
+def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None = None) -> web.Application:
+    """The application; the pool is opened and closed by whoever runs it.
+
+    `guard` decides who may do what; one is made from the settings where none is given. Raises ConfigError then.
+    """
+    guard = guard or Guard(settings, metrics)
 
     @web.middleware
     async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -60,9 +67,12 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
             answer = RequestError("Internal error; the server's log says more.")
         if request.match_info.handler != relay.forward:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
-        return web.Response(
+        response = web.Response(
             body=answer.body(), status=answer.status, headers=answer.headers(), content_type="application/json"
         )
+        if isinstance(answer, SlowUploadError):
+            response.force_close()
+        return response
 
     response_ids = ResponseIds()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by)
@@ -70,7 +80,11 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
     realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, Ledger(settings.pool))
     local = Local(pool)
-    app = web.Application(middlewares=[errors], client_max_size=settings.server.body_limit)
+    cors = Cors(settings.server.cors) if settings.server.cors.origins else None
+    app = web.Application(
+        middlewares=[errors, *([cors.middleware] if cors is not None else []), guard.middleware],
+        client_max_size=settings.server.body_limit,
+    )
     for route in ROUTES:
         app.router.add_route(route.method, pattern(route), realtime.relay if route.websocket else relay.forward)
     for path, handler in (
@@ -87,6 +101,10 @@ def build(pool: Pool, settings: Settings, metrics: Metrics) -> web.Application:
     app.router.add_post("/ping", local.ping)
     app.on_response_prepare.append(_name_server)
     app.on_response_prepare.append(name_request)
+    if settings.server.keys_file is not None:
+        app.on_response_prepare.append(guard.add_headers)
+    if cors is not None:
+        app.on_response_prepare.append(cors.add_headers)
     return app
 
 

@@ -9,6 +9,8 @@ import orjson
 from aiohttp import web
 
 import proxy
+from proxy.errors import ModelNotFoundError
+from proxy.web.caller import caller_of
 
 if TYPE_CHECKING:
     from proxy.pool import Pool
@@ -21,13 +23,18 @@ class Local:
         self._pool = pool
         self._created = int(time.time())
 
-    async def models(self, _: web.Request) -> web.StreamResponse:
-        """Every name that clients may use."""
-        return _json({"object": "list", "data": [self._model(name) for name in self._pool.settings.names()]})
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """Every name that the client may use."""
+        caller = caller_of(request)
+        names = [n for n, key in self._pool.settings.names().items() if caller is None or caller.may_use(key)]
+        return _json({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         """One of them."""
-        return _json(self._model(request.match_info["id"]))
+        name, caller = request.match_info["id"], caller_of(request)
+        if caller is not None and not caller.may_use(self._pool.settings.key_of(name)):
+            raise ModelNotFoundError(name)
+        return _json(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
         settings = self._pool.settings

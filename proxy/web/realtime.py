@@ -18,6 +18,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from proxy.errors import InvalidRequestError, RouteNotFoundError, UpstreamError
 from proxy.web import routes
+from proxy.web.caller import KEY_PROTOCOL, caller_of
 from proxy.web.relay import max_wait_s
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
@@ -35,7 +36,7 @@ _ATTEMPTS: Final = 2
 _PING_S: Final = 30.0
 _CLOSE_S: Final = 2.0
 """How long the other side may take to say goodbye."""
-_CREDENTIALS: Final = ("openai-insecure-api-key.", "openai-organization.", "openai-project.", "openai-ephemeral-")
+_CREDENTIALS: Final = (KEY_PROTOCOL, "openai-organization.", "openai-project.", "openai-ephemeral-")
 """Browsers cannot send headers, so OpenAI's clients put these among the subprotocols; they are for this proxy."""
 _PASSED_ON: Final = ("User-Agent", "Accept-Language", "traceparent", "tracestate")
 _UPDATE_BYTES: Final = 64 << 10
@@ -77,9 +78,16 @@ class Realtime:
         if not web.WebSocketResponse().can_prepare(request):
             raise InvalidRequestError(f"{match.route.path} is a WebSocket: the request must ask for an upgrade.")
         address = self._addressing.find(match, "", b"")
+        caller = caller_of(request)
+        if caller is not None:
+            caller.check_model(address.model)
+        priority = caller.priority if caller is not None else 0
         for attempt in range(1, _ATTEMPTS + 1):
             async with await self._pool.lease(
-                self._pool.served_name(address.model), max_wait_s=max_wait_s(request), preferred=address.instance
+                self._pool.served_name(address.model),
+                priority=priority,
+                max_wait_s=max_wait_s(request),
+                preferred=address.instance,
             ) as lease:
                 try:
                     engine = await self._connect(request, address, lease)
@@ -195,12 +203,13 @@ class Realtime:
         return orjson.dumps({**event, "model": settings.served_name(model)}).decode()
 
     def _account(self, request: web.Request, session: _Session, lease: Lease, began: float) -> None:
-        model = session.address.model
+        model, caller = session.address.model, caller_of(request)
         self._metrics.requests.labels(model, "101").inc()
         fields: dict[str, Any] = {
             "request_id": request_id(request),
             "method": request.method,
             "path": request.path,
+            **({"key": caller.name} if caller is not None else {}),
             "model": model,
             "status": 101,
             "tier": lease.found.label,

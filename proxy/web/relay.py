@@ -21,6 +21,7 @@ from proxy.metrics import UNKNOWN_MODEL
 from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
 from proxy.web.answer import Answer
+from proxy.web.caller import caller_of
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from proxy.pool import Lease, Pool
     from proxy.upstream import Exchange, Sink
     from proxy.web.addressing import Address, Addressing
+    from proxy.web.caller import Feed
     from proxy.web.response_ids import Reader, ResponseIds
 
 log = logging.getLogger("warmpool.request")
@@ -44,10 +46,20 @@ _HOP_BY_HOP: Final = frozenset(
 )
 # Credentials are for this proxy. The body was decoded while it was read, and its length may change.
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
-    b"authorization", b"proxy-authorization", b"cookie", b"x-api-key",
+    b"authorization", b"proxy-authorization", b"cookie", b"x-api-key", b"api-key",
     b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-request-id",
+    # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
+    b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",
+    b"x-forwarded-port", b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-by", b"origin", b"referer",
+    b"access-control-request-method", b"access-control-request-headers",
 }  # fmt: skip
-_NOT_TO_CLIENT: Final = _HOP_BY_HOP | {b"server", b"date", b"set-cookie", b"content-length", b"x-request-id"}
+# Whether a page may read an answer is this proxy's to say, and `Location` would show the engine's address.
+_NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
+    b"server", b"date", b"set-cookie", b"content-length", b"x-request-id", b"location", b"alt-svc",
+    b"strict-transport-security", b"access-control-allow-origin", b"access-control-allow-credentials",
+    b"access-control-allow-methods", b"access-control-allow-headers", b"access-control-expose-headers",
+    b"access-control-max-age",
+}  # fmt: skip
 
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 _ERROR_BYTES: Final = 64 << 10
@@ -75,6 +87,8 @@ class Relay:
             body = await request.read()
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
+            if exchange.caller is not None:
+                exchange.caller.check_model(exchange.model)
             exchange.max_wait_s = max_wait_s(request)
             exchange.makes_response = match.route.path == "/v1/responses"
             return await self._kept_alive(exchange, address)
@@ -105,8 +119,9 @@ class Relay:
     async def _exchange(self, exchange: _Exchange, address: Address) -> web.StreamResponse:
         for attempt in range(1, _ATTEMPTS + 1):
             name = self._pool.served_name(exchange.model)
+            priority = exchange.caller.priority if exchange.caller is not None else 0
             async with await self._pool.lease(
-                name, max_wait_s=exchange.max_wait_s, preferred=address.instance
+                name, priority=priority, max_wait_s=exchange.max_wait_s, preferred=address.instance
             ) as lease:
                 exchange.lease = exchange.lease or lease
                 upstream = None
@@ -161,10 +176,13 @@ class Relay:
 
     def _sink(self, exchange: _Exchange, lease: Lease, answer: Answer, *, framed: bool) -> Sink:
         """Where the bytes of the answer's body go."""
-        if not exchange.makes_response:
-            return answer.write_now
-        ids = self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
-        return _watched(answer.write_now, ids, framed=framed)
+        sink: Sink = answer.write_now
+        if exchange.makes_response:
+            ids = self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
+            sink = _watched(sink, ids, framed=framed)
+        if exchange.caller is not None and exchange.caller.meter is not None:
+            sink = _watched(sink, exchange.caller.meter, framed=framed)
+        return sink
 
     def _account(self, exchange: _Exchange) -> None:
         model = exchange.model or UNKNOWN_MODEL
@@ -180,6 +198,7 @@ class Relay:
             "request_id": request_id(exchange.request),
             "method": exchange.request.method,
             "path": exchange.request.path,
+            "key": exchange.caller.name if exchange.caller is not None else None,
             "model": model,
             "status": status,
             "tier": found,
@@ -197,12 +216,13 @@ class _Exchange:
     """What is noted of one request for its log line and its metrics."""
 
     __slots__ = (
-        "answer", "began", "broken", "heartbeat", "lease", "makes_response", "max_wait_s", "model", "request", "status",
-        "upstream",
+        "answer", "began", "broken", "caller", "heartbeat", "lease", "makes_response", "max_wait_s", "model", "request",
+        "status", "upstream",
     )  # fmt: skip
 
     def __init__(self, request: web.Request, began: float) -> None:
         self.request = request
+        self.caller = caller_of(request)
         self.began = began
         self.model = ""
         self.lease: Lease | None = None
@@ -264,12 +284,12 @@ async def _end_with(answer: Answer, error: bytes) -> web.StreamResponse:
     return answer
 
 
-def _watched(sink: Sink, ids: Reader, *, framed: bool) -> Sink:
+def _watched(sink: Sink, reader: Reader | Feed, *, framed: bool) -> Sink:
     """The sink, with a reader of what goes there."""
     unframed = http1.ChunkedBody(http1.CHUNKED, framed=False) if framed else None
 
     def watched(data: bytes) -> bool:
-        ids.feed(unframed.feed(data) if unframed is not None else data)
+        reader.feed(unframed.feed(data) if unframed is not None else data)
         return sink(data)
 
     return watched

@@ -12,13 +12,17 @@ import contextlib
 import logging
 import signal
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
 from proxy import service
 from proxy.errors import ConfigError, HostError, RequestError
-from proxy.web import app
+from proxy.web import app, listen
+from proxy.web.guard import Guard
+from proxy.web.guard_protocol import GuardedRunner
+from proxy.web.tls import Tls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool")
 
-BACKLOG: Final = 4096
-"""Connections that may wait to be accepted (net.core.somaxconn may allow fewer)."""
 _CLEANUP_S: Final = 2.0
 _LINGER_S: Final = 0.25
 """How long, at the end, a connection that is open already may still bring a request."""
@@ -91,11 +93,12 @@ class Traffic:
 class Reloader:
     """Takes another configuration on at SIGHUP, one at a time; a bad one changes nothing.
 
-    `load` reads the configuration anew; `also` are told to read what else they have from files.
+    `load` reads the configuration anew; `also` read what else comes from files, whether it was good or not, so that a
+    key is revoked all the same, and return what they could not read.
     """
 
     def __init__(
-        self, pool: Pool, manager: Manager, load: Callable[[], Settings], also: Sequence[Callable[[], None]] = ()
+        self, pool: Pool, manager: Manager, load: Callable[[], Settings], also: Sequence[Callable[[], str]] = ()
     ) -> None:
         self._pool = pool
         self._manager = manager
@@ -117,8 +120,6 @@ class Reloader:
             try:
                 settings = await asyncio.to_thread(self._load)
                 changes = await self._pool.reconfigure(settings)
-                for read in self._also:
-                    read()
             except (ConfigError, HostError, RequestError) as error:
                 for line in str(error).splitlines():
                     log.error("reload: nothing was changed: %s", line)
@@ -131,7 +132,7 @@ class Reloader:
                 if changes.pending:
                     log.warning("reload: takes effect after a restart only: %s", ", ".join(changes.pending))
                 said = f"serving {len(self._pool.settings.models)} models; reloaded: {changes}"
-            self._manager.ready(said)
+            self._manager.ready("; ".join((said, *filter(None, (read() for read in self._also)))))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -150,10 +151,11 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
 
-    A second signal ends at once. SIGHUP: the configuration is read again with `load`. `manager` holds the sockets and
-    hears of our state; None: that of the environment.
+    A second signal ends at once. SIGHUP: the configuration is read again with `load`, and keys, admin token and
+    certificates. `manager` holds the sockets and hears of our state; None: that of the environment.
 
-    Raises HostError when the address cannot be had or a runtime cannot work.
+    Raises ConfigError when one of these files cannot be used, HostError when the address cannot be had or a runtime
+    cannot work.
     """
     manager = manager if manager is not None else service.from_environment()
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -168,23 +170,30 @@ async def serve(
         loop.add_signal_handler(number, on_signal)
     # Until there is something to reload, SIGHUP must not end us.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    reloader = Reloader(pool, manager, load or (lambda: settings))
+    guard = Guard(settings, metrics)
+    tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
+    files: list[Callable[[], str]] = [partial(_read_again, "keys and admin token", lambda: guard.reload(pool.settings))]
+    if tls is not None:
+        files.append(partial(_read_again, "certificates", tls.reload))
+    reloader = Reloader(pool, manager, load or (lambda: settings), files)
     traffic = Traffic()
-    application = app.build(pool, settings, metrics)
+    application = app.build(pool, settings, metrics, guard)
     traffic.attach(application)
-    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_CLEANUP_S)
+    runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
     await runner.setup()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
     sockets: Sequence[socket.socket] = ()
     try:
-        sockets = manager.sockets or _listen(settings.server)
+        sockets = _sockets(manager, settings.server)
+        if settings.server.admin.socket is not None:
+            sockets = [*sockets, listen.admin_socket(settings.server.admin)]
         manager.status("adopting what an earlier process left")
         await pool.open()
-        sites = [web.SockSite(runner, sock, backlog=BACKLOG) for sock in sockets]
+        context = tls.context if tls is not None else None
+        sites = [listen.site(runner, sock, settings.server, context) for sock in sockets]
         for site in sites:
             await site.start()
-        for address in runner.addresses:
-            log.info("listening on http://%s, models: %s", _shown(address), ", ".join(settings.names()))
+            log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         await stop.wait()
@@ -209,29 +218,23 @@ async def serve(
         log.info("stopped")
 
 
-def _listen(settings: ServerSettings) -> list[socket.socket]:
-    """A socket of our own, listening already: clients wait in it while the pool opens."""
+def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:
+    """Those the service manager hands over, or our own. Raises HostError."""
+    if not manager.sockets:
+        return listen.tcp_sockets(server)
+    named = [sock.getsockname()[0] for sock in manager.sockets if sock.family != socket.AF_UNIX]
+    listen.refuse_open(server, named)
+    return [*manager.sockets]
+
+
+def _read_again(what: str, read: Callable[[], None]) -> str:
+    """Read files again; what cannot be used is logged and returned, and the old ones stay in force."""
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets: list[socket.socket] = []
-        for family, _, _, _, address in dict.fromkeys(found):
-            sock = socket.create_server(
-                address[:2], family=family, backlog=BACKLOG, reuse_port=False, dualstack_ipv6=False
-            )
-            sock.setblocking(False)
-            sockets.append(sock)
-            if settings.port == 0:
-                break  # another family would get another port
-        return sockets
-    except OSError as error:
-        raise HostError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; set server.host and server.port"
-        ) from error
-
-
-def _shown(address: Sequence[object]) -> str:
-    host, port = address[0], address[1]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+        read()
+    except ConfigError as error:
+        log.error("%s are not read again: %s", what, error)
+        return f"{what} are not read again: {error}"
+    return ""
 
 
 async def _all(*waits: Awaitable[object]) -> None:

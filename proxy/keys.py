@@ -1,0 +1,181 @@
+"""API keys: a file of salted hashes, and what each key may do.
+
+A key is ``wp_ID_SECRET``; SECRET is 32 random bytes. The file has SHA-256 of a salt and the key. A slow hash such as
+scrypt makes guessing expensive where secrets can be guessed; 256 random bits cannot, at any speed, and the check is
+made with every request: it takes about 2 µs. ID finds the entry, so that the work does not grow with the number of
+keys, and the digests are compared in constant time; a key whose ID is unknown takes the same way.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime as dt
+import fcntl
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import tomli_w
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from proxy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+PREFIX: Final = "wp_"
+PRIORITIES: Final = {"low": -1, "normal": 0, "high": 1}
+_KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
+_HEAD = "# Written by `warmpool key`; comments are not kept. Limits may be edited; they are in force after SIGHUP.\n\n"
+
+PerMinute = Annotated[int, Field(ge=1)]
+
+
+class Entry(BaseModel):
+    """One key of the file: what it is known by and what it may do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}$")]
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    created: AwareDatetime
+    expires: AwareDatetime | None = None
+    models: list[str] | None = None
+    """Names of models; None: all."""
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    priority: Literal["low", "normal", "high"] = "normal"
+
+    def matches(self, key: str) -> bool:
+        """Whether this is the entry of `key`; in constant time."""
+        return hmac.compare_digest(_digest(self.salt, key), self.sha256)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    keys: dict[Annotated[str, Field(pattern=r"^[a-z2-7]{8}$")], Entry] = {}
+
+
+_NOBODY = Entry(name="nobody", salt="0" * 32, sha256="0" * 64, created=dt.datetime(2000, 1, 1, tzinfo=dt.UTC))
+
+
+class Keys:
+    """The entries of a file, by id."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = dict(entries)
+
+    def find(self, key: str) -> tuple[str, Entry] | None:
+        """Id and entry of a key, whether expired or not; None for one that is not in the file."""
+        match = _KEY.fullmatch(key)
+        id_ = match[1] if match is not None else ""
+        entry = self._entries.get(id_, _NOBODY)
+        return (id_, entry) if entry.matches(key) and entry is not _NOBODY else None
+
+    def entries(self) -> Mapping[str, Entry]:
+        """All, in the order of the file."""
+        return self._entries
+
+
+def read(path: Path) -> Keys:
+    """The keys of a file. Raises ConfigError with every problem: its mode, its owner, its syntax, each key."""
+    text = read_private(path, "set the mode with chmod 600, or make it with `warmpool key new`")
+    try:
+        return Keys(_File.model_validate(tomllib.loads(text)).keys)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(path), [f"is not TOML: {error}"]) from None
+    except ValidationError as error:
+        # pydantic's message only: the input may be a secret that was pasted into the wrong place
+        raise ConfigError(
+            str(path), [f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
+        ) from None
+
+
+def read_private(path: Path, advice: str) -> str:
+    """The text of a file that others can neither read nor change. Raises ConfigError with `advice` where they can."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            facts = os.fstat(file.fileno())
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(str(path), [f"cannot be read: {reason}; {advice}"]) from None
+    problems = []
+    if not stat.S_ISREG(facts.st_mode):
+        problems.append("is not a plain file")
+    if facts.st_mode & 0o027:
+        problems.append(
+            f"mode {stat.S_IMODE(facts.st_mode):04o}: others may read it, or the group may write it; {advice}"
+        )
+    if facts.st_uid not in (0, os.geteuid()):
+        problems.append(f"belongs to user {facts.st_uid}, who is neither root nor the one that runs warmpool; {advice}")
+    if problems:
+        raise ConfigError(str(path), problems)
+    return text
+
+
+def generate(name: str, **limits: Any) -> tuple[str, str, Entry]:
+    """A new key: its id, the key itself, which nothing keeps, and the entry for the file.
+
+    `limits` are fields of `Entry`. Raises pydantic's ValidationError.
+    """
+    id_ = base64.b32encode(secrets.token_bytes(5)).decode().lower()
+    key = f"{PREFIX}{id_}_{secrets.token_urlsafe(32)}"
+    salt = secrets.token_hex(16)
+    created = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    return id_, key, Entry(name=name, salt=salt, sha256=_digest(salt, key), created=created, **limits)
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[dict[str, Entry]]:
+    """The entries of a file to change, by id; written when the block ends without an error, mode 0600 if it is new.
+
+    One at a time over all processes; a reader sees the old file or the new one. Raises ConfigError.
+    """
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(str(path), [f"{path.parent}: {error.strerror}"]) from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        entries = dict(read(path).entries()) if path.exists() else {}
+        yield entries
+        plain = {id_: entry.model_dump(exclude_none=True) for id_, entry in entries.items()}
+        write_private(path, _HEAD + tomli_w.dumps({"keys": plain}))
+    finally:
+        os.close(folder)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file at once, with its owner and mode; 0600 where there was none. Raises ConfigError."""
+    try:
+        before = path.stat() if path.exists() else None
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                if before is not None:
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                    os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be written: {error.strerror}"]) from None
+
+
+def _digest(salt: str, key: str) -> str:
+    return hashlib.sha256(salt.encode() + key.encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""A line of those who wait, by class: the next one is found, and anybody leaves, without looking at the others."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+
+class Line(Generic[T]):
+    """Everybody once, with a rank; the lowest rank is next. Within a class ranks must come in ascending order."""
+
+    __slots__ = ("_classes",)
+
+    def __init__(self) -> None:
+        self._classes: dict[int, OrderedDict[T, float]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._classes.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        """Class after class."""
+        for members in self._classes.values():
+            yield from members
+
+    def add(self, member: T, class_: int, rank: float) -> None:
+        """At the end of its class."""
+        self._classes.setdefault(class_, OrderedDict())[member] = rank
+
+    def first(self) -> T | None:
+        """Who is next; None when nobody waits."""
+        heads = [next(iter(members.items())) for members in self._classes.values() if members]
+        return min(heads, key=lambda head: head[1])[0] if heads else None
+
+    def discard(self, member: T) -> None:
+        """It waits no more; it may be gone already."""
+        for members in self._classes.values():
+            members.pop(member, None)
+
+    def clear(self) -> None:
+        """Nobody waits."""
+        self._classes.clear()

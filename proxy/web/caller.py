@@ -1,0 +1,54 @@
+"""Who a request comes from, as far as it was asked: attached by the guard, used by whoever answers.
+
+Whatever forwards a request has three duties towards its caller: `check_model` once the model is known, `priority` for
+the lease, and the `meter` to be fed with every piece of the answer's body. Without keys there is no caller, and nothing
+to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from aiohttp.web import BaseRequest
+
+
+class Feed(Protocol):
+    """Whoever wants to see an answer's body."""
+
+    def feed(self, data: bytes, /) -> object:
+        """The next piece of it, without the framing of the transfer."""
+
+
+class Caller(Protocol):
+    """The holder of an API key, in one request."""
+
+    @property
+    def name(self) -> str:
+        """For the log; never the key."""
+
+    @property
+    def priority(self) -> int:
+        """For `Pool.lease`."""
+
+    @property
+    def meter(self) -> Feed | None:
+        """Counts the answer, where the key's tokens are limited."""
+
+    def may_use(self, model: str) -> bool:
+        """Whether the key is good for a model, by the model's key."""
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotAllowedError unless `may_use`."""
+
+
+KEY_PROTOCOL: Final = "openai-insecure-api-key."
+"""How OpenAI's clients in browsers send a key with a WebSocket: as a subprotocol, since they cannot send headers."""
+CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
+
+
+def caller_of(request: BaseRequest) -> Caller | None:
+    """Who asks, or None where no keys are needed."""
+    return request.get(CALLER)

@@ -1,0 +1,323 @@
+"""Who may do what: API keys for clients, a token or this host for administration, limits by key.
+
+One middleware in front of every route, closed by default: a route that is neither public nor administrative needs a
+key as soon as there is a file of keys. Which of the three a request is for is taken from the route that was found,
+never from the text of the path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime as dt
+import hmac
+import logging
+import re
+import socket
+import time
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from proxy import keys
+from proxy.config import is_loopback
+from proxy.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    ConfigError,
+    ForbiddenError,
+    ModelNotAllowedError,
+    RateLimitError,
+    RequestError,
+    RouteNotFoundError,
+)
+from proxy.meter import Meter
+from proxy.quota import Account
+from proxy.web.caller import CALLER, KEY_PROTOCOL
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from proxy.config import Settings
+    from proxy.keys import Entry, Keys
+    from proxy.metrics import Metrics
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger("warmpool.guard")
+
+PUBLIC: Final = frozenset({"/health", "/ready"})
+"""For load balancers: they say one bit each."""
+ADMIN: Final = re.compile(r"/(metrics|admin)(/|$)")
+TOKEN_MIN_LENGTH: Final = 32
+
+_REFUSED_AS: Final = {
+    AuthenticationError: "key",
+    ModelNotAllowedError: "model",
+    RateLimitError: "limit",
+    ForbiddenError: "forbidden",
+}
+
+
+class Holder:
+    """The holder of a key, in one request; a `proxy.web.caller.Caller`."""
+
+    __slots__ = ("_allowed", "account", "meter", "name", "priority")
+
+    def __init__(self, known: _Known, meter: Meter | None) -> None:
+        self._allowed = known.models
+        self.account = known.account
+        self.meter = meter
+        self.name = known.entry.name
+        self.priority = keys.PRIORITIES[known.entry.priority]
+
+    def may_use(self, model: str) -> bool:
+        """Whether the key is good for a model, by the model's key."""
+        return self._allowed is None or model in self._allowed
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotAllowedError unless `may_use`."""
+        if not self.may_use(model):
+            raise ModelNotAllowedError(
+                "This API key is not good for that model. GET /v1/models lists those that it is good for.",
+                param="model",
+            )
+
+
+class _Known:
+    """A key of the file with what the server keeps for it."""
+
+    __slots__ = ("account", "entry", "models")
+
+    def __init__(self, entry: Entry, models: frozenset[str] | None, account: Account) -> None:
+        self.entry = entry
+        self.models = models
+        """Keys of models; None: all."""
+        self.account = account
+
+
+class Guard:
+    """The keys and the admin token in force, and the middleware that asks for them.
+
+    `clock` is monotonic, in seconds.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Reads the files. Raises ConfigError."""
+        server = settings.server
+        self._names = settings.names()
+        self._metrics = metrics
+        self._clock = clock
+        self._body_limit = server.body_limit
+        self._keys_file = server.keys_file
+        self._admin = server.admin
+        self._origins = frozenset(origin.lower() for origin in server.cors.origins)
+        self._token: bytes | None = None
+        self._keys: Keys | None = None
+        self._known: dict[str, _Known] = {}
+        self.reload()
+
+    # --- the files ---
+
+    def reload(self, settings: Settings | None = None) -> None:
+        """Read keys and token again; what is in use stays counted. Raises ConfigError and changes nothing.
+
+        `settings`: where the models have changed too. Which files there are stays as it was.
+        """
+        if settings is not None:
+            self._names = settings.names()
+        token = read_token(self._admin.token_file) if self._admin.token_file is not None else None
+        found = keys.read(self._keys_file) if self._keys_file is not None else None
+        self._token = token
+        if found is None:
+            return
+        now = self._clock()
+        known = {}
+        for id_, entry in found.entries().items():
+            account = self._known[id_].account if id_ in self._known else Account()
+            account.set_limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency, now)
+            known[id_] = _Known(entry, self._models_of(entry), account)
+        self._keys, self._known = found, known
+        log.info("%d API keys in force", len(known))
+
+    def _models_of(self, entry: Entry) -> frozenset[str] | None:
+        if entry.models is None:
+            return None
+        for name in entry.models:
+            if name not in self._names:
+                log.warning("API key %s names the model %r, which the configuration does not have", entry.name, name)
+        return frozenset(self._names[name] for name in entry.models if name in self._names)
+
+    # --- the check ---
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let a request through that may pass. Raises RequestError for one that may not."""
+        resource = request.match_info.route.resource
+        pattern = resource.canonical if resource is not None else ""
+        try:
+            if "Upgrade" in request.headers:
+                self._check_page(request)
+            if ADMIN.match(pattern):
+                self._check_admin(request)
+            elif self._keys is not None and pattern not in PUBLIC:
+                return await self._as_holder(request, handler)
+            self._check_length(request)
+        except RequestError as error:
+            self._note(request, error)
+            raise
+        return await handler(request)
+
+    def _check_page(self, request: web.Request) -> None:
+        # A browser lets every page open a WebSocket and read what comes, whatever CORS says.
+        origin = request.headers.get("Origin")
+        if origin is not None and "*" not in self._origins and origin.lower() not in self._origins:
+            _refuse_foreign(request, origin)
+
+    def _check_length(self, request: web.Request) -> None:
+        # Before any of it is read; what has no length is counted while it is read.
+        if (length := request.content_length) is not None and length > self._body_limit:
+            raise BodyTooLargeError(f"The body has {length} bytes; the limit is {self._body_limit}.")
+
+    async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        known = self._identify(request)
+        self._check_length(request)
+        account = known.account
+        meter = None
+        if account.tokens is not None:
+            plain = request.content_type.endswith("json")
+            meter = Meter((request.content_length or 0) if plain else 0)
+        expected = meter.prompt_tokens if meter is not None else 0
+        # Those who only look pay nothing; a WebSocket is more than a look.
+        if request.method in ("GET", "HEAD") and "Upgrade" not in request.headers:
+            request[CALLER] = Holder(known, meter)
+            return await handler(request)
+        refusal = account.begin(expected, self._clock())
+        if refusal is not None:
+            raise RateLimitError(
+                f"This API key is limited to {refusal.limit} {refusal.what}.",
+                retry_after_s=refusal.retry_after_s if refusal.retry_after_s is not None else 1.0,
+                extra=account.headers(self._clock()),
+            )
+        status = 0
+        try:
+            request[CALLER] = Holder(known, meter)
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            # An answer that says what is wrong costs no tokens; one that a client left does.
+            used = meter.tokens() if meter is not None and status < 400 else 0
+            account.end(expected, used, self._clock())
+
+    def _identify(self, request: web.Request) -> _Known:
+        key = _presented(request)
+        if key is None:
+            raise AuthenticationError("No API key. Send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`.")
+        assert self._keys is not None  # noqa: S101 - asked before
+        found = self._keys.find(key)
+        if found is None:
+            raise AuthenticationError("Incorrect API key.")
+        id_, entry = found
+        if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
+            raise AuthenticationError("This API key has expired.")
+        return self._known[id_]
+
+    # --- administration ---
+
+    def _check_admin(self, request: web.Request) -> None:
+        transport = request.transport
+        connection = transport.get_extra_info("socket") if transport is not None else None
+        if connection is not None and connection.family == socket.AF_UNIX:
+            return  # whoever may open the socket
+        if self._token is not None:
+            if not _shows(request, self._token):
+                raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.", scheme="Basic")
+            _refuse_other_sites(request)
+            return
+        if self._admin.socket is not None:
+            raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
+        peer = transport.get_extra_info("peername") if transport is not None else None
+        if not peer or not is_loopback(peer[0]):
+            raise ForbiddenError(
+                "Only from this host, as long as there is no admin token; see server.admin.token_file."
+            )
+        _refuse_borrowed_loopback(request)
+        _refuse_other_sites(request)
+
+    def _note(self, request: web.Request, error: RequestError) -> None:
+        reason = _REFUSED_AS.get(type(error))
+        if reason is None:
+            return
+        self._metrics.refused.labels(reason).inc()
+        log.info("refused %s %s from %s: %s", request.method, request.path, request.remote, error.message)
+
+    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """A signal before an answer's headers go out: what is left of the key's limits."""
+        holder = request.get(CALLER)
+        if isinstance(holder, Holder):
+            response.headers.update(holder.account.headers(self._clock()))
+
+
+def read_token(path: Path) -> bytes:
+    """The admin token of a file. Raises ConfigError."""
+    token = keys.read_private(path, "set the mode with chmod 600, or make it with `warmpool key admin-token`").strip()
+    if len(token) < TOKEN_MIN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            str(path),
+            [f"must have one word of {TOKEN_MIN_LENGTH} or more characters; `warmpool key admin-token` makes one"],
+        )
+    return token.encode()
+
+
+def _presented(request: web.Request) -> str | None:
+    """The key that a request brings, as OpenAI's clients do or as Anthropic's."""
+    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if "Sec-WebSocket-Protocol" in request.headers:
+        for offered in ",".join(request.headers.getall("Sec-WebSocket-Protocol")).split(","):
+            if offered.strip().startswith(KEY_PROTOCOL):
+                return offered.strip().removeprefix(KEY_PROTOCOL)
+    return request.headers.get("x-api-key")
+
+
+def _shows(request: web.Request, token: bytes) -> bool:
+    """Whether a request brings the token: as a bearer, or as the password of a browser's dialogue."""
+    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+    shown = b""
+    if scheme.lower() == "bearer":
+        shown = value.strip().encode("utf-8", "surrogateescape")
+    elif scheme.lower() == "basic":
+        try:
+            shown = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    return hmac.compare_digest(shown, token)
+
+
+def _refuse_other_sites(request: web.Request) -> None:
+    """A browser knows the token and is on this host, so a page of somebody else's must not have it act."""
+    if request.method in ("GET", "HEAD"):
+        return
+    if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        raise ForbiddenError("A page of another site may not do this.")
+    if (origin := request.headers.get("Origin")) is not None:
+        _refuse_foreign(request, origin)
+
+
+def _refuse_foreign(request: web.Request, origin: str) -> None:
+    if origin.partition("://")[2].lower() != request.headers.get("Host", "").lower():
+        raise ForbiddenError("A page of another site may not do this.")
+
+
+def _refuse_borrowed_loopback(request: web.Request) -> None:
+    """By loopback come other machines too: through a proxy on this host, or a name that a web page points here."""
+    for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"):
+        if name in request.headers:
+            raise ForbiddenError("Not through another proxy, as long as there is no admin token.")
+    host = request.headers.get("Host", "")
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    if not is_loopback(name.strip("[]").lower()):
+        raise ForbiddenError("Only by the name localhost or a loopback address, as long as there is no admin token.")
