@@ -5,6 +5,7 @@ The address comes from the same configuration that the server uses, or from `--u
 
 from __future__ import annotations
 
+import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import aiohttp
 import orjson
 
+from proxy import keys
 from proxy.errors import HostError, WarmpoolError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
     from types import TracebackType
 
     from proxy.config import ServerSettings
@@ -37,14 +40,31 @@ class Address:
 
     url: str
     token: str | None = None
+    socket: Path | None = None
+    """The unix socket to go by instead of the network."""
+    certificate: Path | None = None
+    """The server's own, which is the one to trust."""
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return str(self.socket) if self.socket is not None else self.url
 
 
 def address_of(server: ServerSettings) -> Address:
-    """Where the server of a configuration listens. Raises HostError where the configuration does not say."""
+    """Where the server of a configuration listens, and how to come in: by its admin socket, or with its admin token.
+
+    Raises HostError where the configuration does not say, ConfigError where the token cannot be read.
+    """
+    if server.admin.socket is not None:
+        return Address("http://localhost", socket=server.admin.socket)
     if server.port == 0:
         raise HostError("server.port is 0, so that any port may be the server's: name it with --url")
     host = _EVERYWHERE.get(server.host, server.host)
-    return Address(f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}")
+    scheme = "https" if server.tls.certificate is not None else "http"
+    token = keys.read_token(server.admin.token_file).decode() if server.admin.token_file is not None else None
+    url = f"{scheme}://[{host}]:{server.port}" if ":" in host else f"{scheme}://{host}:{server.port}"
+    return Address(url, token, certificate=server.tls.certificate)
 
 
 class Control:
@@ -59,11 +79,23 @@ class Control:
     async def __aenter__(self) -> Self:
         headers = {"Authorization": f"Bearer {self._address.token}"} if self._address.token else {}
         self._session = aiohttp.ClientSession(
+            connector=self._connector(),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             read_bufsize=_LONGEST_EVENT_BYTES,
         )
         return self
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._address.socket is not None:
+            return aiohttp.UnixConnector(str(self._address.socket))
+        if self._address.certificate is None:
+            return aiohttp.TCPConnector()
+        # It is the very certificate that counts, whatever name it was made for and whoever signed it.
+        context = ssl.create_default_context(cafile=str(self._address.certificate))
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return aiohttp.TCPConnector(ssl=context)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,7 +137,7 @@ class Control:
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise HostError(
-                f"no warmpool answers at {self._address.url} ({reason}). Start it with `warmpool serve`, or name "
+                f"no warmpool answers at {self._address.shown} ({reason}). Start it with `warmpool serve`, or name "
                 "another one with --config or --url"
             ) from error
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 PREFIX: Final = "wp_"
+TOKEN_MIN_LENGTH: Final = 32
 PRIORITIES: Final = {"low": -1, "normal": 0, "high": 1}
 _KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
 _HEAD = "# Written by `warmpool key`; comments are not kept. Limits may be edited; they are in force after SIGHUP.\n\n"
@@ -123,6 +124,17 @@ def read_private(path: Path, advice: str) -> str:
     if problems:
         raise ConfigError(str(path), problems)
     return text
+
+
+def read_token(path: Path) -> bytes:
+    """The admin token of a file. Raises ConfigError."""
+    token = read_private(path, "set the mode with chmod 600, or make it with `warmpool key admin-token`").strip()
+    if len(token) < TOKEN_MIN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            str(path),
+            [f"must have one word of {TOKEN_MIN_LENGTH} or more characters; `warmpool key admin-token` makes one"],
+        )
+    return token.encode()
 
 
 def generate(name: str, **limits: Any) -> tuple[str, str, Entry]:

@@ -208,7 +208,7 @@ async def test_events_end_with_the_server(front_of: Any) -> None:
     async with front.session.get("/admin/events") as response:
         stream = events(response)
         await anext(stream)
-        closing = asyncio.create_task(front.server.close())
+        closing = asyncio.create_task(front.runner.cleanup())
         async with asyncio.timeout(PATIENCE_S):
             assert [event async for event in stream if event[0]] == []
         await closing

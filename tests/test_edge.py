@@ -13,7 +13,9 @@ import aiohttp
 import orjson
 import pytest
 
+from proxy import keys
 from proxy.config import AdminSettings, LimitSettings, TlsSettings
+from proxy.control import Control, ControlError, address_of
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
 from proxy.web import listen
@@ -504,6 +506,32 @@ def test_a_private_key_that_others_read_is_refused(authority: Authority) -> None
         Tls(TlsSettings(certificate=certificate, key=key))
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         Tls(TlsSettings(certificate=certificate, key=key.with_name("missing")))
+
+
+# --- the command line comes in by the same doors ---
+
+
+async def test_the_commands_use_the_socket_or_the_token_with_the_servers_own_certificate(
+    edge_of: Any, authority: Authority, tmp_path: Path
+) -> None:
+    certificate, key = authority.issue("server", "serverAuth")
+    tls = {"certificate": str(certificate), "key": str(key)}
+    token = tmp_path / "token"
+    keys.write_private(token, "t" * 40)
+    path = tmp_path / "admin.sock"
+    for admin in ({"socket": str(path)}, {"token_file": str(token)}):
+        front: Front = await edge_of(tls=tls, admin=admin)
+        server = front.settings.server.model_copy(update={"port": front.port})
+        async with Control(address_of(server)) as control:
+            assert (await control.status())["ready"] is True
+    keys.write_private(token, "u" * 40)
+    async with Control(address_of(server)) as control:
+        with pytest.raises(ControlError, match="admin token is needed"):
+            await control.status()
+    other = server.model_copy(update={"tls": TlsSettings(certificate=authority.issue("b", "serverAuth")[0], key=key)})
+    async with Control(address_of(other)) as control:
+        with pytest.raises(HostError, match="no warmpool answers"):
+            await control.status()
 
 
 # --- what reaches the engine, and what comes back ---

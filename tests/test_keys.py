@@ -18,7 +18,6 @@ from proxy.cli import cli
 from proxy.errors import ConfigError
 from proxy.meter import Meter
 from proxy.quota import Account, Bucket
-from proxy.web.guard import read_token
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,18 +202,18 @@ def test_the_admin_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     result = run("admin-token", str(path))
     assert result.exit_code == 0
-    first = read_token(path)
+    first = keys.read_token(path)
     assert first.decode() not in result.output
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     run("admin-token", str(path))
-    assert read_token(path) != first
+    assert keys.read_token(path) != first
     path.write_text("short")
     with pytest.raises(ConfigError, match="32 or more"):
-        read_token(path)
+        keys.read_token(path)
     path.write_text("x" * 40)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="mode 0644"):
-        read_token(path)
+        keys.read_token(path)
 
 
 # --- limits ---

@@ -24,7 +24,6 @@ from proxy.config import is_loopback
 from proxy.errors import (
     AuthenticationError,
     BodyTooLargeError,
-    ConfigError,
     ForbiddenError,
     ModelNotAllowedError,
     RateLimitError,
@@ -37,7 +36,6 @@ from proxy.web.caller import CALLER, KEY_PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from proxy.config import Settings
     from proxy.keys import Entry, Keys
@@ -50,7 +48,6 @@ log = logging.getLogger("warmpool.guard")
 PUBLIC: Final = frozenset({"/health", "/ready"})
 """For load balancers: they say one bit each."""
 ADMIN: Final = re.compile(r"/(metrics|admin)(/|$)")
-TOKEN_MIN_LENGTH: Final = 32
 
 _REFUSED_AS: Final = {
     AuthenticationError: "key",
@@ -127,7 +124,7 @@ class Guard:
         """
         if settings is not None:
             self._names = settings.names()
-        token = read_token(self._admin.token_file) if self._admin.token_file is not None else None
+        token = keys.read_token(self._admin.token_file) if self._admin.token_file is not None else None
         found = keys.read(self._keys_file) if self._keys_file is not None else None
         self._token = token
         if found is None:
@@ -258,17 +255,6 @@ class Guard:
         holder = request.get(CALLER)
         if isinstance(holder, Holder):
             response.headers.update(holder.account.headers(self._clock()))
-
-
-def read_token(path: Path) -> bytes:
-    """The admin token of a file. Raises ConfigError."""
-    token = keys.read_private(path, "set the mode with chmod 600, or make it with `warmpool key admin-token`").strip()
-    if len(token) < TOKEN_MIN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError(
-            str(path),
-            [f"must have one word of {TOKEN_MIN_LENGTH} or more characters; `warmpool key admin-token` makes one"],
-        )
-    return token.encode()
 
 
 def _presented(request: web.Request) -> str | None:
