@@ -10,6 +10,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import openai
 import pytest
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-    import aiohttp
 
 LIMITS = {"team": {}, "other": {"models": ["org/Other"]}}
 
@@ -472,3 +472,37 @@ async def test_any_page_may_where_it_says_so(front_of: Any) -> None:
     front: Front = await front_of(server={"cors": {"origins": ["*"]}})
     async with front.session.get("/v1/models", headers={"Origin": "https://x.example"}) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+# --- WebSockets ---
+
+
+async def test_a_websocket_needs_a_key_and_a_page_that_may(keyed_of: Any) -> None:
+    holders = {"team": {"concurrency": 1}, "other": {"models": ["org/Other"]}}
+    keyed: Keyed = await keyed_of(holders, cors={"origins": ["https://chat.example"]})
+    session, path = keyed.front.session, "/v1/realtime?model=demo"
+
+    async def refused(**options: Any) -> int:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as failure:
+            await session.ws_connect(path, **options)
+        return failure.value.status
+
+    assert await refused() == 401
+    assert await refused(headers=keyed["other"]) == 403
+    assert await refused(headers={**keyed["team"], "Origin": "https://evil.example"}) == 403
+    async with session.ws_connect(path, headers={**keyed["team"], "Origin": "https://chat.example"}) as socket:
+        assert (await socket.receive_json())["type"] == "session.created"
+        assert await refused(headers=keyed["team"]) == 429, "a session is a request that runs"
+    async with asyncio.timeout(PATIENCE_S):
+        while keyed.front.pool.status()["leases"]:
+            await asyncio.sleep(0.01)
+    protocols = ("realtime", f"openai-insecure-api-key.{keyed.keys['team']}")
+    async with session.ws_connect(path, protocols=protocols) as socket:
+        assert (await socket.receive_json())["type"] == "session.created", "as browsers send a key"
+
+
+async def test_no_page_may_open_a_websocket_by_default(front: Front) -> None:
+    with pytest.raises(aiohttp.WSServerHandshakeError) as failure:
+        await front.session.ws_connect("/v1/realtime?model=demo", headers={"Origin": "https://evil.example"})
+    assert failure.value.status == 403
+    assert front.pool.status()["models"]["demo"]["instances"] == []
