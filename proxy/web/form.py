@@ -22,6 +22,8 @@ class Form:
     """The parts of a body. Raises InvalidRequestError for one that is not a well-formed multipart form."""
 
     def __init__(self, content_type: str, body: bytes) -> None:
+        if not content_type.isascii():
+            raise InvalidRequestError("Content-Type has characters that are not ASCII.")
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not boundary:

@@ -161,10 +161,11 @@ class Relay:
         try:
             if first:
                 sink(first)
+            else:
+                answer.flush()
             if not done:
                 await answer.drain()
                 await upstream.pass_on(sink, answer.drain)
-            answer.flush()
         except ExchangeError as error:
             exchange.broken = str(error)
             answer.break_off()
