@@ -376,14 +376,22 @@ def receive(connection: socket.socket) -> tuple[bytes, int]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without Python's garbage collector, whose pauses are longer than what is measured."""
-    was_on = gc.isenabled()
+    """Without Python's garbage collector, whose pauses are longer than what is measured, and before other programs.
+
+    The latter (SCHED_RR, sched(7)) needs root, or CAP_SYS_NICE; without it, a busy host shows in how late requests are
+    sent. Programs that are started meanwhile do not inherit it.
+    """
+    was_on, policy, parameter = gc.isenabled(), os.sched_getscheduler(0), os.sched_getparam(0)
     gc.collect()
     gc.freeze()
     gc.disable()
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     try:
         yield
     finally:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, policy, parameter)
         gc.unfreeze()
         if was_on:
             gc.enable()

@@ -199,6 +199,7 @@ def burst(
     "--switch-after", help="With --max-awake: how long a busy model may keep others out (default: warmpool's)."
 )
 @click.option("--skew", default=2.0, help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.")
+@click.option("--max-prompt-tokens", default=100_000, help="Shorten longer prompts.")
 @click.option("--max-tokens", default=100_000, help="Shorten longer answers.")
 @click.option("--url", help="Replay through this proxy, which runs already, instead of one of its own.")
 @click.option("--names", help="With --url: the names of its models, with commas.")
@@ -212,7 +213,7 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
     most = max(row.prompt_tokens + row.tokens for row in rows)
     setup = trace.with_room(setup, most)
     late_s = _seconds(options["late"]) or 0.0
-    how = trace.Replay(options["speed"], late_s, options["skew"], most_tokens=options["max_tokens"])
+    how = trace.Replay(options["speed"], late_s, options["skew"], options["max_prompt_tokens"], options["max_tokens"])
     shown = {n: v for n, v in options.items() if n not in ("api_key", "idles")}
     writer = _writer("trace", out, setup=setup, file=file.name, idle=idle, rows=len(rows), **shown)
 

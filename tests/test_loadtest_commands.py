@@ -167,6 +167,10 @@ def test_calibrate(tmp_path: Path) -> None:
     assert found.counts["most_open"] == 50
 
 
+def test_proxy_is_the_benchmark_of_the_proxy() -> None:
+    assert "--quick" in loadtest("proxy", "--help")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -350,6 +350,13 @@ def test_a_figure_can_be_a_picture(tmp_path: Path) -> None:
         list(pictures.draw([found], tmp_path / "png", "no-such-browser"))
 
 
+@pytest.mark.parametrize("command", sorted(set(cli.commands) - {"proxy"}))
+def test_every_command_says_what_it_takes(command: str) -> None:
+    done = CliRunner().invoke(cli, [command, "--help"])
+    assert done.exit_code == 0
+    assert f"loadtest {command}" in (Path(__file__).parent.parent / "docs" / "loadtest.md").read_text()
+
+
 def test_quantities_have_their_units() -> None:
     shown = [tables.quantity(n, v) for n, v in (("a_s", 12.34), ("a_s", 1.234), ("a_s", 0.0123), ("a_s", 4e-5))]
     assert shown == ["12.3 s", "1.23 s", "12.3 ms", "40 µs"]
