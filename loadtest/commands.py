@@ -198,7 +198,7 @@ def burst(
 @click.option(
     "--switch-after", help="With --max-awake: how long a busy model may keep others out (default: warmpool's)."
 )
-@click.option("--skew", default=2.0, help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.")
+@click.option("--skew", default=3.0, help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.")
 @click.option("--max-prompt-tokens", default=100_000, help="Shorten longer prompts.")
 @click.option("--max-tokens", default=100_000, help="Shorten longer answers.")
 @click.option("--url", help="Replay through this proxy, which runs already, instead of one of its own.")

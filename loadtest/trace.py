@@ -116,7 +116,7 @@ class Replay:
     speed: float = 1.0
     late_s: float = 10.0
     """A first token after this is late."""
-    skew: float = 2.0
+    skew: float = 3.0
     """How unequal the models' shares are, where the trace names none."""
     most_prompt_tokens: int = 100_000
     most_tokens: int = 100_000
