@@ -127,7 +127,7 @@ def logarithmic(low: float, high: float, left: float, right: float) -> Scale:
     low, high = low / 1.15, high * 1.15
     span = math.log(high / low) or 1.0
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if math.log10(high / low) < (1.2 if abs(right - left) < NARROW else 2.2) else (1,)
+    steps = (1, 2, 5) if math.log10(high / low) < (1.5 if abs(right - left) < NARROW else 2.2) else (1,)
     ticks = tuple(
         round(step * 10.0**exponent, 12)
         for exponent in exponents
