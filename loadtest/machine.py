@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PACKAGES: Final = ("aiohttp", "uvloop", "orjson", "hdrhistogram")
 
 
+@functools.cache
 def printed(*command: str) -> str:
     """The first line that a command prints; empty when it cannot be run."""
     try:

@@ -118,11 +118,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: int | None 
     titles = "".join(f"<th{' class=wide' if n == wide else ''}>{escape(name)}</th>" for n, name in enumerate(head))
     lines = "".join(
         "<tr>"
-        + "".join(f"<td{' class=wide' if n == wide else ''}>{escape(cell)}</td>" for n, cell in enumerate(row))
+        + "".join(f"<td{' class=wide' if n == wide else ''}>{_cell(cell)}</td>" for n, cell in enumerate(row))
         + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """A number stays with its unit."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
 def _tables(result: Result) -> str:
