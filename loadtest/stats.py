@@ -8,6 +8,7 @@ whatever the size, and nothing is approximated.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from dataclasses import dataclass
@@ -52,9 +53,13 @@ class Summary:
 
 def summary(values: Iterable[float]) -> Summary | None:
     """Of at least one value; None of none."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
+    ordered = tuple(sorted(values))
+    return _summary(ordered) if ordered else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _summary(ordered: tuple[float, ...]) -> Summary:
+    # A report asks for the same one several times, and each is 20 ms of work.
     medians = sorted(_resampled_medians(ordered, random.Random(0)))
     low, high = _middle(medians)
     beyond = outliers(ordered)
