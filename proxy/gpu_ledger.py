@@ -122,13 +122,16 @@ class GpuLedger:
 
     # --- what a model needs ---
 
-    def configure(self, model: str, size_bytes: int, indices: Sequence[int]) -> None:
-        """What an engine is said to take on each of some GPUs, until it is known better."""
-        self._configured[model] = size_bytes, indices
+    def configure(self, model: str, size_bytes: int | None, indices: Sequence[int]) -> None:
+        """What an engine is said to take on each of some GPUs, until it is known better; None: nothing is said."""
+        self._configured.pop(model, None)
+        if size_bytes is not None:
+            self._configured[model] = size_bytes, indices
 
     def unlearn(self, model: str) -> None:
         """Forget what was known of a model: it has other engines now, or is gone."""
         self._configured.pop(model, None)
+        self._measured.discard(model)
         for learned in self._learned.values():
             learned.pop(model, None)
 
@@ -200,13 +203,15 @@ class GpuLedger:
     def _account(self, instance: Instance) -> _Account:
         return self._accounts.setdefault(instance.id, _Account())
 
-    def weigh(self, instance: Instance, held: Bytes) -> None:
-        """Write down what a resting instance was seen to hold."""
+    def weigh(self, instance: Instance, held: Bytes, *, outgoing: bool = False) -> None:
+        """Write down what a resting instance was seen to hold; one that is `outgoing` says nothing about its model."""
         kind = _KINDS.get(instance.state)
         if kind is not None and not any(held.values()):
             return  # NVML had no answer, or the engine runs on the CPU
         account = self._account(instance)
         account.held = dict(held)
+        if outgoing:
+            return
         if kind == READY:
             # The most of its run: under load an engine holds more than just after a wake.
             before = self._learned[READY].get(instance.model, NOTHING) if instance.model in self._measured else NOTHING

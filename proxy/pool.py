@@ -489,8 +489,7 @@ class Pool:
 
     def _configure_ledger(self) -> None:
         for key, model in self._settings.models.items():
-            if model.gpu_memory is not None:
-                self._ledger.configure(key, model.gpu_memory, model.gpus)
+            self._ledger.configure(key, model.gpu_memory, model.gpus)
 
     async def reconfigure(self, wanted: Settings) -> Changes:
         """Take another configuration on, as far as it can be had without a restart; what came of it.
@@ -1449,7 +1448,7 @@ class Pool:
             same = instance.state is state and instance.generation == generation and instance.id in model.slots
             settled = settled and same and (state in RESTING or state is State.RETIRING)
             if same:
-                self._ledger.weigh(instance, count)
+                self._ledger.weigh(instance, count, outgoing=model.leaving)
                 self._tell_if_worn(slot)
         ours = [(slot.instance, count) for (_, slot, _, _), count in zip(seen, held, strict=True)]
         self._ledger.read(memory, ours, settled=settled)

@@ -86,6 +86,19 @@ def test_a_setting_names_gpus_by_index_and_those_that_are_not_there_count_for_no
     assert one.load([]).needs == {"a": {"GPU-1": GIB}}
 
 
+def test_a_model_with_other_engines_learns_nothing_from_those_that_go() -> None:
+    one = ledger()
+    one.configure("a", 70 * GIB, [0])
+    going = instance(State.READY)
+    one.weigh(going, {"GPU-0": 60 * GIB})
+    one.unlearn("a")
+    one.configure("a", None, [0])
+    one.weigh(going, {"GPU-0": 61 * GIB}, outgoing=True)
+    assert (one.need("a"), one.charge(going)) == (None, {"GPU-0": 61 * GIB})
+    one.weigh(instance(State.READY, number=2), {"GPU-0": 20 * GIB})
+    assert one.need("a") == {"GPU-0": 20 * GIB}
+
+
 def test_an_empty_reading_of_an_engine_is_not_believed() -> None:
     one = ledger()
     ready = instance(State.READY)
