@@ -98,19 +98,15 @@ class InvalidRequestError(RequestError):
 
 
 class AuthenticationError(RequestError):
-    """No key, or none that is known; `scheme` says how to come with one (RFC 9110, 11.6.1)."""
+    """No key, or none that is known."""
 
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
 
-    def __init__(self, message: str, *, scheme: str = "Bearer") -> None:
-        super().__init__(message)
-        self.scheme = scheme
-
     def headers(self) -> dict[str, str]:
-        """With the challenge."""
-        return {"WWW-Authenticate": f'{self.scheme} realm="warmpool"'}
+        """With the challenge (RFC 9110, 11.6.1)."""
+        return {"WWW-Authenticate": 'Bearer realm="warmpool"'}
 
 
 class ForbiddenError(RequestError):
@@ -260,6 +256,13 @@ class UpstreamError(RequestError):
 
     status = 502
     code = "upstream_failed"
+
+
+class EngineFailedError(RequestError):
+    """The engine's own error would have shown what is no client's business."""
+
+    status = 500
+    code = "engine_error"
 
 
 def envelope(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> bytes:

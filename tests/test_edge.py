@@ -582,3 +582,22 @@ async def test_what_an_engine_says_of_itself_stays_here(mirror: Front) -> None:
     for name in ("Location", "Set-Cookie", "X-Hop", "Access-Control-Allow-Origin", "Keep-Alive"):
         assert name not in response.headers, name
     assert orjson.loads(answer)["line"].startswith("POST /v1/completions")
+
+
+@pytest.mark.parametrize("size", [10, 5000, 100_000])
+async def test_an_engines_error_shows_neither_its_address_nor_a_stack(mirror: Front, size: int) -> None:
+    await mirror.post("/v1/completions", ASK)
+    address = (await mirror.engine()).removeprefix("http://")
+    padding = "x" * size
+    for secret in (
+        f"cannot reach {address}",
+        'Traceback (most recent call last):\n  File "/opt/vllm/engine.py", line 1',
+    ):
+        response, answer = await mirror.post("/v1/completions", {**ASK, "fail": {"error": f"{secret} {padding}"}})
+        assert (response.status, error_of(answer)["code"]) == (500, "engine_error")
+        assert secret.encode() not in answer
+    plain = {"error": {"message": f"out of memory {padding}"}}
+    response, answer = await mirror.post("/v1/completions", {**ASK, "fail": plain})
+    assert response.status == 500
+    assert orjson.loads(answer) == plain, "what is harmless passes unchanged, however large"
+    assert mirror.pool.status()["models"]["demo"]["instances"][0]["state"] == "ready"

@@ -15,9 +15,10 @@ import logging
 import re
 import socket
 import time
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from proxy import keys
 from proxy.config import is_loopback
@@ -47,6 +48,8 @@ log = logging.getLogger("warmpool.guard")
 
 PUBLIC: Final = frozenset({"/health", "/ready"})
 """For load balancers: they say one bit each."""
+PAGE: Final = frozenset({"/admin", "/admin/"})
+"""The status page, which holds no data; its script asks for the token."""
 ADMIN: Final = re.compile(r"/(metrics|admin)(/|$)")
 
 _REFUSED_AS: Final = {
@@ -55,6 +58,24 @@ _REFUSED_AS: Final = {
     RateLimitError: "limit",
     ForbiddenError: "forbidden",
 }
+
+
+class _Kind(Enum):
+    """Whom a route is for."""
+
+    PUBLIC = auto()
+    PAGE = auto()
+    ADMIN = auto()
+    CLIENT = auto()
+
+
+def _kind_of(resource: web.AbstractResource | None) -> _Kind:
+    pattern = resource.canonical if resource is not None else ""
+    if pattern in PUBLIC:
+        return _Kind.PUBLIC
+    if pattern in PAGE:
+        return _Kind.PAGE
+    return _Kind.ADMIN if ADMIN.match(pattern) else _Kind.CLIENT
 
 
 class Holder:
@@ -110,6 +131,7 @@ class Guard:
         self._keys_file = server.keys_file
         self._admin = server.admin
         self._origins = frozenset(origin.lower() for origin in server.cors.origins)
+        self._kinds: dict[web.AbstractResource | None, _Kind] = {}
         self._token: bytes | None = None
         self._keys: Keys | None = None
         self._known: dict[str, _Known] = {}
@@ -152,13 +174,15 @@ class Guard:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let a request through that may pass. Raises RequestError for one that may not."""
         resource = request.match_info.route.resource
-        pattern = resource.canonical if resource is not None else ""
+        kind = self._kinds.get(resource)
+        if kind is None:
+            kind = self._kinds[resource] = _kind_of(resource)
         try:
-            if "Upgrade" in request.headers:
+            if hdrs.UPGRADE in request.headers and request.headers[hdrs.UPGRADE].lower() == "websocket":
                 self._check_page(request)
-            if ADMIN.match(pattern):
-                self._check_admin(request)
-            elif self._keys is not None and pattern not in PUBLIC:
+            if kind is _Kind.ADMIN or kind is _Kind.PAGE:
+                self._check_admin(request, kind)
+            elif self._keys is not None and kind is _Kind.CLIENT:
                 return await self._as_holder(request, handler)
             self._check_length(request)
         except RequestError as error:
@@ -174,8 +198,9 @@ class Guard:
 
     def _check_length(self, request: web.Request) -> None:
         # Before any of it is read; what has no length is counted while it is read.
-        if (length := request.content_length) is not None and length > self._body_limit:
-            raise BodyTooLargeError(f"The body has {length} bytes; the limit is {self._body_limit}.")
+        text = request.headers.get(hdrs.CONTENT_LENGTH)
+        if text is not None and int(text) > self._body_limit:
+            raise BodyTooLargeError(f"The body has {text} bytes; the limit is {self._body_limit}.")
 
     async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         known = self._identify(request)
@@ -187,7 +212,7 @@ class Guard:
             meter = Meter((request.content_length or 0) if plain else 0)
         expected = meter.prompt_tokens if meter is not None else 0
         # Those who only look pay nothing; a WebSocket is more than a look.
-        if request.method in ("GET", "HEAD") and "Upgrade" not in request.headers:
+        if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
             request[CALLER] = Holder(known, meter)
             return await handler(request)
         refusal = account.begin(expected, self._clock())
@@ -223,14 +248,14 @@ class Guard:
 
     # --- administration ---
 
-    def _check_admin(self, request: web.Request) -> None:
+    def _check_admin(self, request: web.Request, kind: _Kind) -> None:
         transport = request.transport
         connection = transport.get_extra_info("socket") if transport is not None else None
         if connection is not None and connection.family == socket.AF_UNIX:
             return  # whoever may open the socket
         if self._token is not None:
-            if not _shows(request, self._token):
-                raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.", scheme="Basic")
+            if kind is not _Kind.PAGE and not _shows(request, self._token):
+                raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.")
             _refuse_other_sites(request)
             return
         if self._admin.socket is not None:
@@ -259,19 +284,19 @@ class Guard:
 
 def _presented(request: web.Request) -> str | None:
     """The key that a request brings, as OpenAI's clients do or as Anthropic's."""
-    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+    scheme, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
-    if "Sec-WebSocket-Protocol" in request.headers:
-        for offered in ",".join(request.headers.getall("Sec-WebSocket-Protocol")).split(","):
+    if hdrs.SEC_WEBSOCKET_PROTOCOL in request.headers:
+        for offered in ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL)).split(","):
             if offered.strip().startswith(KEY_PROTOCOL):
                 return offered.strip().removeprefix(KEY_PROTOCOL)
     return request.headers.get("x-api-key")
 
 
 def _shows(request: web.Request, token: bytes) -> bool:
-    """Whether a request brings the token: as a bearer, or as the password of a browser's dialogue."""
-    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+    """Whether a request brings the token: as a bearer, or as a password."""
+    scheme, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     shown = b""
     if scheme.lower() == "bearer":
         shown = value.strip().encode("utf-8", "surrogateescape")

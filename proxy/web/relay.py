@@ -16,7 +16,7 @@ import orjson
 
 from proxy import http1
 from proxy.config import parse_duration
-from proxy.errors import InvalidRequestError, RequestError, UpstreamError, sse_error
+from proxy.errors import EngineFailedError, InvalidRequestError, RequestError, UpstreamError, sse_error
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
@@ -63,6 +63,8 @@ _NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
 
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 _ERROR_BYTES: Final = 64 << 10
+_STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
+"""What a Python stack looks like, in JSON or as text."""
 _REQUEST_ID: Final = REQUEST_ID.encode("ascii")
 
 _ATTEMPTS: Final = 2
@@ -153,6 +155,8 @@ class Relay:
         framed = answer.framed(http1.CHUNKED if begun is not None else head.length)
         first, done = upstream.start(framed=framed, drop_trailer=_NOT_TO_CLIENT)
         exchange.upstream = upstream
+        if head.status >= 500 and begun is None:
+            first, done = await _looked_through(lease, upstream, first, done=done, framed=framed)
         sink = self._sink(exchange, lease, answer, framed=framed)
         if begun is None:
             answer.headers.update(_facts(exchange, lease))
@@ -260,6 +264,44 @@ def max_wait_s(request: web.Request) -> float | None:
         return float(text) if _NUMBER.fullmatch(text) else parse_duration(text)
     except ValueError:
         raise InvalidRequestError('x-warmpool-max-wait is seconds ("2.5") or a duration ("500ms", "1m30s").') from None
+
+
+async def _looked_through(
+    lease: Lease, upstream: Exchange, first: bytes, *, done: bool, framed: bool
+) -> tuple[bytes, bool]:
+    """What has come of an engine's error, all of it if it is small, and whether it is all.
+
+    Raises EngineFailedError where it shows the engine's address or a stack, ExchangeError.
+    """
+    held = bytearray(first)
+
+    def hold(data: bytes) -> bool:
+        held.extend(data)
+        return len(held) > _ERROR_BYTES
+
+    async def enough() -> None:
+        raise _EnoughError
+
+    if not done and len(held) <= _ERROR_BYTES:
+        try:
+            await upstream.pass_on(hold, enough)
+            done = True
+        except _EnoughError:
+            pass
+    text = bytes(held)
+    if framed:
+        text = http1.ChunkedBody(http1.CHUNKED, framed=False).feed(text)
+    authority = lease.client.upstream.authority
+    if any(sign in text for sign in (authority, *_STACK)):
+        log.error(
+            "%s answered %d with its address or a stack in it, kept back", lease.instance_id, upstream.head.status
+        )
+        raise EngineFailedError("The engine failed; its log says more.")
+    return bytes(held), done
+
+
+class _EnoughError(Exception):
+    pass
 
 
 def _is_stream(head: http1.Head) -> bool:
