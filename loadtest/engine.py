@@ -60,6 +60,7 @@ class Counters:
     generation_tokens: int = 0
     last_request_id: str | None = None
     last_socket: dict[str, Any] | None = None
+    last_traceparent: str | None = None
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -194,6 +195,7 @@ class Engine:
                 "sleep_level": self.sleep_level, "memory_bytes": sum(map(len, self.memory)),
                 "children": [child.pid for child in self.children], "last_request_id": c.last_request_id,
                 "last_socket": c.last_socket,
+                "last_traceparent": c.last_traceparent,
             }
         )  # fmt: skip
 
@@ -302,6 +304,7 @@ class Engine:
                 raise ApiError(503, "ServiceUnavailableError", "the engine is sleeping")
             if needs_model:
                 self.counters.last_request_id = request.headers.get("X-Request-Id")
+                self.counters.last_traceparent = request.headers.get("traceparent")
             return await handler(request)
         except ApiError as error:
             return error.response()

@@ -783,6 +783,22 @@ class ModelSettings(_Section):
         return next(name for name in ENGINE_TABLES if getattr(self, name) is not None)
 
 
+class TracingSettings(_Section):
+    """Traces of requests by OpenTelemetry; needs the extra `warmpool[otel]`."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[!-~]+$")] | None = Field(
+        default=None,
+        description="Where spans go: OTLP over HTTP with protobuf. Without, there are none.",
+        examples=["http://127.0.0.1:4318/v1/traces"],
+    )
+    sample: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="The share of requests to trace. One that comes with a `traceparent` is traced if its caller says "
+        "so.",
+    )
+    service_name: str = Field(default="warmpool", min_length=1, description="What traces call this server.")
+
+
 class Settings(BaseSettings):
     """The whole configuration."""
 
@@ -796,6 +812,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     pool: PoolSettings = PoolSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    tracing: TracingSettings = TracingSettings()
     models: dict[ModelKey, ModelSettings] = Field(min_length=1, description="The models, by key.")
 
     @model_validator(mode="after")

@@ -863,7 +863,7 @@ class Pool:
 
     def unused(self, key: str | None = None) -> bool:
         """Whether no request runs or waits, for one model or at all."""
-        models = [*self._models.values()] if key is None else [self._models[key]]
+        models = [model for name, model in self._models.items() if key in (None, name)]
         return not any(m.queue or any(i.leases for i in m.instances()) for m in models)
 
     async def until_unused(self, key: str | None = None) -> None:

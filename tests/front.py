@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 class Front:
     """A proxy on a port, with a session to talk to it."""
 
-    def __init__(self, folder: Path, models: dict[str, Any], **server: Any) -> None:
+    def __init__(
+        self, folder: Path, models: dict[str, Any], *, tracing: dict[str, Any] | None = None, **server: Any
+    ) -> None:
         settings = Settings(
+            tracing=tracing or {},
             models=models,
             server={"port": 0, "body_limit": "1MiB", **server},
             runtime={"process": {"ports": ENGINE_PORTS}},

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from proxy import config
-from proxy.config import Settings, format_duration, format_size, load, parse_duration
+from proxy.config import Settings, TracingSettings, format_duration, format_size, load, parse_duration
 from proxy.errors import ConfigError
 from proxy.instance import Tier
 from proxy.reference import reference
@@ -91,7 +91,7 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
     )
     text = "\n".join(found)
     for expected in (
-        r"^colour: unknown key; allowed here: models, pool, runtime, server$",
+        r"^colour: unknown key; allowed here: models, pool, runtime, server, tracing$",
         r"^server.port: Input should be less than or equal to 65535$",
         r"^server.hosst: unknown key; allowed here: admin, allow_anyone, body_limit, .*host, .*port",
         r"^pool.checkpoint_reserve: ",
@@ -317,3 +317,13 @@ def test_every_key_says_what_it_is() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.name)
 def test_every_file_in_config_loads(path: Path, write: Callable[[str], Path]) -> None:
     load(path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"endpoint": "127.0.0.1:4318"}, {"sample": 1.5}, {"sample": -0.1}, {"service_name": ""}, {"url": "http://x"}],
+)
+def test_tracing_refuses_what_cannot_be(table: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TracingSettings(**table)
+    assert TracingSettings().endpoint is None

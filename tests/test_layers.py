@@ -66,6 +66,7 @@ LAYERS: dict[str, int] = {
     "proxy.control": 3,
     "proxy.status_table": 8,
     "proxy.control_commands": 9,
+    "proxy.tracing": 7,
     "proxy.pool": 6,
     "proxy.web": 6,
     "proxy.keys": 1,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from proxy import tracing
 from proxy.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -45,7 +46,8 @@ log = logging.getLogger("warmpool")
 def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None = None) -> web.Application:
     """The application; the pool is opened and closed by whoever runs it.
 
-    `guard` decides who may do what; one is made from the settings where none is given. Raises ConfigError then.
+    `guard` decides who may do what; one is made from the settings where none is given. Raises ConfigError then,
+    and HostError where a part that the settings ask for is not installed.
     """
     guard = guard or Guard(settings, metrics)
 
@@ -77,10 +79,11 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
             response.force_close()
         return response
 
+    traces = tracing.start(settings.tracing)
     response_ids = ResponseIds()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by)
     quieten()
-    relay = Relay(pool, metrics, addressing, response_ids)
+    relay = Relay(pool, metrics, addressing, response_ids, traces)
     realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, Ledger(settings.pool))
     local = Local(pool)
@@ -103,6 +106,8 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
         app.router.add_get(path, handler)
     attach(app, pool, admin)
     app.router.add_post("/ping", local.ping)
+    if traces is not None:
+        app.on_cleanup.append(traces.close)
     app.on_response_prepare.append(_name_server)
     app.on_response_prepare.append(name_request)
     if settings.server.keys_file is not None:

@@ -18,6 +18,7 @@ from proxy import http1
 from proxy.config import parse_duration
 from proxy.errors import EngineFailedError, InvalidRequestError, RequestError, UpstreamError, sse_error
 from proxy.metrics import UNKNOWN_MODEL
+from proxy.tracing import CONTEXT_FIELDS
 from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
 from proxy.web.answer import Answer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from proxy.metrics import Metrics
     from proxy.pool import Lease, Pool
+    from proxy.tracing import Trace, Tracing
     from proxy.upstream import Exchange, Sink
     from proxy.web.addressing import Address, Addressing
     from proxy.web.caller import Feed
@@ -74,9 +76,17 @@ _ATTEMPTS: Final = 2
 class Relay:
     """Forwards requests to engines."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, addressing: Addressing, response_ids: ResponseIds) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        metrics: Metrics,
+        addressing: Addressing,
+        response_ids: ResponseIds,
+        traces: Tracing | None = None,
+    ) -> None:
         self._pool = pool
         self._metrics = metrics
+        self._traces = traces
         self._response_ids = response_ids
         self._addressing = addressing
 
@@ -86,6 +96,8 @@ class Relay:
         exchange = _Exchange(request, began)
         try:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
+            if self._traces is not None:
+                exchange.trace = self._traces.request(request.method, match.route.path, request.path, request.headers)
             body = await request.read()
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
@@ -129,7 +141,7 @@ class Relay:
                 upstream = None
                 try:
                     upstream = await lease.client.upstream.exchange(
-                        exchange.request.method, address.target, _to_engine(exchange.request), address.body
+                        exchange.request.method, address.target, _to_engine(exchange, lease), address.body
                     )
                     return await self._answer(exchange, lease, upstream)
                 except ExchangeError as error:
@@ -214,6 +226,8 @@ class Relay:
             "broken": exchange.broken,
         }
         fields = {name: value for name, value in fields.items() if value is not None}
+        if exchange.trace is not None:
+            exchange.trace.end(fields)
         log.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
 
@@ -222,7 +236,7 @@ class _Exchange:
 
     __slots__ = (
         "answer", "began", "broken", "caller", "heartbeat", "lease", "makes_response", "max_wait_s", "model", "request",
-        "status", "upstream",
+        "status", "trace", "upstream",
     )  # fmt: skip
 
     def __init__(self, request: web.Request, began: float) -> None:
@@ -238,6 +252,7 @@ class _Exchange:
         self.max_wait_s: float | None = None
         self.heartbeat: Heartbeat | None = None
         self.makes_response = False
+        self.trace: Trace | None = None
 
     @property
     def first_byte_s(self) -> float | None:
@@ -338,9 +353,13 @@ def _watched(sink: Sink, reader: Reader | Feed, *, framed: bool) -> Sink:
     return watched
 
 
-def _to_engine(request: web.Request) -> list[tuple[bytes, bytes]]:
-    fields = _passed_on(request.raw_headers, _NOT_TO_ENGINE)
+def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
+    request, trace = exchange.request, exchange.trace
+    left_out = _NOT_TO_ENGINE if trace is None else _NOT_TO_ENGINE | CONTEXT_FIELDS
+    fields = _passed_on(request.raw_headers, left_out)
     fields.append((_REQUEST_ID, request_id(request).encode("ascii")))
+    if trace is not None:
+        fields += trace.asks(lease)
     return fields
 
 
