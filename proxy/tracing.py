@@ -15,7 +15,7 @@ from proxy.errors import HostError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
     from proxy.config import TracingSettings
@@ -32,28 +32,30 @@ def start(settings: TracingSettings) -> Tracing | None:
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise HostError(f"tracing.endpoint needs the extra otel (pip install 'warmpool[otel]'): {error}") from error
-    return Tracing(settings, BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.endpoint)))
+    return Tracing(settings, OTLPSpanExporter(endpoint=settings.endpoint))
 
 
 class Tracing:
-    """Makes spans and hands them to `processor`."""
+    """Makes spans and hands them to `exporter`, from a thread of the SDK's."""
 
-    def __init__(self, settings: TracingSettings, processor: SpanProcessor) -> None:
+    def __init__(self, settings: TracingSettings, exporter: SpanExporter) -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
         from proxy import __version__
 
         resource = Resource.create({"service.name": settings.service_name, "service.version": __version__})
-        self._provider: TracerProvider = TracerProvider(
+        provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(settings.sample), resource=resource, shutdown_on_exit=False
         )
-        self._provider.add_span_processor(processor)
-        self._tracer: Tracer = self._provider.get_tracer("warmpool", __version__)
+        self._exporter = exporter
+        self._processor = BatchSpanProcessor(exporter)
+        provider.add_span_processor(self._processor)
+        self._tracer: Tracer = provider.get_tracer("warmpool", __version__)
 
     def request(self, method: str, route: str, path: str, headers: Mapping[str, str]) -> Trace:
         """Begin the span of a request, as a child of the one that its headers name."""
@@ -61,8 +63,13 @@ class Tracing:
 
     async def close(self, _: object = None) -> None:
         """Send what is left, within a few seconds; for `on_cleanup`."""
-        await asyncio.to_thread(self._provider.force_flush, round(_FLUSH_S * 1000))
-        await asyncio.to_thread(self._provider.shutdown)
+        try:
+            async with asyncio.timeout(_FLUSH_S):  # its own limit is not kept (opentelemetry-python#4568)
+                await asyncio.to_thread(self._processor.force_flush)
+        except TimeoutError:
+            pass
+        self._exporter.shutdown()  # ends an export that is being tried again
+        await asyncio.to_thread(self._processor.shutdown)
 
 
 class Trace:

@@ -47,8 +47,10 @@ class Collector:
 
     spans: list[Span] = field(default_factory=list)
     service: str = ""
+    calls: int = 0
 
     async def take(self, request: web.Request) -> web.Response:
+        self.calls += 1
         body = await request.read()
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -67,7 +69,9 @@ class Collector:
         return web.Response(body=b"", content_type="application/x-protobuf")
 
     def named(self, name: str) -> list[Span]:
-        return [span for span in self.spans if span.name == name]
+        found = [span for span in self.spans if span.name == name]
+        assert found, f"{self.calls} calls, spans {[span.name for span in self.spans]}"
+        return found
 
     def below(self, parent: Span) -> list[Span]:
         return sorted((s for s in self.spans if s.parent == parent.id), key=lambda s: s.began_ns)
@@ -175,6 +179,6 @@ def test_off_nothing_is_imported() -> None:
 
 
 def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace.export", None)
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(HostError, match=r"pip install 'warmpool\[otel\]'"):
         tracing.start(TracingSettings(endpoint="http://127.0.0.1:4318/v1/traces"))

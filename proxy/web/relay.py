@@ -209,7 +209,7 @@ class Relay:
         found = exchange.lease.found.label if exchange.lease is not None else None
         if found is not None and exchange.first_byte_s is not None and status < 400:
             self._metrics.observe_ttft(model, found, exchange.first_byte_s)
-        if not log.isEnabledFor(logging.INFO):
+        if exchange.trace is None and not log.isEnabledFor(logging.INFO):
             return
         fields: dict[str, Any] = {
             "request_id": request_id(exchange.request),
