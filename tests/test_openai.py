@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from typing import TYPE_CHECKING
 
 import openai
@@ -124,3 +125,49 @@ async def test_the_blocking_client(blocking: openai.OpenAI) -> None:
             blocking.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
 
     await asyncio.to_thread(use)
+
+
+async def test_responses_streaming_and_by_id(client: openai.AsyncOpenAI) -> None:
+    made = await client.responses.create(model="demo", input="Hello", max_output_tokens=12, temperature=0)
+    assert made.output_text
+    assert (await client.responses.retrieve(made.id)).output_text == made.output_text
+    text = ""
+    stream = await client.responses.create(
+        model="demo", input="Hello", max_output_tokens=12, temperature=0, stream=True
+    )
+    async for event in stream:
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert text == made.output_text
+    async with client.responses.stream(model="demo", input="Hello", max_output_tokens=12, temperature=0) as helper:
+        kinds = [event.type async for event in helper]
+    assert kinds[0] == "response.created"
+
+
+async def test_audio(client: openai.AsyncOpenAI) -> None:
+    sound = b"\r\n--sound\r\n" * 10_000
+    heard = await client.audio.transcriptions.create(model="demo", file=("a.wav", sound))
+    assert heard.text == (await client.audio.transcriptions.create(model="demo", file=("a.wav", sound))).text != ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer packages call translations deprecated
+        translated = await client.audio.translations.create(model="demo", file=("a.wav", sound))
+    assert translated.text not in {"", heard.text}
+
+
+async def test_realtime(client: openai.AsyncOpenAI) -> None:
+    async with client.realtime.connect(model="demo") as connection:
+        assert (await connection.recv()).type == "session.created"
+        await connection.send({"type": "session.update", "model": "demo"})  # type: ignore[arg-type]
+        await connection.input_audio_buffer.append(audio="AAAA")
+        await connection.input_audio_buffer.commit()
+        kinds = []
+        while "transcription.done" not in kinds:
+            kinds.append(str((await connection.recv()).type))
+        assert set(kinds) == {"transcription.delta", "transcription.done"}
+
+
+async def test_a_model_says_its_tier(client: openai.AsyncOpenAI) -> None:
+    [model] = [model async for model in client.models.list()]
+    assert model.model_extra is not None
+    assert model.model_extra["tier"] == "stopped"
+    assert model.model_extra["expected_wait_s"] > 0
