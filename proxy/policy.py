@@ -255,6 +255,8 @@ def decide(view: View, now: float) -> Plan:
         given_up = sum(i.state is State.SLEEPING and i.ordered is None and id(i) in used for i in model.instances)
         free = [c for c in candidates(model, now) if c is None or id(c) not in used]
         for candidate in free[: max(0, wakes_wanted(model, now) - given_up)]:
+            if candidate is not None and id(candidate) in used:
+                break  # it has just made room for one that is warmer
             full = bool(view.max_awake) and awake >= view.max_awake
             extra = room.wanted(model, candidate)
             if not full and room.comes_free(extra):

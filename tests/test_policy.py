@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.gpu_ledger import EMPTY, GpuLoad
@@ -313,6 +313,13 @@ def test_sleeping_ones_make_room_those_of_the_same_model_too_but_not_the_one_tha
     assert wake == Wake("a", first, both)
 
 
+def test_one_that_made_room_for_another_of_its_model_is_not_woken_with_it() -> None:
+    first, second = instance(State.SLEEPING), instance(State.SLEEPING, number=2)
+    load = gpus(first, second, needs={"a": 79}, asleep={"a": 2})
+    crowd = model(first, second, waiting=8, oldest_wait=0.0)
+    assert plan(crowd, gpus=load).actions == [Wake("a", first, (StepDown(second, Tier.SUSPENDED, "evict"),))]
+
+
 def test_a_sleeping_one_needs_only_what_it_does_not_hold_yet() -> None:
     own, idle = instance(State.SLEEPING), instance(State.READY, key="b")
     load = gpus(own, idle, needs={"a": 40, "b": 40}, asleep={"a": 5})
@@ -488,6 +495,7 @@ def assert_memory_is_respected(view: View, made: Plan) -> None:
     assert free >= 0 or not any(load.after[i.id].get(GPU) for i in asleep)
 
 
+@settings(max_examples=400, deadline=None)
 @given(views(), st.floats(0, 2000))
 def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     made = decide(view, now)
