@@ -101,8 +101,9 @@ def config_group() -> None:
 @config_group.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Say whether FILE can be used, with every problem if not (exit status 78)."""
+    """Say whether FILE can be used here, with every problem if not (exit status 78)."""
     settings = config.load(file)
+    serving.check_files(settings.server)
     click.echo(f"{file}: good; models: {', '.join(settings.names())}")
 
 

@@ -129,3 +129,21 @@ def test_doctor_ends_with_1_where_a_model_cannot_be_checkpointed(tmp_path: Path)
     report = json.loads(out)
     assert report["ok"] is False
     assert {"name", "status", "found", "fix"} <= set(report["checks"][0])
+
+
+def test_check_reads_the_files_of_the_edge_too(tmp_path: Path) -> None:
+    token, key = tmp_path / "token", tmp_path / "server.key"
+    token.write_text("short")
+    token.chmod(0o600)
+    key.write_text("no key")
+    key.chmod(0o600)
+    file = tmp_path / "warmpool.toml"
+    file.write_text(
+        f'[server]\nkeys_file = "{tmp_path}/keys.toml"\nadmin.token_file = "{token}"\n'
+        f'tls = {{ certificate = "{key}", key = "{key}" }}\n'
+        '[models.demo.process]\ncommand = ["engine", "{port}"]\n'
+    )
+    result = CliRunner().invoke(cli, ["config", "check", str(file)])
+    assert result.exit_code == 78
+    for problem in ("keys.toml: cannot be read: No such file", "32 or more", "cannot be used"):
+        assert problem in result.output

@@ -160,6 +160,16 @@ async def test_what_is_refused_is_counted_and_logged_in_one_line(edge: Front, ca
     assert "\n" not in lines[0].getMessage()
 
 
+async def test_a_path_cannot_forge_a_line_of_the_log(edge: Front, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "warmpool")
+    target = "/v1/responses/resp_1%0a12:00:00%20ERROR%20forged%0d%00"
+    await exchange(edge, f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    await exchange(edge, f"GET {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n".encode())
+    await exchange(edge, b"GET /metrics?%0a HTTP/1.1\r\nHost: evil%0a\r\nConnection: close\r\n\r\n")
+    assert len(caplog.records) >= 2
+    assert not [m for m in caplog.messages if set(m) & set("\n\r\0")]
+
+
 async def test_a_proper_request_passes_with_length_and_in_chunks(edge: Front) -> None:
     for request in (post(LENGTH, "Connection: close"), post(CHUNKED, "Connection: close", body=CHUNKS)):
         assert (await exchange(edge, request)).startswith(b"HTTP/1.1 200")

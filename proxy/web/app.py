@@ -68,7 +68,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
         except web.RequestPayloadError:
             answer = InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.")
         except Exception:
-            log.exception("%s %s failed (%s)", request.method, request.path, request_id(request))
+            log.exception("%s %s failed (%s)", request.method, request.rel_url.raw_path, request_id(request))
             answer = RequestError("Internal error; the server's log says more.")
         if request.match_info.handler != relay.forward:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()

@@ -54,6 +54,7 @@ ADMIN: Final = re.compile(r"/(metrics|admin)(/|$)")
 
 _REFUSED_AS: Final = {
     AuthenticationError: "key",
+    BodyTooLargeError: "body",
     ModelNotAllowedError: "model",
     RateLimitError: "limit",
     ForbiddenError: "forbidden",
@@ -273,7 +274,9 @@ class Guard:
         if reason is None:
             return
         self._metrics.refused.labels(reason).inc()
-        log.info("refused %s %s from %s: %s", request.method, request.path, request.remote, error.message)
+        log.info(
+            "refused %s %s from %s: %s", request.method, request.rel_url.raw_path[:200], request.remote, error.message
+        )
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """A signal before an answer's headers go out: what is left of the key's limits."""

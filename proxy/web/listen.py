@@ -116,6 +116,7 @@ def admin_socket(admin: AdminSettings) -> socket.socket:
         raise HostError(f"there is no group {admin.socket_group!r}; set server.admin.socket_group") from None
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         _clear_stale(path)
         before = os.umask(0o177)
         try:

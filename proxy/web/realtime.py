@@ -208,7 +208,7 @@ class Realtime:
         fields: dict[str, Any] = {
             "request_id": request_id(request),
             "method": request.method,
-            "path": request.path,
+            "path": request.rel_url.raw_path,
             **({"key": caller.name} if caller is not None else {}),
             "model": model,
             "status": 101,

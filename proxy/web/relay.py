@@ -214,7 +214,7 @@ class Relay:
         fields: dict[str, Any] = {
             "request_id": request_id(exchange.request),
             "method": exchange.request.method,
-            "path": exchange.request.path,
+            "path": exchange.request.rel_url.raw_path,
             "key": exchange.caller.name if exchange.caller is not None else None,
             "model": model,
             "status": status,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from proxy import service
+from proxy import keys, service
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, listen
 from proxy.web.guard import Guard
@@ -225,6 +225,25 @@ def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:
     named = [sock.getsockname()[0] for sock in manager.sockets if sock.family != socket.AF_UNIX]
     listen.refuse_open(server, named)
     return [*manager.sockets]
+
+
+def check_files(server: ServerSettings) -> None:
+    """Whether keys, admin token and certificates can be used. Raises ConfigError with every problem."""
+    reads: list[Callable[[], object]] = []
+    if server.keys_file is not None:
+        reads.append(partial(keys.read, server.keys_file))
+    if server.admin.token_file is not None:
+        reads.append(partial(keys.read_token, server.admin.token_file))
+    if server.tls.certificate is not None:
+        reads.append(partial(Tls, server.tls))
+    problems: list[str] = []
+    for read in reads:
+        try:
+            read()
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError("server", problems)
 
 
 def _read_again(what: str, read: Callable[[], None]) -> str:
