@@ -32,6 +32,10 @@ PATH: Final = "/v1/chat/completions"
 QUESTION: Final = b'{"model":"bench","messages":[{"role":"user","content":"Say something."}],"max_tokens":4}'
 PEERS: Final = ("direct", "warmpool", "nginx", "vllm-router", "litellm")
 _START_S: Final = 120.0
+_LITELLM: Final = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # it would ask the network for one
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # no proxy here asks for keys
+}
 
 
 class UnavailableError(Exception):
@@ -133,7 +137,7 @@ def _accepts(port: int) -> bool:
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Path) -> Iterator[psutil.Process]:
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **_LITELLM, "PYTHONPATH": str(ROOT)}
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
