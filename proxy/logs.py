@@ -20,6 +20,20 @@ _PRIORITIES: Final = (
 """sd-daemon(3)"""
 
 
+class TextFormatter(logging.Formatter):
+    """The time of day to the second, which is put into words once a second."""
+
+    _second = 0
+    _words = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Of the record, by `datefmt`."""
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._words = second, super().formatTime(record, datefmt)
+        return self._words
+
+
 class JournalFormatter(logging.Formatter):
     """A priority in front of every line, which journald takes off and files; the time it has itself."""
 
@@ -36,6 +50,9 @@ def to_stderr(format_: str, level: str) -> None:
     if format_ == "auto":
         format_ = "journal" if _is_journal(sys.stderr) else "text"
     handler.setFormatter(_formatter(format_))
+    # What no format shows is not looked up for every line (Python's logging HOWTO, Optimization).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
@@ -57,4 +74,4 @@ def _formatter(format_: str) -> logging.Formatter:
         )
     if format_ == "journal":
         return JournalFormatter("%(message)s")
-    return logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    return TextFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")

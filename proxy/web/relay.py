@@ -60,13 +60,14 @@ _NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
     b"server", b"date", b"set-cookie", b"content-length", b"x-request-id", b"location", b"alt-svc",
     b"strict-transport-security", b"access-control-allow-origin", b"access-control-allow-credentials",
     b"access-control-allow-methods", b"access-control-allow-headers", b"access-control-expose-headers",
-    b"access-control-max-age",
+    b"access-control-max-age", b"x-warmpool-tier", b"x-warmpool-instance", b"server-timing",
 }  # fmt: skip
 
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 _ERROR_BYTES: Final = 64 << 10
 _STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
 """What a Python stack looks like, in JSON or as text."""
+_READ_AT_ONCE: Final = 32 << 10
 _REQUEST_ID: Final = REQUEST_ID.encode("ascii")
 
 _ATTEMPTS: Final = 2
@@ -98,7 +99,11 @@ class Relay:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             if self._traces is not None:
                 exchange.trace = self._traces.request(request.method, match.route.path, request.path, request.headers)
-            body = await request.read()
+            content = request.content
+            # Nearly every body has come with its head.
+            limit = min(_READ_AT_ONCE, self._pool.settings.server.body_limit)
+            whole = content.is_eof() and content.total_bytes <= limit
+            body = content.read_nowait() if whole else await request.read()
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
             if exchange.caller is not None:
@@ -171,8 +176,9 @@ class Relay:
             first, done = await _looked_through(lease, upstream, first, done=done, framed=framed)
         sink = self._sink(exchange, lease, answer, framed=framed)
         if begun is None:
-            answer.headers.update(_facts(exchange, lease))
-            await answer.begin(head.status, head.reason, _to_client(head, exchange.request), head.length)
+            fields = _to_client(head, exchange.request)
+            fields += _facts(exchange, lease)
+            await answer.begin(head.status, head.reason, fields, head.length)
         exchange.status = head.status
         try:
             if first:
@@ -377,16 +383,15 @@ def _passed_on(fields: Sequence[tuple[bytes, bytes]], left_out: frozenset[bytes]
     return [field for field in fields if field[0].lower() not in left_out]
 
 
-def _facts(exchange: _Exchange, lease: Lease) -> dict[str, str]:
+def _facts(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
     """`x-warmpool-*` and `server-timing` (W3C Server Timing, milliseconds)."""
     timing = [f"queue;dur={lease.queue_s * 1000:.1f}"]
     if lease.wake is not None:
         timing.append(f"wake;dur={lease.wake.seconds * 1000:.1f}")
         timing += [f"{name};dur={value * 1000:.1f}" for name, value in lease.wake.stages.items()]
     first = exchange.lease or lease
-    return {
-        "Server": "warmpool",
-        "x-warmpool-tier": first.found.label,
-        "x-warmpool-instance": lease.instance_id,
-        "server-timing": ", ".join(timing),
-    }
+    return [
+        (b"x-warmpool-tier", first.found.label.encode("ascii")),
+        (b"x-warmpool-instance", lease.instance_id.encode()),
+        (b"server-timing", ", ".join(timing).encode("ascii")),
+    ]
