@@ -661,6 +661,7 @@ class Pool:
             # One that was granted or failed has left the queue already.
             model.queue.discard(waiter)
             self._note_quiet()
+            self._tell()
 
     def _refuse_if_full(self, model: _Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())

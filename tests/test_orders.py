@@ -318,6 +318,18 @@ async def test_a_drained_model_takes_nothing_new_and_finishes_what_it_has(rig_of
     await use(rig, "a")
 
 
+async def test_a_drain_hears_of_requests_that_give_up(rig: Rig) -> None:
+    rig.runtime.gates["health"] = asyncio.Event()
+    request = asyncio.create_task(use(rig))
+    await settle()
+    rig.pool.drain("demo")
+    unused = asyncio.create_task(rig.pool.until_unused("demo"))
+    await settle()
+    assert not unused.done()
+    request.cancel()
+    await asyncio.wait_for(unused, 5)
+
+
 async def test_a_drained_server_is_not_ready_until_it_is_opened_again(rig: Rig) -> None:
     rig.pool.drain()
     assert (rig.pool.ready, rig.pool.status()["draining"]) == (False, True)

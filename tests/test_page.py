@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.errors import envelope
 from proxy.web.page import POLICY
 from tests.support import PATIENCE_S, ROOT
 from tests.test_admin import NEVER
@@ -17,8 +16,9 @@ from tests.test_http import ASK
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
-    from playwright.async_api import Browser, Page, Route
+    from playwright.async_api import Browser, Page
 
     from tests.front import Front
 
@@ -235,21 +235,16 @@ async def test_it_fits_every_screen(browser: Browser, front_of: Any, viewport: d
 
 
 @needs_chromium
-async def test_it_asks_for_the_token_until_it_is_the_right_one(browser: Browser, front: Front) -> None:
+async def test_it_asks_for_the_token_until_it_is_the_right_one(browser: Browser, front_of: Any, tmp_path: Path) -> None:
+    token = "sesame-" * 6
+    (tmp_path / "token").write_text(token)
+    (tmp_path / "token").chmod(0o600)
+    front: Front = await front_of(idle=NEVER, server={"admin": {"token_file": str(tmp_path / "token")}})
     there = Visit(await (await browser.new_context()).new_page())
-
-    async def guard(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer sesame":
-            await route.continue_()
-        else:
-            refusal = envelope("The admin token is needed.", type_="invalid_request_error")
-            await route.fulfill(status=401, body=refusal, content_type="application/json")
-
-    await there.page.route(re.compile("/admin/.+"), guard)
     await there.page.goto(f"{front.url}/admin/")
-    for token in ("wrong", "sesame"):
+    for text in ("wrong", token):
         await there.page.locator("#token-dialog[open]").wait_for()
-        await there.page.locator("#token").fill(token)
+        await there.page.locator("#token").fill(text)
         await there.page.keyboard.press("Enter")
     await there.page.locator(".model").first.wait_for()
     await there.press("Wake")

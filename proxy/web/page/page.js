@@ -254,7 +254,8 @@ function instanceRow() {
   const row = h("li", { class: "instance" });
   row.show = (i) => {
     row.dataset.tier = tierOf(i.state);
-    const gpus = i.gpu_bytes && Object.entries(i.gpu_bytes).map(([index, held]) => `GPU ${index}: ${bytes(held)}`).join(", ");
+    const number = (uuid) => (status.gpus || []).find((gpu) => gpu.uuid === uuid)?.index ?? uuid;
+    const gpus = Object.entries(i.gpu_bytes || {}).filter(([, held]) => held).map(([uuid, held]) => `GPU ${number(uuid)}: ${bytes(held)}`).join(", ");
     put(row,
       h("code", null, i.id), h("span", { class: `state${row.dataset.tier === "moving" ? " moving" : ""}` }, words(i.state)),
       i.leases ? h("span", { class: "muted" }, plural(i.leases, "request")) : i.last_used_unix_s ? h("span", { class: "muted" }, "used ", ago(i.last_used_unix_s)) : null,
@@ -279,9 +280,9 @@ function meter(title, where, total, parts, text) {
 function showMemory() {
   const { host, checkpoints, archive } = status.memory, cards = [];
   for (const gpu of status.gpus || []) {
-    const reserved = gpu.reserved_bytes || 0;
-    cards.push(meter(`GPU ${gpu.index}`, gpu.name, gpu.total_bytes, [[gpu.used_bytes, ""], [reserved, "third"]],
-      `${bytes(gpu.used_bytes)} of ${bytes(gpu.total_bytes)} used${reserved ? `, ${bytes(reserved)} promised to wakes` : ""}`));
+    const ours = gpu.charged_bytes || 0, foreign = gpu.foreign_bytes || 0, rest = Math.max(0, gpu.used_bytes - ours - foreign);
+    cards.push(meter(`GPU ${gpu.index}`, gpu.name, gpu.total_bytes, [[ours, ""], [rest, "second"], [foreign, "third"]],
+      `${bytes(gpu.used_bytes)} of ${bytes(gpu.total_bytes)} used; ${bytes(ours)} by instances, ${bytes(foreign)} by others`));
   }
   if (checkpoints.total_bytes) {
     const images = checkpoints.images.reduce((sum, i) => sum + i.bytes, 0), others = Math.max(0, checkpoints.used_bytes - images);
