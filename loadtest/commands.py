@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OUT: Final = Path("build/loadtest")
+_SOME: Final = click.IntRange(1)
+_POSITIVE: Final = click.FloatRange(0, min_open=True)
+_NOT_NEGATIVE: Final = click.FloatRange(0)
 EXPECTED: Final = (
     serving.ServeError, results.ResultError, trace.TraceError, TargetError, StoreError, ConfigError
 )  # fmt: skip
@@ -67,9 +70,17 @@ def _served(function: Callable[..., Any]) -> Callable[..., Any]:
         "--runtime", type=click.Choice(["podman", "process"]), help="Default: podman where it can checkpoint."
     )
     @click.option("--memory", default="256MiB", help="Of the load-test engine.")
-    @click.option("--load", "load_s", default=5.0, help="Seconds the load-test engine takes to load.")
-    @click.option("--ttft", "ttft_s", default=0.02, help="Seconds the load-test engine takes to a first token.")
-    @click.option("--tokens-per-second", default=100.0, help="Of the load-test engine, each stream.")
+    @click.option(
+        "--load", "load_s", type=_NOT_NEGATIVE, default=5.0, help="Seconds the load-test engine takes to load."
+    )
+    @click.option(
+        "--ttft",
+        "ttft_s",
+        type=_NOT_NEGATIVE,
+        default=0.02,
+        help="Seconds the load-test engine takes to a first token.",
+    )
+    @click.option("--tokens-per-second", type=_POSITIVE, default=100.0, help="Of the load-test engine, each stream.")
     @click.option(
         "--engine", "options", multiple=True, metavar="OPTION", help="A further option of the load-test engine."
     )
@@ -131,7 +142,7 @@ def _finish(ctx: click.Context, writer: results.Writer, good: bool, *shown: Any)
 
 @cli.command()
 @_served
-@click.option("--count", "-n", default=10, help="Cold starts.")
+@click.option("--count", "-n", type=_SOME, default=10, help="Cold starts.")
 @_out
 @click.pass_context
 def baseline(ctx: click.Context, setup: serving.Setup, count: int, out: Path | None) -> None:
@@ -144,8 +155,8 @@ def baseline(ctx: click.Context, setup: serving.Setup, count: int, out: Path | N
 
 @cli.command()
 @_served
-@click.option("--count", "-n", default=10, help="Wakes from each rung.")
-@click.option("--cold", default=10, help="Cold starts, to compare with.")
+@click.option("--count", "-n", type=_SOME, default=10, help="Wakes from each rung.")
+@click.option("--cold", type=_SOME, default=10, help="Cold starts, to compare with.")
 @click.option(
     "--rung", "rungs", multiple=True, type=click.Choice([*ladder.WARM, "archived"]), help="Default: all but archived."
 )
@@ -163,8 +174,8 @@ def restore(
 
 @cli.command()
 @_served
-@click.option("--size", "sizes", multiple=True, type=int, default=(1, 8, 64), help="Requests at once; repeat it.")
-@click.option("--rounds", default=3, help="Times each.")
+@click.option("--size", "sizes", multiple=True, type=_SOME, default=(1, 8, 64), help="Requests at once; repeat it.")
+@click.option("--rounds", type=_SOME, default=3, help="Times each.")
 @click.option(
     "--rung", "rungs", multiple=True, type=click.Choice(list(serving.RUNGS)),
     default=("stopped", "checkpointed", "suspended", "ready"), help="What they find; repeat it.",
@@ -188,19 +199,26 @@ def burst(
 @cli.command("trace")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @_served
-@click.option("--models", default=6, help="Over how many models.")
-@click.option("--speed", default=1.0, help="How many times as fast as it was recorded.")
+@click.option("--models", type=_SOME, default=6, help="Over how many models.")
+@click.option("--speed", type=_POSITIVE, default=1.0, help="How many times as fast as it was recorded.")
 @click.option("--begin", default="0s", help="Where in the trace to begin.")
 @click.option("--length", help="How much of the trace, as `10m` (default: all).")
 @click.option("--late", default="10s", help="A first token after this is counted as late.")
 @click.option("--idle", "idles", multiple=True, metavar="RUNG=TIME", help="The idle timetable (default: by the speed).")
-@click.option("--max-awake", default=0, help="How many models may be awake at once; 0: any number.")
+@click.option(
+    "--max-awake", type=click.IntRange(0), default=0, help="How many models may be awake at once; 0: any number."
+)
 @click.option(
     "--switch-after", help="With --max-awake: how long a busy model may keep others out (default: warmpool's)."
 )
-@click.option("--skew", default=3.0, help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.")
-@click.option("--max-prompt-tokens", default=100_000, help="Shorten longer prompts.")
-@click.option("--max-tokens", default=100_000, help="Shorten longer answers.")
+@click.option(
+    "--skew",
+    type=_NOT_NEGATIVE,
+    default=3.0,
+    help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.",
+)
+@click.option("--max-prompt-tokens", type=_SOME, default=100_000, help="Shorten longer prompts.")
+@click.option("--max-tokens", type=_SOME, default=100_000, help="Shorten longer answers.")
 @click.option("--url", help="Replay through this proxy, which runs already, instead of one of its own.")
 @click.option("--names", help="With --url: the names of its models, with commas.")
 @click.option("--api-key", envvar="WARMPOOL_API_KEY", help="With --url.")
@@ -239,7 +257,7 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
 
 @cli.command("soak")
 @_served
-@click.option("--models", default=3, help="How many.")
+@click.option("--models", type=_SOME, default=3, help="How many.")
 @click.option("--time", "length", default="2m", help="How long.")
 @click.option("--seed", default=0, help="Another one is another load.")
 @_out
@@ -255,7 +273,7 @@ def soak_(ctx: click.Context, setup: serving.Setup, models: int, length: str, se
 
 @cli.command("restore-flags")
 @_served
-@click.option("--count", "-n", default=10, help="Restores with each setting.")
+@click.option("--count", "-n", type=_SOME, default=10, help="Restores with each setting.")
 @click.option("--only", multiple=True, help="Only the variants whose name contains this (and the default).")
 @click.option(
     "--criu", "program", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A CRIU of your own."
@@ -294,7 +312,7 @@ def restore_flags(
 
 @cli.command()
 @_served
-@click.option("--count", "-n", default=10, help="Images of each kind.")
+@click.option("--count", "-n", type=_SOME, default=10, help="Images of each kind.")
 @click.option(
     "--level",
     "levels",
@@ -358,9 +376,9 @@ def _look(folder: Path, writer: results.Writer) -> None:
 
 
 @cli.command()
-@click.option("--streams", default=2000, help="Open at once.")
-@click.option("--per-second", default=200.0, help="How fast they begin.")
-@click.option("--tokens-per-second", default=10.0, help="Of each stream.")
+@click.option("--streams", type=_SOME, default=2000, help="Open at once.")
+@click.option("--per-second", type=_POSITIVE, default=200.0, help="How fast they begin.")
+@click.option("--tokens-per-second", type=_POSITIVE, default=10.0, help="Of each stream.")
 @_out
 @click.pass_context
 def calibrate(ctx: click.Context, streams: int, per_second: float, tokens_per_second: float, out: Path | None) -> None:
@@ -374,7 +392,12 @@ def calibrate(ctx: click.Context, streams: int, per_second: float, tokens_per_se
 @cli.command()
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path))
-@click.option("--bound", default=1.10, help="A median that is longer than this many times the other is a regression.")
+@click.option(
+    "--bound",
+    type=_POSITIVE,
+    default=1.10,
+    help="A median that is longer than this many times the other is a regression.",
+)
 @click.pass_context
 def compare(ctx: click.Context, base: Path, other: Path, bound: float) -> None:
     """Compare two files of results; exit status 1 when OTHER is slower beyond the bound, and not by chance."""

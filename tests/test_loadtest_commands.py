@@ -180,6 +180,8 @@ def test_proxy_is_the_benchmark_of_the_proxy() -> None:
         (("report", "README.md"), "not a file of results"),
         (("trace", str(SAMPLE), "--length", "10"), "a duration needs a unit"),
         (("trace", str(SAMPLE), "--idle", "never"), "a rung and a time"),
+        (("trace", str(SAMPLE), "--speed", "0"), "0.0 is not in the range x>0"),
+        (("burst", "--size", "0"), "0 is not in the range x>=1"),
         (("nonsense",), "No such command"),
     ],
 )
