@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sys
 import time
 from functools import wraps
@@ -63,13 +64,19 @@ def _out(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def _memory(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"\d+(B|KiB|MiB|GiB)", value):
+        raise click.BadParameter(f"{value!r}: a size is a number with B, KiB, MiB or GiB")
+    return value
+
+
 def _served(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of what is served, as one argument `setup`."""
 
     @click.option(
         "--runtime", type=click.Choice(["podman", "process"]), help="Default: podman where it can checkpoint."
     )
-    @click.option("--memory", default="256MiB", help="Of the load-test engine.")
+    @click.option("--memory", callback=_memory, default="256MiB", help="Of the load-test engine.")
     @click.option(
         "--load", "load_s", type=_NOT_NEGATIVE, default=5.0, help="Seconds the load-test engine takes to load."
     )

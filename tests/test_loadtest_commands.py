@@ -181,6 +181,7 @@ def test_proxy_is_the_benchmark_of_the_proxy() -> None:
         (("trace", str(SAMPLE), "--length", "10"), "a duration needs a unit"),
         (("trace", str(SAMPLE), "--idle", "never"), "a rung and a time"),
         (("trace", str(SAMPLE), "--speed", "0"), "0.0 is not in the range x>0"),
+        (("soak", "--memory", "much"), "'much': a size is a number with"),
         (("burst", "--size", "0"), "0 is not in the range x>=1"),
         (("nonsense",), "No such command"),
     ],
