@@ -19,7 +19,7 @@ from typing import Final
 
 import orjson
 
-from loadtest.client import TIMESTAMPNS, raise_file_limit, receive, undisturbed
+from loadtest.client import TIMESTAMPNS, make_room_for_files, receive, undisturbed
 
 _HEAD: Final = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -114,7 +114,7 @@ class _Answering:
 
 async def serve(port: int, ttft_s: float, tokens_per_second: float) -> None:
     """Serve until cancelled; says where on standard output."""
-    raise_file_limit()
+    make_room_for_files()
     server = Server(port, ttft_s, tokens_per_second)
     print(f"http://127.0.0.1:{server.port}", flush=True)
     with undisturbed():
