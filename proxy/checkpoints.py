@@ -142,6 +142,8 @@ class CheckpointStore:
         self._lock: IO[bytes] | None = None
         self._users = 0
         self._unwanted: set[str] = set()
+        self.archiving = asyncio.Lock()
+        """For whoever writes to the archive, one at a time."""
 
     def open(self) -> None:
         """Make the folder and lock it against other processes; each `open` wants a `close`. Raises StoreError."""

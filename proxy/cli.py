@@ -34,6 +34,7 @@ from proxy.pool import Pool
 from proxy.runtime.claim import Claim
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
+from proxy.usage import Usage
 from proxy.web import serving
 
 if TYPE_CHECKING:
@@ -91,12 +92,14 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     logs.to_stderr(log_format, log_level)
     metrics = Metrics()
     gpus = Gpus()
-    pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus)
+    usage = Usage(settings.pool.state_dir / "usage.json")
+    usage.load()
+    pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus, usage=usage)
     # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
     # tenth of a request's time.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path)))
+    uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path), usage=usage))
 
 
 @cli.group("config")

@@ -321,6 +321,11 @@ class PoolSettings(_Section):
         description="How many instances may be awake at once, over all models; 0 is no limit. An idle instance of one "
         "model steps down to make room for another.",
     )
+    prewarm: Count = Field(
+        default=4,
+        description="After a start, as after a reboot: the checkpoints of how many models are brought back to tmpfs in "
+        "the background if they are not there, those used most first; 0: none.",
+    )
     max_queue: PositiveInt = Field(default=10_000, description="How many requests may wait at once, over all models.")
     priority_head_start: Duration = Field(
         default=60.0,
@@ -350,6 +355,11 @@ class PoolSettings(_Section):
     checkpoint_reserve: Size = Field(
         default=ByteSize(256 << 20),
         description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",
+    )
+    archive_copies: bool = Field(
+        default=True,
+        description="With archive_dir: keep a copy of every golden checkpoint there, written in the background, which "
+        "survives a reboot.",
     )
     archive_dir: Path | None = Field(
         default=None,

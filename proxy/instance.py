@@ -93,6 +93,7 @@ def _table() -> dict[tuple[State, Event], State]:
         table[live, e.CHECKPOINT] = s.CHECKPOINTING
     table[s.NEW, e.CLONE] = s.CLONING
     table[s.CHECKPOINTED, e.ARCHIVE] = s.ARCHIVING
+    table[s.ARCHIVED, e.AT_CHECKPOINTED] = s.CHECKPOINTED  # its image came back to tmpfs
     # A step that failed without harm leaves the instance where it was.
     for moving, arrivals in {
         s.FALLING_ASLEEP: (e.AT_SLEEPING, e.AT_READY),

@@ -36,6 +36,7 @@ from proxy.gpu_ledger import GpuLedger
 from proxy.instance import ARRIVAL, DESCENDING, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
 from proxy.line import Line
 from proxy.runtime.base import ImageFacts
+from proxy.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -281,12 +282,14 @@ class Pool:
         *,
         clock: Callable[[], float] = time.monotonic,
         connect: Callable[[Handle, str, ModelSettings], EngineClient] | None = None,
+        usage: Usage | None = None,
         gpus: Gpus | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
         self._connect = connect or _connect
+        self._usage = usage or Usage()
         self._all_runtimes = runtimes
         self._runtimes = {m.runtime: runtimes[m.runtime] for m in settings.models.values()}
         self._gpus = gpus
@@ -485,6 +488,56 @@ class Pool:
                 return
         del model.slots[slot.instance.id]
 
+    # --- checkpoints that are not on tmpfs ---
+
+    def without_checkpoint(self) -> list[str]:
+        """The models that are to be checkpointed when idle, and have neither a checkpoint on tmpfs nor an engine."""
+        return [key for key, model in self._models.items() if self._lacks_checkpoint(model)]
+
+    def _lacks_checkpoint(self, model: _Model) -> bool:
+        if Tier.CHECKPOINTED not in model.runtime.rungs().offered or Tier.CHECKPOINTED not in model.timetable:
+            return False
+        if model.settings.min_ready or model.draining:
+            return False
+        on_tmpfs = model.runtime.shares_images and model.image.present and not model.image.archived
+        return not on_tmpfs and all(i.state is State.ARCHIVED for i in model.instances())
+
+    async def until_nobody_waits(self) -> None:
+        """Return when no request waits for an engine."""
+        changed = asyncio.Event()
+        silence = self.listen(changed.set)
+        try:
+            while any(m.queue for m in self._models.values()):
+                changed.clear()
+                await changed.wait()
+        finally:
+            silence()
+
+    async def bring_back(self, key: str) -> bool:
+        """Bring a model's image from the archive to tmpfs; whether there was one. Raises RuntimeFailure."""
+        model = self._models[key]
+        slot = next((s for s in model.slots.values() if s.instance.state is State.ARCHIVED), None)
+        if slot is None:
+            return False
+        async with slot.image.lock:
+            if slot.image.archived:
+                await model.runtime.unarchive_image(_handle(slot))
+                slot.image.archived = False
+        for same in [s for s in model.slots.values() if s.image is slot.image]:
+            if same.instance.state is State.ARCHIVED:
+                same.instance.apply(Event.AT_CHECKPOINTED)
+                same.instance.idle_since = self._clock()
+        self.tick()
+        return True
+
+    async def _copy_to_archive(self, model: _Model, slot: _Slot) -> None:
+        try:
+            await model.runtime.copy_to_archive(_handle(slot))
+        except RuntimeFailure as error:
+            log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
+        else:
+            log.info("%s: a copy of its checkpoint is in the archive", model.key)
+
     # --- another configuration ---
 
     def _configure_ledger(self) -> None:
@@ -612,10 +665,17 @@ class Pool:
             raise ModelNotFoundError(key) from None
 
     async def lease(
-        self, name: str, *, priority: int = 0, max_wait_s: float | None = None, preferred: str | None = None
+        self,
+        name: str,
+        *,
+        priority: int = 0,
+        max_wait_s: float | None = None,
+        preferred: str | None = None,
+        counts: bool = True,
     ) -> Lease:
         """A hold on a ready instance of the model, once there is one; on the `preferred` one if it is ready.
 
+        `counts`: it is a use of the model.
         Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
         that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
         ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free in `queue_timeout`), MaxWaitError
@@ -628,6 +688,8 @@ class Pool:
         if self._shut or model.draining:
             what = "The server" if self._shut else f"The model {name!r}"
             raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
+        if counts:
+            self._usage.note(model.key)
         found = policy.best_tier(model.instances())
         if not model.queue:
             instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
@@ -747,7 +809,7 @@ class Pool:
         ready = next((i for i in model.instances() if i.state is State.READY), None)
         if ready is not None and self.ready:
             return ready.id, Tier.READY, None
-        async with await self.lease(model.served_name) as lease:
+        async with await self.lease(model.served_name, counts=False) as lease:
             return lease.instance_id, lease.found, lease.wake
 
     def order_down(
@@ -1381,6 +1443,8 @@ class Pool:
                 _handle(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
             )
             image.present, image.archived, image.failures = True, False, 0
+            if self._settings.pool.archive_copies and Tier.ARCHIVED in model.runtime.rungs().offered:
+                self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
             image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
         instance.sleep_level = image.sleep_level
 

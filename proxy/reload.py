@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LIVE: Final = frozenset(
     {"server.drain_timeout", "server.heartbeat", "server.default_model", "pool.max_awake", "pool.max_queue",
-     "pool.switch_after", "pool.priority_head_start"}
+     "pool.switch_after", "pool.priority_head_start", "pool.archive_copies"}
 )  # fmt: skip
 """The keys beside those of models that take effect at once; the others are read at the start only."""
 

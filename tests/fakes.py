@@ -249,6 +249,10 @@ class FakeRuntime:
         if image is not None:
             self.quarantined[self._owner(handle)] = image
 
+    async def copy_to_archive(self, handle: Handle) -> None:
+        await self._enter("copy_to_archive")
+        self._image(handle, "archive")
+
     async def archive_image(self, handle: Handle) -> None:
         await self._enter("archive_image")
         self._image(handle, "archive").archived = True

@@ -19,6 +19,8 @@ LAYERS: dict[str, int] = {
     "proxy.logs": 0,
     "proxy.install": 3,
     "proxy.reload": 3,
+    "proxy.usage": 3,
+    "proxy.rebuild": 7,
     "proxy.install_commands": 8,
     "proxy.instance": 1,
     "proxy.config": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import subprocess
 import time
@@ -163,3 +164,21 @@ async def test_crashes_on_the_way_to_the_archive_and_back_lose_no_checkpoint(hos
     assert tier in ("checkpointed", "archived")
     assert texts - {None} == {text}
     assert not list((host.folder / "archive").glob("*.partial"))
+
+
+@pytest.mark.parametrize("copies", [True, False])
+async def test_after_a_reboot_the_checkpoint_is_there_again_by_itself(host: Host, copies: bool) -> None:
+    proxy = await host.serve(idle=QUICK, pool={"archive_copies": copies})
+    _, text = await proxy.ask()
+    await proxy.until("checkpointed")
+    while copies and "a copy of its checkpoint is in the archive" not in proxy.log.read_text():
+        await asyncio.sleep(0.05)
+    proxy.process.kill()
+    proxy.process.wait()
+    for image in host.images.iterdir():  # what tmpfs held
+        shutil.rmtree(image) if image.is_dir() else image.unlink()
+    proxy = await host.serve(idle=QUICK, pool={"archive_copies": copies})
+    await proxy.until("checkpointed")
+    log = proxy.log.read_text()[proxy.log_start :]
+    assert ("is back from the archive" in log, "waking from stopped" in log) == (copies, not copies)
+    assert await proxy.ask() == ("checkpointed", text)

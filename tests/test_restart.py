@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 AWAKE = {"sleeping": "never", "suspended": "never", "checkpointed": "never"}
 STREAMS = QUEUED = 50
 LATE = 20
-STREAM = {**ASK, "stream": True, "max_tokens": 60, "ignore_eos": True}
+STREAM = {**ASK, "stream": True, "max_tokens": 160, "ignore_eos": True}
 
 
 @pytest.fixture

@@ -157,6 +157,9 @@ class Runtime(Protocol):
     async def quarantine_image(self, handle: Handle) -> None:
         """Set an image aside that failed to restore: it is kept for inspection and never used."""
 
+    async def copy_to_archive(self, handle: Handle) -> None:
+        """Write a copy of the image to the archive, if it is not there; a failure leaves everything as it was."""
+
     async def archive_image(self, handle: Handle) -> None:
         """Move the image from tmpfs to the archive; a failure leaves it on tmpfs."""
 

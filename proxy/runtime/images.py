@@ -60,15 +60,20 @@ class KeepsImages(abc.ABC):
         if image in self._store.archived():
             self._store.archive_path(image).unlink(missing_ok=True)
 
-    async def archive_image(self, handle: Handle) -> None:
-        """See `Runtime.archive_image`."""
+    async def copy_to_archive(self, handle: Handle) -> None:
+        """See `Runtime.copy_to_archive`."""
         image = self._image(handle)
         try:
-            if not await self._is_archived(self._store.load(image)):
-                await self._store.put_into_archive(image)
+            async with self._store.archiving:
+                if not await self._is_archived(self._store.load(image)):
+                    await self._store.put_into_archive(image)
         except StoreError as error:
             raise RuntimeFailure("archive", str(error), alive=True) from error
-        await self._store.remove(image)
+
+    async def archive_image(self, handle: Handle) -> None:
+        """See `Runtime.archive_image`."""
+        await self.copy_to_archive(handle)
+        await self._store.remove(self._image(handle))
 
     async def _is_archived(self, manifest: Manifest) -> bool:
         """Whether the archive holds this very image."""

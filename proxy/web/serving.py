@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from proxy import keys, service
+from proxy import keys, rebuild, service
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, listen
 from proxy.web.guard import Guard
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from proxy.metrics import Metrics
     from proxy.pool import Pool
     from proxy.service import Manager
+    from proxy.usage import Usage
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -148,11 +149,13 @@ async def serve(
     *,
     load: Callable[[], Settings] | None = None,
     manager: Manager | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
 
     A second signal ends at once. SIGHUP: the configuration is read again with `load`, and keys, admin token and
-    certificates. `manager` holds the sockets and hears of our state; None: that of the environment.
+    certificates. `manager` holds the sockets and hears of our state; None: that of the environment. `usage` is the
+    pool's, read before and kept.
 
     Raises ConfigError when one of these files cannot be used, HostError when the address cannot be had or a runtime
     cannot work.
@@ -182,6 +185,7 @@ async def serve(
     runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
     await runner.setup()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
+    background: list[asyncio.Task[None]] = []
     sockets: Sequence[socket.socket] = ()
     try:
         sockets = _sockets(manager, settings.server)
@@ -196,8 +200,11 @@ async def serve(
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
+        if usage is not None:
+            background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(rebuild.rebuild(pool, usage))]
         await stop.wait()
         await reloader.close()
+        await _ended(background)
         limit_s = pool.settings.server.drain_timeout
         log.info("stopping: up to %g s for running requests, once more to stop at once", limit_s)
         manager.stopping(limit_s + _STOP_RESERVE_S)
@@ -209,7 +216,7 @@ async def serve(
             async with asyncio.timeout(limit_s):
                 await _first(_all(traffic.ended(_LINGER_S), pool.settled()), hurry.wait())
     finally:
-        watchdog.cancel()
+        await _ended([watchdog, *background])
         await reloader.close()
         await pool.close()
         await runner.cleanup()
@@ -254,6 +261,14 @@ def _read_again(what: str, read: Callable[[], None]) -> str:
         log.error("%s are not read again: %s", what, error)
         return f"{what} are not read again: {error}"
     return ""
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            log.error("a task in the background failed: %r", result, exc_info=result)
 
 
 async def _all(*waits: Awaitable[object]) -> None:
