@@ -38,6 +38,7 @@ _TEMPLATES: Final = (
     "warmpool.service", "warmpool.socket", "warmpool-doctor.service",
     "podman.socket.d/warmpool.conf", "podman.service.d/warmpool.conf",
 )  # fmt: skip
+_CONTAINERS_ONLY: Final = "warmpool.service.d/containers.conf"
 _ON_TMPFS_ALREADY: Final = (Path("/dev/shm"), Path("/run"))  # noqa: S108 - compared with, never written to
 _TMPFS_UNITS: Final = {"KiB": "k", "MiB": "m", "GiB": "g"}
 
@@ -76,9 +77,8 @@ def units(settings: Settings, program: Path, config: Path = CONFIG) -> dict[Path
         _ADDRESS: f"{'127.0.0.1' if host == 'localhost' else host}:{server.port}",
         _SIZE: f"size={_tmpfs_size(pool.checkpoint_size)}",
     }
-    wanted = dict.fromkeys(_TEMPLATES, "")
-    for name in wanted:
-        wanted[name] = _filled(name, replaced)
+    names = [*_TEMPLATES, *([_CONTAINERS_ONLY] if all(m.podman is not None for m in settings.models.values()) else [])]
+    wanted = {name: _filled(name, replaced) for name in names}
     if pool.checkpoint_size != "0" and not any(pool.checkpoint_dir.is_relative_to(p) for p in _ON_TMPFS_ALREADY):
         wanted[mount_unit(pool.checkpoint_dir)] = _filled(_MOUNT, replaced)
     return {UNITS / name: text.encode() for name, text in wanted.items()}

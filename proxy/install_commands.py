@@ -51,9 +51,12 @@ def install_(path: Path, start: bool, yes: bool, root: Path) -> None:
     steps = made.steps(wanted)
     mount = next((p.name for p in wanted if p.suffix == ".mount"), None)
     changed = {s.path.name if s.path.suffix != ".conf" else s.path.parent.name for s in steps if _does(s)}
+    replaced = {s.path.name for s in steps if s.change is Change.REPLACE}
     commands = [
         ["systemctl", "daemon-reload"],
         *([["systemctl", "enable", "--now", mount]] if mount is not None else []),
+        # Mounts it again with its new size; what is on it stays.
+        *([["systemctl", "reload", mount]] if mount in replaced else []),
         ["systemctl", "enable", "--now", "podman.socket"],
         *([["systemctl", "try-restart", "podman.service"]] if "podman.service.d" in changed else []),
         ["systemctl", "enable", SOCKET, SERVICE],

@@ -79,7 +79,7 @@ def test_units_follow_the_configuration(root: Path) -> None:
     )
     run(root, "install", "--yes")
     assert "ListenStream=[::1]:9000" in unit(root, "warmpool.socket")
-    assert "Options=size=200g,mode=0700" in unit(root, "srv-images.mount")
+    assert "Options=size=200g,mode=0700,huge=within_size" in unit(root, "srv-images.mount")
     assert "Where=/srv/images\n" in unit(root, "srv-images.mount")
     assert "RequiresMountsFor=/var/lib/warmpool /srv/images\n" in unit(root, "warmpool.service")
     assert "mnt-checkpoint\\x2dram.mount" not in installed(root)
@@ -138,6 +138,17 @@ def test_no_tmpfs_is_mounted_where_none_is_wanted_or_one_is(pool: dict[str, Any]
     assert not [p for p in install.units(settings(pool=pool), Path("/x/warmpool")) if p.suffix == ".mount"]
 
 
+def test_seccomp_filters_only_where_no_engine_is_checkpointed_below_them(root: Path) -> None:
+    run(root, "install", "--yes")
+    assert "warmpool.service.d/containers.conf" not in installed(root)
+    (root / "etc/warmpool/warmpool.toml").write_text('[models.a.podman]\nimage = "x"\ncommand = ["{port}"]\n')
+    run(root, "install", "--yes")
+    assert "SystemCallFilter=" in unit(root, "warmpool.service.d/containers.conf")
+    (root / "etc/warmpool/warmpool.toml").write_text(MODEL)
+    run(root, "install", "--yes")
+    assert not (root / "etc/systemd/system/warmpool.service.d").exists()
+
+
 @pytest.mark.skipif(shutil.which("systemd-escape") is None, reason="no systemd-escape")
 @pytest.mark.parametrize("path", ["/mnt/checkpoint-ram", "/srv/a b/ü", "/.hidden/x", "/srv/images", "/a/.b/c_d:e.f"])
 def test_mount_units_are_named_as_systemd_wants(path: str) -> None:
@@ -152,6 +163,8 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     made = install.units(settings(), program)
+    containers = Settings(models={"demo": {"podman": {"image": "x", "command": ["{port}"]}}})
+    made |= install.units(containers, program)
     for path, content in made.items():
         target = tmp_path / path.name if path.suffix != ".conf" else tmp_path / path.parent.name / path.name
         target.parent.mkdir(exist_ok=True)
@@ -189,7 +202,7 @@ def test_the_units_are_in_the_wheel(tmp_path: Path) -> None:
     names = subprocess.run(
         [PYTHON, "-m", "zipfile", "-l", str(next(tmp_path.glob("*.whl")))], check=True, capture_output=True, text=True
     ).stdout
-    for name in (*UNITS[1:], "checkpoints.mount"):
+    for name in (*UNITS[1:], "checkpoints.mount", "warmpool.service.d/containers.conf"):
         assert f"proxy/units/{name}" in names
 
 
