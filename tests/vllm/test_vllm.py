@@ -33,6 +33,7 @@ from proxy.runtime.claim import Claim
 from tests.podman_bench import podman, tmpfs_folder, why_no_podman
 from tests.served import ASK, Proxy
 from tests.support import PYTHON, ROOT, files_in, get_json
+from tests.vllm.bench_serve import bench_serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -287,6 +288,14 @@ async def test_chat_with_the_openai_package(host: Host, cold: Cold) -> None:
     assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text
     await host.until_checkpointed()
     assert await whole() == text, "after another restore"
+
+
+async def test_vllms_own_load_generator_is_answered_out_of_a_checkpoint(host: Host, cold: Cold, tmp_path: Path) -> None:
+    proxy = await host.serving()
+    await host.until_checkpointed()
+    result = await bench_serve(proxy.url, tmp_path, "--num-prompts", "12", "--max-concurrency", "4")
+    log.info("vllm bench serve: median TTFT %.0f ms, P99 %.0f ms", result["median_ttft_ms"], result["p99_ttft_ms"])
+    assert (result["completed"], result["failed"]) == (12, 0)
 
 
 async def test_two_clones_answer_side_by_side_and_share_the_image(host: Host, cold: Cold) -> None:
