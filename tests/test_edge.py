@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import shutil
+import signal
 import socket
 import ssl
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import orjson
@@ -15,13 +18,14 @@ import pytest
 
 from proxy import keys
 from proxy.config import AdminSettings, LimitSettings, TlsSettings
-from proxy.control import Control, ControlError, address_of
+from proxy.control import Address, Control, ControlError, address_of
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
 from proxy.web import listen
 from proxy.web.guard_protocol import Doors, _address_of
 from proxy.web.tls import Tls
 from tests.front import Front
+from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model
 from tests.test_http import ASK, error_of
 
@@ -443,6 +447,8 @@ class Authority:
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl in PATH to make certificates with")
     return Authority(tmp_path, "first")
 
 
@@ -611,3 +617,73 @@ async def test_an_engines_error_shows_neither_its_address_nor_a_stack(mirror: Fr
     assert response.status == 500
     assert orjson.loads(answer) == plain, "what is harmless passes unchanged, however large"
     assert mirror.pool.status()["models"]["demo"]["instances"][0]["state"] == "ready"
+
+
+# --- the same with the event loop of `warmpool serve` ---
+
+
+async def test_a_server_of_its_own_with_tls_limits_and_a_socket(tmp_path: Path, authority: Authority) -> None:
+    certificate, key = authority.issue("server", "serverAuth")
+    path = tmp_path / "run" / "admin.sock"
+    limits = {
+        "head_timeout": "1s", "upload_timeout": "1s", "upload_rate": "1MiB", "stall_timeout": "1s", "connections": 50,
+    }  # fmt: skip
+    server = {
+        "tls": {"certificate": str(certificate), "key": str(key)}, "admin": {"socket": str(path)}, "limits": limits,
+    }  # fmt: skip
+    proxy = Proxy(tmp_path / "w", settings={"server": server, "models": {"demo": engine_model()}})
+    async with asyncio.timeout(PATIENCE_S):
+        while not (found := re.findall(r"listening on https://127.0.0.1:(\d+)", proxy.log.read_text())):
+            assert proxy.process.poll() is None, proxy.log.read_text()
+            await asyncio.sleep(0.02)
+    port = int(found[0])
+    proxy.session = aiohttp.ClientSession()
+
+    pairs: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def connected(context: ssl.SSLContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        pairs.append(await asyncio.open_connection("127.0.0.1", port, ssl=context))
+        return pairs[-1]
+
+    async def healthy(pair: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bool:
+        pair[1].write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        return b"200 OK" in await pair[0].readuntil(b"}")
+
+    try:
+        kept = await connected(authority.context())
+        assert await healthy(kept)
+        for pieces, status in ((post("X-A:", body=b""), b"408"), (post("Content-Length: 100", body=b"{"), b"408")):
+            pair = await connected(authority.context())
+            pair[1].write(pieces[:-4] if b"X-A" in pieces else pieces)
+            async with asyncio.timeout(PATIENCE_S):
+                assert (await pair[0].read())[9:12] == status
+        stalled = await connected(authority.context())
+        body = orjson.dumps({**ASK, "stream": True, "max_tokens": 3000, "n": 64, "ignore_eos": True})
+        cast("asyncio.Transport", stalled[1].transport).pause_reading()
+        stalled[1].write(post(f"Content-Length: {len(body)}", body=body))
+        second = Authority(tmp_path, "second")
+        for new, old in zip(second.issue("next", "serverAuth"), (certificate, key), strict=True):
+            new.replace(old)
+        proxy.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                with contextlib.suppress(ssl.SSLError, OSError):
+                    assert await healthy(await connected(second.context()))
+                    break
+                await asyncio.sleep(0.02)
+        assert await healthy(kept), "the connection of before"
+        assert path.stat().st_mode & 0o777 == 0o600
+        async with Control(Address("http://localhost", socket=path)) as control, asyncio.timeout(PATIENCE_S):
+            while "takes nothing of its answer" not in proxy.log.read_text():
+                await asyncio.sleep(0.02)
+            while (await control.status())["leases"]:
+                await asyncio.sleep(0.02)
+        for _ in range(50):
+            if not await healthy(await connected(second.context())):
+                break
+        assert "over server.limits.connections" in proxy.log.read_text()
+    finally:
+        for _, writer in pairs:
+            writer.transport.abort()
+        proxy.process.terminate()
+        assert await proxy.ended() == 0
