@@ -2,7 +2,7 @@
 
 A key is ``wp_ID_SECRET``; SECRET is 32 random bytes. The file has SHA-256 of a salt and the key. A slow hash such as
 scrypt makes guessing expensive where secrets can be guessed; 256 random bits cannot, at any speed, and the check is
-made with every request: it takes about 2 µs. ID finds the entry, so that the work does not grow with the number of
+made with every request: it takes about 3 µs. ID finds the entry, so that the work does not grow with the number of
 keys, and the digests are compared in constant time; a key whose ID is unknown takes the same way.
 """
 

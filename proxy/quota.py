@@ -36,13 +36,15 @@ class Bucket:
         """How long until `amount` may be used; 0 when it may already."""
         return max(0.0, (amount - self.level(now)) / self._per_s)
 
-    def remaining(self, now: float) -> int:
-        """For `x-ratelimit-remaining-*`."""
-        return max(0, int(self.level(now)))
+    def left(self, now: float) -> tuple[int, float]:
+        """What may be used now, in whole, and the seconds until it is full again."""
+        level = self.level(now)
+        return max(0, int(level)), (self.limit - level) / self._per_s
 
-    def reset_s(self, now: float) -> float:
-        """Until it is full again."""
-        return self.seconds_until(self.limit, now)
+
+_REQUESTS, _TOKENS = (
+    tuple(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset")) for what in ("requests", "tokens")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,12 @@ class Account:
     def headers(self, now: float) -> dict[str, str]:
         """`x-ratelimit-*` as OpenAI's API has them, for the limits there are."""
         found = {}
-        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+        for bucket, (limit, remaining, reset) in ((self.requests, _REQUESTS), (self.tokens, _TOKENS)):
             if bucket is not None:
-                found[f"x-ratelimit-limit-{name}"] = str(bucket.limit)
-                found[f"x-ratelimit-remaining-{name}"] = str(bucket.remaining(now))
-                found[f"x-ratelimit-reset-{name}"] = f"{bucket.reset_s(now):.3f}s"
+                left, full_s = bucket.left(now)
+                found[limit] = str(bucket.limit)
+                found[remaining] = str(left)
+                found[reset] = f"{full_s:.3f}s"
         return found
 
 

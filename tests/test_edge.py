@@ -561,7 +561,7 @@ async def mirror(tmp_path: Path) -> AsyncIterator[Front]:
         "process": {"command": command, "cwd": str(ROOT)}, "health": {"interval": "20ms"}, "warmup": {"requests": 0},
         "canary": "never",
     }  # fmt: skip
-    front = Front(tmp_path, {"demo": model})
+    front = Front(tmp_path, {"demo": model}, cors={"origins": [KEPT_BACK["Origin"]]})
     await front.open()
     yield front
     await front.close()

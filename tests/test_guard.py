@@ -432,10 +432,23 @@ PREFLIGHT = {
 
 async def test_no_page_may_ask_by_default(front: Front) -> None:
     async with front.session.options("/v1/chat/completions", headers=PREFLIGHT) as response:
-        assert response.status == 405
+        assert response.status == 403
         assert not [name for name in response.headers if name.lower().startswith("access-control")]
     response, _ = await front.post("/v1/completions", ASK, headers={"Origin": "https://chat.example"})
     assert not [name for name in response.headers if name.lower().startswith("access-control")]
+
+
+async def test_without_keys_no_page_from_elsewhere_uses_a_model(front_of: Any) -> None:
+    """Neither by a simple request nor by a name that points here: its browser would let it read the answer."""
+    front: Front = await front_of(server={"cors": {"origins": ["https://chat.example"]}})
+    rebound = {"Origin": "http://evil.example:8080", "Host": "evil.example:8080"}
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, rebound):
+        response, answer = await front.post("/v1/completions", ASK, headers={**headers, "Content-Type": "text/plain"})
+        assert (response.status, error_of(answer)["code"]) == (403, "forbidden")
+    assert front.pool.status()["models"]["demo"]["instances"] == []
+    for origin in ("https://chat.example", "http://localhost:3000", "http://127.0.0.1", "http://[::1]:9"):
+        async with front.session.get("/v1/models", headers={"Origin": origin}) as response:
+            assert response.status == 200, origin
 
 
 async def test_pages_of_a_configured_origin_may(keyed_of: Any) -> None:

@@ -223,12 +223,12 @@ def test_a_bucket_holds_a_minute_and_fills_evenly() -> None:
     bucket = Bucket(60, 0.0)
     bucket.take(60, 0.0)
     assert bucket.seconds_until(1, 0.0) == 1.0
-    assert bucket.remaining(0.5) == 0
-    assert bucket.remaining(10.0) == 10
-    assert bucket.remaining(1000.0) == 60
+    assert bucket.left(0.5)[0] == 0
+    assert bucket.left(10.0)[0] == 10
+    assert bucket.left(1000.0) == (60, 0.0)
     bucket.take(120, 1000.0)
     assert bucket.seconds_until(1, 1000.0) == 61.0, "a debt is paid back first"
-    assert bucket.reset_s(1000.0) == 120.0
+    assert bucket.left(1000.0) == (0, 120.0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=50), st.integers(1, 1000))

@@ -179,7 +179,7 @@ class Guard:
         if kind is None:
             kind = self._kinds[resource] = _kind_of(resource)
         try:
-            if hdrs.UPGRADE in request.headers and request.headers[hdrs.UPGRADE].lower() == "websocket":
+            if hdrs.ORIGIN in request.headers and kind is _Kind.CLIENT:
                 self._check_page(request)
             if kind is _Kind.ADMIN or kind is _Kind.PAGE:
                 self._check_admin(request, kind)
@@ -192,10 +192,20 @@ class Guard:
         return await handler(request)
 
     def _check_page(self, request: web.Request) -> None:
-        # A browser lets every page open a WebSocket and read what comes, whatever CORS says.
-        origin = request.headers.get("Origin")
-        if origin is not None and "*" not in self._origins and origin.lower() not in self._origins:
-            _refuse_foreign(request, origin)
+        """A page may use models without a key, or open a WebSocket, only if its origin is configured.
+
+        CORS is not enough: it lets every page send simple requests, and open WebSockets and read what comes; and a page
+        whose name was made to point here (DNS rebinding) is of the same origin for its browser.
+        """
+        origin = request.headers[hdrs.ORIGIN].lower()
+        if "*" in self._origins or origin in self._origins:
+            return
+        if self._keys is not None:
+            if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+                _refuse_foreign(request, origin)
+            return
+        if not is_loopback(_host_of(origin.partition("://")[2])):
+            raise ForbiddenError("Pages of this origin may not do this; server.cors.origins names those that may.")
 
     def _check_length(self, request: web.Request) -> None:
         # Before any of it is read; what has no length is counted while it is read.
@@ -281,7 +291,7 @@ class Guard:
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """A signal before an answer's headers go out: what is left of the key's limits."""
         holder = request.get(CALLER)
-        if isinstance(holder, Holder):
+        if isinstance(holder, Holder) and (holder.account.requests or holder.account.tokens):
             response.headers.update(holder.account.headers(self._clock()))
 
 
@@ -331,7 +341,11 @@ def _refuse_borrowed_loopback(request: web.Request) -> None:
     for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"):
         if name in request.headers:
             raise ForbiddenError("Not through another proxy, as long as there is no admin token.")
-    host = request.headers.get("Host", "")
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-    if not is_loopback(name.strip("[]").lower()):
+    if not is_loopback(_host_of(request.headers.get(hdrs.HOST, "").lower())):
         raise ForbiddenError("Only by the name localhost or a loopback address, as long as there is no admin token.")
+
+
+def _host_of(authority: str) -> str:
+    """Without port and brackets."""
+    name = authority.rpartition(":")[0] if re.search(r":\d+$", authority) else authority
+    return name.strip("[]")
