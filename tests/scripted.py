@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import orjson
-from aiohttp.test_utils import TestServer
 
 from proxy.config import Settings
 from proxy.http1 import ProtocolError
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.upstream import Upstream
-from proxy.web import app
+from proxy.web import app, listen
+from proxy.web.guard import Guard
+from proxy.web.guard_protocol import GuardedRunner
 from tests.fakes import FakeEngine, FakeRuntime
 from tests.support import PATIENCE_S
 
@@ -83,6 +84,7 @@ class Scripted:
 
     def __init__(self, *, silence_s: float | None = None, **model: Any) -> None:
         self.settings = Settings(
+            server={"port": 0},
             models={
                 "demo": {
                     "process": {"command": ["true", "{port}"]},
@@ -91,7 +93,7 @@ class Scripted:
                     "idle": {"sleeping": "never", "suspended": "never", "checkpointed": "never"},
                     **model,
                 }
-            }
+            },
         )
         self.silence_s = silence_s
         self.script: Sequence[Step] = [GOOD]
@@ -101,7 +103,12 @@ class Scripted:
         self.metrics = Metrics()
         self.upstreams: list[Upstream] = []
         self.pool = Pool(self.settings, {"process": FakeRuntime()}, self.metrics, connect=self._connect)
-        self.web = TestServer(app.build(self.pool, self.settings, self.metrics))
+        self.runner = GuardedRunner(
+            app.build(self.pool, self.settings, self.metrics, Guard(self.settings, self.metrics)),
+            self.settings,
+            self.metrics,
+            shutdown_timeout=2.0,
+        )
 
     def _connect(self, handle: Handle, _: str, __: ModelSettings) -> EngineClient:
         engine = _Engine(cast("FakeRuntime", self.pool._runtimes["process"]), handle)
@@ -112,13 +119,20 @@ class Scripted:
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
         self.engine_port = self._server.sockets[0].getsockname()[1]
-        await self.web.start_server()
+        await self.runner.setup()
+        sites = [
+            listen.site(self.runner, sock, self.settings.server, None)
+            for sock in listen.tcp_sockets(self.settings.server)
+        ]
+        for site in sites:
+            await site.start()
+        self.port = int(sites[0].name.rpartition(":")[2])
         await self.pool.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.pool.close()
-        await self.web.close()
+        await self.runner.cleanup()
         assert self.pool.status()["leases"] == 0
         assert [u.connections for u in self.upstreams] == [0] * len(self.upstreams)
         self._server.close()
@@ -150,7 +164,7 @@ class Scripted:
 
     async def connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """One to the proxy."""
-        return await asyncio.open_connection("127.0.0.1", self.web.port, limit=1 << 20)
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
 
     async def ask(self, request: bytes, *script: Step) -> bytes:
         """All bytes of the answer to a request on a connection of its own, which the proxy closes after it.

@@ -320,7 +320,7 @@ async def test_a_client_that_does_not_read_holds_the_engine_back_and_not_the_mem
         proxy.script = [flood]
         before = psutil.Process().memory_info().rss
         # The limit of the reader is where the client itself stops taking bytes from the kernel.
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.web.port, limit=1 << 10)
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=1 << 10)
         connection: socket.socket = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         writer.write(post(QUESTION, *CLOSE))

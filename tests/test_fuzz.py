@@ -38,6 +38,7 @@ REQUESTS: Final = [
     post(QUESTION, "Connection: close"),
     post(QUESTION, version="1.0"),
     post(QUESTION, "Expect: 100-continue"),
+    post(QUESTION, "Expect: 100\xfccontinue").replace(b"\xc3\xbc", b"\xfc"),
     post(QUESTION, "Accept-Encoding: gzip", "Cookie: a=b", "Connection: keep-alive, X-Hop", "X-Hop: 1"),
     post() + post(),
     post(QUESTION, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAA"),
@@ -170,7 +171,7 @@ async def until_quiet(proxy: Scripted) -> None:
     await proxy.idle()
     await proxy.upstream.disconnect()
     async with asyncio.timeout(PATIENCE_S):
-        while proxy.web.handler.connections:
+        while proxy.runner.server is not None and proxy.runner.server.connections:
             await asyncio.sleep(0.01)
 
 

@@ -369,6 +369,8 @@ def _problem_with(message: Any) -> str | None:
             return "The only transfer coding is chunked."
         if message.version != HttpVersion11 or hdrs.CONTENT_LENGTH in message.headers:
             return "Transfer-Encoding is for HTTP/1.1, and without Content-Length."
+    if message.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue":
+        return "The only expectation is 100-continue."
     return None
 
 
