@@ -1,13 +1,14 @@
 """warmpool and other proxies, in turn, on one core before the same engine (`make bench-proxy`).
 
-``python -m loadtest.bench_proxy [--only NAME,NAME…] [--json FILE] [--peers FOLDER]``, on a machine with two cores and
-nothing else to do: the proxy has core 0 to itself, the engine and the client share core 1. Results of peers that are
-not measured anew stay in the file. What each figure is: docs/benchmarks.md.
+``python -m loadtest.bench_proxy [--only NAME,NAME…] [--rounds N] [--json FILE] [--peers FOLDER]``, on a machine with
+two cores and nothing else to do: the proxies are on core 0, each at work when it is its turn, the engines and the client
+on core 1. What each figure is: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from loadtest import proxy_peers as peers
 from loadtest.proxy_peers import Contender, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 CONNECTIONS: Final = (1, 32, 256)
 STREAMS: Final = (50, 200, 1000)
@@ -41,6 +42,7 @@ _SCRIPT: Final = """wrk.method = "POST"
 wrk.body = [=[%s]=]
 wrk.headers = {["Content-Type"] = "application/json", Authorization = "Bearer none"}
 """
+_CPU: Final = ("short", "32", "cpu_us_per_request")
 _UNITS: Final = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -60,30 +62,27 @@ class Cores:
         return {"proxy_core": shares[peers.PROXY_CORE], "other_core": shares[peers.OTHER_CORE]}
 
 
-def short(contender: Contender, connections: int, folder: Path, *, seconds: int, samples: int) -> dict[str, Any]:
-    """Short answers as fast as they come: requests/s, and the closed loop's latencies in ms."""
+def short(contender: Contender, connections: int, folder: Path, *, seconds: int) -> dict[str, Any]:
+    """Short answers as fast as they come: requests/s, CPU of the proxy for each, and the closed loop's latencies."""
     script = folder / "post.lua"
     script.write_text(_SCRIPT % peers.QUESTION.decode())
-    rates: list[float] = []
-    p50: list[float] = []
-    p99: list[float] = []
-    failed = 0
-    cores = Cores()
-    for _ in range(samples):
-        command = [
-            peers.wrk(), "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "30s", "-s", str(script),
-            f"http://127.0.0.1:{contender.port}{peers.PATH}",
-        ]  # fmt: skip
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rates.append(float(re.findall(r"Requests/sec: +([\d.]+)", text)[0]))
-        for share, into in (("50", p50), ("99", p99)):
-            number, unit = re.findall(rf" {share}% +([\d.]+)(us|ms|s)", text)[0]
-            into.append(float(number) * _UNITS[unit])
-        failed += sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", text)))
-        failed += sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", text)))
+    command = [
+        peers.wrk(), "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "30s", "-s", str(script),
+        f"http://127.0.0.1:{contender.port}{peers.PATH}",
+    ]  # fmt: skip
+    cores, cpu_s = Cores(), contender.cpu_s()
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cpu_s = contender.cpu_s() - cpu_s
+    answered = int(re.findall(r"(\d+) requests in", text)[0])
+    latencies = {
+        share: float(number) * _UNITS[unit] for share, number, unit in re.findall(r" (50|99)% +([\d.]+)(us|ms|s)", text)
+    }
+    failed = sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", text)))
+    failed += sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", text)))
     return {
-        "requests_per_s": round(median(rates), 1), "p50_ms": median(p50), "p99_ms": median(p99),
-        "samples": rates, "failed": failed, **cores.busy(),
+        "requests_per_s": float(re.findall(r"Requests/sec: +([\d.]+)", text)[0]),
+        "cpu_us_per_request": round(cpu_s / answered * 1e6, 1) if answered else None,
+        "p50_ms": round(latencies["50"], 4), "p99_ms": round(latencies["99"], 4), "failed": failed, **cores.busy(),
     }  # fmt: skip
 
 
@@ -132,25 +131,40 @@ def _percentiles(times_s: list[float]) -> dict[str, Any]:
     return {"p50_ms": round(cuts[49] * 1e3, 4), "p99_ms": round(cuts[98] * 1e3, 4), "n": len(times_s)}
 
 
-def measure(name: str, folder: Path, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything about one contender. Raises UnavailableError."""
-    quick = options.quick
-    with peers.running(name, folder, options.peers) as contender:
-        result: dict[str, Any] = {"version": contender.version, "short": {}, "steady": {}, "streams": {}}
-        short(contender, 32, folder, seconds=1, samples=1)  # warm
-        for connections in CONNECTIONS:
-            figures = short(contender, connections, folder, seconds=1 if quick else 3, samples=1 if quick else 3)
-            result["short"][str(connections)] = figures
-            say(f"{name}: {figures['requests_per_s']:.0f} requests/s at {connections}")
-        if result["short"]["32"]["requests_per_s"] > 1.3 * RATE:
-            for connections in CONNECTIONS[1:]:
-                result["steady"][str(connections)] = steady(contender, connections, 1.0 if quick else 4.0)
-        result["first_token"] = first_token(contender, 20 if quick else 200)
-        for count in STREAMS:
-            figures = streaming(contender, count, settle_s=1.0 if quick else 2.0, window_s=1.0 if quick else 4.0)
-            result["streams"][str(count)] = figures
-            say(f"{name}: {figures['cpu_us_per_chunk']} us a chunk at {count} streams")
-    return result
+def one_round(
+    contenders: Sequence[Contender], folder: Path, *, quick: bool, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Everything once, figure by figure and proxy by proxy, so that what else the machine does falls on all alike."""
+    results: dict[str, dict[str, Any]] = {c.name: {"short": {}, "steady": {}, "streams": {}} for c in contenders}
+    for contender in contenders:
+        short(contender, 32, folder, seconds=1)  # warm
+    for connections in CONNECTIONS:
+        for contender in contenders:
+            figures = short(contender, connections, folder, seconds=1 if quick else 2)
+            results[contender.name]["short"][str(connections)] = figures
+            say(f"{contender.name}: {figures['requests_per_s']:.0f} requests/s at {connections}")
+    for connections in CONNECTIONS[1:]:
+        for contender in contenders:
+            if results[contender.name]["short"]["32"]["requests_per_s"] > 1.3 * RATE:
+                figures = steady(contender, connections, 1.0 if quick else 2.0)
+                results[contender.name]["steady"][str(connections)] = figures
+    for contender in contenders:
+        results[contender.name]["first_token"] = first_token(contender, 20 if quick else 100)
+    for count in STREAMS:
+        for contender in contenders:
+            figures = streaming(contender, count, settle_s=1.0, window_s=1.0 if quick else 2.0)
+            results[contender.name]["streams"][str(count)] = figures
+            say(f"{contender.name}: {figures['cpu_us_per_chunk']} us a chunk at {count} streams")
+    return results
+
+
+def middle(rounds: Sequence[Any]) -> Any:
+    """The median of each figure over the rounds that have it."""
+    if isinstance(rounds[0], dict):
+        names = [name for name in rounds[0] if all(name in r for r in rounds)]
+        return {name: middle([r[name] for r in rounds]) for name in names}
+    numbers = [r for r in rounds if isinstance(r, int | float)]
+    return round(median(numbers), 4) if numbers else None
 
 
 def wake(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -210,6 +224,9 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
         ours, theirs = at("warmpool", "short", "32", "requests_per_s"), at(peer, "short", "32", "requests_per_s")
         if ours and theirs:
             found[f"requests/s at 32 connections, warmpool : {peer}"] = round(ours / theirs, 2)
+        ours, theirs = at("warmpool", *_CPU), at(peer, *_CPU)
+        if ours and theirs:
+            found[f"CPU a request at 32 connections, warmpool : {peer}"] = round(ours / theirs, 2)
         ours, theirs = (
             at("warmpool", "streams", "200", "cpu_us_per_chunk"),
             at(peer, "streams", "200", "cpu_us_per_chunk"),
@@ -229,7 +246,7 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> Table:
     """Rows of figures, a column for each contender."""
-    names = [n for n in peers.PEERS if n in results and "skipped" not in results[n]]
+    names = [n for n in peers.PEERS if n in results]
     shown = Table(title="one core for the proxy")
     shown.add_column("")
     for name in names:
@@ -246,6 +263,7 @@ def table(results: dict[str, Any]) -> Table:
 
     for connections in map(str, CONNECTIONS):
         row(f"requests/s, {connections} connections", "short", connections, "requests_per_s")
+        row("  CPU us a request", "short", connections, "cpu_us_per_request")
         row("  p50 ms", "short", connections, "p50_ms")
         row("  p99 ms", "short", connections, "p99_ms")
         row("  failed", "short", connections, "failed")
@@ -268,6 +286,8 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench_proxy", description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", default=",".join((*peers.PEERS, "waiting")), help="some of %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="%(default)s")
+    parser.add_argument("--add", action="store_true", help="to the rounds that are in the file already")
     parser.add_argument("--json", type=Path, default=Path("build/proxy.json"))
     parser.add_argument("--peers", type=Path, default=Path("/var/tmp/warmpool-bench-peers"))
     parser.add_argument("--quick", action="store_true", help="a second each: to try it out, not to measure")
@@ -276,23 +296,43 @@ def main() -> None:
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("bench-proxy needs two cores: one for the proxy, one for the engine and the client")
     os.sched_setaffinity(0, {peers.OTHER_CORE})
-    results: dict[str, Any] = json.loads(options.json.read_text())["results"] if options.json.exists() else {}
-    with tempfile.TemporaryDirectory(prefix="bench-proxy-") as folder:
-        for name in options.only.split(","):
+    names = options.only.split(",")
+    before = json.loads(options.json.read_text()) if options.add and options.json.exists() else {}
+    rounds: list[dict[str, Any]] = before.get("rounds", [])
+    versions: dict[str, str] = before.get("versions", {})
+    skipped: dict[str, str] = {}
+    waited = before.get("waiting")
+    with tempfile.TemporaryDirectory(prefix="bench-proxy-") as path, contextlib.ExitStack() as stack:
+        folder = Path(path)
+        contenders = []
+        for name in names:
             try:
-                if name == "waiting":
-                    results[name] = wake(Path(folder), options)
-                else:
-                    results[name] = measure(name, Path(folder) / name, options, console.print)
+                if name != "waiting":
+                    contenders.append(stack.enter_context(peers.running(name, folder / name, options.peers)))
+                    versions[name] = contenders[-1].version
             except UnavailableError as reason:
-                results[name] = {"skipped": str(reason)}
+                skipped[name] = str(reason)
                 console.print(f"{name}: left out: {reason}")
-    report = {"machine": machine(), "results": results, "ratios": ratios(results)}
+        rounds += [
+            one_round(contenders, folder, quick=options.quick, say=console.print)
+            for _ in range(options.rounds if contenders else 0)
+        ]
+        stack.close()
+        if "waiting" in names:
+            waited = wake(folder, options)
+    measured = {name for r in rounds for name in r}
+    results: dict[str, Any] = {
+        name: middle([r[name] for r in rounds if name in r]) for name in peers.PEERS if name in measured
+    }
+    report = {
+        "machine": machine(), "versions": versions, "skipped": skipped, "results": results, "ratios": ratios(results),
+        "waiting": waited, "rounds": rounds,
+    }  # fmt: skip
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table(results))
     console.print(report["ratios"])
-    console.print(results.get("waiting", ""))
+    console.print(waited or "")
 
 
 if __name__ == "__main__":

@@ -69,23 +69,44 @@ class Clockwork:
         self._next = 0
         self._event = _chunk(EVENT)
         self._timer = -1
+        self._turns = False
+        self.streams = 0
 
     def start(self) -> None:
-        """Begin to turn; once."""
+        """Be ready to turn; once. It stands still as long as there are no streams."""
         libc = ctypes.CDLL(None, use_errno=True)
         self._timer = libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        step = struct.pack("qqqq", *divmod(self._step_ns, 10**9), *divmod(self._step_ns, 10**9))
-        if self._timer < 0 or libc.timerfd_settime(self._timer, 0, step, None):
-            raise OSError(ctypes.get_errno(), "timerfd")
+        if self._timer < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+        self._set_time = libc.timerfd_settime
         asyncio.get_running_loop().add_reader(self._timer, self._tick)
+
+    def _turn_on(self, *, on: bool) -> None:
+        self._turns = on
+        every = divmod(self._step_ns if on else 0, 10**9)
+        if self._set_time(self._timer, 0, struct.pack("qqqq", *every, *every), None):
+            raise OSError(ctypes.get_errno(), "timerfd_settime")
 
     def add(self, connection: Connection) -> None:
         """A stream that begins."""
         connection.phase = self._phases[self._next * 61 % _PHASES]  # 61: the first few are spread out too
         self._next += 1
         connection.phase.add(connection)
+        self.streams += 1
+        if not self._turns:
+            self._turn_on(on=True)
+
+    def remove(self, connection: Connection) -> None:
+        """One that is over; it may be already."""
+        if connection.phase is not None:
+            connection.phase.discard(connection)
+            connection.phase = None
+            self.streams -= 1
 
     def _tick(self) -> None:
+        if not self.streams:
+            self._turn_on(on=False)
+            return
         # A clock that cannot keep up goes slower: the client counts what came.
         for _ in range(min(_MOST_BEHIND, int.from_bytes(os.read(self._timer, 8), "little"))):
             phase = self._phases[self._turn % _PHASES]
@@ -164,9 +185,7 @@ class Connection(asyncio.Protocol):
             self._end()
 
     def _end(self) -> None:
-        if self.phase is not None:
-            self.phase.discard(self)
-            self.phase = None
+        self._clockwork.remove(self)
 
 
 _SHORT: Final = _answer(ANSWER)
