@@ -1,8 +1,8 @@
 """warmpool and other proxies, in turn, on one core before the same engine (`make bench-proxy`).
 
-``python -m loadtest.bench_proxy [--only NAME,NAME…] [--rounds N] [--json FILE] [--peers FOLDER]``, on a machine with
-two cores and nothing else to do: the proxies are on core 0, each at work when it is its turn, the engines and the client
-on core 1. What each figure is: docs/benchmarks.md.
+``python -m loadtest.bench_proxy [--only NAME,NAME…] [--rounds N] [--json FILE] [--peers FOLDER]``, on a machine
+with two cores and nothing else to do: the proxies are on core 0, each at work when it is its turn, the engines and the
+client on core 1. What each figure is: docs/benchmarks.md.
 """
 
 from __future__ import annotations
