@@ -51,7 +51,7 @@ def part_colour(name: str) -> str:
 def figures(result: Result) -> list[Figure]:
     """All that a run has the data for."""
     found: list[Figure] = []
-    timed = {s: v for s in _ordered(result) if (v := [x for x in result.values(s) if x > 0])}
+    timed = {s: v for s in ordered_series(result) if (v := [x for x in result.values(s) if x > 0])}
     if "stopped" in timed and len(timed) > 1 and result.command in ("restore", "baseline"):
         found.append(_cold_against_restored(timed))
     if timed and result.command != "calibrate":
@@ -74,7 +74,7 @@ def figures(result: Result) -> list[Figure]:
     return found
 
 
-def _ordered(result: Result) -> list[str]:
+def ordered_series(result: Result) -> list[str]:
     """The series; where they are what requests happened to find, from warm to cold."""
     series = result.series()
     if result.command in ("trace", "soak"):
@@ -337,7 +337,8 @@ def _errors(errors: Sequence[float]) -> Figure:
         for percent, label in ((50, "median"), (99, "99 %")):
             x = across.at(stats.percentile(ordered, percent))
             drawing.line(x, 8, x, bottom, "mark", 1.5)
-            drawing.text(x + 4, 20 if percent == 50 else 36, f"{label} {short_s(stats.percentile(ordered, percent))}")
+            words = f"{label} {short_s(stats.percentile(ordered, percent))}"
+            drawing.text(width - 14, 22 if percent == 50 else 40, words, anchor="end", kind="strong")
         return drawing
 
     return Figure(

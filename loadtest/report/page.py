@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loadtest import attribution, tables
-from loadtest.report.figures import figures
+from loadtest.report.figures import figures, ordered_series
 from loadtest.results import TTFT
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _cards(result: Result) -> str:
     cards: list[tuple[str, str, str]] = []
     summaries = result.summaries()
     cold = summaries.get("stopped", {}).get(TTFT) if result.command in tables.AGAINST_COLD else None
-    for series, names in summaries.items():
-        one = names.get(TTFT)
+    for series in ordered_series(result):
+        one = summaries[series].get(TTFT)
         if one is None or "first" in series or result.command in ("burst", "restore-flags", "calibrate"):
             continue
         faster = f", {cold.median / one.median:.0f} : 1" if cold is not None and series != "stopped" else ""
@@ -148,7 +148,9 @@ def _tables(result: Result) -> str:
     if result.command in ("trace", "soak"):
         answered = [s for s in result.samples if TTFT in s["values"]]
         lines = []
-        for tier, found in attribution.where(answered).items():
+        shares = attribution.where(answered)
+        for tier in (t for t in ordered_series(result) if t in shares):
+            found = shares[tier]
             total = sum(found.values()) or 1.0
             parts = sorted(found.items(), key=lambda entry: -entry[1])
             text = ", ".join(
