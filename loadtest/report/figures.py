@@ -291,7 +291,7 @@ def _where(result: Result) -> Figure:
         drawing = Drawing(width)
         labels = {tier: f"{tier or 'not said'} ({counts[tier]})" for tier in order}
         left, row = _left(drawing, labels.values()), _ROW + (14 if drawing.narrow else 0)
-        scale = linear(0, 1, left, width - 62)
+        scale = linear(0, 1, left, width - 72)
         for number, tier in enumerate(order):
             y = 8 + row * number + row - _ROW / 2
             _label(drawing, labels[tier], y, left)
@@ -303,7 +303,7 @@ def _where(result: Result) -> Figure:
                     title = f"{attribution.LABELS.get(name, name)}: {100 * share:.1f} %"
                     drawing.rect(x, y - 11, scale.at(began + share) - x, 22, part_colour(name), title, radius=0)
                     began += share
-            drawing.text(width - 56, y + 4, short_s(total / max(1, counts[tier])), kind="strong")
+            drawing.text(width - 1, y + 4, short_s(total / max(1, counts[tier])), anchor="end", kind="strong")
         drawing.height = 8 + row * len(order)
         drawing.legend([(part_colour(name), attribution.LABELS.get(name, name)) for name in names])
         return drawing
