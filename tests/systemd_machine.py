@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.podman_bench import podman
-from tests.support import PYTHON, ROOT
+from tests.support import PATIENCE_S, PYTHON, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,6 +81,15 @@ class Machine:
                 shutil.copyfile(source, target)
         (self.root / "etc/machine-id").write_text(uuid.uuid4().hex + "\n")  # without one everything gets enabled
         (self.root / "etc/containers/storage.conf").write_text(STORAGE)
+
+    def booted(self) -> str:
+        """Its state (systemctl(1), is-system-running) once it has come up."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            state = self.run("systemctl", "is-system-running", "--wait", check=False)
+            if ("\n" not in state and "Failed to connect" not in state) or time.monotonic() > deadline:
+                return state
+            time.sleep(0.1)  # nobody listens yet
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 60.0) -> str:
         """What a command prints in there, errors too."""

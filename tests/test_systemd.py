@@ -41,7 +41,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """One with warmpool installed and started, its engine a process."""
     made = Machine(tmp_path_factory.mktemp("machine"))
     try:
-        state = made.run("systemctl", "is-system-running", "--wait", check=False)
+        state = made.booted()
         if state not in ("running", "degraded"):
             pytest.skip(f"systemd does not come up in a container here: {state}")
         made.write(CONFIG, settings(PROCESS))
