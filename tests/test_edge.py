@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -17,11 +18,12 @@ import orjson
 import pytest
 
 from proxy import keys
-from proxy.config import AdminSettings, LimitSettings, TlsSettings
+from proxy.config import AdminSettings, LimitSettings, ServerSettings, TlsSettings
 from proxy.control import Address, Control, ControlError, address_of
 from proxy.errors import ConfigError, HostError
 from proxy.metrics import Metrics
-from proxy.web import listen
+from proxy.service import Manager
+from proxy.web import listen, serving
 from proxy.web.guard_protocol import Doors, _address_of
 from proxy.web.tls import Tls
 from tests.front import Front
@@ -379,6 +381,28 @@ async def test_a_name_that_is_not_loopback_is_refused_without_keys(edge: Front) 
     listen.refuse_open(edge.settings.server, ["127.0.0.1", "::1"])
 
 
+def test_sockets_of_a_service_manager_are_looked_at_too() -> None:
+    server = ServerSettings()
+    with socket.create_server(("0.0.0.0", 0)) as everywhere, socket.create_server(("127.0.0.1", 0)) as here:
+        with pytest.raises(HostError, match=r"0\.0\.0\.0 can be reached by others"):
+            serving._sockets(Manager((here, everywhere)), server)
+        assert serving._sockets(Manager((here,)), server) == [here]
+
+
+def test_there_are_no_more_connections_than_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (1024, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(now=new))
+    doors = Doors(LimitSettings(connections=10_000), Metrics())
+    doors.fit_to_host(engine_connections=256)
+    assert limits["now"] == (4096, 4096), "as far as it may"
+    assert doors.most == 4096 - 256 - 256
+    limits["now"] = (1024, 1 << 20)
+    doors = Doors(LimitSettings(connections=10_000), Metrics())
+    doors.fit_to_host(engine_connections=256)
+    assert (doors.most, limits["now"][0]) == (10_000, 10_000 + 256 + 256)
+
+
 async def test_the_admin_socket_needs_no_token_and_only_its_owner_opens_it(edge_of: Any, tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     front: Front = await edge_of(admin={"socket": str(path)})
@@ -391,6 +415,19 @@ async def test_the_admin_socket_needs_no_token_and_only_its_owner_opens_it(edge_
         assert response.status == 404, "not by the port as well"
     with pytest.raises(HostError, match="Address already in use"):
         listen.admin_socket(front.settings.server.admin)
+
+
+async def test_a_unix_socket_for_clients_is_not_for_administration(edge: Front, tmp_path: Path) -> None:
+    """One that a service manager made may be open to everybody, or have another proxy behind it."""
+    path = tmp_path / "clients.sock"
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(str(path))
+    made.setblocking(False)
+    await listen.site(edge.runner, made, edge.settings.server, None).start()
+    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
+        for route, status in (("/v1/models", 200), ("/admin/status", 403), ("/metrics", 403)):
+            async with session.get(f"http://localhost{route}") as response:
+                assert response.status == status, route
 
 
 async def test_a_socket_left_behind_is_taken_over_and_another_file_is_not(edge_of: Any, tmp_path: Path) -> None:
@@ -657,6 +694,10 @@ async def test_a_server_of_its_own_with_tls_limits_and_a_socket(tmp_path: Path, 
             pair[1].write(pieces[:-4] if b"X-A" in pieces else pieces)
             async with asyncio.timeout(PATIENCE_S):
                 assert (await pair[0].read())[9:12] == status
+        silent = await asyncio.open_connection("127.0.0.1", port)  # no TLS handshake
+        pairs.append(silent)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await silent[0].read() == b""
         stalled = await connected(authority.context())
         body = orjson.dumps({**ASK, "stream": True, "max_tokens": 3000, "n": 64, "ignore_eos": True})
         cast("asyncio.Transport", stalled[1].transport).pause_reading()

@@ -11,10 +11,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import anthropic
 import openai
 import pytest
 
 from proxy import keys
+from proxy.config import Settings
 from proxy.errors import ConfigError
 from tests.front import Front
 from tests.served import Proxy
@@ -132,6 +134,16 @@ async def test_the_clients_raise_their_own_errors(keyed: Keyed) -> None:
         with pytest.raises(openai.PermissionDeniedError) as failure:
             await client.completions.create(model="demo", prompt="x")
     assert failure.value.code == "model_not_allowed"
+
+
+async def test_anthropics_client_uses_the_same_keys(keyed: Keyed) -> None:
+    ask: dict[str, Any] = {"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    async with anthropic.AsyncAnthropic(base_url=keyed.front.url, api_key="wrong", max_retries=0) as client:
+        with pytest.raises(anthropic.AuthenticationError, match="Incorrect API key"):
+            await client.messages.create(**ask)
+    key = keyed.keys["team"]
+    async with anthropic.AsyncAnthropic(base_url=keyed.front.url, api_key=key, max_retries=0) as client:
+        assert (await client.messages.create(**ask)).usage.output_tokens == 4
 
 
 async def test_a_key_is_good_for_its_models_only(keyed: Keyed) -> None:
@@ -283,6 +295,15 @@ async def test_reading_the_file_again_adds_revokes_changes_and_keeps_what_was_us
     assert response.headers["x-ratelimit-remaining-requests"] == "1"
 
 
+async def test_new_names_of_models_are_taken_up(keyed_of: Any) -> None:
+    keyed: Keyed = await keyed_of({"early": {"models": ["org/New"]}})
+    assert (await keyed.ask("early"))[0].status == 403
+    before = keyed.front.settings
+    renamed = before.models["demo"].model_copy(update={"name": "org/New"})
+    keyed.front.guard.reload(Settings(models={**before.models, "demo": renamed}, server=before.server))
+    assert (await keyed.ask("early"))[0].status == 200
+
+
 async def test_a_bad_file_changes_nothing(keyed: Keyed) -> None:
     keyed.file.chmod(0o644)
     with pytest.raises(ConfigError, match="mode 0644"):
@@ -296,9 +317,11 @@ async def test_sighup_reads_keys_again_and_secrets_are_nowhere(tmp_path: Path) -
     with keys.changing(file) as entries:
         id_, first, entries[id_] = keys.generate("first")
     keys.write_private(token_file, token := "t" * 40)
+    model = engine_model()
+    model["process"]["env"] = {"HF_TOKEN": "hf-secret"}
     settings = {
         "server": {"keys_file": str(file), "admin": {"token_file": str(token_file)}},
-        "models": {"demo": engine_model()},
+        "models": {"demo": model},
     }
     proxy = await Proxy(tmp_path / "w", "--log-level", "debug", settings=settings).listening()
 
@@ -337,9 +360,9 @@ async def test_sighup_reads_keys_again_and_secrets_are_nowhere(tmp_path: Path) -
     log = proxy.log.read_text()
     assert "key=second" in log, "the name is what a log needs"
     entry = entries[second[3:11]]
-    secrets = (first, second, token, entry.salt, entry.sha256, "secret-prompt")
+    secrets = (first, second, token, entry.salt, entry.sha256, "secret-prompt", "hf-secret")
     for written in tmp_path.rglob("*"):
-        if written.is_file() and written not in (file, token_file):
+        if written.is_file() and written not in (file, token_file, tmp_path / "w" / "warmpool.toml"):
             text = written.read_bytes()
             assert not [s for s in secrets if s.encode() in text], written
     assert not [s for s in secrets if s in shown]

@@ -13,7 +13,6 @@ import datetime as dt
 import hmac
 import logging
 import re
-import socket
 import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
@@ -261,9 +260,9 @@ class Guard:
 
     def _check_admin(self, request: web.Request, kind: _Kind) -> None:
         transport = request.transport
-        connection = transport.get_extra_info("socket") if transport is not None else None
-        if connection is not None and connection.family == socket.AF_UNIX:
-            return  # whoever may open the socket
+        local = transport.get_extra_info("sockname") if transport is not None else None
+        if self._admin.socket is not None and local == str(self._admin.socket):
+            return  # whoever may open it; another unix socket may be for everybody
         if self._token is not None:
             if kind is not _Kind.PAGE and not _shows(request, self._token):
                 raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.")
@@ -272,7 +271,7 @@ class Guard:
         if self._admin.socket is not None:
             raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
         peer = transport.get_extra_info("peername") if transport is not None else None
-        if not peer or not is_loopback(peer[0]):
+        if not isinstance(peer, tuple) or not is_loopback(peer[0]):
             raise ForbiddenError(
                 "Only from this host, as long as there is no admin token; see server.admin.token_file."
             )
