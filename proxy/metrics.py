@@ -155,7 +155,8 @@ class Metrics:
                 self.wake_failures.labels(model, tier)
 
     def forget(self, model: str) -> None:
-        """Let go of the gauges of a model that is gone; what was counted stays."""
+        """Let go of the gauges and recent times of a model that is gone; what was counted stays."""
+        self._recent = {key: recent for key, recent in self._recent.items() if key[0] != model}
         for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu):
             for sample in [s for family in gauge.collect() for s in family.samples]:
                 if sample.labels["model"] == model:

@@ -802,7 +802,8 @@ class Pool:
         Instances that an earlier order has closed are open again. Raises what `lease` does.
         """
         model = self._models[key]
-        for slot in model.slots.values():
+        surplus = len(model.slots) > model.settings.max_instances  # they go because the configuration says so
+        for slot in model.slots.values() if not surplus else ():
             if slot.order is not None and slot.instance.state in (State.RETIRING, State.WAKING):
                 self._end_order(slot, "an order to wake came after it")
         self.tick()

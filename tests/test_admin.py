@@ -226,6 +226,25 @@ async def test_events_end_when_the_server_begins_to_stop_and_hold_it_up_no_longe
         assert response.status == 503
 
 
+async def test_a_status_that_cannot_be_read_ends_the_streams_and_the_next_one_works(
+    front: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> dict[str, Any]:
+        raise ValueError("no status")
+
+    async with front.session.get("/admin/events") as response, asyncio.timeout(PATIENCE_S):
+        stream = events(response)
+        await anext(stream)
+        monkeypatch.setattr(front.pool, "status", broken)
+        front.pool.tick()
+        async for _ in stream:
+            pass
+    assert "no status" in caplog.text
+    monkeypatch.undo()
+    async with front.session.get("/admin/events") as response:
+        assert (await anext(events(response)))[0] == "snapshot"
+
+
 async def test_quiet_streams_say_that_they_are_alive(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin_events, "HEARTBEAT_S", 0.05)
     async with front.session.get("/admin/events") as response, asyncio.timeout(PATIENCE_S):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,8 @@ from proxy.errors import DrainingError, QueueFullError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+log = logging.getLogger("warmpool.admin")
 
 QUEUE_LENGTH: Final = 32
 MAX_LISTENERS: Final = 64
@@ -101,10 +104,12 @@ class Events:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_REFRESH_S):
                         await changed.wait()
+        except Exception:
+            log.exception("the status cannot be told")
         finally:
             silence()
             self._last = self._task = None
-            self._end()  # over, or reading failed: then clients come again
+            self._end()  # over, or failed: then clients come again
 
     def _send(self, event: bytes, or_else: dict[str, Any] | None = None) -> None:
         """Put an event into every queue; into a full one, a new snapshot instead of all that is in it."""

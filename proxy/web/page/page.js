@@ -238,7 +238,7 @@ function modelCard(key) {
       const missing = entry.missing_rungs[tier];
       return h("li", { class: tier === entry.tier ? "here" : missing ? "missing" : null, title: missing || null, "aria-current": tier === entry.tier ? "step" : null }, h("span", null, tier));
     }));
-    put(facts, entry.tier === "ready" ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
+    put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
     keyed(list, entry.instances, (i) => i.id, instanceRow);
     list.hidden = !entry.instances.length;
     doors.dataset.order = entry.draining ? "admit" : "drain";
@@ -267,14 +267,14 @@ function instanceRow() {
   return row;
 }
 
-function meter(title, where, total, parts, text) {
+function meter(title, where, total, parts, text, mayFill = false) {
   const bar = h("div", { class: "meter", role: "img", "aria-label": text });
   for (const [size, kind] of parts) {
     const part = h("i", { class: kind });
     part.style.width = `${Math.max(0, Math.min(100, (100 * size) / total))}%`;
     bar.append(part);
   }
-  if (parts.reduce((sum, [size]) => sum + size, 0) > 0.95 * total) bar.classList.add("full");
+  if (mayFill === false && parts.reduce((sum, [size]) => sum + size, 0) > 0.95 * total) bar.classList.add("full");
   return h("div", { class: "card" }, h("div", { class: "split" }, h("h3", null, title), h("span", { class: "muted" }, where)), bar, h("p", { class: "muted" }, text));
 }
 function showMemory() {
@@ -282,7 +282,7 @@ function showMemory() {
   for (const gpu of status.gpus || []) {
     const ours = gpu.charged_bytes || 0, foreign = gpu.foreign_bytes || 0, rest = Math.max(0, gpu.used_bytes - ours - foreign);
     cards.push(meter(`GPU ${gpu.index}`, gpu.name, gpu.total_bytes, [[ours, ""], [rest, "second"], [foreign, "third"]],
-      `${bytes(gpu.used_bytes)} of ${bytes(gpu.total_bytes)} used; ${bytes(ours)} by instances, ${bytes(foreign)} by others`));
+      `${bytes(gpu.used_bytes)} of ${bytes(gpu.total_bytes)} used; ${bytes(ours)} by instances, ${bytes(foreign)} by others`, true));
   }
   if (checkpoints.total_bytes) {
     const images = checkpoints.images.reduce((sum, i) => sum + i.bytes, 0), others = Math.max(0, checkpoints.used_bytes - images);
@@ -303,7 +303,7 @@ function wakeRow(wake) {
   row.show = () => {};
   const who = h("b", null, wake.instance), when = h("span", { class: "ago muted" }, ago(wake.at_unix_s));
   if (wake.failed) {
-    row.append(h("summary", null, who, h("span", { class: "way muted" }, `from ${wake.found}`), h("span", { class: "took failed" }, "failed"), h("span", null), when),
+    row.append(h("summary", null, who, h("span", { class: "way muted" }, `from ${wake.found}`), h("span", { class: "took failed" }, "failed"), h("span", { class: "why failed" }, wake.failed[0] ?? ""), when),
       h("ul", { class: "reasons" }, ...wake.failed.map((text) => h("li", null, text))));
     return row;
   }
