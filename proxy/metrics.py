@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 UNKNOWN_MODEL = "unknown"
+REFUSALS = (
+    "key", "model", "limit", "forbidden", "body", "malformed", "head", "slow_headers", "slow_body", "stalled",
+    "connections", "connections_per_address",
+)  # fmt: skip
+"""Why a request or a connection is refused at the edge; docs/api.md explains them."""
 RECENT = 256
 """How many times to the first byte are kept for each model and tier, beside the histogram."""
 
@@ -132,6 +137,8 @@ class Metrics:
         self.refused = Counter(
             "warmpool_refused", "Requests and connections refused at the edge, by reason.", ["reason"], registry=r
         )
+        for reason in REFUSALS:
+            self.refused.labels(reason)
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
         self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)

@@ -18,9 +18,10 @@ import pytest
 from proxy import keys
 from proxy.config import Settings
 from proxy.errors import ConfigError
+from proxy.metrics import REFUSALS, Metrics
 from tests.front import Front
 from tests.served import Proxy
-from tests.support import PATIENCE_S, engine_model
+from tests.support import PATIENCE_S, ROOT, engine_model
 from tests.test_http import ASK, error_of
 
 if TYPE_CHECKING:
@@ -504,6 +505,14 @@ async def test_any_page_may_where_it_says_so(front_of: Any) -> None:
     front: Front = await front_of(server={"cors": {"origins": ["*"]}})
     async with front.session.get("/v1/models", headers={"Origin": "https://x.example"}) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_every_reason_begins_at_0_and_is_explained() -> None:
+    registry = Metrics().registry
+    explained = (ROOT / "docs" / "api.md").read_text()
+    for reason in REFUSALS:
+        assert registry.get_sample_value("warmpool_refused_total", {"reason": reason}) == 0.0
+        assert f"`{reason}`" in explained
 
 
 # --- WebSockets ---
