@@ -56,6 +56,7 @@ T = TypeVar("T")
 MAX_IMAGE_FAILURES = 2
 """An image that failed to restore this often in a row is set aside."""
 _COUNTED = 256
+_MOMENT_S = 0.05
 _ADOPT_S = 5.0
 """How long an engine that runs already may take to say that it serves."""
 _DEEPEST_SLEEP = 2
@@ -753,15 +754,27 @@ class Pool:
         instance = slot.instance
         if instance.generation == generation:
             instance.end_lease(self._clock(), time.time())
-            if instance.leases and instance.state is State.READY and not self._orders:
-                # It is still busy, so nothing is to be decided unless others wait for its place.
-                model = self._models[instance.model]
-                if not any(m.queue for m in self._models.values() if m is not model):
+            if instance.state is State.READY and instance.ordered is None and not self._orders:
+                # Unless others wait for its place, nothing is to be decided now; what an idle one does next has time.
+                model = self._models.get(instance.model)
+                mine = model is not None and model.slots.get(instance.id) is slot  # a reload may have replaced it
+                if model is not None and mine and not any(m.queue for m in self._models.values() if m is not model):
                     self._dispatch(model)
+                    if not instance.leases:
+                        self._note_quiet()
+                        self._tick_soon()
                     self._tell()
                     return
         self._note_quiet()
         self.tick()
+
+    def _tick_soon(self) -> None:
+        """Decide within a moment; requests that end one after the other are one reason, not many."""
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() > loop.time() + _MOMENT_S:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(_MOMENT_S, self.tick)
 
     def _note_quiet(self) -> None:
         if self._open_leases == 0 and not any(m.queue for m in self._models.values()):
