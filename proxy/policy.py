@@ -167,8 +167,11 @@ def clones_wanted(model: ModelView, now: float) -> int:
     return _vacancies(model) if model.has_shared_image and now >= model.restock_at else 0
 
 
-def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None:
-    """The next rung down for an idle instance and when it is due; None when its timetable has no more."""
+def next_step(instance: Instance, model: ModelView, *, hurried: bool = False) -> tuple[Tier, float] | None:
+    """The next rung down for an idle instance and when it is due; None when its timetable has no more.
+
+    One that made room goes off the GPU at once, but not while others are `hurried`: beside a wake it would slow that.
+    """
     here = RESTING.get(instance.state)
     if here is None or instance.leases or instance.idle_since is None:
         return None
@@ -179,7 +182,8 @@ def next_step(instance: Instance, model: ModelView) -> tuple[Tier, float] | None
             since = _shared_image_idle_since(model) if shared else instance.idle_since
             if since is None:
                 return None
-            after_s = 0.0 if instance.evicted and tier is Tier.SUSPENDED else model.timetable[tier]
+            behind = instance.evicted and tier is Tier.SUSPENDED and not hurried
+            after_s = 0.0 if behind else model.timetable[tier]
             return tier, max(since + after_s, instance.postponed.get(tier, -math.inf))
     return None
 
@@ -195,6 +199,16 @@ def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
     if tier is Tier.ARCHIVED and instance.state is not State.CHECKPOINTED:
         return False  # only an image can be archived
     return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
+
+
+def may_suspend(instance: Instance, model: ModelView, now: float) -> bool:
+    """Whether one that sleeps can go off the GPU now."""
+    to = Tier.SUSPENDED
+    return (
+        instance.state is State.SLEEPING
+        and _possible(instance, to, model)
+        and now >= instance.postponed.get(to, -math.inf)
+    )
 
 
 def _recyclable(instance: Instance, model: ModelView, now: float) -> bool:
@@ -277,9 +291,10 @@ def decide(view: View, now: float) -> Plan:
     if not starved:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
+    hurried = _hurried(view)
     for model in view.models:
         plan.actions.extend([Clone(model.key)] * clones_wanted(model, now))
-        _reap(model, now, plan, used)
+        _reap(model, now, plan, used, hurried=hurried)
     return plan
 
 
@@ -480,12 +495,18 @@ def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: se
     plan.actions.extend(Retire(i) for i in chosen)
 
 
-def _reap(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
+def _hurried(view: View) -> bool:
+    """Whether a wake is under way that takes so little that it counts what goes on beside it."""
+    waking = (i for m in view.models for i in m.instances if i.state is State.WAKING)
+    return any(i.waking_from is not None and i.waking_from <= Tier.CHECKPOINTED for i in waking)
+
+
+def _reap(model: ModelView, now: float, plan: Plan, used: set[int], *, hurried: bool) -> None:
     if model.waiting:
         return
     keep = {id(i) for i in model.instances if i.state is State.READY} - {id(i) for i in _spare(model)}
     for instance in model.instances:
-        step = None if id(instance) in keep | used else next_step(instance, model)
+        step = None if id(instance) in keep | used else next_step(instance, model, hurried=hurried)
         if step is None:
             continue
         tier, due = step

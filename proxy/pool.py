@@ -1050,6 +1050,8 @@ class Pool:
     def _evict(self, action: policy.Wake) -> _Evictions:
         held = self._ledger.charge(action.instance) if action.instance is not None else gpu_ledger.NOTHING
         needed = gpu_ledger.beyond(self._ledger.need(action.model) or gpu_ledger.NOTHING, held)
+        if not gpu_ledger.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._ledger.gpus}):
+            needed = {}  # as much was free before anybody made room: nothing is to be seen to
         expected = {}
         for slot in (s for m in self._everyone() for s in m.slots.values()):
             if slot.instance.state in (State.SLEEPING, State.SUSPENDED):
@@ -1567,10 +1569,13 @@ class Pool:
             log.exception("GPU memory could not be looked at")
 
     async def _find_room(self, evictions: _Evictions) -> None:
-        # One that fell asleep goes off the GPU behind the wake: there may be enough then.
+        # One that fell asleep would go off the GPU behind the wake: now, so that there may be enough.
         slots = {s.instance.id: (m, s) for m, s in self._live() if s.instance.id in evictions.expected}
-        victims = [slots[i][1] for i in evictions.tasks if i in slots]
-        leaving = [s.task for s in victims if s.instance.state is State.SUSPENDING and s.task is not None]
+        victims = [slots[i] for i in evictions.tasks if i in slots]
+        for model, slot in victims:
+            if policy.may_suspend(slot.instance, model.view(), self._clock()):
+                self._begin_step_down(policy.StepDown(slot.instance, Tier.SUSPENDED, "evict"))
+        leaving = [s.task for _, s in victims if s.instance.state is State.SUSPENDING and s.task is not None]
         if leaving:
             await asyncio.wait(leaving)
         await self._weigh()

@@ -178,6 +178,23 @@ def test_an_idle_instance_of_another_model_makes_room() -> None:
     assert actions == [Wake("a", None, (StepDown(longest, Tier.SLEEPING, "evict"),))]
 
 
+@pytest.mark.parametrize(
+    ("waking_from", "at_once"),
+    [(Tier.SLEEPING, False), (Tier.SUSPENDED, False), (Tier.CHECKPOINTED, False), (Tier.STOPPED, True)],
+)
+def test_one_that_made_room_goes_off_the_gpu_behind_a_quick_wake_and_beside_a_cold_start(
+    waking_from: Tier, at_once: bool
+) -> None:
+    made_room, coming = instance(State.SLEEPING), instance(State.WAKING, key="b")
+    made_room.evicted, coming.waking_from = True, waking_from
+    both = model(made_room), model(coming, key="b")
+    off = [StepDown(made_room, Tier.SUSPENDED, "evict")]
+    assert plan(*both, now=1.0).actions == (off if at_once else [])
+    assert plan(*both, now=120.0).actions == off, "its own timetable counts all the same"
+    coming.state, coming.waking_from = State.READY, None
+    assert plan(*both, now=1.0).actions == off
+
+
 def test_with_room_left_nobody_is_evicted() -> None:
     idle = model(instance(State.READY, key="b"), key="b")
     assert plan(model(waiting=1, oldest_wait=0.0), idle, max_awake=2).actions == [Wake("a", None)]

@@ -108,6 +108,19 @@ async def test_where_both_fit_if_one_sleeps_it_sleeps_and_is_suspended_behind(ri
     await rig.until(a_1="suspended")
 
 
+async def test_a_wake_is_not_slowed_by_the_suspend_of_the_one_that_made_room(rig_of: RigOf) -> None:
+    rig = await rig_of(a=(60, 2), b=(60, 2))
+    await known(rig, "a", "b")
+    await use(rig, "a")
+    rig.runtime.gates["resume"] = asyncio.Event()
+    request = asyncio.create_task(use(rig, "b"))
+    await settle()
+    assert rig.states() == {"a-1": "sleeping", "b-1": "waking"}
+    rig.runtime.gates.pop("resume").set()
+    await request
+    assert rig.states() == {"a-1": "suspended", "b-1": "ready"}
+
+
 async def test_where_they_do_not_fit_even_then_the_other_is_suspended_first(rig_of: RigOf) -> None:
     rig = await rig_of(a=(60, 2), b=(77, 2))
     await known(rig, "a", "b")
