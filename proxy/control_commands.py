@@ -19,14 +19,12 @@ from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console
 from rich.live import Live
 
-from proxy import config, status_table
+from proxy import config, install, status_table
 from proxy.control import Address, Control, ControlError, address_of
-from proxy.errors import ConfigError, WarmpoolError
+from proxy.errors import ConfigError, HostError, WarmpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
-
-    from proxy.config import Settings
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -68,6 +66,9 @@ def _address(path: Path | None, url: str | None, token_file: Path | None) -> Add
 
 
 def _configured(path: Path | None) -> Address:
+    """Of the given configuration, else the installed one, else that of the environment alone."""
+    if path is None and install.CONFIG.is_file():
+        path = install.CONFIG
     try:
         return address_of(config.load(path).server)
     except ConfigError:
@@ -299,35 +300,43 @@ def admit(model: str | None, path: Path | None, url: str | None, token_file: Pat
 
 @click.command()
 @MODEL
-@CONFIG_OPTION
+@_server_options
 @click.option("--follow", "-f", is_flag=True, help="Stay, and print what is added.")
-@click.option(
-    "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="How many to begin with."
-)
+@click.option("--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="Begin with so many.")
 @_INSTANCE
-def logs(model: str, path: Path | None, follow: bool, lines: int, instance: str | None) -> None:
+def logs(
+    model: str,
+    path: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    follow: bool,
+    lines: int,
+    instance: str | None,
+) -> None:
     """Print what the engines of MODEL wrote; on the server's host."""
-    settings = config.load(path)
-    key = _known(settings, model)
-    folder = settings.pool.state_dir / "logs"
+    folder, key = _run(_log_folder(_address(path, url, token_file), path, model))
     with _Logs(folder, key, instance) as reader, contextlib.suppress(KeyboardInterrupt):
         printed = reader.begin(lines)
         if not printed and not follow:
             what = instance or f"any instance of {key}"
-            raise click.ClickException(f"no log of {what} in {folder.absolute()} (pool.state_dir)")
+            raise click.ClickException(f"no log of {what} in {folder}")
         while follow:
             time.sleep(_FOLLOW_S)
             reader.go_on()
 
 
-def _known(settings: Settings, model: str) -> str:
-    if model in settings.models:
-        return model
+async def _log_folder(address: Address, path: Path | None, model: str) -> tuple[Path, str]:
+    """Where the running server has its logs, and the model's key; as the configuration says where none runs."""
     try:
-        return settings.names()[model]
-    except KeyError:
-        known = ", ".join(settings.models)
-        raise click.BadParameter(f"no model {model!r}; there are: {known}", param_hint="MODEL") from None
+        async with Control(address) as control:
+            found = await control.status()
+        return Path(found["log_dir"]), str(_key(found, model))
+    except HostError:
+        settings = config.load(path)
+        key = settings.names().get(model, model)
+        if key not in settings.models:
+            raise ControlError(f"no model {model!r}; there are: {', '.join(settings.models)}") from None
+        return settings.pool.state_dir.absolute() / "logs", key
 
 
 class _Logs:

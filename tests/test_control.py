@@ -132,13 +132,18 @@ async def test_watch_follows_until_the_server_ends(proxy: Proxy) -> None:
 
 async def test_logs_print_what_the_engines_wrote_and_follow(proxy: Proxy) -> None:
     configuration = str(proxy.folder / "warmpool.toml")
-    status, _, err = await attempt(proxy, "logs", "demo", "-c", configuration)
+    status, _, err = await attempt(proxy, "logs", "demo")
     assert (status, "no log of any instance of demo" in err) == (1, True)
+    assert (await attempt(proxy, "logs", "other"))[2] == "Error: no model 'other'; there are: demo\n"
     await run(proxy, "wake", "demo")
-    assert "listening on" in await run(proxy, "logs", "org/Demo", "-c", configuration)
-    assert await run(proxy, "logs", "demo", "-n", "0", "-c", configuration) == ""
+    assert "listening on" in await run(proxy, "logs", "org/Demo")
+    nobody = ("--url", "http://127.0.0.1:9", "-c", configuration)
+    assert "listening on" in await run(proxy, "logs", "org/Demo", *nobody)
+    status, _, err = await attempt(proxy, "logs", "other", *nobody)
+    assert (status, "there are: demo" in err) == (1, True)
+    assert await run(proxy, "logs", "demo", "-n", "0") == ""
     following = await asyncio.create_subprocess_exec(
-        PYTHON, "-m", "proxy", "logs", "demo", "-f", "-n", "1", "-c", configuration,
+        PYTHON, "-m", "proxy", "logs", "demo", "-f", "-n", "1", "--url", proxy.url,
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert following.stdout is not None

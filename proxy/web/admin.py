@@ -48,6 +48,7 @@ class Admin:
         memory = await self._ledger.read()
         return {
             "version": __version__,
+            "log_dir": str(self._pool.settings.pool.state_dir.absolute() / "logs"),
             **self._pool.status(),
             "ttft": self._metrics.ttft_summary(),
             "memory": memory,
