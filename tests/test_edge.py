@@ -166,6 +166,17 @@ async def test_what_is_refused_is_counted_and_logged_in_one_line(edge: Front, ca
     assert "\n" not in lines[0].getMessage()
 
 
+async def test_what_comes_behind_a_declined_upgrade_is_looked_at_too(edge: Front) -> None:
+    upgrade = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for shape in ("an absolute URL", "TE gzip, chunked", "TE with HTTP/1.0", "CONNECT", "two CLs that differ"):
+        answer = await exchange(edge, upgrade + SHAPES[shape] + SMUGGLED)
+        assert answer.startswith(b"HTTP/1.1 200"), shape
+        assert re.search(rb"}HTTP/1\.[01] 400", answer), (shape, answer)
+        assert len(re.findall(rb"HTTP/1\.[01] \d", answer)) == 2, shape
+    fine = post(LENGTH, "Connection: close", body=BODY)
+    assert (await exchange(edge, upgrade + fine)).count(b"HTTP/1.1 200") == 2
+
+
 async def test_a_path_cannot_forge_a_line_of_the_log(edge: Front, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "warmpool")
     target = "/v1/responses/resp_1%0a12:00:00%20ERROR%20forged%0d%00"

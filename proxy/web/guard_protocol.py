@@ -197,6 +197,16 @@ class GuardedProtocol(RequestHandler):
         if self._head_bytes > self._doors.limits.head:
             self._refuse("head", 431, "The request's headers are too large together.", "headers_too_large")
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the end of an answer. What came behind an upgrade that was declined is parsed here, so checked here."""
+        before = self._request_count
+        finished = await super().finish_response(request, resp, start_time)
+        if self._request_count != before and self._messages:
+            self._check_new(self._request_count - before)
+        return finished
+
     # --- what goes out ---
 
     def pause_writing(self) -> None:
