@@ -27,20 +27,23 @@ _COLOURS: Final[Mapping[str, str]] = {
     "broken": "red",
 }
 
+_NUMBERS: Final = frozenset({"GPU", "BUSY", "QUEUE", "IDLE"})
+_GPU: Final = 3
+"""The column of GPU memory, which is left out where there are no GPUs."""
+
 
 def table(status: dict[str, Any], model: str | None = None) -> RenderableType:
     """Models and their instances, then memory; `model`: only that one, by key."""
     now = time.time()
+    has_gpus = bool(status.get("gpus"))
     rows = Table(box=box.SIMPLE, pad_edge=False)
-    for name, right in (
-        ("MODEL", False), ("INSTANCE", False), ("STATE", False), ("BUSY", True), ("QUEUE", True),
-        ("IDLE", True), ("NEXT", False), ("LAST WAKE", False),
-    ):  # fmt: skip
-        rows.add_column(name, justify="right" if right else "left", overflow="fold")
+    for name in ("MODEL", "INSTANCE", "STATE", "GPU", "BUSY", "QUEUE", "IDLE", "NEXT", "LAST WAKE"):
+        if name != "GPU" or has_gpus:
+            rows.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
     for key, entry in status["models"].items():
         if model in (None, key):
             for row in _rows(key, entry, now):
-                rows.add_row(*row)
+                rows.add_row(*(row if has_gpus else [*row[:_GPU], *row[_GPU + 1 :]]))
     notes = [Text(text) for text in _notes(status)]
     return Group(rows, *notes)
 
@@ -51,7 +54,7 @@ def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[Renderab
         title.append(" closed", style="yellow")
     waiting = str(entry["queue"])
     if not entry["instances"]:
-        yield [title, "", Text("stopped", style="dim"), "", waiting, "", "", ""]
+        yield [title, "", Text("stopped", style="dim"), "", "", waiting, "", "", ""]
     for instance in entry["instances"]:
         state = instance["state"]
         used, step = instance["last_used_unix_s"], instance["next_step"]
@@ -63,6 +66,7 @@ def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[Renderab
             title,
             instance["id"],
             Text(state.replace("_", " "), style=_COLOURS.get(state, "yellow")),
+            short_size(held) if (held := sum(instance.get("gpu_bytes", {}).values())) else "",
             str(instance["leases"]),
             waiting,
             "" if busy or used is None else _short(now - used),

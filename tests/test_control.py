@@ -212,6 +212,7 @@ def test_the_table_shows_what_there_is() -> None:
     instance: dict[str, Any] = {
         "id": "demo-1", "state": "falling_asleep", "leases": 2, "ordered": "suspended", "next_step": None,
         "last_used_unix_s": None, "last_wake": None,
+        "gpu_bytes": {"GPU-a": 3 << 30, "GPU-b": 4 << 30},
     }  # fmt: skip
     model = {"draining": True, "queue": 3, "instances": [instance]}
     gpu = {"index": 0, "name": "H100", "total_bytes": 80 << 30, "used_bytes": 12 << 30, "reserved_bytes": 0}
@@ -221,7 +222,7 @@ def test_the_table_shows_what_there_is() -> None:
     console.print(status_table.table(shown))
     text = console.export_text()
     for expected in (
-        "demo closed", "falling asleep", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
+        "demo closed", "falling asleep", "7 GiB", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
         "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 images (/tmpfs)",
     ):  # fmt: skip
         assert expected in text, text
