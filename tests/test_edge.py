@@ -537,6 +537,10 @@ async def test_a_new_certificate_is_for_new_connections_and_open_ones_stay(edge_
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
         await get(front, authority.context())
     assert b"200 OK" in await ask(), "the connection of before"
+    _, named = await asyncio.open_connection(
+        "127.0.0.1", front.port, ssl=second.context(), server_hostname="localhost"
+    )  # with a name in the handshake, as above without
+    named.close()
     key.write_text("broken")
     with pytest.raises(ConfigError, match="server.tls: .*cannot be used"):
         front.tls.reload()
