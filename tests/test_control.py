@@ -130,6 +130,25 @@ async def test_watch_follows_until_the_server_ends(proxy: Proxy) -> None:
     assert await watching.wait() == 0
 
 
+async def test_watch_draws_a_table_until_it_is_interrupted(proxy: Proxy) -> None:
+    environment = {**os.environ, "WARMPOOL_URL": proxy.url, "COLUMNS": "200"}
+    master, terminal = os.openpty()
+    watching = await asyncio.create_subprocess_exec(
+        PYTHON, "-m", "proxy", "status", "--watch", cwd=ROOT, env=environment, stdin=terminal, stdout=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    drawn = b""
+    async with asyncio.timeout(PATIENCE_S):
+        while b"demo" not in drawn:
+            drawn += await asyncio.to_thread(os.read, master, 65536)
+        await run(proxy, "wake", "demo")
+        while b"demo-1" not in drawn or b"ready" not in drawn:
+            drawn += await asyncio.to_thread(os.read, master, 65536)
+    watching.send_signal(signal.SIGINT)
+    assert await watching.wait() == 0
+    os.close(master)
+
+
 async def test_logs_print_what_the_engines_wrote_and_follow(proxy: Proxy) -> None:
     configuration = str(proxy.folder / "warmpool.toml")
     status, _, err = await attempt(proxy, "logs", "demo")

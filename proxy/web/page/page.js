@@ -212,6 +212,7 @@ function show() {
   const instances = models.flatMap(([, entry]) => entry.instances);
   const waiting = models.reduce((sum, [, entry]) => sum + entry.queue, 0);
   const totals = [[models.length, "models"], [instances.filter((i) => i.tier === "ready").length, "ready"], [status.leases, "running"], [waiting, "waiting"]];
+  if (status.leaving?.length) totals.push([status.leaving.length, "leaving"]);  // of models that changed or went
   put(byId("totals"), ...totals.map(([count, name]) => h("div", null, h("dt", null, name), h("dd", null, String(count)))));
   const doors = byId("doors");
   doors.hidden = false;
