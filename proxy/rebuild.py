@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -52,10 +53,13 @@ async def _make_anew(pool: Pool, usage: Usage, key: str) -> None:
 
 
 async def keep(usage: Usage, every_s: float = SAVE_EVERY_S) -> None:
-    """Save the counts now and then, for ever, and once more when cancelled."""
+    """Save the counts now and then, and when there is news, for ever; once more when cancelled."""
     try:
         while True:
-            await asyncio.sleep(every_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every_s):
+                    await usage.news.wait()
+            usage.news.clear()
             await asyncio.to_thread(usage.save)
     finally:
         usage.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -27,10 +28,14 @@ class Usage:
         self._counts: dict[str, tuple[float, float]] = {}
         """Model → its count, and when that was right."""
         self._saved: dict[str, tuple[float, float]] = {}
+        self.news = asyncio.Event()
+        """A model was asked for that never was before: worth saving at once."""
 
     def note(self, model: str) -> None:
         """One more request."""
         now = self._clock()
+        if model not in self._counts:
+            self.news.set()
         self._counts[model] = self._count(model, now) + 1.0, now
 
     def _count(self, model: str, now: float) -> float:

@@ -60,9 +60,14 @@ class Machine:
         limits = [
             f"--ulimit={name}={os.sysconf('SC_OPEN_MAX') if name == 'nofile' else 4096}" for name in ("nofile", "nproc")
         ]
+        # On cgroup v1 CRIU does not find its way in a cgroup namespace inside another one.
+        unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+        cgroups = (
+            ["--cgroupns=private"] if unified else ["--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw"]
+        )
         podman(
             "run", "--detach", "--name", self.name, "--privileged", "--systemd=always", "--network=none",
-            "--cgroupns=private", "--pids-limit=-1", *limits, *(f"--volume={p}:{p}:ro" for p in tops),
+            *cgroups, "--pids-limit=-1", *limits, *(f"--volume={p}:{p}:ro" for p in tops),
             f"--volume={store}:/host-storage:ro", "--tmpfs=/var/lib/containers:rw,exec", "--rootfs", str(self.root),
             str(INIT),
         )  # fmt: skip
@@ -94,7 +99,7 @@ class Machine:
     def run(self, *command: str, check: bool = True, timeout_s: float = 60.0) -> str:
         """What a command prints in there, errors too."""
         done = subprocess.run(
-            ["podman", "exec", "--workdir", str(ROOT), self.name, *command],
+            ["podman", "--log-level=error", "exec", "--workdir", str(ROOT), self.name, *command],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=timeout_s,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stdout}"
@@ -102,7 +107,9 @@ class Machine:
 
     def fails(self, *command: str) -> str:
         """What a command prints that must fail."""
-        done = subprocess.run(["podman", "exec", self.name, *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["podman", "--log-level=error", "exec", self.name, *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode != 0, done.stdout
         return done.stdout + done.stderr
 

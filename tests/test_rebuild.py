@@ -58,16 +58,26 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str, caplog: pyt
 
 async def test_counts_are_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     usage = Usage(tmp_path / "usage.json")
-    keeper = asyncio.create_task(keep(usage, 0.001))
+    keeper = asyncio.create_task(keep(usage, 3600.0))
     usage.note("a")
     while not (tmp_path / "usage.json").exists():
-        await asyncio.sleep(0.001)
-    usage.note("b")
+        await asyncio.sleep(0.001)  # a model that is new is saved at once
+    before = (tmp_path / "usage.json").read_bytes()
+    usage.note("a")
+    usage.note("a")
+    await settle()
+    assert (tmp_path / "usage.json").read_bytes() == before
     keeper.cancel()
     await asyncio.gather(keeper, return_exceptions=True)
     after = Usage(tmp_path / "usage.json")
     after.load()
-    assert set(after.ranking()) == {"a", "b"}
+    assert after.count("a") == pytest.approx(3.0)
+    often = asyncio.create_task(keep(usage, 0.001))
+    usage.note("a")
+    while (tmp_path / "usage.json").read_bytes() == before:
+        await asyncio.sleep(0.001)
+    often.cancel()
+    await asyncio.gather(often, return_exceptions=True)
     Usage(tmp_path / "nowhere" / "usage.json").save()
 
 

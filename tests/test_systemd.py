@@ -131,6 +131,12 @@ def test_containers_outlive_warmpool_under_systemd_and_are_adopted(machine: Mach
     assert machine.inside("ask")["tier"] == "ready"
     assert machine.journal("warmpool.service").count("demo-1 adopted: ready") == 2
     assert len(machine.run("podman", "ps", "--quiet").split()) == 1
+    if why_no_criu() is not None:
+        return
+    machine.write(CONFIG, settings({**podman, "idle": QUICK}))
+    machine.run("systemctl", "reload", "warmpool.service")
+    machine.inside("until", "checkpointed")
+    assert machine.inside("ask")["tier"] == "checkpointed"
     report = machine.run("systemd-analyze", "security", "--no-pager", "warmpool.service")
     found = re.search(r"Overall exposure level for warmpool.service: ([\d.]+)", report)
     assert found
