@@ -305,7 +305,7 @@ def restore_flags(
     matrix = [
         variant
         for variant in flags.variants(setup.runtime, program, disk)
-        if not only or variant.name == flags.DEFAULT or any(text in variant.name for text in only)
+        if not only or variant.name in (flags.DEFAULT, flags.AGAIN) or any(text in variant.name for text in only)
     ]
     writer = _writer("restore-flags", out, setup=setup, count=count, only=list(only))
     good = _run(
