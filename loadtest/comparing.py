@@ -28,11 +28,18 @@ class Comparison:
     ratio: stats.Ratio
 
     def regressed(self, bound: float) -> bool:
-        """Worse beyond the bound, and not by chance: the whole interval of the ratio is above 1."""
-        return self.ratio.ratio > bound and self.ratio.low > 1
+        """Worse beyond the bound, and not by chance: the whole interval of the ratio is above 1, of enough samples."""
+        return self.enough and self.ratio.ratio > bound and self.ratio.low > 1
+
+    @property
+    def enough(self) -> bool:
+        """Whether both have as many samples as a median should have."""
+        return self.base.enough and self.other.enough
 
     def verdict(self, bound: float) -> str:
         """In a word."""
+        if not self.enough:
+            return f"fewer than {stats.FEWEST} samples"
         if self.regressed(bound):
             return "regression"
         if self.ratio.low > 1:

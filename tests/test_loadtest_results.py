@@ -167,6 +167,14 @@ def test_a_regression_is_beyond_the_bound_and_not_by_chance(tmp_path: Path) -> N
     assert found.regressed(1.05)
 
 
+def test_a_few_samples_are_no_regression(tmp_path: Path) -> None:
+    base = results.read(run_file(tmp_path / "a", "restore", {"ready": [1.0] * 20}))
+    other = results.read(run_file(tmp_path / "b", "restore", {"ready": [5.0] * 9}))
+    (found, *_) = comparing.compare(base, other)
+    assert not found.regressed(1.10)
+    assert found.verdict(1.10) == "fewer than 10 samples"
+
+
 def test_compare_says_when_there_is_nothing_to_compare(tmp_path: Path) -> None:
     base = run_file(tmp_path / "a", "restore", {"ready": [1.0]})
     other = run_file(tmp_path / "b", "restore", {"sleeping": [1.0]})
