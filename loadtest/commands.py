@@ -97,14 +97,19 @@ def _served(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path, dir_okay=False),
         help="Your models instead of the load-test engine.",
     )
+    @click.option(
+        "--sleep-level",
+        type=click.IntRange(1, 2),
+        help="In a checkpoint; 1: with the weights (default: as configured).",
+    )
     @click.option("--model", help="The key of the model in --config (default: its first).")
     @wraps(function)
     def wrapper(
         *, runtime: str | None, memory: str, load_s: float, ttft_s: float, tokens_per_second: float,
-        options: tuple[str, ...], config: Path | None, model: str | None, **rest: Any,
+        options: tuple[str, ...], config: Path | None, model: str | None, sleep_level: int | None, **rest: Any,
     ) -> Any:  # fmt: skip
         engine = serving.Engine(memory, load_s, ttft_s, tokens_per_second, options=options)
-        setup = serving.Setup(runtime or serving.default_runtime(), engine, config, model)
+        setup = serving.Setup(runtime or serving.default_runtime(), engine, config, model, sleep_level)
         setup.keys()
         return function(setup=setup, **rest)
 
@@ -120,7 +125,7 @@ def _writer(command: str, out: Path | None, **options: Any) -> results.Writer:
             engine = setup.engine
             about |= {"memory": engine.memory, "load_s": engine.load_s, "ttft_s": engine.ttft_s}
             about |= {"tokens_per_second": engine.tokens_per_second, "engine": " ".join(engine.options)}
-        options = about | options
+        options = about | {"sleep_level": setup.sleep_level} | options
     return results.Writer(path, command, {n: v for n, v in options.items() if v not in (None, "", ())})
 
 

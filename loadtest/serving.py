@@ -78,6 +78,8 @@ class Setup:
     config: Path | None = None
     model: str | None = None
     """A key of `config`; default is its first model."""
+    sleep_level: int | None = None
+    """At which an engine sleeps in its checkpoint, instead of as configured."""
 
     def base(self) -> dict[str, Any]:
         """The user's configuration. Raises ServeError."""
@@ -124,6 +126,7 @@ class Setup:
         models = {
             key: {
                 **(self._table() if self.config is None else base["models"][key]),
+                **({} if self.sleep_level is None else {"golden_sleep_level": self.sleep_level}),
                 **(entry or {}),
                 "idle": {**NEVER, **idle},
             }
