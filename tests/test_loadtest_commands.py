@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+import tomli_w
 
-from loadtest import results
+from loadtest import images, results, serving
 from tests.podman_bench import why_no_podman
 from tests.served import Proxy
 from tests.support import ROOT, engine_model, processes_with, why_no_criu
@@ -169,6 +171,33 @@ def test_calibrate(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "calibrate", "--streams", "50", "--per-second", "100")
     assert len(found.values("client", "error_s")) == 50
     assert found.counts["most_open"] == 50
+
+
+def test_models_of_ones_own(tmp_path: Path) -> None:
+    config = tmp_path / "own.toml"
+    models = {"first": engine_model(), "second": engine_model(name="org/Second-7B", idle={"sleeping": "1h"})}
+    config.write_text(tomli_w.dumps({"models": models, "server": {"port": 9}}))
+    found = ran(tmp_path / "r", "baseline", "--config", str(config), "--model", "second", "-n", "1")
+    assert [s["model"] for s in found.samples] == ["second"]
+    assert found.counts["lost"] == 0
+    assert found.options["model"] == "second"
+
+
+def test_a_load_format_goes_into_the_command(tmp_path: Path) -> None:
+    config = tmp_path / "own.toml"
+    command = ["vllm", "serve", "--load-format", "auto", "--port", "{port}"]
+    config.write_text(tomli_w.dumps({"models": {"a": {"process": {"command": command}}}}))
+    setup = serving.Setup(config=config)
+    with serving.folders() as where:
+        made = images.configure(setup, images.Variant(1, "safetensors"), where)
+        written = tomllib.loads(made.read_text())
+        with pytest.raises(serving.ServeError, match="sleep mode"):
+            images.configure(setup, images.Variant(0), where)
+        with pytest.raises(serving.ServeError, match="loads no files"):
+            images.configure(serving.Setup(), images.Variant(2, "auto"), where)
+    model = written["models"]["a"]
+    assert model["process"]["command"] == ["vllm", "serve", "--load-format", "safetensors", "--port", "{port}"]
+    assert model["golden_sleep_level"] == 1
 
 
 def test_proxy_is_the_benchmark_of_the_proxy() -> None:
