@@ -47,11 +47,10 @@ class Variant:
 
 def variants(runtime: str, program: Path | None, disk: Path) -> list[Variant]:
     """The matrix for a runtime: `program` is a CRIU other than the system's, `disk` a folder that is not on tmpfs."""
-    other = "never" if huge_pages() == "always" else "always"
     found = [
         Variant(DEFAULT),
         Variant("keep = false", entry={"keep": False}),
-        Variant(f"huge pages {other}", huge_pages=other),
+        *(Variant(f"huge pages {word}", huge_pages=word) for word in ("always", "never") if word != huge_pages()),
         Variant("on disk", images=disk),
         Variant("archived (zstd, on disk)", rung="archived"),
     ]
