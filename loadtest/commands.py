@@ -137,19 +137,23 @@ def _run(writer: results.Writer, title: str, work: Callable[[Display], Coroutine
     return found
 
 
-def _finish(ctx: click.Context, writer: results.Writer, good: bool, *shown: Any) -> None:
+def _finish(ctx: click.Context, writer: results.Writer, good: bool) -> None:
     """Print what was found and end with the exit status it deserves."""
+    _show(writer.result)
+    click.echo(f"all samples: {writer.path}")
+    ctx.exit(0 if good else 1)
+
+
+def _show(result: results.Result) -> None:
     console = tables.console()
-    console.print(tables.head(writer.result))
-    for table in shown:
+    console.print(tables.head(result))
+    for table in tables.of(result):
         console.print(table)
-    for text in (tables.counts(writer.result), tables.client_lateness(writer.result)):
+    for text in (tables.counts(result), tables.client_lateness(result)):
         if text:
             console.print(text)
-    for note in writer.result.notes:
+    for note in result.notes:
         console.print(f"note: {note}")
-    console.print(f"all samples: {writer.path}")
-    ctx.exit(0 if good else 1)
 
 
 @cli.command()
@@ -161,8 +165,7 @@ def baseline(ctx: click.Context, setup: serving.Setup, count: int, out: Path | N
     """Cold starts, stage by stage: container, model, health, first token, full answer."""
     writer = _writer("baseline", out, setup=setup, count=count)
     good = _run(writer, "baseline", lambda display: ladder.baseline(setup, count, writer, display))
-    result = writer.result
-    _finish(ctx, writer, good, tables.summary(result), tables.summary(result, "total_s"), tables.stages(result))
+    _finish(ctx, writer, good)
 
 
 @cli.command()
@@ -181,7 +184,7 @@ def restore(
     chosen = rungs or ladder.WARM
     writer = _writer("restore", out, setup=setup, count=count, cold=cold, rungs=", ".join(chosen))
     good = _run(writer, "restore", lambda display: ladder.restore(setup, count, cold, chosen, writer, display))
-    _finish(ctx, writer, good, tables.summary(writer.result), tables.stages(writer.result))
+    _finish(ctx, writer, good)
 
 
 @cli.command()
@@ -205,7 +208,7 @@ def burst(
     """Many requests in one moment, to a model that is cold, checkpointed, suspended, ready."""
     writer = _writer("burst", out, setup=setup, sizes=list(sizes), rounds=rounds, rungs=", ".join(rungs))
     good = _run(writer, "burst", lambda display: ladder.burst(setup, sizes, rungs, rounds, writer, display))
-    _finish(ctx, writer, good, tables.summary(writer.result))
+    _finish(ctx, writer, good)
 
 
 @cli.command("trace")
@@ -264,7 +267,7 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
             return await trace.replay(client, planned, len(rows), how, writer, display)
 
     account = _run(writer, "trace", work)
-    _finish(ctx, writer, not account.lost, tables.summary(writer.result), tables.where(writer.result))
+    _finish(ctx, writer, not account.lost)
 
 
 @cli.command("soak")
@@ -280,7 +283,7 @@ def soak_(ctx: click.Context, setup: serving.Setup, models: int, length: str, se
     writer = _writer("soak", out, setup=setup, models=models, seconds=seconds, seed=seed)
     found = _run(writer, "soak", lambda display: soak.soak(setup, models, seconds, writer, display, seed=seed))
     good = not (found.checks.lost or found.checks.different or found.leaks())
-    _finish(ctx, writer, good, tables.summary(writer.result))
+    _finish(ctx, writer, good)
 
 
 @cli.command("restore-flags")
@@ -318,8 +321,7 @@ def restore_flags(
         "restore-flags",
         lambda display: flags.restore_flags(setup, matrix, count, compressions, writer, display),
     )
-    result = writer.result
-    _finish(ctx, writer, good, tables.summary(result), tables.against(result, flags.DEFAULT), tables.moves(result))
+    _finish(ctx, writer, good)
 
 
 @cli.command()
@@ -348,7 +350,7 @@ def checkpoint(
     variants = [images.Variant(level, form) for level in levels for form in (formats or (None,))]
     writer = _writer("checkpoint", out, setup=setup, count=count, levels=list(levels), formats=list(formats))
     good = _run(writer, "checkpoint", lambda display: images.checkpoint(setup, variants, count, writer, display))
-    _finish(ctx, writer, good, tables.values(writer.result))
+    _finish(ctx, writer, good)
 
 
 @cli.command()
@@ -374,7 +376,7 @@ def analyze(ctx: click.Context, setup: serving.Setup, folder: Path | None, out: 
             _look(where.images, writer)
 
     _run(writer, "analyze", work)
-    _finish(ctx, writer, True, tables.contents(writer.result))
+    _finish(ctx, writer, True)
 
 
 def _look(folder: Path, writer: results.Writer) -> None:
@@ -398,7 +400,7 @@ def calibrate(ctx: click.Context, streams: int, per_second: float, tokens_per_se
     load = own_error.Load(streams, per_second, tokens_per_second)
     writer = _writer("calibrate", out, streams=streams, per_second=per_second, tokens_per_second=tokens_per_second)
     found = _run(writer, "calibrate", lambda display: own_error.measure(load, writer, display))
-    _finish(ctx, writer, not found.lost, tables.own_error(writer.result))
+    _finish(ctx, writer, not found.lost)
 
 
 @cli.command()
@@ -422,6 +424,14 @@ def compare(ctx: click.Context, base: Path, other: Path, bound: float) -> None:
         console.print(f"not the same: {text}")
     console.print(tables.comparison(found, bound))
     ctx.exit(1 if any(one.regressed(bound) for one in found) else 0)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+def show(files: tuple[Path, ...]) -> None:
+    """Print what a run printed, from its file of results."""
+    for path in files:
+        _show(results.read(path))
 
 
 @cli.command()

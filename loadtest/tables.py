@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loadtest.results import Result
 
 COLD: Final = "stopped"
+_OF: Final = {TTFT: "FIRST TOKEN", "total_s": "WHOLE ANSWER"}
 AGAINST_COLD: Final = ("baseline", "restore", "burst")
 """Runs of which the requests differ in what they find only."""
 
@@ -59,7 +60,7 @@ def table(*columns: str, right: Iterable[str] = ()) -> Table:
 
 def summary(result: Result, name: str = TTFT) -> Table:
     """A row for each series: the median with its interval, percentiles, outliers, the ratio to a cold start."""
-    columns = ["SERIES", "N", "MEDIAN", "95 % INTERVAL", "P95", "P99", "MOST", "OUTLIERS"]
+    columns = [_OF.get(name, "SERIES"), "N", "MEDIAN", "95 % INTERVAL", "P95", "P99", "MOST", "OUTLIERS"]
     if result.command in AGAINST_COLD:
         columns.append("AGAINST COLD")
     made = table(*columns, right=columns[1:])
@@ -206,6 +207,25 @@ def comparison(found: Sequence[Comparison], bound: float) -> Table:
             Text(verdict, style=style),
         )
     return made
+
+
+def of(result: Result) -> list[Table]:
+    """What a run is shown with."""
+    match result.command:
+        case "calibrate":
+            return [own_error(result)]
+        case "checkpoint":
+            return [values(result)]
+        case "analyze":
+            return [contents(result)]
+        case "trace" | "soak":
+            return [summary(result), where(result)]
+        case "burst":
+            return [summary(result)]
+        case "restore-flags":
+            return [summary(result), against(result, next(iter(result.series()), "")), moves(result)]
+        case _:
+            return [summary(result), summary(result, "total_s"), stages(result)]
 
 
 def head(result: Result) -> str:
