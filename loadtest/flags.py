@@ -59,7 +59,11 @@ def variants(runtime: str, program: Path | None, disk: Path) -> list[Variant]:
         found += [
             Variant("ignore_static_ip, _mac = false", criu=fixed),
             Variant("tcp_close = false", criu={"tcp_close": False}),
-            Variant("tcp_established = true", entry={"max_instances": 1}, criu={"tcp_established": True, **fixed}),
+            Variant(
+                "tcp_established = true",
+                entry={"max_instances": 1},
+                criu={"tcp_established": True, "tcp_close": False, **fixed},
+            ),
             Variant("file_locks = false", criu={"file_locks": False}),
             Variant("link_remap = false", criu={"link_remap": False}),
             Variant("ignore_rootfs = true", criu={"ignore_rootfs": True}),
