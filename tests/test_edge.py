@@ -60,13 +60,11 @@ async def edge(edge_of: Any) -> Front:
     return made
 
 
-async def exchange(front: Front, data: bytes, *, then_eof: bool = False) -> bytes:
+async def exchange(front: Front, data: bytes) -> bytes:
     """Everything the server says to some bytes until it closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     try:
         writer.write(data)
-        if then_eof:
-            writer.write_eof()
         async with asyncio.timeout(PATIENCE_S):
             return await reader.read()
     except ConnectionResetError:
@@ -145,14 +143,14 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
-async def test_what_servers_read_differently_is_refused_and_the_connection_ends(edge: Front, shape: str) -> None:
-    answer = await exchange(edge, SHAPES[shape] + SMUGGLED, then_eof=False)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head[:12] in (b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 405"), answer
-    assert answer.count(b"HTTP/1.") == 1, "what follows is no request"
-    assert error_of(body)["type"] == "invalid_request_error"
-    assert b"admin" not in body
+async def test_what_servers_read_differently_is_refused_and_the_connection_ends(edge: Front) -> None:
+    for shape, request in SHAPES.items():
+        answer = await exchange(edge, request + SMUGGLED)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head[9:12] in (b"400", b"405"), (shape, answer)
+        assert answer.count(b"HTTP/1.") == 1, (shape, "what follows is no request")
+        assert error_of(body)["type"] == "invalid_request_error", shape
+        assert b"admin" not in body, shape
     assert edge.pool.status()["models"]["demo"]["instances"] == [], "nothing was woken"
 
 
@@ -181,7 +179,8 @@ async def test_a_path_cannot_forge_a_line_of_the_log(edge: Front, caplog: pytest
     caplog.set_level("INFO", "warmpool")
     target = "/v1/responses/resp_1%0a12:00:00%20ERROR%20forged%0d%00"
     await exchange(edge, f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-    await exchange(edge, f"GET {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n".encode())
+    page = "Connection: close\r\nOrigin: https://evil.example"
+    await exchange(edge, f"GET {target} HTTP/1.1\r\nHost: x\r\n{page}\r\n\r\n".encode())
     await exchange(edge, b"GET /metrics?%0a HTTP/1.1\r\nHost: evil%0a\r\nConnection: close\r\n\r\n")
     assert len(caplog.records) >= 2
     assert not [m for m in caplog.messages if set(m) & set("\n\r\0")]
