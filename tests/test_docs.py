@@ -12,8 +12,10 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from pydantic import BaseModel
 
+from proxy import errors
 from proxy.cli import cli
 from proxy.config import ENV_DELIMITER, ENV_PREFIX, RESERVED_ENV, ModelSettings, Settings
+from proxy.instance import State
 from proxy.metrics import Metrics
 from proxy.web import app
 from tests.fakes import Rig
@@ -247,6 +249,23 @@ def test_files_that_are_named_exist(page: Path) -> None:
     folders = "config|docs|loadtest|systemd|tests|proxy"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", prose(page)):
         assert (ROOT / path).exists(), f"{name_of(page)}: {path} is not there"
+
+
+def test_the_page_on_the_api_is_complete() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    for family in Metrics().registry.collect():
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        assert f"`{name}`" in text or name.startswith("process_"), f"{name} is not explained"
+    for key in Rig().pool.status():
+        assert f'"{key}"' in text or f"`{key}`" in text, f"{key} of the status is not explained"
+    for state in State:
+        assert f"`{state.value}`" in text or state is State.GONE, f"the state {state.value} is not explained"
+    waiting: list[type[errors.RequestError]] = [errors.RequestError]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.code is not None:
+            assert f"`{kind.code}`" in text, f"the error {kind.code} is not explained"
 
 
 # --- the checks themselves ---
