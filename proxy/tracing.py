@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
     from proxy.config import TracingSettings
-    from proxy.pool import Lease
+    from proxy.slots import Lease
 
 CONTEXT_FIELDS: Final = frozenset({b"traceparent", b"tracestate"})
 """What carries the context from hop to hop (W3C Trace Context)."""

@@ -24,7 +24,7 @@ from tests.fakes import Rig, settle
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
-    from proxy.pool import Lease
+    from proxy.slots import Lease
 
 SECONDS = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
 
@@ -136,7 +136,7 @@ async def test_an_engine_without_sleep_mode_skips_that_rung(rig_of: Any) -> None
         engine.sleeps = False  # type: ignore[attr-defined]
         return engine
 
-    rig.pool._connect = without_sleep
+    rig.pool._steps._connect = without_sleep
     await use(rig)
     await rig.pass_time(10)
     assert rig.states() == {"demo-1": "ready"}

@@ -20,7 +20,8 @@ from proxy.instance import Tier
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
-    from proxy.pool import Order, Pool
+    from proxy.pool import Pool
+    from proxy.slots import Order
 
 log = logging.getLogger("warmpool.admin")
 

@@ -25,7 +25,8 @@ from proxy.web.request_id import request_id
 
 if TYPE_CHECKING:
     from proxy.metrics import Metrics
-    from proxy.pool import Lease, Pool
+    from proxy.pool import Pool
+    from proxy.slots import Lease
     from proxy.web.addressing import Address, Addressing
 
     Socket = web.WebSocketResponse[Any] | aiohttp.ClientWebSocketResponse[Any]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.metrics import Metrics
-    from proxy.pool import Lease, Pool
+    from proxy.pool import Pool
+    from proxy.slots import Lease
     from proxy.tracing import Trace, Tracing
     from proxy.upstream import Exchange, Sink
     from proxy.web.addressing import Address, Addressing

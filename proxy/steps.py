@@ -1,0 +1,264 @@
+"""The work on the way up and down the ladder: what is asked of runtime and engine, in which order.
+
+Nothing is decided here. An instance is moved along its table before and after, by the pool; a failure is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from proxy import gpu_ledger, weights
+from proxy.errors import EngineError, RuntimeFailure
+from proxy.instance import Stages, Tier
+from proxy.runtime.base import ImageFacts
+from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from proxy.config import ModelSettings
+    from proxy.engine import EngineClient
+    from proxy.gpu_ledger import GpuLedger
+    from proxy.gpu_watch import GpuWatch
+    from proxy.runtime.base import Handle
+    from proxy.slots import Image, Model, Slot
+
+    Ended = Callable[[Model, Slot, asyncio.Task[str]], None]
+    Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+log = logging.getLogger("warmpool.pool")
+
+DEEPEST_SLEEP = 2
+
+
+class Steps:
+    """`connect` makes an engine's client, `spawn` a task of the pool's; `ended` is told of an engine that ended."""
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[Handle, str, ModelSettings], EngineClient],
+        spawn: Spawn,
+        ended: Ended,
+        ledger: GpuLedger,
+        gpus: GpuWatch,
+        archives: Callable[[], bool],
+    ) -> None:
+        self._connect, self._spawn, self._ended = connect, spawn, ended
+        self._ledger, self._gpus = ledger, gpus
+        self._archives = archives
+        """Whether a copy of a new checkpoint goes to the archive."""
+
+    async def climb(self, model: Model, slot: Slot, tier: Tier, stages: Stages) -> None:
+        """One attempt from one rung, within its time limit."""
+        async with asyncio.timeout(limit_s(model.settings, tier)):
+            match tier:
+                case Tier.STOPPED:
+                    await self._start(model, slot, stages)
+                case Tier.CHECKPOINTED | Tier.ARCHIVED:
+                    await self._restore(model, slot, stages)
+                case Tier.SUSPENDED:
+                    with stages.measure("resume"):
+                        await model.runtime.resume(handle_of(slot))
+                    await self._wake_up(slot, stages)
+                case _:
+                    await self._wake_up(slot, stages)
+
+    async def _start(self, model: Model, slot: Slot, stages: Stages) -> None:
+        settings, instance = model.settings, slot.instance
+        self._ledger.began(instance)
+        with stages.measure("start"):
+            handle = await model.runtime.start(instance.id, model.key, settings)
+        self.attach(model, slot, handle)
+        instance.sleep_level = 0
+        instance.barred.clear()
+        instance.postponed.clear()
+        self.watch(model, slot)
+        await self.load(model, slot, stages)
+
+    async def load(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """From an engine that was started to one that serves and is known."""
+        settings, instance, client = model.settings, slot.instance, client_of(slot)
+        slot.loading = True
+        with stages.measure("load"):
+            await unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        slot.loading = False
+        with stages.measure("warmup"):
+            slot.warmup = await unless_it_ends(slot, client.warm_up(settings.warmup))
+        if await client.is_sleeping() is None:
+            instance.barred.add(Tier.SLEEPING)
+        slot.canary, slot.weights_copy = None, "none"
+        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
+            with stages.measure("canary"):
+                slot.canary = await unless_it_ends(slot, client.canary())
+
+    async def _restore(self, model: Model, slot: Slot, stages: Stages) -> None:
+        settings, instance, image = model.settings, slot.instance, slot.image
+        await self.unwatch(slot)
+        self._ledger.began(instance)
+        async with image.lock:
+            if image.archived:
+                with stages.measure("unarchive"):
+                    await model.runtime.unarchive_image(handle_of(slot))
+                image.archived = False
+        reading = self._read_weights(model, image)
+        with stages.measure("restore"):
+            self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
+        instance.sleep_level = image.sleep_level
+        slot.canary = image.canary
+        slot.weights_copy = "good" if settings.weights_copy else "none"
+        self.watch(model, slot)
+        client = client_of(slot)
+        with stages.measure("health"):
+            await unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        await self._wake_up(slot, stages)
+        await asyncio.wait([reading])
+        due = settings.canary == "always" or (settings.canary == "first" and not image.canary_checked)
+        if due and image.canary is not None:
+            with stages.measure("canary"):
+                answer = await unless_it_ends(slot, client.canary())
+            if answer != image.canary:
+                raise EngineError(
+                    "canary", "the restored engine answers differently from the one that was checkpointed"
+                )
+            image.canary_checked = True
+        image.failures = 0
+        if not settings.keep and not model.leaving:
+            await self.forget_image(model, slot)
+
+    def _read_weights(self, model: Model, image: Image) -> asyncio.Task[None]:
+        """Bring the weights into memory beside the restore, for an engine that has to load them again."""
+
+        async def read() -> None:
+            if image.sleep_level == DEEPEST_SLEEP and model.settings.weights and not model.settings.weights_copy:
+                await asyncio.to_thread(weights.read_ahead, model.settings.weights)
+
+        return self._spawn(f"read the weights of {model.key}", read())
+
+    async def _wake_up(self, slot: Slot, stages: Stages) -> None:
+        if slot.instance.sleep_level:
+            level, copied = slot.instance.sleep_level, slot.weights_copy == "good"
+            if not await unless_it_ends(slot, client_of(slot).wake_up(level, stages, copied=copied)):
+                slot.weights_copy = "lost"
+            slot.instance.sleep_level = 0
+
+    async def forget_image(self, model: Model, slot: Slot) -> None:
+        """Delete the image."""
+        reset(slot.image)
+        try:
+            await model.runtime.discard_image(handle_of(slot))
+        except RuntimeFailure as error:
+            log.error("%s: %s", slot.instance.id, error)
+
+    async def go_down(self, model: Model, slot: Slot, origin: Tier, to: Tier) -> None:
+        """One step down; raises RuntimeFailure or EngineError."""
+        match to:
+            case Tier.SLEEPING:
+                await self._fall_asleep(model, slot, origin)
+            case Tier.SUSPENDED:
+                await self._fall_asleep(model, slot, origin)
+                if slot.instance.sleep_level:
+                    await self._gpus.weigh_once(model, slot, gpu_ledger.SLEEPING)
+                await client_of(slot).disconnect()
+                await model.runtime.suspend(handle_of(slot))
+            case Tier.CHECKPOINTED:
+                async with slot.image.lock:
+                    await self._to_image(model, slot, origin)
+            case _:
+                async with slot.image.lock:
+                    if not slot.image.archived:
+                        await model.runtime.archive_image(handle_of(slot))
+                        slot.image.archived = True
+
+    async def _fall_asleep(self, model: Model, slot: Slot, origin: Tier) -> None:
+        if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
+            # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
+            wanted = Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+            yet_to_come = wanted and not slot.image.present
+            level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
+            if slot.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
+                await self._copy_weights(slot)
+            if level == DEEPEST_SLEEP and not yet_to_come and slot.weights_copy != "good":
+                level = 1
+            await client_of(slot).sleep(level)
+            slot.instance.sleep_level = level
+
+    async def _copy_weights(self, slot: Slot) -> None:
+        """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""
+        if slot.instance.evicted and slot.weights_copy == "lost":
+            return  # somebody waits for its place
+        async with slot.image.copying:
+            try:
+                written = await client_of(slot).save_weights()
+            except EngineError as error:
+                log.warning("%s: no copy of its weights: %s", slot.instance.id, error)
+                return
+        slot.weights_copy = "good"
+        log.info("%s: %.2f GiB of weights copied", slot.instance.id, written / (1 << 30))
+
+    async def _to_image(self, model: Model, slot: Slot, origin: Tier) -> None:
+        """End the processes; where there is no image yet, write one before."""
+        instance, image, client = slot.instance, slot.image, client_of(slot)
+        if image.present:
+            await self.unwatch(slot)
+            await client.disconnect()
+            await model.runtime.drop(handle_of(slot))
+        else:
+            if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
+                slot.canary = await client.canary()
+            if origin is Tier.READY:
+                await self._gpus.weigh_once(model, slot, gpu_ledger.READY)
+            await self._fall_asleep(model, slot, origin)
+            if instance.sleep_level and origin <= Tier.SLEEPING:
+                await self._gpus.weigh_once(model, slot, gpu_ledger.SLEEPING)
+            await client.disconnect()
+            await self.unwatch(slot)
+            details: dict[str, Any] = {"warmup": slot.warmup}
+            if figures := self._ledger.figures(model.key):
+                details["gpu"] = figures
+            await model.runtime.checkpoint(
+                handle_of(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
+            )
+            image.present, image.archived, image.failures = True, False, 0
+            if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
+                self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
+            image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
+        instance.sleep_level = image.sleep_level
+
+    async def _copy_to_archive(self, model: Model, slot: Slot) -> None:
+        try:
+            await model.runtime.copy_to_archive(handle_of(slot))
+        except RuntimeFailure as error:
+            log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
+        else:
+            log.info("%s: a copy of its checkpoint is in the archive", model.key)
+
+    async def still_awake(self, slot: Slot) -> bool:
+        """Whether an engine that refused to sleep serves on."""
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(5.0):
+                return slot.instance.sleep_level == 0 and await client_of(slot).is_sleeping() is False
+        return False
+
+    def attach(self, model: Model, slot: Slot, handle: Handle) -> None:
+        """Take note of a handle, and of where the engine is."""
+        slot.handle = handle
+        if slot.client is None:
+            slot.client = self._connect(handle, model.served_name, model.settings)
+        else:
+            slot.client.base_url = handle.base_url
+
+    def watch(self, model: Model, slot: Slot) -> None:
+        """Learn of the engine's end."""
+        slot.watcher = asyncio.create_task(model.runtime.wait_exit(handle_of(slot)), name=f"watch {slot.instance.id}")
+        slot.watcher.add_done_callback(lambda task: self._ended(model, slot, task))
+
+    async def unwatch(self, slot: Slot) -> None:
+        """It may end now."""
+        watcher, slot.watcher = slot.watcher, None
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
