@@ -99,7 +99,10 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     # tenth of a request's time.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path), usage=usage))
+    try:
+        uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path), usage=usage))
+    finally:
+        gpus.close()
 
 
 @cli.group("config")
