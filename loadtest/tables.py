@@ -238,7 +238,10 @@ def head(result: Result) -> str:
 
 def counts(result: Result) -> str:
     """The numbers of the run, in a line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in result.counts.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {short_size(round(value)) if 'bytes' in name else f'{value:g}'}"
+        for name, value in result.counts.items()
+    )
 
 
 def client_lateness(result: Result) -> str:
