@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from tests.podman_bench import engine_image
-from tests.support import ROOT, why_no_criu
+from tests.support import PYTHON, ROOT, why_no_criu
 from tests.systemd_machine import Machine, engine, why_no_machine
 from tests.test_restart import LATE, QUEUED, STREAMS
 
@@ -141,6 +141,16 @@ def test_containers_outlive_warmpool_under_systemd_and_are_adopted(machine: Mach
     found = re.search(r"Overall exposure level for warmpool.service: ([\d.]+)", report)
     assert found
     assert float(found[1]) <= 5.5
+
+
+def test_a_service_unmounts_what_podman_mounted_outside_its_own_namespace(machine: Machine) -> None:
+    machine.run("sh", "-c", "mkdir -p /mnt/left && mount -t tmpfs left /mnt/left")
+    code = "import asyncio; from proxy.runtime import podman; asyncio.run(podman._unmount('/mnt/left'))"
+    limits = [f"--property={p}" for p in ("ProtectSystem=full", "NoNewPrivileges=yes", "RestrictNamespaces=mnt")]
+    machine.run(
+        "systemd-run", "--wait", "--pipe", "--quiet", *limits, f"--working-directory={ROOT}", PYTHON, "-c", code
+    )
+    assert "/mnt/left" not in machine.run("cat", "/proc/1/mountinfo")
 
 
 def test_uninstalling_leaves_the_configuration_and_the_state(machine: Machine) -> None:

@@ -436,7 +436,7 @@ class PodmanRuntime(KeepsImages):
         """Clear what a killed OCI runtime and CRIU leave: mounts, and a record that the container exists."""
         # The mounts first: runc's `delete` would empty what is mounted there.
         for path in reversed([p for p in _mounts() if f"/{it.id}/criu-root" in p or f"{it.userdata}/.criu" in p]):
-            await _quietly("umount", "--lazy", path)
+            await _unmount(path)
         await _quietly(self._oci_program, "delete", "--force", it.id)
 
     def leave(self, handle: Handle) -> bool:
@@ -890,6 +890,14 @@ def _shared_memory_bytes(pid: int | None) -> int:
 def _mounts() -> list[str]:
     with Path("/proc/self/mountinfo").open() as mounts:
         return [line.split()[4] for line in mounts]
+
+
+async def _unmount(path: str) -> None:
+    """Unmount here, and where podman's service mounted it: a service of systemd's may see copies only."""
+    await _quietly("umount", "--lazy", path)
+    with contextlib.suppress(OSError):
+        if Path("/proc/self/ns/mnt").readlink() != Path("/proc/1/ns/mnt").readlink():
+            await _quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
 
 
 async def _quietly(*command: str) -> None:
