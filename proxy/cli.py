@@ -98,7 +98,7 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
     # tenth of a request's time.
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(5_000, 20, 100)
     try:
         uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path), usage=usage))
     finally:
