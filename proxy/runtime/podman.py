@@ -895,9 +895,14 @@ def _mounts() -> list[str]:
 async def _unmount(path: str) -> None:
     """Unmount here, and where podman's service mounted it: a service of systemd's may see copies only."""
     await _quietly("umount", "--lazy", path)
+    if _has_mounts_of_its_own():
+        await _quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
+
+
+def _has_mounts_of_its_own() -> bool:
     with contextlib.suppress(OSError):
-        if Path("/proc/self/ns/mnt").readlink() != Path("/proc/1/ns/mnt").readlink():
-            await _quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
+        return Path("/proc/self/ns/mnt").readlink() != Path("/proc/1/ns/mnt").readlink()
+    return False
 
 
 async def _quietly(*command: str) -> None:
