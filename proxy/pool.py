@@ -669,7 +669,7 @@ class Pool:
             order = slot.order
             goal = goals[slot.instance.id]
             if order is None or order.to < goal:
-                order = Order(slot.instance.id, slot.instance.tier, goal)
+                order = Order(slot.instance.id, _height(slot.instance), goal)
                 self._give(model, slot, order)
             orders.append(order)
         self.tick()

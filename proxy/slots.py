@@ -57,7 +57,7 @@ class Order:
     def __init__(self, instance_id: str, found: Tier, to: Tier) -> None:
         self.instance_id = instance_id
         self.found = found
-        """Where the instance was when the order came."""
+        """Where the instance was when the order came; ready, if it was being woken."""
         self.to = to
         self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 

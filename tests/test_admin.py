@@ -50,6 +50,8 @@ async def test_orders_take_an_engine_up_and_down(front: Front) -> None:
     assert status == 200
     assert answer["instances"] == [{"id": "demo-1", "found": "ready", "to": "suspended", "done": True}]
     assert await state(front) == "suspended"
+    status, answer = await order(front, "models/demo/suspend")
+    assert answer["instances"] == [{"id": "demo-1", "found": "suspended", "to": "suspended", "done": True}]
     response, _ = await front.post("/v1/completions", ASK)
     assert response.headers["x-warmpool-tier"] == "suspended"
     status, answer = await order(front, "models/demo/stop", instance="demo-1")

@@ -166,6 +166,7 @@ async def test_with_wait_one_that_is_being_woken_serves_first(rig: Rig) -> None:
     request = asyncio.create_task(rig.pool.lease("demo"))
     await settle()
     orders = rig.pool.order_down("demo", Tier.CHECKPOINTED, wait=True)
+    assert orders[0].found is Tier.READY, "where the wake ends"
     gate.set()
     lease = await request
     assert rig.states() == {"demo-1": "retiring"}

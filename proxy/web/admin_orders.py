@@ -138,7 +138,7 @@ def _order_status(order: Order) -> dict[str, Any]:
     return {
         "id": order.instance_id,
         "found": order.found.label,
-        "to": order.to.label,
+        "to": max(order.found, order.to).label,  # one that is colder already stays there
         "done": not order.open,
     }
 
