@@ -81,6 +81,20 @@ async def test_a_large_body_reaches_the_engine_whole(front_of: Any) -> None:
     assert orjson.loads(answer)["count"] >= 1 << 19
 
 
+async def test_a_body_may_come_in_one_piece_behind_its_headers(front: Front) -> None:
+    """Before the handler has begun, which is one turn of the loop after the headers were there."""
+    body = orjson.dumps({**ASK, "user": "x" * 200_000})
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    await front.post("/v1/completions", ASK)
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body))
+        await asyncio.sleep(0)
+        writer.write(body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
 async def test_engine_errors_pass_through_unchanged(front: Front) -> None:
     response, answer = await front.post("/v1/completions", {**ASK, "max_tokens": 0})
     assert response.status == 400

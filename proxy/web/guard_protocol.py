@@ -162,14 +162,16 @@ class GuardedProtocol(RequestHandler):
         if self._refused or self._upgraded:
             super().data_received(data)
             return
-        before = self._request_count
+        before, in_body = self._request_count, self._body is not None
         super().data_received(data)
         if self._request_count != before:
             self._check_new(self._request_count - before)
         if self._body is not None and self._body.is_eof():
             self._body = None
-        # What comes while a request is answered belongs to the next one, which has not begun yet.
-        if self._body is None and not self._messages and self._current_request is None and data.strip():
+        # The rest of a body may come before its handler has begun; it is no head. What comes while a request is
+        # answered belongs to the next one, which has not begun yet.
+        elsewhere = in_body or self._body is not None or self._messages or self._current_request is not None
+        if not elsewhere and data.strip():
             self._in_head(len(data))
         if self._head_began is None and self._body is None and self._stalled_at is None:
             self._doors.has_paid(self)
