@@ -32,7 +32,19 @@ from proxy.errors import (
 )
 from proxy.gpu_ledger import GpuLedger
 from proxy.gpu_watch import GpuWatch
-from proxy.instance import ARRIVAL, DESCENDING, DESCENT, RESTING, Event, Instance, Stages, State, Tier, WakeRecord
+from proxy.instance import (
+    ARRIVAL,
+    AWAKE,
+    DESCENDING,
+    DESCENT,
+    RESTING,
+    Event,
+    Instance,
+    Stages,
+    State,
+    Tier,
+    WakeRecord,
+)
 from proxy.slots import (
     NO_EVICTIONS,
     Evictions,
@@ -326,16 +338,20 @@ class Pool:
         on_tmpfs = model.runtime.shares_images and model.image.present and not model.image.archived
         return not on_tmpfs and all(i.state is State.ARCHIVED for i in model.instances())
 
-    async def until_nobody_waits(self) -> None:
-        """Return when no request waits for an engine."""
+    async def until_room(self) -> None:
+        """Return when no request waits for an engine, and one that is started would not make others step down."""
         changed = asyncio.Event()
         silence = self.listen(changed.set)
         try:
-            while any(m.queue for m in self._models.values()):
+            while any(m.queue for m in self._models.values()) or self._is_tight():
                 changed.clear()
                 await changed.wait()
         finally:
             silence()
+
+    def _is_tight(self) -> bool:
+        limited = bool(self._settings.pool.max_awake or self._ledger.gpus)
+        return limited and any(i.state in AWAKE for m in self._everyone() for i in m.instances())
 
     async def bring_back(self, key: str) -> bool:
         """Bring a model's image from the archive to tmpfs; whether there was one. Raises RuntimeFailure."""

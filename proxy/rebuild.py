@@ -1,7 +1,7 @@
 """After a start: checkpoints that are not on tmpfs, as after a reboot, are brought back in the background.
 
 The models used most come first; one at a time; from the archive where they are, else by a cold start. Requests go
-first.
+first, and nothing steps down for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ async def rebuild(pool: Pool, usage: Usage) -> None:
     if wanted:
         log.info("no checkpoint on tmpfs: bringing back %s", ", ".join(wanted))
     for key in wanted:
-        await pool.until_nobody_waits()
+        await pool.until_room()
         if key not in pool.without_checkpoint():
             continue  # a request was faster
         try:

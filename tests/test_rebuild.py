@@ -207,6 +207,20 @@ async def test_requests_of_others_go_first() -> None:
     await rig.pool.close()
 
 
+async def test_nothing_steps_down_for_it() -> None:
+    usage = used("a")
+    rig = await rig_with(usage, max_awake=1)
+    async with await rig.pool.lease("b"):
+        pass
+    work = asyncio.create_task(rebuild(rig.pool, usage))
+    await settle()
+    assert rig.states() == {"b-1": "ready"}
+    await rig.pass_time(10)
+    await work
+    assert rig.states() == {"a-1": "checkpointed", "b-1": "sleeping"}
+    await rig.pool.close()
+
+
 async def test_a_failure_is_logged_and_the_next_model_tried(caplog: pytest.LogCaptureFixture) -> None:
     usage = used("b", "a")
     rig = await rig_with(usage)
