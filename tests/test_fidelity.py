@@ -386,21 +386,24 @@ async def test_disconnecting_leaves_no_connection_whatever_state_it_is_in() -> N
         async def hang(peer: Peer) -> None:
             await peer.reader.read()
 
-        await proxy.ask(post(QUESTION, *CLOSE), GOOD)
         proxy.script = [SSE + b"\r\n" + chunk(b"1"), hang]
-        asked = [asyncio.create_task(proxy.ask(post(QUESTION, *CLOSE))) for _ in range(5)]
+        clients = [await proxy.connection() for _ in range(5)]
         async with asyncio.timeout(PATIENCE_S):
-            while sum(len(p.requests) for p in proxy.peers) < 6:
-                await asyncio.sleep(0.005)
-        proxy.script = [GOOD]  # for those that had no answer yet and are sent once more
+            for _, writer in clients:
+                writer.write(post())
+            for reader, _ in clients:
+                await reader.readuntil(chunk(b"1"))
+        await proxy.upstream.exchange("GET", "/", [], None)  # an answer that nobody takes
         connecting = asyncio.create_task(proxy.upstream.exchange("GET", "/", [], None))
         await asyncio.sleep(0)
         await proxy.upstream.disconnect()
         assert proxy.upstream.connections == 0
         with pytest.raises(ExchangeError):
             await connecting
-        for task in asked:
-            await task
+        async with asyncio.timeout(PATIENCE_S):
+            for reader, writer in clients:
+                assert await reader.read() == b"", "broken, not ended"
+                writer.close()
         assert proxy.upstream.connections == 0
         await steady(proxy)
 
