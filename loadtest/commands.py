@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
+import signal
 import sys
 import time
 from functools import wraps
@@ -476,4 +477,6 @@ def _seconds(text: str | None) -> float | None:
 
 def main() -> None:
     """Entry point."""
+    # A run that is ended leaves nothing behind, whichever way: asyncio unwinds on SIGINT only.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     cli(prog_name="python -m loadtest")

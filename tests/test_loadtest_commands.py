@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import tomli_w
 from loadtest import images, results, serving
 from tests.podman_bench import why_no_podman
 from tests.served import Proxy
-from tests.support import ROOT, engine_model, processes_with, why_no_criu
+from tests.support import PATIENCE_S, ROOT, engine_model, processes_with, why_no_criu
 from tests.test_loadtest_results import SAMPLE
 
 if TYPE_CHECKING:
@@ -171,6 +172,23 @@ def test_calibrate(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "calibrate", "--streams", "50", "--per-second", "100")
     assert len(found.values("client", "error_s")) == 50
     assert found.counts["most_open"] == 50
+
+
+def test_a_run_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadtest", "baseline", *ENGINE, "-n", "1000", "--out", str(out)],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as run:  # fmt: skip
+        ends = time.monotonic() + PATIENCE_S
+        while not out.exists() or b'"sample"' not in out.read_bytes():
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        run.terminate()
+        assert run.wait(PATIENCE_S) != 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert processes_with(str(tmp_path)) == []
+    assert not results.read(out).complete
 
 
 def test_models_of_ones_own(tmp_path: Path) -> None:
