@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+import anthropic
 import openai
 import orjson
 import pytest
@@ -288,6 +290,51 @@ async def test_chat_with_the_openai_package(host: Host, cold: Cold) -> None:
     assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text
     await host.until_checkpointed()
     assert await whole() == text, "after another restore"
+
+
+async def test_its_other_apis_are_reached(host: Host, cold: Cold) -> None:
+    proxy = await host.serve(idle=AWAKE)
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = {"model": "demo", "messages": messages, "max_tokens": 8, "temperature": 0}
+    for path, body, wanted in (
+        ("/v1/chat/completions/batch", {**chat, "messages": [messages] * 2}, "choices"),
+        ("/v1/messages/count_tokens", {"model": "demo", "messages": messages}, "input_tokens"),
+        ("/tokenize", {"model": "demo", "prompt": "Hello"}, "tokens"),
+    ):
+        async with proxy.session.post(path, json=body) as response:
+            text = await response.text()
+            assert response.status == 200, (path, text)
+            assert f'"{wanted}"' in text, (path, text)
+    async with proxy.session.post("/v1/chat/completions/render", json=chat) as response:
+        text = await response.text()
+        # Off unless vLLM has --enable-scale-out; either is its own answer.
+        assert response.status == 200 or "scale-out" in text, text
+    whole = await host.client.chat.completions.create(**chat)  # type: ignore[call-overload]
+    made = await host.client.responses.create(model="demo", input="Hello", max_output_tokens=8, temperature=0)
+    assert made.id.startswith("resp_")
+    events = await host.client.responses.create(
+        model="demo", input="Hello", max_output_tokens=8, temperature=0, stream=True
+    )
+    kinds = [event.type async for event in events]
+    assert kinds[0] == "response.created"
+    with pytest.raises(openai.NotFoundError, match=made.id):
+        await host.client.responses.retrieve(made.id)  # it keeps none unless VLLM_ENABLE_RESPONSES_API_STORE is set
+    async with anthropic.AsyncAnthropic(base_url=proxy.url, api_key="none", max_retries=0) as claude:
+        said = await claude.messages.create(
+            model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, extra_body={"temperature": 0}
+        )
+        assert isinstance(said.content[0], anthropic.types.TextBlock)
+        assert said.content[0].text == whole.choices[0].message.content
+        async with claude.messages.stream(
+            model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, extra_body={"temperature": 0}
+        ) as stream:
+            assert "".join([piece async for piece in stream.text_stream]) == said.content[0].text
+    for path in ("/sleep", "/collective_rpc", "/reset_prefix_cache", "/server_info", "/invocations"):
+        async with proxy.session.post(path, json=chat) as response:
+            assert response.status == 404, path
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await proxy.session.ws_connect("/v1/realtime?model=demo")
+    assert refused.value.status == 404, "a model for text has none"
 
 
 async def test_vllms_own_load_generator_is_answered_out_of_a_checkpoint(host: Host, cold: Cold, tmp_path: Path) -> None:
