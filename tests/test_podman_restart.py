@@ -138,6 +138,7 @@ async def crash(host: Host, point: str, **entry: Any) -> str | None:
     return text
 
 
+@pytest.mark.timeout(300)  # twenty starts
 async def test_crashes_at_every_step_leave_nothing_half_made_and_lose_no_checkpoint(host: Host) -> None:
     """One after the other on the same folders, as a host would have it that crashes again and again."""
     texts = {await crash(host, point, idle=QUICK) for point in STEPS_OF_A_CHECKPOINT}
