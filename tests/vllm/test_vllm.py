@@ -338,7 +338,7 @@ async def test_its_other_apis_are_reached(host: Host, cold: Cold) -> None:
 
 
 async def test_vllms_own_load_generator_is_answered_out_of_a_checkpoint(host: Host, cold: Cold, tmp_path: Path) -> None:
-    proxy = await host.serving()
+    proxy = await host.serve()
     await host.until_checkpointed()
     result = await bench_serve(proxy.url, tmp_path, "--num-prompts", "12", "--max-concurrency", "4")
     log.info("vllm bench serve: median TTFT %.0f ms, P99 %.0f ms", result["median_ttft_ms"], result["p99_ttft_ms"])
