@@ -129,8 +129,11 @@ def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | N
 
 
 def best_tier(instances: Iterable[Instance]) -> Tier:
-    """The rung a request for the model finds: that of its warmest instance."""
-    return min((i.tier for i in instances), default=Tier.STOPPED)
+    """The rung a request for the model finds: that of its warmest instance.
+
+    One that takes no new requests because it is about to step down counts as on the first rung below.
+    """
+    return min((Tier.SLEEPING if i.state is State.RETIRING else i.tier for i in instances), default=Tier.STOPPED)
 
 
 def wakes_wanted(model: ModelView, now: float) -> int:

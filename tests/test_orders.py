@@ -157,7 +157,7 @@ async def test_with_wait_it_goes_after_its_last_request_and_takes_no_new_one(rig
     assert (rig.states(), late.done()) == ({"demo-1": "retiring"}, False), "it is not opened again"
     lease.release()
     await carried_out(orders)
-    assert (await late).found is Tier.READY
+    assert (await late).found is Tier.SLEEPING, "a ready one it did not find"
     assert rig.runtime.calls["suspend"] == rig.runtime.calls["resume"] == 1, "it went down, and was woken for the late"
 
 

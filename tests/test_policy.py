@@ -68,6 +68,8 @@ def test_the_least_busy_ready_instance_is_picked() -> None:
 def test_the_warmest_instance_is_what_a_request_finds() -> None:
     assert best_tier([instance(State.CHECKPOINTED), instance(State.SUSPENDED)]) is Tier.SUSPENDED
     assert best_tier([]) is Tier.STOPPED
+    assert best_tier([instance(State.RETIRING, leases=1)]) is Tier.SLEEPING, "it takes no new ones"
+    assert best_tier([instance(State.RETIRING, leases=1), instance(State.READY)]) is Tier.READY
 
 
 # --- waking ---
