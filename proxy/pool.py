@@ -899,7 +899,8 @@ class Pool:
         origin = instance.tier
         instance.apply(DESCENT[action.to])
         instance.evicted = action.reason == "evict"
-        last_of_discarded = model.discarding and len(model.slots) == 1
+        # All may begin to go in one moment: the last one takes the image along.
+        last_of_discarded = model.discarding and all(s.instance.state is State.STOPPING for s in model.slots.values())
         frees_image = (
             model.runtime.shares_images and slot.image.present and (action.reason == "idle" or last_of_discarded)
         )

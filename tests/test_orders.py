@@ -300,6 +300,13 @@ async def test_a_golden_checkpoint_is_discarded_with_the_last_instance(rig_of: A
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
 
 
+async def test_a_golden_checkpoint_is_discarded_when_all_instances_go_in_one_moment(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    await carried_out(rig.pool.order_down("demo", Tier.STOPPED, discard=True))
+    await settle()
+    assert (rig.states(), rig.runtime.images) == ({}, {})
+
+
 # --- doors ---
 
 
