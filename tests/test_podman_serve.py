@@ -58,9 +58,9 @@ async def first_token(client: openai.AsyncOpenAI) -> tuple[float, str, dict[str,
     return ttft_s, raw.headers["x-warmpool-tier"], timing, text
 
 
-async def boot_id(proxy: Proxy, instance: str = "demo-1") -> str:
+async def boot_id(host: Host, instance: str = "demo-1") -> str:
     """Of the engine behind an instance, asked around the proxy."""
-    name = podman("ps", "--filter", f"name={instance}", "--filter", f"label=io.warmpool.instance={instance}", "-q")
+    (name,) = host.containers(f"label=io.warmpool.instance={instance}")
     address = podman("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
     return str((await get_json(f"http://{address}:8000/debug/state"))["boot_id"])
 
@@ -70,13 +70,13 @@ async def test_from_a_cold_start_to_restores_through_the_openai_package(host: Ho
     async with client_of(proxy) as client:
         cold_s, tier, _, text = await first_token(client)
         assert tier == "stopped"
-        before = await boot_id(proxy)
+        before = await boot_id(host)
         own_ms, others_ms, warm_s = [], [], []
         for _ in range(4):
             await proxy.until("checkpointed")
             ttft_s, tier, stages, again = await first_token(client)
             assert (tier, again) == ("checkpointed", text)
-            assert await boot_id(proxy) == before
+            assert await boot_id(host) == before
             others = sum(stages.get(name, 0.0) for name in ("podman", "criu", "health", "wake_up", "canary"))
             others_ms.append(others)
             own_ms.append(stages["wake"] + stages["queue"] - others)
@@ -240,13 +240,13 @@ async def test_commands_that_change_images_wait_for_the_proxy_to_end(host: Host)
 async def test_running_engines_outlive_the_proxy_and_are_adopted(host: Host, how: signal.Signals) -> None:
     proxy = await host.serve(idle=AWAKE)
     _, text = await proxy.ask()
-    before = await boot_id(proxy)
+    before = await boot_id(host)
     proxy.process.send_signal(how)
     await asyncio.to_thread(proxy.process.wait, PATIENCE_S)
     assert len(host.containers("status=running")) == 1
     after = await host.serve(idle=AWAKE)
     assert await after.ask() == ("ready", text)
-    assert await boot_id(after) == before
+    assert await boot_id(host) == before
     assert len(host.containers()) == 1
 
 
