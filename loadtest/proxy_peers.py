@@ -184,7 +184,9 @@ def _warmpool(folder: Path, model: dict[str, object]) -> tuple[str, int, list[st
     }
     (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
     version = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    return version, port, [sys.executable, "-m", "proxy", "serve", "-c", str(folder / "warmpool.toml")]
+    # As the others: no line for each request.
+    options = ["-c", str(folder / "warmpool.toml"), "--log-level", "warning"]
+    return version, port, [sys.executable, "-m", "proxy", "serve", *options]
 
 
 _NGINX_CONF: Final = """

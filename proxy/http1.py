@@ -7,6 +7,7 @@ see another answer than this proxy saw.
 
 from __future__ import annotations
 
+import abc
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -137,7 +138,7 @@ def serialized(first_line: bytes, fields: Iterable[tuple[bytes, bytes]]) -> byte
     return b"\r\n".join(lines)
 
 
-class Body:
+class Body(abc.ABC):
     """The body of one answer, fed as it comes, given on as the other side is to get it.
 
     `framed`: what is returned is in the chunked coding; else it is the payload. `drop_trailer` says of a trailer
@@ -167,9 +168,9 @@ class Body:
         """What is to be given on before anything was fed: the end of a body that is empty."""
         return LAST_CHUNK if self.done and self._framed else b""
 
+    @abc.abstractmethod
     def feed(self, data: bytes) -> bytes:
         """What to give on of it. Raises ProtocolError."""
-        raise NotImplementedError
 
     def close(self) -> bytes:
         """The connection ended in order; what to give on. Raises ProtocolError when the body had not come whole."""
@@ -299,5 +300,7 @@ def chunk(data: bytes) -> bytes:
 
 def body_of(head: Head, *, framed: bool, drop_trailer: frozenset[bytes] = frozenset()) -> Body:
     """What reads the body that follows a head."""
-    kind = ChunkedBody if head.length == CHUNKED else EndlessBody if head.length == UNTIL_CLOSE else SizedBody
+    kind: type[Body] = SizedBody
+    if head.length < 0:
+        kind = ChunkedBody if head.length == CHUNKED else EndlessBody
     return kind(head.length, framed=framed, drop_trailer=drop_trailer)

@@ -66,7 +66,9 @@ async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
     """What such a container prints before it ends."""
     handle = await bench.runtime.start("demo-1", "demo", model)
     await asyncio.wait_for(bench.runtime.wait_exit(handle), PATIENCE_S)
-    return bench.claim.log_path("demo-1").read_text()
+    # TIME STREAM P|F TEXT; "P": the line goes on in the next entry (k8s-file).
+    pieces = [line.split(" ", 3) for line in bench.claim.log_path("demo-1").read_text().splitlines()]
+    return "".join(text + "\n" * (whole == "F") for _, _, whole, text in pieces)
 
 
 class TestPodmanRuntime(RuntimeContract):
