@@ -359,10 +359,7 @@ class Pool:
         slot = next((s for s in model.slots.values() if s.instance.state is State.ARCHIVED), None)
         if slot is None:
             return False
-        async with slot.image.lock:
-            if slot.image.archived:
-                await model.runtime.unarchive_image(handle_of(slot))
-                slot.image.archived = False
+        await self._steps.unarchive(model, slot, Stages())
         for same in [s for s in model.slots.values() if s.image is slot.image]:
             if same.instance.state is State.ARCHIVED:
                 same.instance.apply(Event.AT_CHECKPOINTED)

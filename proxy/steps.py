@@ -99,11 +99,7 @@ class Steps:
         settings, instance, image = model.settings, slot.instance, slot.image
         await self.unwatch(slot)
         self._ledger.began(instance)
-        async with image.lock:
-            if image.archived:
-                with stages.measure("unarchive"):
-                    await model.runtime.unarchive_image(handle_of(slot))
-                image.archived = False
+        await self.unarchive(model, slot, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
             self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
@@ -128,6 +124,14 @@ class Steps:
         image.failures = 0
         if not settings.keep and not model.leaving:
             await self.forget_image(model, slot)
+
+    async def unarchive(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """Bring the image from the archive to tmpfs, if that is where it is."""
+        async with slot.image.lock:
+            if slot.image.archived:
+                with stages.measure("unarchive"):
+                    await model.runtime.unarchive_image(handle_of(slot))
+                slot.image.archived = False
 
     def _read_weights(self, model: Model, image: Image) -> asyncio.Task[None]:
         """Bring the weights into memory beside the restore, for an engine that has to load them again."""

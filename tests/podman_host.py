@@ -13,6 +13,7 @@ from tests.served import Proxy, ServiceManager
 from tests.support import PATIENCE_S, PYTHON, ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms"}
@@ -77,3 +78,13 @@ class Host:
                 proxy.process.wait()
         if left := self.containers():
             podman("rm", "--force", "--time", "0", *left)
+
+
+async def host_of_test(tmp_path: Path, images: Path) -> AsyncIterator[Host]:
+    """A host that is closed afterwards; for a fixture."""
+    made = Host(tmp_path, images)
+    yield made
+    for proxy in made.proxies:
+        if proxy.url:
+            await proxy.session.close()
+    made.close()

@@ -10,12 +10,11 @@ from click.testing import CliRunner
 
 from proxy.cli import cli
 from tests.podman_bench import tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host
+from tests.podman_host import AWAKE, Host, host_of_test
 from tests.served import ASK
 from tests.support import files_in, get_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.served import Proxy
@@ -26,15 +25,7 @@ pytestmark = [
 ]
 
 images = pytest.fixture(tmpfs_folder)
-
-
-@pytest.fixture
-async def host(tmp_path: Path, images: Path) -> AsyncIterator[Host]:
-    made = Host(tmp_path, images)
-    yield made
-    for proxy in made.proxies:
-        await proxy.session.close()
-    made.close()
+host = pytest.fixture(host_of_test)
 
 
 async def run(proxy: Proxy, *arguments: str) -> tuple[int, str]:

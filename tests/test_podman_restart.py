@@ -14,13 +14,13 @@ import aiohttp
 import pytest
 
 from tests.podman_bench import podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, QUICK, Host
+from tests.podman_host import AWAKE, QUICK, Host, host_of_test
 from tests.served import Proxy, ServiceManager
 from tests.support import PATIENCE_S, files_in, get_json
 from tests.test_restart import STREAMS, Clients, restart_in_the_middle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [
@@ -29,16 +29,7 @@ pytestmark = [
 ]
 
 images = pytest.fixture(tmpfs_folder)
-
-
-@pytest.fixture
-async def host(tmp_path: Path, images: Path) -> AsyncIterator[Host]:
-    made = Host(tmp_path, images)
-    yield made
-    for proxy in made.proxies:
-        if proxy.url:
-            await proxy.session.close()
-    made.close()
+host = pytest.fixture(host_of_test)
 
 
 @pytest.fixture

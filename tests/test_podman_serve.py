@@ -16,12 +16,12 @@ import orjson
 import pytest
 
 from tests.podman_bench import podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host
+from tests.podman_host import AWAKE, Host, host_of_test
 from tests.served import ASK, Proxy
 from tests.support import PATIENCE_S, files_in, get_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = [
@@ -30,15 +30,7 @@ pytestmark = [
 ]
 
 images = pytest.fixture(tmpfs_folder)
-
-
-@pytest.fixture
-async def host(tmp_path: Path, images: Path) -> AsyncIterator[Host]:
-    made = Host(tmp_path, images)
-    yield made
-    for proxy in made.proxies:
-        await proxy.session.close()
-    made.close()
+host = pytest.fixture(host_of_test)
 
 
 @pytest.fixture
