@@ -240,6 +240,37 @@ class TestProcessRuntime(RuntimeContract):
         await bench.runtime.remove(handle)
         await bench.close()
 
+    async def test_two_proxies_that_start_engines_at_once_give_them_different_ports(self, tmp_path: Path) -> None:
+        benches = [ProcessBench(tmp_path / name, ports="18090-18091") for name in "ab"]
+        model = ModelSettings(process={"command": ["sleep", "1000", "# {port}"]})
+        for bench in benches:
+            await bench.runtime.open()
+        one, other = [await bench.runtime.start("demo-1", "demo", model) for bench in benches]
+        assert {one.port, other.port} == {18090, 18091}
+        with pytest.raises(RuntimeFailure, match="no free port in 18090-18091"):
+            await benches[0].runtime.start("demo-2", "demo", model)
+        await benches[1].runtime.remove(other)
+        third = await benches[0].runtime.start("demo-2", "demo", model)
+        assert third.port == other.port, "a port is free again when its engine is gone"
+        for handle in (one, third):
+            await benches[0].runtime.remove(handle)
+        for bench in benches:
+            await bench.close()
+
+    async def test_an_engine_whose_port_another_proxy_has_meanwhile_is_started_on_another(self, tmp_path: Path) -> None:
+        benches = [ProcessBench(tmp_path / name, ports="18092-18093") for name in "ab"]
+        for bench in benches:
+            await bench.runtime.open()
+        mine = await self.start(benches[0])
+        await benches[0].runtime.drop(mine)
+        benches[0].runtime._ports.close()
+        other = await benches[1].runtime.start("demo-1", "demo", benches[1].model)
+        again = await self.start(benches[0])
+        assert (mine.port, other.port, again.port) == (18092, 18092, 18093)
+        for bench, handle in zip(benches, (again, other), strict=True):
+            await bench.runtime.remove(handle)
+            await bench.close()
+
     async def test_without_criu_the_rung_is_missing_and_said_why(self, tmp_path: Path) -> None:
         bench = ProcessBench(tmp_path, criu="no-criu-here")
         await bench.runtime.open()

@@ -102,6 +102,7 @@ class PodmanRuntime(KeepsImages):
         self._criu_programs = sorted(set(criu_programs))
         self._criu_versions: dict[Path, str] = {}
         self._containers: dict[str, _Container] = {}
+        self._ports = ports.Ports(*settings.port_range())
         self._rungs = Rungs(frozenset())
         self._facts: dict[str, str] = {}
         self._oci_program = ""
@@ -177,6 +178,7 @@ class PodmanRuntime(KeepsImages):
     async def close(self) -> None:
         """Disconnect and give up the claim."""
         await self._podman.close()
+        self._ports.close()
         self._store.close()
         self._claim.release()
 
@@ -242,6 +244,8 @@ class PodmanRuntime(KeepsImages):
             await self._delete(entry["Id"])
             return None
         self._containers[instance_id] = it
+        if _on_host_network(it):
+            self._ports.hold(it.handle.port)
         return Found(it.handle, tier, float(entry.get("StartedAt") or 0) or None)
 
     # --- starting and ending ---
@@ -462,7 +466,7 @@ class PodmanRuntime(KeepsImages):
             await self._delete(it.id or it.name)
         except PodmanError as error:
             raise RuntimeFailure("remove", str(error)) from error
-        self._containers.pop(handle.instance_id, None)
+        self._forget(it)
 
     async def _delete(self, name: str) -> None:
         with contextlib.suppress(PodmanError):
@@ -478,7 +482,12 @@ class PodmanRuntime(KeepsImages):
         """A container that could not be started is nobody's."""
         with contextlib.suppress(PodmanError):
             await self._delete(it.name)
+        self._forget(it)
+
+    def _forget(self, it: _Container) -> None:
         self._containers.pop(it.handle.instance_id, None)
+        if _on_host_network(it):
+            self._ports.release(it.handle.port)
 
     # --- suspended ---
 
@@ -747,13 +756,14 @@ class PodmanRuntime(KeepsImages):
         with contextlib.suppress(StoreError):
             port = self._store.load(key).private.get("host_port")
             if isinstance(port, int):
+                self._ports.hold(port)
                 return port
-        taken = {it.handle.port for it in self._containers.values()}
+        taken = set()
         labelled = orjson.dumps({"label": [f"{container.LABEL}port"]}).decode()
         for entry in await self._podman.get("/containers/json", all="true", filters=labelled):
             with contextlib.suppress(ValueError, TypeError):
                 taken.add(int((entry["Labels"] or {}).get(f"{container.LABEL}port", "")))
-        return ports.free(*self._settings.port_range(), taken)
+        return self._ports.take(taken)
 
     def _container_name(self, instance_id: str) -> str:
         return f"warmpool-{self._claim.owner[:6]}-{instance_id}"
@@ -784,9 +794,13 @@ def _tree(it: _Container) -> list[int]:
     return processes.tree(it.pid) if it.pid is not None else []
 
 
+def _on_host_network(it: _Container) -> bool:
+    return container.engine_of(it.model).network == "host"
+
+
 def _addressed(it: _Container, answer: Mapping[str, Any]) -> Handle:
     """The handle with the address that podman says the container has."""
-    if container.engine_of(it.model).network == "host":
+    if _on_host_network(it):
         labels = answer["Config"]["Labels"]
         return replace(it.handle, host=ports.LOOPBACK, port=int(labels[f"{container.LABEL}port"]))
     networks = (answer["NetworkSettings"]["Networks"] or {}).values()

@@ -74,6 +74,7 @@ class ProcessRuntime(KeepsImages):
         self._claim = claim
         self._store = store
         self._engines: dict[str, _Engine] = {}
+        self._ports = ports.Ports(*settings.port_range())
         self._rungs = Rungs(frozenset())
         self._criu_version = ""
         self._guard: asyncio.subprocess.Process | None = None
@@ -102,6 +103,7 @@ class ProcessRuntime(KeepsImages):
             self._guard.stdin.close()
             await self._guard.wait()
             self._guard = None
+        self._ports.close()
         self._store.close()
         self._claim.release()
 
@@ -115,7 +117,10 @@ class ProcessRuntime(KeepsImages):
         """Start the model's command; see `Runtime.start`."""
         assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
         known = self._engines.get(instance_id)
-        handle = known.handle if known is not None else Handle(instance_id, key, ports.LOOPBACK, self._free_port())
+        if known is not None and self._ports.hold(known.handle.port):
+            handle = known.handle
+        else:
+            handle = Handle(instance_id, key, ports.LOOPBACK, self._ports.take())
         values = {
             "host": handle.host,
             "port": str(handle.port),
@@ -137,6 +142,7 @@ class ProcessRuntime(KeepsImages):
         if shutil.which(command[0], path=environment.get("PATH")) is None:
             raise RuntimeFailure("start", f"no program {command[0]!r}; correct models.{key}.process.command")
         engine = known or _Engine(handle, spec_digest(key, model))
+        engine.handle = handle
         self._engines[instance_id] = engine
         log = os.open(self._claim.log_path(instance_id), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -202,6 +208,7 @@ class ProcessRuntime(KeepsImages):
         await self.drop(handle)
         await self.discard_image(handle)
         self._engines.pop(handle.instance_id, None)
+        self._ports.release(engine.handle.port)
 
     # --- suspended ---
 
@@ -334,14 +341,11 @@ class ProcessRuntime(KeepsImages):
         for instance_id, (manifest, facts) in images.items():
             handle = Handle(instance_id, manifest.model, ports.LOOPBACK, manifest.private["port"])
             self._engines[instance_id] = _Engine(handle, manifest.spec_digest)
+            self._ports.hold(handle.port)
             found.append(Found(handle, Tier.ARCHIVED if facts.archived else Tier.CHECKPOINTED))
         return Recovered(found, {instance_id: facts for instance_id, (_, facts) in images.items()})
 
     # --- parts ---
-
-    def _free_port(self) -> int:
-        taken = {engine.handle.port for engine in self._engines.values()}
-        return ports.free(*self._settings.port_range(), taken)
 
     def _mark(self, instance_id: str) -> str:
         return f"{self._claim.owner}:{instance_id};"
