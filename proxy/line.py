@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
+from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ class Line(Generic[T]):
         return sum(map(len, self._classes.values()))
 
     def __iter__(self) -> Iterator[T]:
-        """Class after class."""
-        for members in self._classes.values():
-            yield from members
+        """In order; nobody may come or leave meanwhile."""
+        members = [members.items() for members in self._classes.values()]
+        return (member for member, _ in heapq.merge(*members, key=itemgetter(1)))
 
     def add(self, member: T, class_: int, rank: float) -> None:
         """At the end of its class."""

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from proxy.gpu_ledger import Bytes, GpuLoad
     from proxy.instance import Instance
 
+_WITH_ENGINE: Final = frozenset(
+    {State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SLEEPING, State.SUSPENDING, State.SUSPENDED}
+)
+
 STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED, Tier.STOPPED)
 
 TYPICAL_S: Final[Mapping[Tier, float]] = {
@@ -55,6 +59,8 @@ class ModelView:
     """A golden checkpoint exists, from which further instances can be cloned."""
     worn: frozenset[str] = frozenset()
     """Instances that have grown on the GPU and have an image to be replaced from."""
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    """Instance → how many wait for it and no other, since it holds what they refer to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +128,27 @@ class Plan:
         self.deadline = when if self.deadline is None else min(self.deadline, when)
 
 
-def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
-    """The ready instance with room for one more request: the preferred one, else that with the fewest; or None."""
-    ready = [i for i in instances if i.state is State.READY and i.leases < max_concurrency]
-    return min(ready, key=lambda i: (i.id != preferred, i.leases), default=None)
+def pick(instances: Sequence[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
+    """The ready instance with room for one more request, that with the fewest; or None.
+
+    Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for.
+    """
+    held = holding(instances, preferred) if preferred is not None else None
+    ready = [
+        i for i in (instances if held is None else [held]) if i.state is State.READY and i.leases < max_concurrency
+    ]
+    return min(ready, key=lambda i: i.leases, default=None)
+
+
+def holding(instances: Iterable[Instance], wanted: str) -> Instance | None:
+    """The instance of that id while it holds the engine it had, awake or not; one that is restored has another."""
+    return next((i for i in instances if i.id == wanted and _holds_engine(i)), None)
+
+
+def _holds_engine(instance: Instance) -> bool:
+    if instance.state is State.WAKING:
+        return instance.waking_from is not None and instance.waking_from < Tier.CHECKPOINTED
+    return instance.state in _WITH_ENGINE
 
 
 def best_tier(instances: Iterable[Instance]) -> Tier:
@@ -137,13 +160,18 @@ def best_tier(instances: Iterable[Instance]) -> Tier:
 
 
 def wakes_wanted(model: ModelView, now: float) -> int:
-    """How many more instances of a model are needed for those who wait, and for `min_ready`."""
+    """How many more instances of a model are needed for those who wait, and for `min_ready`.
+
+    At least those that somebody waits for and for no other, which `candidates` has first.
+    """
     # One on its way down is woken again as soon as it has arrived: sooner than another could be.
     coming = sum(i.state is State.WAKING or i.state in DESCENDING or _goes_down_now(i) for i in model.instances)
     up = sum(i.state is State.READY for i in model.instances)
-    for_queue = math.ceil(model.waiting / model.max_concurrency) - coming
+    for_any = max(0, model.waiting - sum(model.wanted.values()))
+    for_queue = math.ceil(for_any / model.max_concurrency) - coming
     for_minimum = _kept_ready(model) - coming - up if now >= model.restock_at else 0
-    return max(0, for_queue, for_minimum)
+    in_person = sum(i.id in model.wanted for i in _wakeable(model))
+    return max(in_person, for_queue, for_minimum)
 
 
 def _goes_down_now(instance: Instance) -> bool:
@@ -156,9 +184,12 @@ def _kept_ready(model: ModelView) -> int:
 
 def candidates(model: ModelView, now: float) -> list[Instance | None]:
     """What could be woken for a model, cheapest first; None stands for a new instance."""
-    resting = [i for i in model.instances if i.state in RESTING and i.state is not State.READY and i.ordered is None]
-    found: list[Instance | None] = [*sorted(resting, key=lambda i: (i.tier, i.id))]
-    return found + [None] * (_vacancies(model) - clones_wanted(model, now))
+    resting = sorted(_wakeable(model), key=lambda i: (i.id not in model.wanted, i.tier, i.id))
+    return [*resting, *[None] * (_vacancies(model) - clones_wanted(model, now))]
+
+
+def _wakeable(model: ModelView) -> list[Instance]:
+    return [i for i in model.instances if i.state in RESTING and i.state is not State.READY and i.ordered is None]
 
 
 def _vacancies(model: ModelView) -> int:
@@ -282,7 +313,7 @@ def decide(view: View, now: float) -> Plan:
             choice = _choose(view, model, candidate, room.short(extra), now, used, full=full)
             if not choice.enough and (choice.may_come or model.oldest_wait is None):
                 starved = starved or model.oldest_wait is not None
-                _ask_for_room(view, model, now, plan, used, choice.missing)
+                _ask_for_room(view, model, candidate, now, plan, used, choice.missing)
                 break
             used.update(id(victim.instance) for victim in choice.victims)
             room.take(extra, choice.freed)
@@ -443,7 +474,7 @@ def _idle(
     awake: list[_Option] = []
     asleep: list[_Option] = []
     for model in view.models:
-        spare = _spare(model) if model.key != needy.key else []
+        spare = _spare_for(needy, candidate, model)
         awake += [_option(i, model, view.gpus, now) for i in spare if i.leases == 0 and id(i) not in used]
         sleeping = [i for i in model.instances if i.state is State.SLEEPING and i is not candidate]
         asleep += [_option(i, model, view.gpus, now) for i in sleeping if id(i) not in used]
@@ -464,15 +495,29 @@ def _busy_bytes(view: View, needy: ModelView, used: set[int]) -> Bytes:
     return total
 
 
-def _spare(model: ModelView) -> list[Instance]:
-    """The ready instances above `min_ready`, those that would be missed least first."""
+def _spare(model: ModelView, *, coming: int = 0) -> list[Instance]:
+    """The ready instances above `min_ready`, those that would be missed least first; `coming`: as many more are up."""
     up = [i for i in model.instances if i.state in (State.READY, State.RETIRING)]
     up.sort(key=lambda i: (i.state is not State.RETIRING, i.leases, i.idle_since or math.inf))
-    return up[: max(0, len(up) - _kept_ready(model))]
+    return up[: max(0, len(up) + coming - _kept_ready(model))]
 
 
-def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: set[int], missing: Bytes) -> None:
-    """Close the least busy instance of another model once `needy` has waited long enough.
+def _spare_for(needy: ModelView, candidate: Instance | None, model: ModelView) -> list[Instance]:
+    """The ready instances of a model that may make room for a candidate of another one.
+
+    Those of its own model answer just as well, unless it is the candidate itself that is waited for.
+    """
+    if model.key != needy.key:
+        return _spare(model)
+    if candidate is None or candidate.id not in needy.wanted:
+        return []
+    return [i for i in _spare(model, coming=1) if i.id not in needy.wanted]
+
+
+def _ask_for_room(
+    view: View, needy: ModelView, candidate: Instance | None, now: float, plan: Plan, used: set[int], missing: Bytes
+) -> None:
+    """Close the least busy instance that may make room once `needy` has waited long enough.
 
     Where GPU memory is missing: as many as hold that much.
     """
@@ -482,7 +527,7 @@ def _ask_for_room(view: View, needy: ModelView, now: float, plan: Plan, used: se
     if now < due:
         plan.not_later_than(due)
         return
-    others = [i for m in view.models if m.key != needy.key for i in _spare(m)]
+    others = [i for m in view.models for i in _spare_for(needy, candidate, m)]
     retiring = [i for i in others if i.state is State.RETIRING]
     busy = sorted((i for i in others if i not in retiring and id(i) not in used), key=lambda i: i.leases)
     if not missing:

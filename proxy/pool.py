@@ -502,8 +502,9 @@ class Pool:
         preferred: str | None = None,
         counts: bool = True,
     ) -> Lease:
-        """A hold on a ready instance of the model, once there is one; on the `preferred` one if it is ready.
+        """A hold on a ready instance of the model, once there is one.
 
+        On the `preferred` one as long as that holds the engine it had: it is woken, or waited for.
         `counts`: it is a use of the model.
         Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
         that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
@@ -519,7 +520,8 @@ class Pool:
             raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
         if counts:
             self._usage.note(model.key)
-        found = policy.best_tier(model.instances())
+        held = policy.holding(model.instances(), preferred) if preferred is not None else None
+        found = policy.best_tier(model.instances() if held is None else [held])
         if not model.queue:
             instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
             if instance is not None:
@@ -533,6 +535,8 @@ class Pool:
         rank = since - priority * self._settings.pool.priority_head_start
         waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred)
         model.queue.add(waiter, priority, rank)
+        if preferred is not None:
+            model.wanted[preferred] += 1
         self._quiet.clear()
         self.tick()
         try:
@@ -551,6 +555,8 @@ class Pool:
         finally:
             # One that was granted or failed has left the queue already.
             model.queue.discard(waiter)
+            if preferred is not None:
+                model.wanted[preferred] -= 1
             self._note_quiet()
             self._tell()
 
@@ -826,23 +832,28 @@ class Pool:
         )
 
     def _dispatch(self, model: Model) -> None:
-        """Grant leases in the order of the queue as long as there is room."""
-        while (waiter := model.queue.first()) is not None:
-            if waiter.granted.done():
-                model.queue.discard(waiter)
-                continue
-            preferred = waiter.preferred
-            instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
-            if instance is None:
-                return
+        """Grant leases in the order of the queue as long as there is room; past who waits for one instance."""
+        done: list[Waiter] = []
+        for waiter in model.queue:
+            if not waiter.granted.done():
+                instance = policy.pick(model.instances(), model.settings.max_concurrency, waiter.preferred)
+                if instance is None and waiter.preferred is None:
+                    break
+                if instance is None:
+                    continue
+                self._grant_to(waiter, model, instance)
+            done.append(waiter)
+        for waiter in done:
             model.queue.discard(waiter)
-            waited_s = self._clock() - waiter.since
-            wake = instance.last_wake
-            # A wake that ended before the request came is not the one it waited for.
-            if wake is not None and wake.ended < waiter.since:
-                wake = None
-            queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
-            waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
+
+    def _grant_to(self, waiter: Waiter, model: Model, instance: Instance) -> None:
+        waited_s = self._clock() - waiter.since
+        wake = instance.last_wake
+        # A wake that ended before the request came is not the one it waited for.
+        if wake is not None and wake.ended < waiter.since:
+            wake = None
+        queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
+        waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
 
     def _begin(self, action: policy.Action) -> None:
         match action:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
@@ -197,6 +198,8 @@ class Model:
     """The golden checkpoint, where the runtime shares images."""
     queue: Line[Waiter] = field(default_factory=Line)
     """In classes of priority; ranked by when they came, less the head start of their class."""
+    wanted: Counter[str] = field(default_factory=Counter)
+    """Instance → how many of those who wait would have it rather than another."""
     failed_wakes: int = 0
     """In a row."""
     restock_at: float = -math.inf
@@ -233,6 +236,7 @@ class Model:
             restock_at=self.restock_at,
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
             worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
+            wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances(), i)},
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from proxy.instance import Tier
 from proxy.upstream import ExchangeError
 from proxy.web.routes import ROUTES
 from tests.fakes import settle
@@ -196,3 +197,24 @@ async def test_it_goes_to_the_instance_that_made_it(front_of: Any) -> None:
     for id_, maker in makers.items():
         async with front.session.get(f"/v1/responses/{id_}") as response:
             assert (response.status, response.headers["x-warmpool-instance"]) == (200, maker)
+
+
+async def test_it_wakes_the_instance_that_made_it_though_another_is_ready(front_of: Any) -> None:
+    front: Front = await front_of(max_instances=2, max_concurrency=1)
+    leases = await asyncio.gather(*(front.pool.lease("demo") for _ in range(2)))
+    makers: dict[str, str] = {}
+    for lease in [*leases]:
+        lease.release()  # the only free one
+        response, answer = await front.post("/v1/responses", {"model": "demo", "input": "Hello"})
+        makers[orjson.loads(answer)["id"]] = response.headers["x-warmpool-instance"]
+        leases.append(await front.pool.lease("demo", preferred=lease.instance_id))
+    for lease in leases:
+        lease.release()
+    assert set(makers.values()) == {"demo-1", "demo-2"}
+    for to in (Tier.SLEEPING, Tier.SUSPENDED):
+        for id_, maker in makers.items():
+            (order,) = front.pool.order_down("demo", to, instance_id=maker)
+            await order.carried_out()
+            async with front.session.get(f"/v1/responses/{id_}") as response:
+                assert (response.status, response.headers["x-warmpool-instance"]) == (200, maker)
+                assert response.headers["x-warmpool-tier"] == to.label

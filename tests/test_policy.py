@@ -23,6 +23,7 @@ from proxy.policy import (
     Wake,
     best_tier,
     decide,
+    holding,
     pick,
 )
 
@@ -65,6 +66,21 @@ def test_the_least_busy_ready_instance_is_picked() -> None:
     assert pick([], 4) is None
 
 
+def test_one_that_holds_its_engine_is_preferred_to_any_that_is_ready() -> None:
+    ready = instance(State.READY)
+    for state in (State.SLEEPING, State.SUSPENDED, State.FALLING_ASLEEP, State.SUSPENDING, State.RETIRING):
+        assert pick([ready, instance(state, number=2)], 4, "a-2") is None, "it is waited for"
+    for state in (State.CHECKPOINTED, State.CHECKPOINTING, State.ARCHIVED, State.BROKEN):
+        assert pick([ready, instance(state, number=2)], 4, "a-2") is ready
+    busy = instance(State.READY, number=2, leases=3)
+    assert pick([ready, busy], 4, "a-2") is busy
+    assert pick([ready, busy], 3, "a-2") is None
+    waking = instance(State.WAKING, number=2)
+    for origin, picked in ((Tier.SUSPENDED, None), (Tier.CHECKPOINTED, ready), (Tier.STOPPED, ready)):
+        waking.waking_from = origin
+        assert pick([ready, waking], 4, "a-2") is picked
+
+
 def test_the_warmest_instance_is_what_a_request_finds() -> None:
     assert best_tier([instance(State.CHECKPOINTED), instance(State.SUSPENDED)]) is Tier.SUSPENDED
     assert best_tier([]) is Tier.STOPPED
@@ -102,6 +118,34 @@ def test_the_cheapest_instance_wakes_first() -> None:
     assert plan(model(colder, warmer, waiting=1, oldest_wait=0.0)).actions[0] == Wake("a", warmer)
     both = plan(model(colder, warmer, waiting=9, oldest_wait=0.0, max_instances=3)).actions
     assert both == [Wake("a", warmer), Wake("a", colder), Wake("a", None)]
+
+
+def test_the_instance_that_is_waited_for_wakes_though_another_is_ready_and_another_warmer() -> None:
+    ready, asleep, wanted = (
+        instance(State.READY),
+        instance(State.SLEEPING, number=2),
+        instance(State.SUSPENDED, number=3),
+    )
+    waited_for = model(ready, asleep, wanted, waiting=1, oldest_wait=0.0, wanted={"a-3": 1})
+    assert plan(waited_for).actions == [Wake("a", wanted)]
+    more = model(ready, asleep, wanted, waiting=6, oldest_wait=0.0, wanted={"a-3": 1})
+    assert plan(more).actions == [Wake("a", wanted), Wake("a", asleep)]
+    others = model(instance(State.READY, leases=4), instance(State.READY, number=2), waiting=1, wanted={"a-1": 1})
+    assert plan(others).actions == [], "it answers others, and is waited for"
+
+
+def test_the_instance_that_is_waited_for_gets_the_place_of_another_of_its_model() -> None:
+    ready, wanted = instance(State.READY), instance(State.SUSPENDED, number=2)
+    queue: dict[str, Any] = {"waiting": 1, "oldest_wait": 0.0, "min_ready": 1}
+    swap = [Wake("a", wanted, (StepDown(ready, Tier.SLEEPING, "evict"),))]
+    load = gpus(ready, needs={"a": 60}, asleep={"a": 2})
+    for limit in ({"max_awake": 1}, {"gpus": load}):
+        assert plan(model(ready, wanted, **queue, wanted={"a-2": 1}), **limit).actions == swap
+        assert plan(model(ready, wanted, **queue), **limit).actions == [], "any other answers as well"
+    busy = instance(State.READY, leases=1)
+    waited_for = model(busy, wanted, **queue, wanted={"a-2": 1})
+    assert plan(waited_for, max_awake=1) == Plan([], 10.0)
+    assert plan(waited_for, max_awake=1, now=10.0).actions == [Retire(busy)]
 
 
 def test_min_ready_wakes_without_a_request_and_keeps_awake() -> None:
@@ -486,6 +530,11 @@ def views(draw: st.DrawFn) -> View:
                 min_ready=draw(st.integers(0, 1)),
                 waiting=waiting,
                 oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
+                wanted={
+                    i.id: 1
+                    for i in instances
+                    if waiting and holding(instances, i.id) is not None and draw(st.integers(0, 3)) == 0
+                },
             )
         )
     everyone = [i for m in models for i in m.instances]

@@ -10,7 +10,7 @@ import openai
 import orjson
 import pytest
 
-from proxy.errors import MaxWaitError
+from proxy.errors import MaxWaitError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.web.heartbeat import COMMENT
 from tests.fakes import Rig, settle
@@ -162,6 +162,76 @@ async def test_a_lease_is_on_the_preferred_instance_if_that_is_ready() -> None:
     assert other.instance_id == "demo-1"
     for lease in (*leases, other):
         lease.release()
+    await rig.pool.close()
+
+
+async def one_ready_and_one_below(seconds: float) -> Rig:
+    """demo-1 is ready, and demo-2 as far down as it goes in this time."""
+    idle = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
+    rig = Rig({"demo": {"max_instances": 2, "max_concurrency": 1, "idle": idle}})
+    await rig.pool.open()
+    first, second = await asyncio.gather(rig.pool.lease("demo"), rig.pool.lease("demo"))
+    assert (first.instance_id, second.instance_id) == ("demo-1", "demo-2")
+    second.release()
+    for _ in range(int(seconds) // 10):
+        await rig.pass_time(10)
+    first.release()
+    return rig
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state", "tier"), [(10, "sleeping", Tier.SLEEPING), (20, "suspended", Tier.SUSPENDED)]
+)
+async def test_the_preferred_instance_is_woken_though_another_is_ready(seconds: int, state: str, tier: Tier) -> None:
+    rig = await one_ready_and_one_below(seconds)
+    assert rig.states() == {"demo-1": "ready", "demo-2": state}
+    async with await rig.pool.lease("demo", preferred="demo-2") as lease:
+        assert (lease.instance_id, lease.found) == ("demo-2", tier)
+        assert lease.wake is not None
+        assert lease.wake.found is tier
+    await rig.pool.close()
+
+
+async def test_one_whose_engine_has_ended_is_not() -> None:
+    rig = await one_ready_and_one_below(30)
+    assert rig.states() == {"demo-1": "ready", "demo-2": "checkpointed"}
+    async with await rig.pool.lease("demo", preferred="demo-2") as lease:
+        assert (lease.instance_id, lease.found) == ("demo-1", Tier.READY)
+    assert rig.states()["demo-2"] == "checkpointed"
+    await rig.pool.close()
+
+
+async def test_who_waits_for_one_instance_holds_nobody_up_and_is_served_by_another_when_that_breaks() -> None:
+    rig = await one_ready_and_one_below(20)
+    rig.runtime.gates["resume"] = asyncio.Event()
+    waiting = asyncio.create_task(rig.pool.lease("demo", preferred="demo-2"))
+    await settle()
+    assert rig.states() == {"demo-1": "ready", "demo-2": "waking"}
+    async with await rig.pool.lease("demo") as other:
+        assert other.instance_id == "demo-1"
+        await settle()
+        assert not waiting.done()
+    rig.runtime.failures.update(resume=[RuntimeFailure("resume", "broke")], start=[RuntimeFailure("start", "broke")])
+    rig.runtime.gates["resume"].set()
+    async with await waiting as lease:
+        assert lease.instance_id == "demo-1"
+    await rig.pool.close()
+
+
+async def test_a_request_that_left_wakes_nothing_in_its_name() -> None:
+    rig = await one_ready_and_one_below(20)
+    rig.runtime.gates["resume"] = asyncio.Event()
+    waiting = asyncio.create_task(rig.pool.lease("demo", preferred="demo-2"))
+    await settle()
+    waiting.cancel()
+    await settle()
+    rig.runtime.gates["resume"].set()
+    await rig.until(demo_2="ready")
+    await rig.pass_time(10)
+    await rig.pass_time(10)
+    assert rig.states() == {"demo-1": "suspended", "demo-2": "suspended"}
+    await rig.pass_time(1)
+    assert rig.states() == {"demo-1": "suspended", "demo-2": "suspended"}
     await rig.pool.close()
 
 
