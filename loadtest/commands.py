@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 OUT: Final = Path("build/loadtest")
 _SOME: Final = click.IntRange(1)
+_NONE_OR_SOME: Final = click.IntRange(0)
 _POSITIVE: Final = click.FloatRange(0, min_open=True)
 _NOT_NEGATIVE: Final = click.FloatRange(0)
 EXPECTED: Final = (
@@ -104,13 +105,19 @@ def _served(function: Callable[..., Any]) -> Callable[..., Any]:
         help="In a checkpoint; 1: with the weights (default: as configured).",
     )
     @click.option("--model", help="The key of the model in --config (default: its first).")
+    @click.option(
+        "--keep",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder on tmpfs in which images stay, and are used by the next run instead of a cold start.",
+    )
     @wraps(function)
     def wrapper(
         *, runtime: str | None, memory: str, load_s: float, ttft_s: float, tokens_per_second: float,
-        options: tuple[str, ...], config: Path | None, model: str | None, sleep_level: int | None, **rest: Any,
+        options: tuple[str, ...], config: Path | None, model: str | None, sleep_level: int | None, keep: Path | None,
+        **rest: Any,
     ) -> Any:  # fmt: skip
         engine = serving.Engine(memory, load_s, ttft_s, tokens_per_second, options=options)
-        setup = serving.Setup(runtime or serving.default_runtime(), engine, config, model, sleep_level)
+        setup = serving.Setup(runtime or serving.default_runtime(), engine, config, model, sleep_level, keep)
         setup.keys()
         return function(setup=setup, **rest)
 
@@ -126,7 +133,7 @@ def _writer(command: str, out: Path | None, **options: Any) -> results.Writer:
             engine = setup.engine
             about |= {"memory": engine.memory, "load_s": engine.load_s, "ttft_s": engine.ttft_s}
             about |= {"tokens_per_second": engine.tokens_per_second, "engine": " ".join(engine.options)}
-        options = about | {"sleep_level": setup.sleep_level} | options
+        options = about | {"sleep_level": setup.sleep_level, "keep": setup.keep} | options
     return results.Writer(path, command, {n: v for n, v in options.items() if v not in (None, "", ())})
 
 
@@ -172,7 +179,7 @@ def baseline(ctx: click.Context, setup: serving.Setup, count: int, out: Path | N
 @cli.command()
 @_served
 @click.option("--count", "-n", type=_SOME, default=10, help="Wakes from each rung.")
-@click.option("--cold", type=_SOME, default=10, help="Cold starts, to compare with.")
+@click.option("--cold", type=_NONE_OR_SOME, default=10, help="Cold starts, to compare with.")
 @click.option(
     "--rung", "rungs", multiple=True, type=click.Choice([*ladder.WARM, "archived"]), help="Default: all but archived."
 )
@@ -215,7 +222,7 @@ def burst(
 @cli.command("trace")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @_served
-@click.option("--models", type=_SOME, default=6, help="Over how many models.")
+@click.option("--models", type=_SOME, help="Over how many models (default: 6, or as many as --config has).")
 @click.option("--speed", type=_POSITIVE, default=1.0, help="How many times as fast as it was recorded.")
 @click.option("--begin", default="0s", help="Where in the trace to begin.")
 @click.option("--length", help="How much of the trace, as `10m` (default: all).")
@@ -233,8 +240,13 @@ def burst(
     default=3.0,
     help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.",
 )
-@click.option("--max-prompt-tokens", type=_SOME, default=100_000, help="Shorten longer prompts.")
-@click.option("--max-tokens", type=_SOME, default=100_000, help="Shorten longer answers.")
+@click.option(
+    "--max-prompt-tokens", type=_SOME, help="Shorten longer prompts (default: where --max-model-len of --config asks)."
+)
+@click.option("--max-tokens", type=_SOME, help="Shorten longer answers (default: likewise).")
+@click.option(
+    "--prompts", type=click.Choice(["text", "ids"]), help="Words or token ids (default: ids for vLLM of --config)."
+)
 @click.option("--url", help="Replay through this proxy, which runs already, instead of one of its own.")
 @click.option("--names", help="With --url: the names of its models, with commas.")
 @click.option("--api-key", envvar="WARMPOOL_API_KEY", help="With --url.")
@@ -247,16 +259,27 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
     most = max(row.prompt_tokens + row.tokens for row in rows)
     setup = trace.with_room(setup, most)
     late_s = _seconds(options["late"]) or 0.0
-    how = trace.Replay(options["speed"], late_s, options["skew"], options["max_prompt_tokens"], options["max_tokens"])
+    count = setup.count(options["models"], 6)
+    longest = trace.limits(setup, setup.keys(count))
+    most_prompt_tokens, most_tokens = options["max_prompt_tokens"] or longest[0], options["max_tokens"] or longest[1]
+    by_id = (
+        all(setup.is_vllm(key) for key in setup.keys(count)) if not options["prompts"] else options["prompts"] == "ids"
+    )
+    how = trace.Replay(options["speed"], late_s, options["skew"], most_prompt_tokens, most_tokens, by_id)
+    options |= {"models": count, "max_prompt_tokens": most_prompt_tokens, "max_tokens": most_tokens}
+    options |= {"prompts": "ids" if by_id else "text"}
     shown = {n: v for n, v in options.items() if n not in ("api_key", "idles")}
     writer = _writer("trace", out, setup=setup, file=file.name, idle=idle, rows=len(rows), **shown)
+
+    if text := trace.shortened(rows, how):
+        writer.note(text)
 
     async def work(display: Display) -> trace.Account:
         if not options["url"]:
             pool = {"max_awake": options["max_awake"]}
             if options["switch_after"]:
                 pool["switch_after"] = options["switch_after"]
-            return await trace.run(setup, rows, options["models"], idle, how, writer, display, pool=pool)
+            return await trace.run(setup, rows, count, idle, how, writer, display, pool=pool)
         names = [name.strip() for name in (options["names"] or "").split(",") if name.strip()]
         if not names:
             raise click.UsageError("--url needs --names: the models that the proxy serves")
@@ -273,16 +296,18 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
 
 @cli.command("soak")
 @_served
-@click.option("--models", type=_SOME, default=3, help="How many.")
+@click.option("--models", type=_SOME, help="How many (default: 3, or as many as --config has).")
 @click.option("--time", "length", default="2m", help="How long.")
 @click.option("--seed", default=0, help="Another one is another load.")
 @_out
 @click.pass_context
-def soak_(ctx: click.Context, setup: serving.Setup, models: int, length: str, seed: int, out: Path | None) -> None:
+def soak_(
+    ctx: click.Context, setup: serving.Setup, models: int | None, length: str, seed: int, out: Path | None
+) -> None:
     """Mixed load with idle gaps, so that every rung is passed again and again; counts what is lost or leaked."""
-    seconds = _seconds(length) or 0.0
-    writer = _writer("soak", out, setup=setup, models=models, seconds=seconds, seed=seed)
-    found = _run(writer, "soak", lambda display: soak.soak(setup, models, seconds, writer, display, seed=seed))
+    seconds, count = _seconds(length) or 0.0, setup.count(models, 3)
+    writer = _writer("soak", out, setup=setup, models=count, seconds=seconds, seed=seed)
+    found = _run(writer, "soak", lambda display: soak.soak(setup, count, seconds, writer, display, seed=seed))
     good = not (found.checks.lost or found.checks.different or found.leaks())
     _finish(ctx, writer, good)
 
@@ -367,13 +392,22 @@ def analyze(ctx: click.Context, setup: serving.Setup, folder: Path | None, out: 
     writer = _writer("analyze", out, setup=setup, images=folder)
 
     async def work(display: Display) -> None:
-        display.phase("an image" if folder is None else str(folder))
         if folder is not None:
+            display.phase(str(folder))
             _look(folder, writer)
             return
         (key,) = setup.keys()
-        with serving.folders() as where:
-            await asyncio.to_thread(images.create, setup, images.Variant(2), key, where)
+        with setup.folders() as where:
+            if not where.image_names():
+                display.phase("an image")
+                await images.learning(
+                    setup,
+                    images.Variant(setup.sleep_level or setup.entry(key).get("golden_sleep_level", 2)),
+                    key,
+                    where,
+                    writer,
+                )
+            display.phase("every page of it")
             _look(where.images, writer)
 
     _run(writer, "analyze", work)
@@ -449,6 +483,13 @@ def report(files: tuple[Path, ...], html: Path, png: Path | None, browser: str |
     if png is not None:
         for path in pictures.draw(found, png, browser):
             click.echo(path)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def discard(folder: Path) -> None:
+    """Delete the images that were kept in FOLDER (--keep), and their containers."""
+    serving.discard(folder)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

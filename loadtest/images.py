@@ -14,8 +14,9 @@ import orjson
 import tomli_w
 import zstandard
 
-from loadtest.serving import NEVER, ServeError, folders, remove_containers, warmpool
+from loadtest.serving import NEVER, ServeError, learn_versions, warmpool
 from proxy.golden import advice, short_size
+from proxy.runtime.processes import GPU_STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from proxy.checkpoints import CheckpointStore
 
 PAGE_BYTES: Final = 4096
+_LOOK_EVERY_S: Final = 2.0
+_PARTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "making": dict.fromkeys(("cuda", "podman", "dump", "collect", "digest"), "checkpoint"),
+    "proof": dict.fromkeys(("podman", "criu", "cuda"), "restore"),
+}
+_SLEEP_MODE: Final = "--enable-sleep-mode"
 _ZERO: Final = bytes(PAGE_BYTES)
 _SAMPLE_EVERY: Final = 64
 """One block in so many is compressed to see how far it can be."""
@@ -40,80 +47,142 @@ class Variant:
     level: int
     load_format: str | None = None
 
-    @property
-    def series(self) -> str:
-        """What it is called."""
-        slept = f"asleep, level {self.level}" if self.level else "awake"
+    def series(self, level: int) -> str:
+        """What it is called; `level`: that of the engine in the image, which may have no sleep mode."""
+        slept = f"asleep, level {level}" if level else "awake"
         return slept + (f", {self.load_format}" if self.load_format else "")
 
 
 async def checkpoint(setup: Setup, variants: Sequence[Variant], count: int, writer: Writer, display: Display) -> bool:
-    """Make and prove a golden checkpoint `count` times in each way; whether all were made."""
+    """Make and prove a golden checkpoint `count` times in each way; whether all were made.
+
+    With a folder to keep, the last image of the first way that is the configuration's own stays there.
+    """
     (key,) = setup.keys()
     good = True
+    kept = next((variant for variant in variants if setup.keep is not None and is_own(setup, variant, key)), None)
+    sleepless: set[str | None] = set()
     for variant in variants:
-        display.phase(variant.series)
+        if variant.load_format in sleepless:
+            writer.note(f"{variant.series(variant.level)}: the engine has no sleep mode, so this is the same as awake")
+            continue
+        display.phase(variant.series(variant.level))
         for number in range(count):
-            with folders() as where:
+            with setup.folders(fresh=variant is not kept) as where:
                 try:
-                    made = await asyncio.to_thread(create, setup, variant, key, where)
+                    made = await learning(setup, variant, key, where, writer)
                 except ServeError as error:
-                    writer.note(f"{variant.series}: {error}")
+                    writer.note(f"{variant.series(variant.level)}: {error}")
                     good = False
                     break
-            keep(made, variant.series, writer)
+            if not made["sleep_level"]:
+                sleepless.add(variant.load_format)
+            keep(made, variant.series(made["sleep_level"]), writer)
             display.update(number + 1, count, image=short_size(made["bytes"]))
     return good
 
 
+async def learning(setup: Setup, variant: Variant, key: str, where: Folders, writer: Writer) -> dict[str, Any]:
+    """`create`, and meanwhile a look at the engine's versions."""
+    task = asyncio.create_task(create(setup, variant, key, where))
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK_EVERY_S))[0]:
+            await learn_versions(setup, where, writer)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    return task.result()
+
+
 def keep(made: Mapping[str, Any], series: str, writer: Writer) -> None:
     """Write one report of `warmpool checkpoint create` down."""
-    values = {f"making.{name}_s": float(value) for name, value in made["making_s"].items()}
-    values |= {f"proof.{name}_s": float(value) for name, value in made["proof_s"].items()}
+    values = {_within("making", name): float(value) for name, value in made["making_s"].items()}
+    values |= {_within("proof", name): float(value) for name, value in made["proof_s"].items()}
     values |= {f"{kind.replace(' ', '_')}_bytes": float(size) for kind, size in made["bytes_by_kind"].items()}
+    values |= gpu_values(made["memory_bytes"], made["gpu_bytes"], made["bytes_by_kind"]["memory pages"])
     made_s = {n: s for n, s in made["making_s"].items() if n not in ("leftovers", "start", "load")}
     values["create_s"] = made_s.get("checkpoint", 0.0)
     values["image_bytes"] = float(made["bytes"])
-    writer.sample(series, values, stages_s=dict(made["making_s"]))
+    writer.sample(series, values, stages_s=dict(made["making_s"]), memory_bytes=dict(made["memory_bytes"]))
 
 
-def create(setup: Setup, variant: Variant, key: str, where: Folders) -> dict[str, Any]:
+def _within(half: str, stage: str) -> str:
+    """The name of a stage's time, behind that of the stage it is a part of."""
+    outer = _PARTS[half].get(stage)
+    return f"{half}.{outer}.{stage}_s" if outer else f"{half}.{stage}_s"
+
+
+def gpu_values(memory: Mapping[str, int], held: Mapping[str, Mapping[str, int]], pages: int) -> dict[str, float]:
+    """Of the memory pages, what came from the GPU and what did not; and what the engine held there, by tier.
+
+    `memory`: what was resident at the dump, by kind; the driver copies a GPU's state to anonymous memory, which CRIU
+    writes like any other. `held`: tier → UUID of a GPU → bytes, of which a part is the driver's own and not copied.
+    """
+    values = {f"on_the_GPU.{tier}_bytes": float(sum(by_gpu.values())) for tier, by_gpu in held.items()}
+    if GPU_STATE in memory:
+        state = min(memory[GPU_STATE], pages)
+        values |= {"memory_pages.GPU_state_bytes": float(state), "memory_pages.else_bytes": float(pages - state)}
+    return values
+
+
+async def create(setup: Setup, variant: Variant, key: str, where: Folders) -> dict[str, Any]:
     """Run `warmpool checkpoint create`; what it reports. Raises ServeError."""
     config = configure(setup, variant, where)
-    done = warmpool("checkpoint", "create", key, "--json", config=config)
-    if setup.settings(NEVER)["models"][key].get("podman"):
-        remove_containers(where)
-    if done.returncode:
-        raise ServeError(f"it could not be made: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    made: dict[str, Any] = orjson.loads(done.stdout)
+    done = await warmpool("checkpoint", "create", key, "--json", config=config)
+    if done.status:
+        raise ServeError(f"it could not be made: {done.reason}")
+    made: dict[str, Any] = orjson.loads(done.output)
     return made
 
 
 def configure(setup: Setup, variant: Variant, where: Folders) -> Path:
     """The configuration file for a variant. Raises ServeError."""
-    if setup.config is None:
-        if variant.load_format:
-            raise ServeError("the load-test engine loads no files; --load-format is for an engine of --config")
-        if not variant.level:
-            setup = replace(setup, engine=replace(setup.engine, sleep_mode=False))
-    elif not variant.level:
-        raise ServeError("whether an engine of --config has a sleep mode is said by its command")
-    settings = setup.settings({"checkpointed": "1h"}, entry={"golden_sleep_level": variant.level or 2})
-    for model in settings["models"].values():
-        engine = model.get("podman") or model.get("process") or {}
-        if variant.load_format:
-            engine["command"] = _with(list(engine["command"]), "--load-format", variant.load_format)
+    settings = _settings(setup, variant)
     settings["pool"] |= {"state_dir": str(where.state), "checkpoint_dir": str(where.images)}
     path = where.state / "checkpoint.toml"
     path.write_text(tomli_w.dumps(settings))
     return path
 
 
+def _settings(setup: Setup, variant: Variant) -> dict[str, Any]:
+    if setup.config is None:
+        if variant.load_format:
+            raise ServeError("the load-test engine loads no files; --load-format is for an engine of --config")
+        if not variant.level:
+            setup = replace(setup, engine=replace(setup.engine, sleep_mode=False))
+    settings = setup.settings({"checkpointed": "1h"}, entry={"golden_sleep_level": variant.level or 2})
+    for model in settings["models"].values():
+        runtime = "podman" if "podman" in model else "process"
+        engine = model[runtime] = dict(model[runtime])
+        if variant.load_format:
+            engine["command"] = _with(list(engine["command"]), "--load-format", variant.load_format)
+        if not variant.level and setup.config is not None:
+            _stay_awake(engine)
+    return settings
+
+
+def _stay_awake(engine: dict[str, Any]) -> None:
+    """Without vLLM's sleep mode."""
+    engine["command"] = [part for part in engine["command"] if part != _SLEEP_MODE]
+    # Its endpoints would seem to be there, and do nothing.
+    engine["env"] = {name: value for name, value in engine.get("env", {}).items() if name != "VLLM_SERVER_DEV_MODE"}
+
+
+def is_own(setup: Setup, variant: Variant, key: str) -> bool:
+    """Whether the image of a variant is one that the configuration's own engine can be restored from."""
+    try:
+        made = _settings(setup, variant)["models"][key]
+    except ServeError:
+        return False
+    own = setup.settings(NEVER)["models"][key]
+    return all(made.get(name) == own.get(name) for name in {*made, *own} - {"idle", "golden_sleep_level"})
+
+
 def _with(command: list[str], option: str, value: str) -> list[str]:
     if option in command[:-1]:
         command[command.index(option) + 1] = value
         return command
-    return [*command, option, value]
+    return [*(part for part in command if not part.startswith(f"{option}=")), option, value]
 
 
 # --- what is in an image ---
@@ -179,6 +248,11 @@ def analyze(store: CheckpointStore, image: str, writer: Writer) -> list[str]:
         image,
         {
             **kinds,
+            **gpu_values(
+                manifest.details.get("memory") or {},
+                manifest.details.get("gpu") or {},
+                manifest.bytes_by_kind()["memory pages"],
+            ),
             "image_bytes": float(manifest.total_bytes()),
             "zero_bytes": float(pages.zero * PAGE_BYTES),
             "repeated_bytes": float(pages.repeated * PAGE_BYTES),

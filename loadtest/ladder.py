@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loadtest.serving import RUNGS, ServeError, completion, folders, serving
+from loadtest.serving import RUNGS, ServeError, completion, learn_versions, serving
 from loadtest.watching import watching
 
 if TYPE_CHECKING:
@@ -14,10 +15,8 @@ if TYPE_CHECKING:
     from loadtest.client import Outcome
     from loadtest.display import Display
     from loadtest.results import Writer
-    from loadtest.serving import Served, Setup
+    from loadtest.serving import Folders, Served, Setup
 
-FIRST: Final = "checkpointed, first"
-"""The first restore of an image, which must repeat a known answer."""
 WARM: Final = ("checkpointed", "suspended", "sleeping", "ready")
 
 
@@ -28,55 +27,81 @@ class Checks:
     lost: int = 0
     different: int = 0
     other_tier: int = 0
+    in_batches: int = 0
+    """Answers that differ, of requests that an engine answered beside others."""
     texts: dict[str, str] = field(default_factory=dict)
 
-    def look_at(self, outcome: Outcome, model: str, rung: str | None = None) -> None:
-        """Count an answer that is missing, is another than before, or comes from elsewhere than meant."""
+    def look_at(self, outcome: Outcome, model: str, rung: str | None = None, *, alone: bool = True) -> None:
+        """Count an answer that is missing, is another than before, or comes from elsewhere than meant.
+
+        Not `alone`: what an engine answers may depend on what else it computes in the same step, as with vLLM.
+        """
         if not outcome.ok:
             self.lost += 1
             return
-        self.different += self.texts.setdefault(model, outcome.text) != outcome.text
+        if self.texts.setdefault(model, outcome.text) != outcome.text:
+            self.different += alone
+            self.in_batches += not alone
         self.other_tier += rung is not None and outcome.tier != rung
 
     def into(self, writer: Writer) -> bool:
         """Write them down; whether all is well."""
         writer.count(lost=self.lost, different_answers=self.different, other_tier=self.other_tier)
+        if self.in_batches:
+            writer.note(
+                f"{self.in_batches} answers to requests that came together are not word for word the one to a request "
+                "alone: an engine's last digits depend on what it computes in one step. They do not count as different."
+            )
         return not (self.lost or self.different)
 
 
 async def baseline(setup: Setup, count: int, writer: Writer, display: Display) -> bool:
     """`count` cold starts, one after the other, each from nothing; whether all went well."""
     checks = Checks()
-    await _rung(setup, "stopped", count, writer, display, checks)
+    await _cold(setup, count, writer, display, checks)
     return checks.into(writer)
 
 
 async def restore(setup: Setup, count: int, cold: int, rungs: Sequence[str], writer: Writer, display: Display) -> bool:
-    """`cold` cold starts, then `count` wakes from each rung; whether all went well. What the host lacks is noted."""
+    """`cold` cold starts, then `count` wakes from each rung; whether all went well. What the host lacks is noted.
+
+    One engine is brought up for all rungs, from an image that was kept if there is one; each rung has a proxy of its
+    own, which restores the image of the one before.
+    """
     checks = Checks()
-    await _rung(setup, "stopped", cold, writer, display, checks)
-    for rung in rungs:
-        try:
-            await _rung(setup, rung, count, writer, display, checks)
-        except ServeError as error:
-            writer.note(f"{rung}: {error}")
+    if cold:
+        await _cold(setup, cold, writer, display, checks)
+    with setup.folders() as where:
+        for rung in rungs:
+            try:
+                await _rung(setup, rung, count, where, writer, display, checks)
+            except ServeError as error:
+                writer.note(f"{rung}: {error}")
     return checks.into(writer)
 
 
-async def _rung(setup: Setup, rung: str, count: int, writer: Writer, display: Display, checks: Checks) -> None:
+async def _cold(setup: Setup, count: int, writer: Writer, display: Display, checks: Checks) -> None:
+    with setup.folders(fresh=True) as where:
+        await _rung(setup, "stopped", count, where, writer, display, checks)
+
+
+async def _rung(
+    setup: Setup, rung: str, count: int, where: Folders, writer: Writer, display: Display, checks: Checks
+) -> None:
     (key,) = setup.keys()
     name = setup.name(key)
     display.phase(rung)
-    with folders() as where:
-        async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
-            if rung != "stopped":
-                await _prepare(served, key, name, rung, writer, checks)
-            for number in range(count):
-                await served.until(key, rung)
-                outcome = await served.ask(name, rung, model=key)
-                checks.look_at(outcome, key, rung)
-                writer.outcome(outcome)
-                display.update(number + 1, count, ttft=_ms(outcome.ttft_s))
+    async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
+        if rung != "stopped":
+            await _prepare(served, key, name, rung, writer, checks)
+        for number in range(count):
+            await served.until(key, rung)
+            outcome = await served.ask(name, rung, model=key)
+            checks.look_at(outcome, key, rung)
+            writer.outcome(outcome)
+            if number == 0:
+                await learn_versions(setup, where, writer)
+            display.update(number + 1, count, ttft=_ms(outcome.ttft_s))
 
 
 def _archive(rung: str, folder: object) -> dict[str, str]:
@@ -84,15 +109,21 @@ def _archive(rung: str, folder: object) -> dict[str, str]:
 
 
 async def _prepare(served: Served, key: str, name: str, rung: str, writer: Writer, checks: Checks) -> None:
-    """A cold start, and where there is an image its first restore, whose known answer is asked for."""
+    """Bring an engine up, by a cold start or from an image that is there; then the first restore of an image.
+
+    The latter repeats the known answer, and so counts apart.
+    """
+    found = await _first(served, key, name, writer, checks)
+    if rung in ("checkpointed", "archived") and found != rung:
+        await served.until(key, rung)
+        await _first(served, key, name, writer, checks)
+
+
+async def _first(served: Served, key: str, name: str, writer: Writer, checks: Checks) -> str:
     outcome = await served.ask(name, "stopped", model=key)
     checks.look_at(outcome, key)
-    writer.outcome(outcome)
-    if rung in ("checkpointed", "archived"):
-        await served.until(key, rung)
-        outcome = await served.ask(name, FIRST if rung == "checkpointed" else f"{rung}, first", model=key)
-        checks.look_at(outcome, key)
-        writer.outcome(outcome)
+    writer.outcome(outcome, "stopped" if outcome.tier in ("stopped", "") else f"{outcome.tier}, first")
+    return outcome.tier
 
 
 async def burst(
@@ -100,33 +131,37 @@ async def burst(
 ) -> bool:
     """`rounds` times each of `sizes` requests at once, to a model that rests on each rung; whether all went well."""
     checks = Checks()
-    for rung in rungs:
-        try:
-            await _bursts(setup, sizes, rung, rounds, writer, display, checks)
-        except ServeError as error:
-            writer.note(f"{rung}: {error}")
+    with setup.folders() as where:
+        for rung in rungs:
+            try:
+                with setup.folders(fresh=True) if rung == "stopped" else contextlib.nullcontext(where) as mine:
+                    await _bursts(setup, sizes, rung, rounds, mine, writer, display, checks)
+            except ServeError as error:
+                writer.note(f"{rung}: {error}")
     return checks.into(writer)
 
 
 async def _bursts(
-    setup: Setup, sizes: Sequence[int], rung: str, rounds: int, writer: Writer, display: Display, checks: Checks
-) -> None:
+    setup: Setup, sizes: Sequence[int], rung: str, rounds: int, where: Folders, writer: Writer, display: Display,
+    checks: Checks,
+) -> None:  # fmt: skip
     (key,) = setup.keys()
     name = setup.name(key)
-    with folders() as where:
-        async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
-            if rung != "stopped":
-                await _prepare(served, key, name, rung, writer, checks)
-            for size in sizes:
-                series = f"{rung}, {size} at once"
-                display.phase(series)
-                for number in range(rounds):
-                    await served.until(key, rung)
-                    outcomes = await at_once(served, name, key, size, series, number, writer)
-                    for outcome in outcomes:
-                        checks.look_at(outcome, key)
-                        writer.outcome(outcome)
-                    display.update(number + 1, rounds, lost=str(checks.lost))
+    async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
+        if rung != "stopped":
+            await _prepare(served, key, name, rung, writer, checks)
+        for size in sizes:
+            series = f"{rung}, {size} at once"
+            display.phase(series)
+            for number in range(rounds):
+                await served.until(key, rung)
+                outcomes = await at_once(served, name, key, size, series, number, writer)
+                for outcome in outcomes:
+                    checks.look_at(outcome, key, alone=size == 1 or setup.config is None)
+                    writer.outcome(outcome)
+                if number == 0:
+                    await learn_versions(setup, where, writer)
+                display.update(number + 1, rounds, lost=str(checks.lost))
 
 
 async def at_once(

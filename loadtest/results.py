@@ -4,6 +4,7 @@
 |---|---|
 | `run` | `schema`, `command`, `options`, `began`, `machine`, `versions`, `title` |
 | `sample` | `series`, `values` (name → number; `_s`: seconds, `_bytes`: bytes), and what else is known: `tier`, … |
+| `versions` | `versions`: of what was seen later, such as the engine's |
 | `state` | `at_s` (since the run began), `models`: what the proxy said of itself, whenever it had changed |
 | `summary` | `series` → value's name → median and the rest, `counts`, `notes`, `hdr` |
 
@@ -123,6 +124,13 @@ class Writer:
         self.result.states.append(made)
         self._line({"kind": "state", **made})
 
+    def learn(self, versions: Mapping[str, str]) -> None:
+        """Versions that were not known when the run began."""
+        new = {name: value for name, value in versions.items() if self.result.versions.get(name) != value}
+        if new:
+            self.result.versions.update(new)
+            self._line({"kind": "versions", "versions": new})
+
     def note(self, text: str) -> None:
         """Something the reader of the figures has to know."""
         self.result.notes.append(text)
@@ -203,6 +211,8 @@ def read(path: Path) -> Result:
                 raise ResultError(f"{path}: line {number}: the first line must be the run's")
             elif kind == "sample":
                 result.samples.append(fields)
+            elif kind == "versions":
+                result.versions.update(fields["versions"])
             elif kind == "state":
                 result.states.append(fields)
             elif kind == "summary":

@@ -13,19 +13,22 @@ import sys
 import tempfile
 import time
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import tomli_w
 
-from loadtest import image
+from loadtest import image, machine
 from loadtest.client import Client, Outcome, Request, Target
 from loadtest.machine import ROOT
+from proxy.checkpoints import CheckpointStore
 from proxy.runtime.claim import Claim
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
+
+    from loadtest.results import Writer
 
 PATIENCE_S: Final = 600.0
 PROMPT: Final = "The quick brown fox jumps over the lazy dog. Once upon a time"
@@ -80,6 +83,8 @@ class Setup:
     """A key of `config`; default is its first model."""
     sleep_level: int | None = None
     """At which an engine sleeps in its checkpoint, instead of as configured."""
+    keep: Path | None = None
+    """A folder in which images stay, and are found again, instead of being made for each run."""
 
     def base(self) -> dict[str, Any]:
         """The user's configuration. Raises ServeError."""
@@ -106,9 +111,64 @@ class Setup:
             raise ServeError(f"{self.config}: {count} models are needed, there are {len(models)}")
         return models[:count]
 
+    def count(self, wanted: int | None, default: int) -> int:
+        """How many models to serve: `wanted`, or `default` of them as far as the configuration has so many."""
+        if wanted is not None or self.config is None:
+            return wanted or default
+        return min(default, len(self.base()["models"]))
+
+    def entry(self, key: str) -> Mapping[str, Any]:
+        """What the configuration says of a model."""
+        found: Mapping[str, Any] = self.base().get("models", {}).get(key, {})
+        return found
+
+    def command(self, key: str) -> list[str]:
+        """The whole command of a model's engine, behind image and entry point; empty for the load-test engine."""
+        engine = self.entry(key).get("podman") or self.entry(key).get("process") or {}
+        parts = [engine.get("image"), *(engine.get("entrypoint") or ()), *(engine.get("command") or ())]
+        return [str(part) for part in parts if part is not None]
+
+    def is_vllm(self, key: str) -> bool:
+        """Whether a model's engine is vLLM, by its command."""
+        return any("vllm" in part for part in self.command(key))
+
+    @property
+    def in_podman(self) -> bool:
+        """Whether any engine runs in a container."""
+        if self.config is None:
+            return self.runtime == "podman"
+        return any("podman" in model for model in self.base()["models"].values())
+
+    @contextlib.contextmanager
+    def folders(self, images_below: Path = TMPFS, *, fresh: bool = False) -> Iterator[Folders]:
+        """Those of a run: what is kept, unless they are to be `fresh`, else temporary ones.
+
+        Several proxies may serve one after the other with the same: the next one finds the images of the last.
+        """
+        if self.keep is not None and not fresh:
+            where = _kept(self.keep)
+            self._check(where)
+            yield where
+            return
+        with folders(images_below) as where:
+            try:
+                yield replace(where, shared=True)
+            finally:
+                if self.in_podman:
+                    remove_containers(where)
+
     def name(self, key: str) -> str:
         """What clients call a model."""
         return str(self.base().get("models", {}).get(key, {}).get("name", key))
+
+    def _check(self, where: Folders) -> None:
+        """Raises ServeError when an image that was kept is not of the kind that is asked for."""
+        for name in where.image_names() if self.sleep_level is not None else ():
+            level = CheckpointStore(where.images, 0, None).load(name).sleep_level
+            if level != self.sleep_level:
+                raise ServeError(
+                    f"{self.keep}: the engine in the image {name} sleeps at level {level}; keep another one"
+                )
 
     def settings(
         self,
@@ -132,6 +192,10 @@ class Setup:
             }
             for key in self.keys(count)
         }
+        for model in models.values():
+            if model.get("golden_sleep_level") == 1:
+                # With the weights in the image there is nothing that a copy of them would be for.
+                model.update({"weights_copy": False, "sleep_level": 1} if "weights_copy" in model else {})
         return {**base, "pool": {**base.get("pool", {}), **(pool or {})}, "models": models}
 
     def _table(self) -> dict[str, Any]:
@@ -155,10 +219,16 @@ def default_runtime() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where a proxy keeps what: both are deleted afterwards."""
+    """Where a proxy keeps what: both are deleted afterwards, unless they are to be kept."""
 
     state: Path
     images: Path
+    shared: bool = False
+    """Another proxy comes after this one: its containers stay."""
+
+    def image_names(self) -> list[str]:
+        """The finished images."""
+        return sorted(path.parent.name for path in self.images.glob("*/manifest.json") if "." not in path.parent.name)
 
 
 @contextlib.contextmanager
@@ -170,6 +240,30 @@ def folders(images_below: Path = TMPFS) -> Iterator[Folders]:
         tempfile.TemporaryDirectory(prefix="warmpool-loadtest-", dir=below) as images,
     ):
         yield Folders(Path(state), Path(images))
+
+
+def _kept(folder: Path) -> Folders:
+    """Folders for good. Raises ServeError."""
+    where = Folders(folder.absolute() / "state", folder.absolute() / "images", shared=True)
+    for path in (where.state, where.images):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServeError(f"{path}: {error.strerror}") from error
+    return where
+
+
+def discard(folder: Path) -> None:
+    """Delete what was kept, and its containers. Raises ServeError when a folder was made by nobody's `--keep`."""
+    where = Folders(folder.absolute() / "state", folder.absolute() / "images")
+    if not (where.state.is_dir() and where.images.is_dir()):
+        raise ServeError(f"{folder}: nothing was kept there")
+    if shutil.which("podman"):
+        remove_containers(where)
+    for path in (where.state, where.images):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class Served:
@@ -216,7 +310,7 @@ def completion(
     due_s: float,
     series: str,
     *,
-    prompt: str = PROMPT,
+    prompt: str | list[int] = PROMPT,
     max_tokens: int = 16,
     keep_text: bool = False,
     **tags: Any,
@@ -245,11 +339,10 @@ async def serving(settings: Mapping[str, Any], where: Folders) -> AsyncIterator[
     config, log = where.state / "serve.toml", where.state / "serve.log"
     config.write_text(tomli_w.dumps(made))
     start = log.stat().st_size if log.exists() else 0
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WARMPOOL_")}
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "proxy", "serve", "-c", str(config),
-            stdout=file, stderr=file, cwd=ROOT, env=environment,
+            stdout=file, stderr=file, cwd=ROOT, env=_environment(),
         )  # fmt: skip
     try:
         url = await _listening(process, log, start)
@@ -257,7 +350,7 @@ async def serving(settings: Mapping[str, Any], where: Folders) -> AsyncIterator[
             yield Served(client, log, process)
     finally:
         await _end(process)
-        if any("podman" in model for model in settings["models"].values()):
+        if not where.shared and any("podman" in model for model in settings["models"].values()):
             await asyncio.to_thread(remove_containers, where)
 
 
@@ -294,9 +387,41 @@ def tail(log: Path, count: int = 15) -> str:
     return "\n".join(log.read_text("utf-8", "replace").splitlines()[-count:])
 
 
-def warmpool(*arguments: str, config: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of warmpool with a configuration."""
-    return subprocess.run(
-        [sys.executable, "-m", "proxy", *arguments, "-c", str(config)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+async def learn_versions(setup: Setup, where: Folders, writer: Writer) -> None:
+    """Write down what the user's engine that runs now is made of, unless it is known."""
+    if setup.config is not None and not machine.ENGINE_PACKAGES.keys() <= writer.result.versions.keys():
+        writer.learn(await asyncio.to_thread(machine.engine_versions, Claim(where.state).owner))
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def reason(self) -> str:
+        """The last line of what it said went wrong."""
+        return (self.errors.strip().splitlines() or ["no reason given"])[-1]
+
+
+async def warmpool(*arguments: str, config: Path) -> Done:
+    """Run a command of warmpool with a configuration; when cancelled, it is interrupted and waited for."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy", *arguments, "-c", str(config),
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=_environment(),
     )  # fmt: skip
+    try:
+        said, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+            await process.wait()
+    return Done(process.returncode or 0, said.decode(), errors.decode())
+
+
+def _environment() -> dict[str, str]:
+    """Without keys of a proxy's configuration."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WARMPOOL_")}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from loadtest.ladder import Checks
-from loadtest.serving import completion, folders, serving
+from loadtest.serving import completion, learn_versions, serving
 from loadtest.watching import watching
 from proxy.runtime.claim import Claim
 
@@ -81,12 +81,13 @@ class Soaked:
 async def soak(setup: Setup, count: int, seconds: float, writer: Writer, display: Display, *, seed: int = 0) -> Soaked:
     """Load `count` models for a time."""
     found = Soaked()
-    with folders() as where:
+    with setup.folders() as where:
         async with serving(setup.settings(IDLE, count=count), where) as served:
             keys = setup.keys(count)
             display.phase("every model once")
             for key in keys:
                 _note(found, await served.ask(setup.name(key), "first", model=key), writer)
+                await learn_versions(setup, where, writer)
             found.before = await _at_rest(served, where, keys)
             display.phase(f"{seconds:g} s of load")
             ends_s = time.monotonic() + seconds
@@ -107,30 +108,33 @@ async def _use(
     """Bursts of requests for one model, with gaps of every length between them."""
     while time.monotonic() < ends_s:
         size = draw.randint(1, MOST_AT_ONCE)
+        alone = size == 1 or setup.config is None
         async with asyncio.TaskGroup() as burst:
             for _ in range(size):
-                burst.create_task(_ask(served, setup, key, draw.random() < LEAVES, found, writer))
+                burst.create_task(_ask(served, setup, key, draw.random() < LEAVES, found, writer, alone=alone))
         gap_s = draw.choice(GAPS_S) * draw.uniform(0.9, 1.3)
         await asyncio.sleep(max(0.0, min(gap_s, ends_s - time.monotonic())))
 
 
-async def _ask(served: Served, setup: Setup, key: str, leaves: bool, found: Soaked, writer: Writer) -> None:
+async def _ask(
+    served: Served, setup: Setup, key: str, leaves: bool, found: Soaked, writer: Writer, *, alone: bool
+) -> None:
     request = completion(setup.name(key), 0.0, key, keep_text=True, model=key)
     if not leaves:
-        _note(found, await served.client.ask(request), writer)
+        _note(found, await served.client.ask(request), writer, alone=alone)
         return
     found.sent += 1
     try:
         async with asyncio.timeout(0.05):
-            _note(found, await served.client.ask(request), writer)
+            _note(found, await served.client.ask(request), writer, alone=alone)
             found.sent -= 1
     except TimeoutError:
         found.left += 1
 
 
-def _note(found: Soaked, outcome: Outcome, writer: Writer) -> None:
+def _note(found: Soaked, outcome: Outcome, writer: Writer, *, alone: bool = True) -> None:
     found.sent += 1
-    found.checks.look_at(outcome, outcome.tags["model"])
+    found.checks.look_at(outcome, outcome.tags["model"], alone=alone)
     found.tiers[outcome.tier or "none"] += 1
     writer.outcome(outcome, outcome.tier or "lost")
 

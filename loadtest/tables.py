@@ -25,6 +25,8 @@ _OF: Final = {TTFT: "FIRST TOKEN", "total_s": "WHOLE ANSWER"}
 AGAINST_COLD: Final = ("baseline", "restore", "burst")
 """Runs of which the requests differ in what they find only."""
 
+SHOWN_VERSIONS: Final = ("warmpool", "commit", "podman", "criu", "vllm", "torch", "CUDA of torch")
+
 
 def console() -> Console:
     """Standard output; as wide as the tables need where it is no terminal."""
@@ -129,10 +131,15 @@ def values(result: Result) -> Table:
         for name, found in names.items():
             if not found.median or (name.endswith("_s") and found.median < 0.001):
                 continue  # too small to be of interest to anybody
-            what = name.removesuffix("_s").removesuffix("_bytes").replace("_", " ").replace(".", ": ")
+            what = value_name(name)
             spread = interval(name, found.low, found.high) if found.n > 1 else ""
             made.add_row(series, what, str(found.n), quantity(name, found.median), spread, quantity(name, found.most))
     return made
+
+
+def value_name(name: str) -> str:
+    """Of a measurement, for people: `making.load_s`: "making: load"."""
+    return name.removesuffix("_s").removesuffix("_bytes").replace("_", " ").replace(".", ": ")
 
 
 def against(result: Result, base: str) -> Table:
@@ -170,8 +177,9 @@ def contents(result: Result) -> Table:
         for name, size in sorted(sample["values"].items(), key=lambda entry: -entry[1]):
             what = name.removesuffix("_bytes")
             if size:
-                label = names.get(what, what.replace("_", " "))
-                made.add_row(sample["series"], label, quantity(name, size), f"{100 * size / whole:.1f} %")
+                label = names.get(what, value_name(name))
+                share = "" if name.startswith("on_the_GPU") else f"{100 * size / whole:.1f} %"
+                made.add_row(sample["series"], label, quantity(name, size), share)
         for what, size in sorted(sample.get("memory_bytes", {}).items(), key=lambda entry: -entry[1]):
             made.add_row(sample["series"], f"resident at the dump: {what}", short_size(size), "")
         for what, size in sample.get("pages_by_file", {}).items():
@@ -232,8 +240,10 @@ def head(result: Result) -> str:
     """The machine, in a line."""
     machine = result.machine
     parts = [machine.get("processor", ""), f"{machine.get('cores', '?')} cores", machine.get("memory", "")]
-    versions = [f"{n} {result.versions[n]}" for n in ("warmpool", "commit", "podman", "criu") if n in result.versions]
-    return ", ".join([*(p for p in parts if p), machine.get("gpu", "no GPU"), *versions])
+    parts += [machine.get("gpu", "no GPU")]
+    parts += [f"{n} {machine[n]}" for n in ("NVIDIA driver",) if n in machine]
+    versions = [f"{n} {result.versions[n]}" for n in SHOWN_VERSIONS if n in result.versions]
+    return ", ".join([*(p for p in parts if p), *versions])
 
 
 def counts(result: Result) -> str:

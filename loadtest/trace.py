@@ -8,6 +8,7 @@ and in a trace of one's own, where there are several models, `Model`.
 from __future__ import annotations
 
 import csv
+import itertools
 import random
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from loadtest.results import TTFT
-from loadtest.serving import ServeError, completion, folders, serving
+from loadtest.serving import ServeError, completion, learn_versions, serving
 from loadtest.watching import watching
 
 if TYPE_CHECKING:
@@ -120,18 +121,55 @@ class Replay:
     """How unequal the models' shares are, where the trace names none."""
     most_prompt_tokens: int = 100_000
     most_tokens: int = 100_000
+    by_id: bool = False
+    """Prompts are lists of token ids, exactly as many as the trace says whatever the tokenizer; no two begin alike."""
 
 
 def requests(rows: Sequence[Row], models: Sequence[str], names: Mapping[str, str], how: Replay) -> Iterator[Request]:
     """What is sent, and when."""
-    for row, key in zip(rows, models, strict=True):
-        prompt = WORD * max(1, min(row.prompt_tokens, how.most_prompt_tokens))
+    for number, (row, key) in enumerate(zip(rows, models, strict=True)):
+        prompt = _prompt(number, max(1, min(row.prompt_tokens, how.most_prompt_tokens)), how)
         tokens = max(1, min(row.tokens, how.most_tokens))
         request = completion(
             names[key], row.at_s / how.speed, key, prompt=prompt, max_tokens=tokens, model=key, wanted=tokens
         )
         request.body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
         yield request
+
+
+def _prompt(number: int, tokens: int, how: Replay) -> str | list[int]:
+    # Ids from 100 on: below are, in many vocabularies, marks and single bytes.
+    return [100 + number % 100, *[200] * (tokens - 1)] if how.by_id else WORD * tokens
+
+
+def limits(setup: Setup, keys: Sequence[str]) -> tuple[int, int]:
+    """How long prompts and answers may be: 3/4 and 1/4 of the least `--max-model-len` among a user's engines."""
+    found = [int(text) for key in keys if (text := _option(setup.command(key), "--max-model-len")).isdecimal()]
+    if not found:
+        return Replay().most_prompt_tokens, Replay().most_tokens
+    tokens = max(1, min(found) // 4)
+    return max(1, min(found) - tokens - 1), tokens
+
+
+def _option(command: Sequence[str], name: str) -> str:
+    for part, following in itertools.zip_longest(command, command[1:], fillvalue=""):
+        if part == name:
+            return following
+        if part.startswith(f"{name}="):
+            return part.partition("=")[2]
+    return ""
+
+
+def shortened(rows: Sequence[Row], how: Replay) -> str | None:
+    """What of the trace is not replayed as it is, in a sentence."""
+    prompts = sum(row.prompt_tokens > how.most_prompt_tokens for row in rows)
+    answers = sum(row.tokens > how.most_tokens for row in rows)
+    if not prompts and not answers:
+        return None
+    return (
+        f"{prompts} of {len(rows)} prompts were shortened to {how.most_prompt_tokens} tokens, {answers} answers to "
+        f"{how.most_tokens}"
+    )
 
 
 def timetable(speed: float) -> dict[str, str]:
@@ -217,11 +255,12 @@ async def run(
     names = {key: setup.name(key) for key in keys}
     models = models_of(rows, keys, how.skew)
     display.phase("serving")
-    with folders() as where:
+    with setup.folders() as where:
         settings = setup.settings(idle, count=count, pool=pool)
         async with serving(settings, where) as served:
             display.phase(f"{len(rows)} requests over {count} models")
             account = await replay(served.client, requests(rows, models, names, how), len(rows), how, writer, display)
+            await learn_versions(setup, where, writer)
             status = await served.status()
             left = sum(model["queue"] + sum(i["leases"] for i in model["instances"]) for model in status.values())
             if left:

@@ -141,6 +141,9 @@ async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, ch
         stages = Stages()
         await bench.runtime.checkpoint(handle, FACTS, stages)
         assert "cuda" in stages.seconds
+        (image,) = bench.store.names()
+        # How much came from the GPU is known where nothing had left it before.
+        assert (processes.GPU_STATE in bench.store.load(image).details["memory"]) is not suspended
         bench.driver.states.clear()
         again = Stages()
         handle = await bench.runtime.restore(handle, again)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tomli_w
 
-from loadtest import images, results, serving
+from loadtest import images, results, serving, trace
+from proxy.runtime.claim import Claim
 from tests.podman_bench import why_no_podman
 from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model, processes_with, why_no_criu
@@ -61,6 +63,12 @@ def ran(out: Path, *arguments: str) -> results.Result:
     return found
 
 
+def containers_of(kept: Path) -> list[str]:
+    """Those that go with images that were kept."""
+    owned = f"--filter=label=io.warmpool.owner={Claim(kept / 'state').owner}"
+    return subprocess.run(["podman", "ps", "-aq", owned], check=True, capture_output=True, text=True).stdout.split()
+
+
 def test_baseline_takes_a_cold_start_apart(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "baseline", *ENGINE, "-n", "2")
     assert found.series() == ["stopped"]
@@ -101,6 +109,12 @@ def test_restore_and_flags_in_containers(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "restore", *engine, "-n", "1", "--cold", "1", "--rung", "checkpointed")
     (restored,) = (s for s in found.samples if s["series"] == "checkpointed")
     assert {"podman", "criu"} <= set(restored["stages_s"])
+    keep = ("--keep", str(tmp_path / "kept"), "--cold", "0", "-n", "1", "--rung", "checkpointed")
+    assert "stopped" in ran(tmp_path / "k1", "restore", *engine, *keep).series()
+    assert containers_of(tmp_path / "kept")
+    assert ran(tmp_path / "k2", "restore", *engine, *keep).series() == ["checkpointed, first", "checkpointed"]
+    loadtest("discard", str(tmp_path / "kept"))
+    assert not containers_of(tmp_path / "kept")
     found = ran(tmp_path / "f", "restore-flags", *engine, "-n", "1", "--only", "file_locks", "--compression", "zstd")
     assert found.series() == ["default", "file_locks = false", "default, again", "export and import, zstd"]
     assert found.notes == ["fewer than 10 samples: default (1), file_locks = false (1), default, again (1)"]
@@ -209,13 +223,103 @@ def test_a_load_format_goes_into_the_command(tmp_path: Path) -> None:
     with serving.folders() as where:
         made = images.configure(setup, images.Variant(1, "safetensors"), where)
         written = tomllib.loads(made.read_text())
-        with pytest.raises(serving.ServeError, match="sleep mode"):
-            images.configure(setup, images.Variant(0), where)
         with pytest.raises(serving.ServeError, match="loads no files"):
             images.configure(serving.Setup(), images.Variant(2, "auto"), where)
     model = written["models"]["a"]
     assert model["process"]["command"] == ["vllm", "serve", "--load-format", "safetensors", "--port", "{port}"]
     assert model["golden_sleep_level"] == 1
+
+
+def vllm_config(tmp_path: Path, **entry: Any) -> serving.Setup:
+    config = tmp_path / "vllm.toml"
+    command = ["/model", "--max-model-len", "512", "--enable-sleep-mode", "--load-format=auto", "--port", "{port}"]
+    engine = {"image": "vllm-openai", "command": command, "env": {"VLLM_SERVER_DEV_MODE": "1", "A": "b"}}
+    config.write_text(tomli_w.dumps({"models": {"a": {"podman": engine, **entry}, "b": {"podman": engine}}}))
+    return serving.Setup(config=config, keep=tmp_path)
+
+
+def test_ways_to_make_an_image(tmp_path: Path) -> None:
+    setup = vllm_config(tmp_path, weights_copy=True)
+    with serving.folders() as where:
+        made = {
+            level: tomllib.loads(images.configure(setup, images.Variant(level, "auto"), where).read_text())["models"][
+                "a"
+            ]
+            for level in (0, 1, 2)
+        }
+    assert made[0]["podman"]["command"] == [
+        "/model",
+        "--max-model-len",
+        "512",
+        "--port",
+        "{port}",
+        "--load-format",
+        "auto",
+    ]
+    assert made[0]["podman"]["env"] == {"A": "b"}
+    assert made[1]["podman"]["env"] == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
+    # A copy of the weights beside an image that holds them is refused by the configuration.
+    assert [made[level]["weights_copy"] for level in (0, 1, 2)] == [True, False, True]
+    own = [images.Variant(2), images.Variant(1), images.Variant(0), images.Variant(2, "auto")]
+    assert [images.is_own(setup, variant, "a") for variant in own] == [True, False, False, False]
+    setup = dataclasses.replace(setup, model="b")
+    assert [images.is_own(setup, variant, "b") for variant in own] == [True, True, False, False]
+
+
+def test_gpu_state_is_a_part_of_the_memory_pages() -> None:
+    held = {"ready": {"GPU-1": 3 << 30, "GPU-2": 1 << 30}}
+    made = images.gpu_values({"anonymous": 5, "GPU state": 1 << 20}, held, 3 << 20)
+    assert made == {
+        "on_the_GPU.ready_bytes": 4 << 30,
+        "memory_pages.GPU_state_bytes": 1 << 20,
+        "memory_pages.else_bytes": 2 << 20,
+    }
+    assert images.gpu_values({"anonymous": 5}, {}, 3 << 20) == {}
+
+
+def test_a_trace_fits_the_engines_of_a_configuration(tmp_path: Path) -> None:
+    setup = vllm_config(tmp_path)
+    assert setup.count(None, 6) == 2
+    assert setup.count(1, 6) == 1
+    assert serving.Setup().count(None, 6) == 6
+    assert setup.is_vllm("a")
+    assert trace.limits(setup, ["a", "b"]) == (383, 128)
+    assert trace.limits(serving.Setup(), ["demo"]) == (100_000, 100_000)
+    how = trace.Replay(most_prompt_tokens=3, most_tokens=5, by_id=True)
+    rows = [trace.Row(0.0, 2, 9), trace.Row(1.0, 10, 4)]
+    first, second = trace.requests(rows, ["a", "a"], {"a": "a"}, how)
+    assert first.body["prompt"] == [100, 200]
+    assert second.body["prompt"] == [101, 200, 200]
+    assert trace.shortened(rows, how) == "1 of 2 prompts were shortened to 3 tokens, 1 answers to 5"
+    assert trace.shortened(rows, trace.Replay()) is None
+
+
+@criu
+@pytest.mark.criu
+def test_an_image_that_was_kept_is_used_again(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    keep = ("--keep", str(folder))
+    checkpointed = ("--rung", "checkpointed", "--rung", "ready", "--cold", "0", "-n", "1")
+    found = ran(tmp_path / "1", "restore", *ENGINE, *keep, *checkpointed)
+    assert found.series() == ["stopped", "checkpointed, first", "checkpointed", "ready"]
+    found = ran(tmp_path / "2", "restore", *ENGINE, *keep, *checkpointed)
+    assert found.series() == ["checkpointed, first", "checkpointed", "ready"]
+    found = ran(tmp_path / "3", "burst", *ENGINE, *keep, "--size", "2", "--rounds", "1", "--rung", "suspended")
+    assert found.series() == ["checkpointed, first", "suspended, 2 at once"]
+    assert "at level 2; keep another" in loadtest("analyze", *ENGINE, *keep, "--sleep-level", "1", status=2)
+    flags = ("--only", "none of them", "--compression", "zstd")
+    found = ran(tmp_path / "4", "restore-flags", *ENGINE, *keep, "-n", "1", *flags)
+    assert found.series() == ["default", "default, again", "export and import, zstd"]
+    found = ran(tmp_path / "5", "soak", *ENGINE, *keep, "--models", "1", "--time", "1s")
+    assert found.counts["lost"] == 0
+    ran(tmp_path / "6", "analyze", *ENGINE, *keep)
+    (made,) = folder.glob("images/*/manifest.json")
+    made_at = made.stat().st_mtime_ns
+    ran(tmp_path / "7", "checkpoint", *ENGINE, *keep, "-n", "1")
+    assert made.stat().st_mtime_ns > made_at
+    loadtest("discard", str(folder))
+    assert not folder.exists()
+    assert "nothing was kept" in loadtest("discard", str(tmp_path), status=2)
 
 
 def test_proxy_is_the_benchmark_of_the_proxy() -> None:

@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from hdrh.histogram import HdrHistogram
 
-from loadtest import attribution, comparing, results, stats, tables, trace
+from loadtest import attribution, comparing, machine, results, stats, tables, trace
 from loadtest.client import Outcome
 from loadtest.commands import cli
+from loadtest.ladder import Checks
 from loadtest.report import page, pictures
 from loadtest.report.figures import figures
 
@@ -113,6 +114,84 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "fewer than 10 samples: stopped (3)" in found.notes
     assert found.samples[0]["values"]["gap_most_s"] == pytest.approx(0.3)
     assert found.samples[-1]["stages_s"]["criu"] == 0.05
+
+
+def test_versions_that_are_learned_late_are_in_the_file(tmp_path: Path) -> None:
+    with results.Writer(tmp_path / "r", "restore", {}) as writer:
+        writer.learn({"vllm": "0.20.2"})
+        writer.learn({"vllm": "0.20.2"})
+        writer.close()
+    assert (tmp_path / "r").read_bytes().count(b'"kind":"versions"') == 1
+    found = results.read(tmp_path / "r")
+    assert found.versions["vllm"] == "0.20.2"
+    assert "vllm 0.20.2" in tables.head(found)
+
+
+def test_what_an_engine_is_made_of_is_read_from_its_process(tmp_path: Path) -> None:
+    site = tmp_path / "opt/site"
+    (site / "torch").mkdir(parents=True)
+    (site / "vllm").mkdir()
+    (site / "torch/version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n")
+    (site / "vllm/_version.py").write_text("__version__: str\n__version__ = version = '0.20.2'\n")
+    maps = (
+        "7f00-7f01 r-xp 00000000 00:1f 12 /opt/other/torch/lib/libc10.so\n"
+        "7f02-7f03 r-xp 00000000 00:1f 13 /opt/site/torch/lib/libtorch_cpu.so\n"
+        "7f04-7f05 r-xp 00000000 00:1f 14 /opt/site/vllm/_C.abi3.so\n"
+    )
+    assert machine.loaded(maps, tmp_path) == {"vllm": "0.20.2", "torch": "2.11.0+cu130", "CUDA of torch": "13.0"}
+    (site / "torch/version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    assert machine.loaded(maps, tmp_path) == {"vllm": "0.20.2", "torch": "2.13.0+cpu"}
+    assert machine.loaded("", tmp_path) == {}
+
+
+def test_gpus_are_known_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    row = "580.159.03, NVIDIA H100 80GB HBM3, 81559 MiB"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in --query) echo "CUDA Version                 : 13.0";;\n'
+        f'*) printf "{row}\\n{row}\\n";; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    machine.output.cache_clear()
+    try:
+        assert machine.gpus() == {
+            "gpu": "2 x NVIDIA H100 80GB HBM3, 81559 MiB",
+            "NVIDIA driver": "580.159.03",
+            "CUDA of the driver": "13.0",
+        }
+    finally:
+        machine.output.cache_clear()
+
+
+def test_answers_that_differ_count_where_nothing_else_was_computed() -> None:
+    checks = Checks()
+    for text, alone in (("a", True), ("b", False), ("a", False), ("c", True)):
+        one = outcome()
+        one.text = text
+        checks.look_at(one, "demo", "checkpointed", alone=alone)
+    assert (checks.different, checks.in_batches, checks.lost, checks.other_tier) == (1, 1, 0, 0)
+    writer = results.Writer(None, "burst", {})
+    assert not checks.into(writer)
+    assert "1 answers to requests that came together" in writer.result.notes[0]
+
+
+def test_gpu_state_is_drawn_in_place_of_a_part_of_the_pages(tmp_path: Path) -> None:
+    with results.Writer(tmp_path / "r", "checkpoint", {}) as writer:
+        gpu = {"memory_pages.GPU_state_bytes": 1 << 30, "memory_pages.else_bytes": 3 << 30}
+        writer.sample("asleep", {"image_bytes": 4 << 30, "memory_pages_bytes": 4 << 30, **gpu})
+        writer.sample("awake", {"image_bytes": 2 << 30, "memory_pages_bytes": 2 << 30})
+        writer.close()
+    found = results.read(tmp_path / "r")
+    (drawn,) = figures(found)
+    svg = drawn.draw(800).svg("")
+    assert "GPU state, in memory pages: 1 GiB" in svg
+    assert svg.count("memory pages: ") == 3
+    assert "4 GiB" in svg
+    console = tables.console()
+    with console.capture() as said:
+        console.print(tables.values(found))
+    assert "memory pages: GPU state" in said.get()
 
 
 def test_a_run_that_was_cut_short_can_be_read(tmp_path: Path) -> None:

@@ -355,9 +355,16 @@ def _contents(result: Result) -> Figure:
         "shared_memory_bytes": ("sleeping", "shared memory"), "filesystem_diff_bytes": ("archived", "filesystem"),
         "process_state_bytes": ("ready", "process state"),
     }  # fmt: skip
+    # Where it is known what of the pages came from a GPU, the two parts are shown in place of the whole.
+    pages, parts = "memory_pages_bytes", ("memory_pages.else_bytes", "memory_pages.GPU_state_bytes")
+    kinds = {parts[0]: kinds[pages], parts[1]: ("cuda", "GPU state, in memory pages"), **kinds}
     found = {
         series: {
-            kind: statistics.median(values) for kind in kinds if (values := result.values(series, kind)) and any(values)
+            kind: statistics.median(values)
+            for kind in kinds
+            if (values := result.values(series, kind))
+            and any(values)
+            and not (kind == pages and result.values(series, parts[1]))
         }
         for series in result.series()
         if result.values(series, "image_bytes")
@@ -378,7 +385,8 @@ def _contents(result: Result) -> Figure:
                 title = f"{kinds[kind][1]}: {quantity('_bytes', size)}"
                 drawing.rect(x, y - 10, scale.at(began) - x, 20, kinds[kind][0], title, radius=0)
             drawing.text(scale.at(began) + 8, y + 4, quantity("_bytes", sum(sizes.values())), kind="strong")
-        drawing.legend([kinds[kind] for kind in kinds if any(kind in sizes for sizes in found.values())])
+        there = [kinds[kind] for kind in kinds if any(kind in sizes for sizes in found.values())]
+        drawing.legend(list(dict.fromkeys(there)))
         return drawing
 
     return Figure("contents", "What is in the image", "By what the bytes are.", draw)

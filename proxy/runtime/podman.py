@@ -539,8 +539,8 @@ class PodmanRuntime(KeepsImages):
         image = self._image(handle)
         try:
             pids = await asyncio.to_thread(_tree, it)
-            expected = await asyncio.to_thread(processes.resident_bytes, pids)
-            expected += _shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
+            resident = await asyncio.to_thread(processes.resident_bytes, pids)
+            expected = resident + _shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
             host_facts = await self._facts_for(it.model)
@@ -552,6 +552,9 @@ class PodmanRuntime(KeepsImages):
                 await self.resume(handle)
             with stages.measure("cuda"):
                 it.off_gpu = await self._cuda.before_dump(_tree(it), off_gpu=was_off_gpu)
+            if it.off_gpu and not was_off_gpu:
+                grown = await asyncio.to_thread(processes.resident_bytes, pids) - resident
+                memory[processes.GPU_STATE] = max(0, grown)
             statistics = await self._dump(it, folder, stages)
             try:
                 await self._collect(it, folder, stages)

@@ -248,8 +248,8 @@ class ProcessRuntime(KeepsImages):
         mark = self._mark(handle.instance_id)
         tree = processes.members(mark, pid)
         try:
-            expected = processes.resident_bytes(tree) + await self._cuda.held_bytes(tree)
-            folder = self._store.begin(handle.instance_id, expected)
+            resident = processes.resident_bytes(tree)
+            folder = self._store.begin(handle.instance_id, resident + await self._cuda.held_bytes(tree))
         except (StoreError, OSError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         memory = processes.memory_by_kind(tree)
@@ -259,6 +259,8 @@ class ProcessRuntime(KeepsImages):
         try:
             with stages.measure("cuda"):
                 engine.off_gpu = await self._cuda.before_dump(tree, off_gpu=was_off_gpu)
+            if engine.off_gpu and not was_off_gpu:
+                memory[processes.GPU_STATE] = max(0, processes.resident_bytes(tree) - resident)
             with stages.measure("dump"):
                 status, output = await criu.run(
                     self._settings.criu,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MARK = "WARMPOOL_INSTANCE_ID"
+GPU_STATE = "GPU state"
+"""Beside the kinds of `memory_by_kind`: what a suspend copied from the GPU to the processes' own memory."""
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
