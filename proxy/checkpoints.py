@@ -37,7 +37,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 import orjson
 import zstandard
 
-from proxy import host
+from proxy import criu_pages, host
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
 
@@ -238,16 +238,26 @@ class CheckpointStore:
         (path / CRIU_FOLDER).mkdir(mode=0o700)
         return path
 
-    async def commit(self, manifest: Manifest) -> Manifest:
+    async def commit(self, manifest: Manifest, *, leave_out_zeros: bool = True) -> Manifest:
         """Turn the folder of `begin` into the image `manifest.image`, in place of an older one.
 
-        The sizes and digests of its files are added to the manifest, which is returned.
+        The sizes and digests of its files are added to the manifest, which is returned. `leave_out_zeros`: pages of
+        zeros are taken out of CRIU's files before; restored memory is the same without them.
         """
         partial = self.partial(manifest.image)
         lay_out = host.huge_pages_of(self.root) == "within_size"
-        sizes, digests = await _in_thread(lambda stop: _measure(partial, stop, lay_out=lay_out))
+
+        def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, str]]:
+            left_out, known = 0, {}
+            if leave_out_zeros:
+                left_out, written = criu_pages.leave_out_zeros(partial / CRIU_FOLDER, stop)
+                known = {f"{CRIU_FOLDER}/{name}": digest for name, digest in written.items()}
+            return left_out, *_measure(partial, stop, known, lay_out=lay_out)
+
+        left_out, sizes, digests = await _in_thread(measure)
         manifest = replace(manifest, bytes_by_file=sizes, sha256_by_file=digests)
-        manifest = replace(manifest, details={**manifest.details, "bytes_by_kind": manifest.bytes_by_kind()})
+        details = {**manifest.details, "bytes_by_kind": manifest.bytes_by_kind(), "zero_bytes_left_out": left_out}
+        manifest = replace(manifest, details=details)
         _write_manifest(partial, manifest)
         self._put_in_place(manifest.image)
         return manifest
@@ -483,11 +493,14 @@ def _parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _measure(folder: Path, stop: threading.Event, *, lay_out: bool) -> tuple[dict[str, int], dict[str, str]]:
+def _measure(
+    folder: Path, stop: threading.Event, known: Mapping[str, str], *, lay_out: bool
+) -> tuple[dict[str, int], dict[str, str]]:
     """Sizes and digests of every file of an image's folder, by path.
 
     `lay_out`: on a tmpfs with huge=within_size, files that grow as they are written get small pages. Large ones are
-    written again with their size known, which makes restores faster; small ones would take 2 MiB each.
+    written again with their size known, which makes restores faster; small ones would take 2 MiB each. `known`: the
+    digests of files that were written so already.
     """
     sizes, digests = {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
@@ -496,7 +509,7 @@ def _measure(folder: Path, stop: threading.Event, *, lay_out: bool) -> tuple[dic
             continue
         path.chmod(0o600)
         sizes[name] = path.stat().st_size
-        digests[name] = (lay_out and _laid_out(path, sizes[name], stop)) or _sha256(path, stop)
+        digests[name] = known.get(name) or (lay_out and _laid_out(path, sizes[name], stop)) or _sha256(path, stop)
     return sizes, digests
 
 

@@ -553,6 +553,10 @@ class CriuSettings(_Section):
     ignore_rootfs: bool = Field(
         default=False, description="Leave what the engine wrote to its root filesystem out of the image."
     )
+    leave_out_zeros: bool = Field(
+        default=True,
+        description="Take pages of zeros out of the image: the restored memory is the same, and they cost nothing.",
+    )
     print_stats: bool = Field(default=True, description="Ask CRIU for its own timings; they appear among the stages.")
     leave_running: bool = Field(
         default=False, description="`warmpool checkpoint create` leaves the engine running, restored from the image."
@@ -953,6 +957,8 @@ def _fields_at(path: list[str]) -> Iterable[str]:
             section = ModelSettings
             next(parts, None)
             continue
+        if part.isdecimal():
+            continue  # of a list, whose elements' class is there already
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -146,6 +146,10 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
         (PODMAN + 'criu = { action_scripts = { "pre-dump" = "x" } }', "is not an absolute path"),
         (PODMAN + 'criu = { compression = "xz" }', "Input should be 'none', 'gzip' or 'zstd'"),
         (
+            PODMAN + 'volumes = [{ source = "/x", target = "/x", readonly = true }]',
+            "models.a.podman.volumes.0.readonly: unknown key; allowed here: source, target, writable",
+        ),
+        (
             PODMAN + 'volumes = [{ source = "../x", target = "/x" }]',
             "neither an absolute path nor the name of a volume",
         ),

@@ -33,6 +33,7 @@ LAYERS: dict[str, int] = {
     "proxy.ledger": 4,
     "proxy.runtime": 3,
     "proxy.host": 0,
+    "proxy.criu_pages": 0,
     "proxy.gpu": 1,
     "proxy.weights": 1,
     "proxy.importenv": 3,

@@ -580,7 +580,8 @@ class PodmanRuntime(KeepsImages):
                                 "criu_us": statistics,
                                 "stages_s": dict(stages.seconds),
                             },
-                        )
+                        ),
+                        leave_out_zeros=engine.criu.leave_out_zeros,
                     )
             except (OSError, StoreError) as error:
                 # What CRIU wrote is whole: the engine comes back from it.
