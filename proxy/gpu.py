@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import enum
 import importlib
 import shutil
@@ -131,16 +132,21 @@ class CudaDriver:
         """See `Driver`."""
         arguments = None
         if pairs:
-            arguments = self._cuda.CUcheckpointRestoreArgs()
-            arguments.gpuPairs = [self._pair(old, new) for old, new in pairs]
-            arguments.gpuPairsCount = len(pairs)
+            arguments = self.restore_arguments(pairs)
         self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, arguments))
+
+    def restore_arguments(self, pairs: Sequence[tuple[bytes, bytes]]) -> Any:
+        """CUcheckpointRestoreArgs for pairs of old and new GPU UUIDs."""
+        arguments = self._cuda.CUcheckpointRestoreArgs()
+        arguments.gpuPairs = [self._pair(old, new) for old, new in pairs]
+        arguments.gpuPairsCount = len(pairs)
+        return arguments
 
     def _pair(self, old: bytes, new: bytes) -> Any:
         pair = self._cuda.CUcheckpointGpuPair()
         for field, uuid in (("oldUuid", old), ("newUuid", new)):
             value = self._cuda.CUuuid()
-            value.bytes = uuid
+            ctypes.memmove(value.getPtr(), uuid, len(value.bytes))  # its attribute `bytes` is read-only
             setattr(pair, field, value)
         return pair
 

@@ -195,3 +195,13 @@ def test_the_real_libraries_either_work_or_say_why() -> None:
     gpus = Gpus(driver=CudaDriver, monitor=Nvml)
     assert (gpus.open() is None) is gpus.usable
     gpus.close()
+
+
+def test_pairs_of_gpus_reach_the_real_library_as_they_are() -> None:
+    cuda = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+    driver = CudaDriver.__new__(CudaDriver)  # cuInit, which a machine without a driver refuses, is not needed for this
+    driver._cuda = cuda
+    old, new = bytes(range(16)), bytes(range(200, 216))
+    arguments = driver.restore_arguments([(old, new), (new, old)])
+    assert [(pair.oldUuid.bytes, pair.newUuid.bytes) for pair in arguments.gpuPairs] == [(old, new), (new, old)]
+    assert arguments.gpuPairsCount == 2
