@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from loadtest.results import Writer
 
 PATIENCE_S: Final = 600.0
+_STAYS_S: Final = 1.0
+"""An instance that rests for so long with nothing to come stays there."""
 PROMPT: Final = "The quick brown fox jumps over the lazy dog. Once upon a time"
 TMPFS: Final = Path("/dev/shm")
 NEVER: Final = dict.fromkeys(("sleeping", "suspended", "checkpointed", "archived", "stopped"), "never")
@@ -284,25 +286,42 @@ class Served:
 
     async def state(self, key: str) -> str:
         """Of the first instance; `stopped` when there is none."""
-        instances = (await self.status())[key]["instances"]
-        return str(instances[0]["state"]) if instances else "stopped"
+        return _state((await self.status())[key])
 
     async def until(self, key: str, state: str) -> None:
         """Return when the first instance has come to a state. Raises ServeError when the host lacks that rung."""
         missing = (await self.status())[key]["missing_rungs"].get(state)
         if missing:
             raise ServeError(f"there is no rung {state!r} here: {missing}")
-        began_s = time.monotonic()
-        while (found := await self.state(key)) != state:
-            if found == "stopped" and not (await self.status())[key]["queue"]:
+        began_s = stays_s = time.monotonic()
+        while (model := (await self.status())[key]) and (found := _state(model)) != state:
+            if found == "stopped" and not model["queue"]:
                 raise ServeError(f"{key} should be {state}, but its engine has ended:\n{tail(self.log)}")
-            if time.monotonic() - began_s > PATIENCE_S:
+            now_s = time.monotonic()
+            if now_s - began_s > PATIENCE_S:
                 raise ServeError(f"{key} is {found} instead of {state}:\n{tail(self.log)}")
+            if not _stays(model):
+                stays_s = now_s
+            elif now_s - stays_s > _STAYS_S:
+                raise ServeError(f"{key} stays {found} and does not come to {state}:\n{tail(self.log, 5)}")
             await asyncio.sleep(0.01)
 
     async def ask(self, name: str, series: str, *, max_tokens: int = 16, **tags: Any) -> Outcome:
         """One streamed completion, now."""
         return await self.client.ask(completion(name, 0.0, series, max_tokens=max_tokens, keep_text=True, **tags))
+
+
+def _state(model: Mapping[str, Any]) -> str:
+    instances = model["instances"]
+    return str(instances[0]["state"]) if instances else "stopped"
+
+
+def _stays(model: Mapping[str, Any]) -> bool:
+    """Whether its first instance rests where no time will take it further down."""
+    if model["queue"] or not model["instances"]:
+        return False
+    first = model["instances"][0]
+    return first["state"] in RUNGS and not first["leases"] and first["next_step"] is None
 
 
 def completion(

@@ -110,6 +110,9 @@ class Steps:
         client = client_of(slot)
         with stages.measure("health"):
             await unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+        if not image.sleep_level and await client.is_sleeping() is None:
+            # An instance that was adopted or cloned, whose engine nobody has asked.
+            instance.barred.add(Tier.SLEEPING)
         await self._wake_up(slot, stages)
         await asyncio.wait([reading])
         due = settings.canary == "always" or (settings.canary == "first" and not image.canary_checked)

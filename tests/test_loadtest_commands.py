@@ -88,6 +88,15 @@ def test_restore_finds_each_rung(tmp_path: Path) -> None:
     assert found.counts == {"lost": 0, "different_answers": 0, "other_tier": 0}
 
 
+def test_a_rung_that_does_not_come_is_a_note(tmp_path: Path) -> None:
+    config = tmp_path / "own.toml"
+    config.write_text(tomli_w.dumps({"models": {"a": engine_model("--no-sleep-mode")}}))
+    rungs = ("--cold", "0", "-n", "1", "--rung", "sleeping", "--rung", "suspended")
+    found = ran(tmp_path / "r", "restore", "--config", str(config), *rungs)
+    assert found.series() == ["stopped", "suspended"]
+    assert found.notes[0].startswith("sleeping: a stays ready and does not come to sleeping")
+
+
 @criu
 @pytest.mark.criu
 def test_restore_from_a_checkpoint(tmp_path: Path) -> None:

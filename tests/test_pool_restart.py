@@ -77,6 +77,34 @@ async def test_a_checkpoint_under_way_is_finished_before_the_end() -> None:
     await rig.pool.close()
 
 
+async def test_a_restored_engine_is_asked_whether_it_can_sleep() -> None:
+    rigs = [Rig(MODEL, shares_images=True) for _ in range(2)]
+    for rig in rigs:
+        connect = rig._connect
+
+        def without_sleep(*arguments: Any, connect: Any = connect) -> Any:
+            engine = connect(*arguments)
+            engine.sleeps = False
+            return engine
+
+        rig.pool._steps._connect = without_sleep
+    first, heir = rigs
+    await first.pool.open()
+    await use(first)
+    for _ in range(3):
+        await first.pass_time(10)
+    assert first.states() == {"demo-1": "checkpointed"}
+    await first.pool.close()
+    heir.runtime.inherit(first.runtime, keep=True)
+    await heir.pool.open()
+    await use(heir)
+    await heir.pass_time(10)
+    assert heir.states() == {"demo-1": "ready"}
+    await heir.pass_time(10)
+    assert heir.states() == {"demo-1": "suspended"}
+    assert heir.runtime.calls["sleep"] == 0
+
+
 async def test_an_engine_that_loads_is_left_to_load_and_the_next_pool_waits_for_it() -> None:
     rig, request = await loading_rig()
     rig.pool.begin_stop()
