@@ -201,10 +201,15 @@ class Pool:
             slot.image = images[slot.instance.id]
         instance = slot.instance
         if found.tier is Tier.READY:
+            if found.restored:
+                self._steps.note_restored(slot)
             state = await self._state_of_running(model, slot)
             left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
             if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):
-                self._go_on_starting(model, slot, left_s)
+                self._go_on_waking(model, slot, Tier.STOPPED, left_s)
+                return
+            if state is State.READY and self._steps.owes_canary(model, slot):
+                self._go_on_waking(model, slot, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
             instance.state = state
         else:
@@ -218,29 +223,31 @@ class Pool:
         instance.idle_since = self._clock()
         log.info("%s adopted: %s", instance.id, instance.state.value)
 
-    def _go_on_starting(self, model: Model, slot: Slot, left_s: float) -> None:
-        """An engine that loads, and whose time is not over."""
+    def _go_on_waking(self, model: Model, slot: Slot, origin: Tier, left_s: float) -> None:
+        """An engine that loads, and whose time is not over, or one that was restored and has to prove itself."""
         instance = slot.instance
-        instance.waking_from = Tier.STOPPED
+        instance.waking_from = origin
         instance.apply(Event.WAKE)
         self._steps.watch(model, slot)
-        log.info("%s adopted: it is loading", instance.id)
-        slot.task = self._spawn(f"wake {instance.id}", self._wake_adopted(model, slot, instance.generation, left_s))
+        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "asked for its canary")
+        work = self._wake_adopted(model, slot, instance.generation, origin, left_s)
+        slot.task = self._spawn(f"wake {instance.id}", work)
 
-    async def _wake_adopted(self, model: Model, slot: Slot, generation: int, left_s: float) -> None:
-        """The rest of a start that another warmpool began; from nothing if it fails."""
+    async def _wake_adopted(self, model: Model, slot: Slot, generation: int, origin: Tier, left_s: float) -> None:
+        """The rest of a wake that another warmpool began; all of it once more if that fails."""
         stages, began, instance = Stages(), self._clock(), slot.instance
+        rest = self._steps.load if origin is Tier.STOPPED else self._steps.prove
         try:
             async with asyncio.timeout(left_s):
-                await self._steps.load(model, slot, stages)
+                await rest(model, slot, stages)
         except Exception as error:  # noqa: BLE001 - as in `_wake`
             note_unexpected(instance, error)
-            log.warning("%s was loading and did not come up: %s", instance.id, str(error) or "no result in time")
-            await self._clear_away(model, slot, Tier.STOPPED)
+            log.warning("%s was adopted and did not come up: %s", instance.id, str(error) or "no result in time")
+            await self._clear_away(model, slot, origin)
             await self._wake(model, slot, generation, NO_EVICTIONS)
             return
         if instance.generation == generation and instance.state is State.WAKING:
-            self._woken(model, instance, Tier.STOPPED, Tier.STOPPED, began, stages)
+            self._woken(model, instance, origin, origin, began, stages, whole=False)
 
     async def _state_of_running(self, model: Model, slot: Slot) -> State:
         client = client_of(slot)
@@ -984,7 +991,18 @@ class Pool:
         self._fail_wake(model, slot, failures)
         await self._mend(model, slot)
 
-    def _woken(self, model: Model, instance: Instance, found: Tier, tier: Tier, began: float, stages: Stages) -> None:
+    def _woken(
+        self,
+        model: Model,
+        instance: Instance,
+        found: Tier,
+        tier: Tier,
+        began: float,
+        stages: Stages,
+        *,
+        whole: bool = True,
+    ) -> None:
+        """`whole`: all of the wake was seen, and says what one costs."""
         now = self._clock()
         seconds = now - began
         instance.apply(Event.AT_READY)
@@ -997,7 +1015,7 @@ class Pool:
         record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
         instance.last_wake = record
         self._wakes.appendleft(pool_status.wake_status(record) | {"model": model.key, "instance": instance.id})
-        if tier is found:
+        if tier is found and whole:
             self._costs.record(model.key, tier, seconds)
         for stage, value in (*stages.seconds.items(), ("total", seconds)):
             self._metrics.wake.labels(model.key, found.label, stage).observe(value)

@@ -95,6 +95,8 @@ class Slot:
     """Ends when the engine does."""
     canary: str | None = None
     """What the running engine answers."""
+    unproven: bool = False
+    """It was restored, and has not been asked for its canary, if that is due, since."""
     warmup: list[dict[str, float]] = field(default_factory=list)
     weights_copy: Literal["none", "good", "lost"] = "none"
     failed_steps: int = 0

@@ -64,8 +64,10 @@ class Steps:
                     with stages.measure("resume"):
                         await model.runtime.resume(handle_of(slot))
                     await self._wake_up(slot, stages)
+                    await self._prove(model, slot, stages)
                 case _:
                     await self._wake_up(slot, stages)
+                    await self._prove(model, slot, stages)
 
     async def _start(self, model: Model, slot: Slot, stages: Stages) -> None:
         settings, instance = model.settings, slot.instance
@@ -90,7 +92,7 @@ class Steps:
             slot.warmup = await unless_it_ends(slot, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
             instance.barred.add(Tier.SLEEPING)
-        slot.canary, slot.weights_copy = None, "none"
+        slot.canary, slot.weights_copy, slot.unproven = None, "none", False
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
             with stages.measure("canary"):
                 slot.canary = await unless_it_ends(slot, client.canary())
@@ -104,29 +106,52 @@ class Steps:
         with stages.measure("restore"):
             self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
         instance.sleep_level = image.sleep_level
-        slot.canary = image.canary
+        self.note_restored(slot)
         slot.weights_copy = "good" if settings.weights_copy else "none"
         self.watch(model, slot)
-        client = client_of(slot)
-        with stages.measure("health"):
-            await unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
-        if not image.sleep_level and await client.is_sleeping() is None:
+        await self._be_healthy(model, slot, stages)
+        if not image.sleep_level and await client_of(slot).is_sleeping() is None:
             # An instance that was adopted or cloned, whose engine nobody has asked.
             instance.barred.add(Tier.SLEEPING)
         await self._wake_up(slot, stages)
         await asyncio.wait([reading])
-        due = settings.canary == "always" or (settings.canary == "first" and not image.canary_checked)
-        if due and image.canary is not None:
-            with stages.measure("canary"):
-                answer = await unless_it_ends(slot, client.canary())
-            if answer != image.canary:
-                raise EngineError(
-                    "canary", "the restored engine answers differently from the one that was checkpointed"
-                )
-            image.canary_checked = True
+        await self._prove(model, slot, stages)
         image.failures = 0
         if not settings.keep and not model.leaving:
             await self.forget_image(model, slot)
+
+    def note_restored(self, slot: Slot) -> None:
+        """The engine that runs came from the image."""
+        slot.canary = slot.image.canary
+        slot.unproven = True
+
+    async def prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """The rest of a restore, for an engine that is awake."""
+        await self._be_healthy(model, slot, stages)
+        await self._prove(model, slot, stages)
+
+    async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
+        health = model.settings.health
+        with stages.measure("health"):
+            await unless_it_ends(slot, client_of(slot).wait_healthy(health.path, health.interval))
+
+    async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """Have a restored engine repeat its canary, if that is due."""
+        if self.owes_canary(model, slot):
+            with stages.measure("canary"):
+                answer = await unless_it_ends(slot, client_of(slot).canary())
+            if answer != slot.image.canary:
+                raise EngineError(
+                    "canary", "the restored engine answers differently from the one that was checkpointed"
+                )
+            slot.image.canary_checked = True
+        slot.unproven = False
+
+    def owes_canary(self, model: Model, slot: Slot) -> bool:
+        """Whether it has to answer before it serves."""
+        asked, image = model.settings.canary, slot.image
+        due = asked == "always" or (asked == "first" and not image.canary_checked)
+        return slot.unproven and due and image.canary is not None
 
     async def unarchive(self, model: Model, slot: Slot, stages: Stages) -> None:
         """Bring the image from the archive to tmpfs, if that is where it is."""

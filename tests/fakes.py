@@ -52,6 +52,7 @@ class Process:
     command: list[str] = field(default_factory=list)
     healthy: bool = True
     listens: bool = True
+    restored: bool = False
     started_unix_s: float = field(default_factory=time.time)
     exited: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -147,7 +148,7 @@ class FakeRuntime:
         for handle in self.handles.values():
             image = self.images.get(self._owner(handle))
             if process := self.processes.get(handle.instance_id):
-                found.append(Found(handle, Tier.READY, process.started_unix_s))
+                found.append(Found(handle, Tier.READY, process.started_unix_s, process.restored))
             elif image is not None:
                 found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
         images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.items()}
@@ -220,7 +221,7 @@ class FakeRuntime:
         if image.archived:
             raise RuntimeFailure("restore", "the image is archived")
         self.processes[handle.instance_id] = Process(
-            image.boot, image.served, sleep_level=image.sleep_level, command=image.command
+            image.boot, image.served, sleep_level=image.sleep_level, command=image.command, restored=True
         )
         self.leaks.pop(handle.instance_id, None)
         self.weigh(handle)

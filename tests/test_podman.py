@@ -303,17 +303,19 @@ class TestPodmanRuntime(RuntimeContract):
         assert bench.runtime.leave(handle)
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
-        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.READY)]
+        assert [(f.handle, f.tier, f.restored) for f in recovered.instances] == [(handle, Tier.READY, False)]
         await after.runtime.checkpoint(handle, FACTS, Stages())
         handle = await after.runtime.restore(handle, Stages())
         await after.healthy(handle)
         assert await after.boot_id(handle) == boot
 
     async def test_a_successor_lets_a_suspended_container_go_on(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
+        handle, _ = await self.checkpointed(bench)
+        handle = await bench.runtime.restore(handle, Stages())
         await bench.runtime.suspend(handle)
         after = await bench.successor()
-        await after.runtime.recover({"demo": after.model})
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert [(f.tier, f.restored) for f in recovered.instances] == [(Tier.READY, True)]
         await after.healthy(handle)
 
     async def test_orphans_of_another_configuration_are_removed_and_other_peoples_containers_are_not(
@@ -460,6 +462,16 @@ class TestPodmanRuntime(RuntimeContract):
         shown = orjson.loads(podman("inspect", bench.container(handle)))[0]["NetworkSettings"]
         assert not any((shown["Ports"] or {}).values())
         assert handle.host in {network["IPAddress"] for network in shown["Networks"].values()}
+
+    async def test_two_proxies_that_start_engines_on_it_at_once_give_them_different_ports(
+        self, bench: PodmanBench, tmp_path: Path
+    ) -> None:
+        other = PodmanBench(tmp_path / "other", tmp_path / "images")
+        await other.runtime.open()
+        model = shell("import time; time.sleep(1000)", network="host")
+        handles = await asyncio.gather(*(b.runtime.start("demo-1", "demo", model) for b in (bench, other)))
+        assert handles[0].port != handles[1].port
+        await other.clear()
 
     async def test_a_network_of_the_users_own_is_used(self, bench: PodmanBench) -> None:
         podman("network", "create", "warmpool-test")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import DrainingError
+from proxy.errors import DrainingError, EngineError
 from tests.fakes import Rig, settle
 
 SECONDS = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
@@ -148,4 +148,73 @@ async def test_one_that_does_not_serve_for_another_reason_is_ended(case: str) ->
     heir = await heir_of(rig)
     assert heir.states() == {}
     assert heir.runtime.processes == {}
+    await heir.pool.close()
+
+
+# --- engines that were restored ---
+
+
+async def restored_rig(models: dict[str, Any] | None = None) -> Rig:
+    """One whose pool ended when its instance had been restored and was about to be asked for its canary."""
+    rig = Rig(models or MODEL, shares_images=True)
+    rig.runtime.leaves = True
+    await rig.pool.open()
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    assert rig.states() == {"demo-1": "checkpointed"}
+    await use(rig)
+    await rig.pool.close()
+    return rig
+
+
+async def test_a_restored_engine_that_is_adopted_is_asked_for_its_canary_before_it_serves() -> None:
+    heir = Rig(MODEL, shares_images=True)
+    heir.runtime.leaves = True
+    heir.runtime.inherit((await restored_rig()).runtime, keep=True)
+    heir.runtime.gates["canary"] = asyncio.Event()
+    await heir.pool.open()
+    request = asyncio.create_task(use(heir))
+    await settle()
+    assert (heir.states(), request.done()) == ({"demo-1": "waking"}, False)
+    heir.runtime.gates["canary"].set()
+    await request
+    calls = heir.runtime.calls
+    assert (calls["canary"], calls["restore"], calls["start"]) == (1, 0, 0)
+    assert heir.pool.estimate_s("demo") == 0
+    await heir.pool.close()
+
+
+async def test_one_that_misses_it_is_restored_anew() -> None:
+    rig = await restored_rig()
+    rig.runtime.processes["demo-1"].boot = 99
+    heir = Rig(MODEL, shares_images=True)
+    heir.runtime.inherit(rig.runtime, keep=True)
+    heir.runtime.failures["canary"] = [EngineError("canary", "something else")]
+    await heir.pool.open()
+    await use(heir)
+    assert heir.runtime.processes["demo-1"].boot == 1
+    assert (heir.runtime.calls["restore"], heir.runtime.calls["start"], heir.runtime.calls["canary"]) == (1, 0, 2)
+    await heir.pool.close()
+
+
+async def test_one_that_sleeps_is_asked_when_it_wakes() -> None:
+    rig = await restored_rig()
+    rig.runtime.processes["demo-1"].sleep_level = 2
+    heir = await heir_of(rig)
+    assert (heir.states(), heir.runtime.calls["canary"]) == ({"demo-1": "sleeping"}, 0)
+    for _ in range(2):
+        await use(heir)
+        await heir.pass_time(10)
+    assert heir.runtime.calls["canary"] == 1, "and once is enough"
+    await heir.pool.close()
+
+
+@pytest.mark.parametrize("case", ["never", "started"])
+async def test_one_that_owes_no_canary_serves_at_once(case: str) -> None:
+    models = {"demo": {"idle": SECONDS, "canary": "never" if case == "never" else "first"}}
+    rig = await restored_rig(models)
+    rig.runtime.processes["demo-1"].restored = case == "never"
+    heir = await heir_of(rig, models)
+    assert (heir.states(), heir.runtime.calls["canary"]) == ({"demo-1": "ready"}, 0)
     await heir.pool.close()

@@ -70,6 +70,8 @@ class Found:
     """READY: it runs, and whether it serves has to be asked; CHECKPOINTED and ARCHIVED: as its image."""
     started_unix_s: float | None = None
     """When the engine that runs was started, if that is known."""
+    restored: bool = False
+    """The engine that runs came from its image."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class _Container:
     paused: bool = False
     off_gpu: bool = False
     """Its CUDA processes are suspended."""
+    restored: bool = False
+    """What runs came from an image."""
     interrupted: bool = False
     """A dump or restore was given up half-way, and its helpers may still run."""
 
@@ -246,7 +248,7 @@ class PodmanRuntime(KeepsImages):
         self._containers[instance_id] = it
         if _on_host_network(it):
             self._ports.hold(it.handle.port)
-        return Found(it.handle, tier, float(entry.get("StartedAt") or 0) or None)
+        return Found(it.handle, tier, float(entry.get("StartedAt") or 0) or None, it.restored)
 
     # --- starting and ending ---
 
@@ -382,6 +384,7 @@ class PodmanRuntime(KeepsImages):
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
             it.merged = graph.get("MergedDir", it.merged)
             it.pid = answer["State"]["Pid"] or None
+            it.restored = bool(answer["State"].get("Restored"))
             it.handle = _addressed(it, answer)
             return str(answer["State"]["Status"])
         except (KeyError, TypeError, ValueError) as error:
