@@ -202,7 +202,7 @@ class Pool:
         instance = slot.instance
         if found.tier is Tier.READY:
             if found.restored:
-                self._steps.note_restored(slot)
+                self._steps.note_restored(model, slot)
             state = await self._state_of_running(model, slot)
             left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
             if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):

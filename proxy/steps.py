@@ -106,8 +106,7 @@ class Steps:
         with stages.measure("restore"):
             self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
         instance.sleep_level = image.sleep_level
-        self.note_restored(slot)
-        slot.weights_copy = "good" if settings.weights_copy else "none"
+        self.note_restored(model, slot)
         self.watch(model, slot)
         await self._be_healthy(model, slot, stages)
         if not image.sleep_level and await client_of(slot).is_sleeping() is None:
@@ -120,10 +119,11 @@ class Steps:
         if not settings.keep and not model.leaving:
             await self.forget_image(model, slot)
 
-    def note_restored(self, slot: Slot) -> None:
+    def note_restored(self, model: Model, slot: Slot) -> None:
         """The engine that runs came from the image."""
-        slot.canary = slot.image.canary
-        slot.unproven = True
+        slot.canary, slot.unproven = slot.image.canary, True
+        # Whether the copy fits, the engine finds out when it wakes.
+        slot.weights_copy = "good" if model.settings.weights_copy else "none"
 
     async def prove(self, model: Model, slot: Slot, stages: Stages) -> None:
         """The rest of a restore, for an engine that is awake."""

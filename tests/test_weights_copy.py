@@ -173,6 +173,28 @@ async def test_a_copy_that_was_lost_is_written_again_when_the_engine_is_idle() -
     await rig.pool.close()
 
 
+@pytest.mark.parametrize("fits", [True, False])
+async def test_a_restored_engine_that_is_adopted_goes_on_with_the_copy(fits: bool) -> None:
+    before = await rig_with(sleep_level=2)
+    before.runtime.leaves = True
+    (await before.pool.lease("demo")).release()
+    await before.pass_time(30)
+    await before.until(demo_1="checkpointed")
+    (await before.pool.lease("demo")).release()
+    await before.pool.close()
+    rig = Rig({"demo": {"idle": IDLE, "weights_copy": True, "sleep_level": 2}}, shares_images=True)
+    rig.runtime.inherit(before.runtime, keep=True)
+    rig.runtime.copies = before.runtime.copies if fits else set()
+    await rig.pool.open()
+    await rig.until(demo_1="ready")
+    await rig.pass_time(10)
+    assert rig.runtime.processes["demo-1"].sleep_level == 2
+    assert ("reload_weights" in await step_down_and_ask(rig, 0)) is not fits
+    assert "load_weights" in await step_down_and_ask(rig, 10)
+    assert rig.runtime.calls["save_weights"] == (0 if fits else 1)
+    await rig.pool.close()
+
+
 async def test_an_engine_that_cannot_write_a_copy_works_without() -> None:
     rig = await rig_with(sleep_level=2)
     rig.runtime.failures["save_weights"] = [EngineError("save_weights", "no space")]
