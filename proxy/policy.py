@@ -23,6 +23,9 @@ _WITH_ENGINE: Final = frozenset(
     {State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SLEEPING, State.SUSPENDING, State.SUSPENDED}
 )
 
+RECYCLE_AFTER_S: Final = 10.0
+"""How long an instance of `min_ready` that no other can stand in for is idle before it is gone for a restore."""
+
 STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED, Tier.STOPPED)
 
 TYPICAL_S: Final[Mapping[Tier, float]] = {
@@ -104,6 +107,7 @@ class Retire:
     """Close a busy instance to new requests, so that it becomes idle."""
 
     instance: Instance
+    reason: str = "another model waits for its place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ def wakes_wanted(model: ModelView, now: float) -> int:
     """
     # One on its way down is woken again as soon as it has arrived: sooner than another could be.
     coming = sum(i.state is State.WAKING or i.state in DESCENDING or _goes_down_now(i) for i in model.instances)
-    up = sum(i.state is State.READY for i in model.instances)
+    up = sum(i.state is State.READY and not _recyclable(i, model, now) for i in model.instances)
     for_any = max(0, model.waiting - sum(model.wanted.values()))
     for_queue = math.ceil(for_any / model.max_concurrency) - coming
     for_minimum = _kept_ready(model) - coming - up if now >= model.restock_at else 0
@@ -273,7 +277,7 @@ def _obey(model: ModelView, plan: Plan, used: set[int]) -> None:
             continue  # what is under way comes to its end first
         if instance.leases:
             if instance.state is State.READY:
-                plan.actions.append(Retire(instance))
+                plan.actions.append(Retire(instance, "an order"))
             used.add(id(instance))
             continue
         to = ordered_step(instance, instance.ordered, model)
@@ -322,6 +326,8 @@ def decide(view: View, now: float) -> Plan:
             plan.actions.append(Wake(model.key, candidate, choice.victims))
             if candidate is not None:
                 used.add(id(candidate))
+    for model in view.models:
+        _relieve(model, now, plan, used)
     if not starved:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
@@ -547,6 +553,40 @@ def _hurried(view: View) -> bool:
     """Whether a wake is under way that takes so little that it counts what goes on beside it."""
     waking = (i for m in view.models for i in m.instances if i.state is State.WAKING)
     return any(i.waking_from is not None and i.waking_from <= Tier.CHECKPOINTED for i in waking)
+
+
+def _relieve(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
+    """Replace worn instances that `min_ready` keeps: when another is up, or where none can be, when they are idle."""
+    kept = _kept_ready(model)
+    worn = [i for i in model.instances if id(i) not in used and i.ordered is None and _recyclable(i, model, now)]
+    if not kept or not worn:
+        return
+    spare = sum(i.state is State.READY for i in model.instances) - kept
+    going = [i for i in worn if i.state is State.RETIRING and spare >= 0]
+    ready = sorted((i for i in worn if i.state is State.READY), key=lambda i: (i.leases, i.idle_since or 0.0))
+    going += ready[: max(0, spare)]
+    for instance in going:
+        used.add(id(instance))
+        if not instance.leases:
+            plan.actions.append(StepDown(instance, Tier.CHECKPOINTED, "recycle"))
+        elif instance.state is State.READY:
+            plan.actions.append(Retire(instance, "it has grown, and is replaced"))
+    if not going:
+        _recycle_in_place([i for i in ready if not i.leases], model, now, plan, used)
+
+
+def _recycle_in_place(idle: Sequence[Instance], model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
+    """Where nobody stands in for it, and nobody is about to, it is missed for as long as its restore takes."""
+    moving = any(i.state is State.WAKING or i.state in DESCENDING for i in model.instances)
+    planned = any(isinstance(a, Wake) and a.model == model.key for a in plan.actions)
+    if not idle or moving or planned or model.waiting or now < model.restock_at:
+        return
+    due = (idle[0].idle_since or 0.0) + RECYCLE_AFTER_S
+    if due <= now:
+        plan.actions.append(StepDown(idle[0], Tier.CHECKPOINTED, "recycle"))
+        used.add(id(idle[0]))
+    else:
+        plan.not_later_than(due)
 
 
 def _reap(model: ModelView, now: float, plan: Plan, used: set[int], *, hurried: bool) -> None:

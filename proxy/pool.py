@@ -873,9 +873,9 @@ class Pool:
                 self._begin_wake(action)
             case policy.StepDown():
                 self._begin_step_down(action)
-            case policy.Retire(instance):
+            case policy.Retire(instance, reason):
                 instance.apply(Event.RETIRE)
-                log.info("%s retiring: another model waits for its place", instance.id)
+                log.info("%s retiring: %s", instance.id, reason)
             case policy.Readmit(instance):
                 instance.apply(Event.READMIT)
                 log.info("%s readmitted", instance.id)

@@ -424,7 +424,7 @@ def test_one_that_an_operator_sends_down_is_waited_for() -> None:
     ordered.ordered = Tier.SUSPENDED
     load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
     models = needy(since=0.0), model(ordered, key="b")
-    assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered)]
+    assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered, "an order")]
     ordered.state = State.RETIRING
     assert plan(*models, now=20.0, gpus=load).actions == []
     ordered.leases, ordered.idle_since = 0, 20.0
@@ -530,6 +530,7 @@ def views(draw: st.DrawFn) -> View:
                 min_ready=draw(st.integers(0, 1)),
                 waiting=waiting,
                 oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
+                worn=frozenset(i.id for i in instances if draw(st.integers(0, 3)) == 0),
                 wanted={
                     i.id: 1
                     for i in instances
@@ -591,7 +592,7 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
                 assert to > RESTING[one.state]
                 assert to not in one.barred
                 touched.append(one)
-            case Retire(one) | Readmit(one):
+            case Retire(one, _) | Readmit(one):
                 touched.append(one)
     assert len({id(i) for i in touched}) == len(touched), "one instance, one action"
     for m in view.models:
@@ -599,6 +600,63 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     assert made.deadline is None or made.deadline > now
     assert_memory_is_respected(view, made)
     assert decide(view, now) == made, "deciding changes nothing"
+
+
+# --- growth, where `min_ready` keeps instances ---
+
+KEPT: dict[str, Any] = {"min_ready": 1, "timetable": {}}
+
+
+def worn(*numbers: int) -> dict[str, Any]:
+    return {**KEPT, "worn": frozenset(f"a-{n}" for n in numbers)}
+
+
+def test_the_only_instance_is_recycled_when_it_is_idle_for_a_while() -> None:
+    one = instance(State.READY, idle_since=5.0)
+    assert plan(model(one, **worn()), now=1000.0) == Plan()
+    assert plan(model(one, **worn(1)), now=14.0) == Plan([], 15.0)
+    assert plan(model(one, **worn(1)), now=15.0).actions == [StepDown(one, Tier.CHECKPOINTED, "recycle")]
+    assert plan(model(one, **worn(1), waiting=1, oldest_wait=15.0), now=15.0).actions == []
+    assert plan(model(instance(State.READY, leases=1), **worn(1)), now=15.0) == Plan()
+    assert plan(model(one, **worn(1), restock_at=20.0), now=15.0) == Plan([], 20.0), "restores fail"
+    one.postponed[Tier.CHECKPOINTED] = 100.0
+    assert plan(model(one, **worn(1)), now=15.0) == Plan()
+
+
+def test_with_more_instances_another_comes_up_first() -> None:
+    old, other = instance(State.READY, leases=1), instance(State.CHECKPOINTED, number=2)
+    assert plan(model(old, other, **worn(1))).actions == [Wake("a", other)]
+    assert plan(model(old, max_instances=2, **worn(1))).actions == [Wake("a", None)]
+    other.state = State.WAKING
+    assert plan(model(instance(State.READY), other, **worn(1)), now=100.0).actions == []
+    other.state = State.READY
+    assert plan(model(old, other, **worn(1))).actions == [Retire(old, "it has grown, and is replaced")]
+    old.state = State.RETIRING
+    assert plan(model(old, other, **worn(1))).actions == [], "it is not readmitted"
+    old.leases, old.idle_since = 0, 0.0
+    assert plan(model(old, other, **worn(1))).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
+    other.state = State.CHECKPOINTED
+    assert plan(model(old, other, **worn(1))).actions == [Wake("a", other), Readmit(old)], "who stood in for it broke"
+
+
+def test_where_there_is_no_room_for_another_it_is_recycled_in_place() -> None:
+    old, other = instance(State.READY), instance(State.CHECKPOINTED, number=2)
+    kept = model(old, other, **worn(1))
+    load = gpus(old, other, needs={"a": 60})
+    assert plan(kept, gpus=load) == Plan([], 10.0)
+    assert plan(kept, gpus=load, now=10.0).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
+    assert plan(kept, max_awake=1, now=10.0).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
+
+
+def test_of_several_worn_instances_one_goes_at_a_time() -> None:
+    both = instance(State.READY, idle_since=1.0), instance(State.READY, number=2, idle_since=0.0)
+    kept = {**worn(1, 2), "min_ready": 2}
+    assert plan(model(*both, **kept), now=20.0).actions == [StepDown(both[1], Tier.CHECKPOINTED, "recycle")]
+    both[1].state = State.CHECKPOINTING
+    assert plan(model(*both, **kept), now=20.0).actions == []
+    both[1].state = State.READY
+    fresh = instance(State.READY, number=3)
+    assert plan(model(*both, fresh, **kept), now=20.0).actions == [StepDown(both[1], Tier.CHECKPOINTED, "recycle")]
 
 
 # --- costs ---

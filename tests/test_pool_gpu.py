@@ -336,6 +336,32 @@ async def test_an_engine_that_grew_is_replaced_from_its_checkpoint_when_idle(rig
     assert rig.runtime.calls["checkpoint"] == 1
 
 
+async def test_one_that_is_kept_ready_is_restored_anew_when_it_is_idle_for_a_while(rig_of: RigOf) -> None:
+    rig = await rig_of(idle=TO_TMPFS, a=(60, 2))
+    await known(rig, "a")
+    await rig.pass_time(10)
+    await use(rig, "a")
+    for cycle in range(1, 9):
+        await grow(rig, cycle * 100 * MIB)
+    kept = rig.settings.models["a"].model_copy(update={"min_ready": 1})
+    await rig.pool.reconfigure(rig.settings.model_copy(update={"models": {"a": kept}}))
+    lease = await rig.pool.lease("a")
+    await rig.pass_time(1000)
+    assert rig.states() == {"a-1": "ready"}, "it is busy"
+    lease.release()
+    await rig.pass_time(9)
+    (status,) = rig.pool.status()["models"]["a"]["instances"]
+    assert (status["state"], status["cycles"]) == ("ready", 8)
+    await rig.pass_time(1)
+    await rig.until(a_1="ready")
+    await settle()
+    (status,) = rig.pool.status()["models"]["a"]["instances"]
+    assert (status["cycles"], status["gpu_bytes"]) == (0, {"GPU-1": 60 * GIB})
+    assert metric(rig, "warmpool_step_downs_total", model="a", tier="checkpointed", reason="recycle") == 1
+    await rig.pass_time(1000)
+    assert rig.runtime.calls["restore"] == 2, "and once is enough"
+
+
 async def test_without_a_checkpoint_it_is_logged_once_and_goes_on(
     rig_of: RigOf, caplog: pytest.LogCaptureFixture
 ) -> None:
