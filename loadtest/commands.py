@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -240,6 +241,7 @@ def burst(
     default=3.0,
     help="How unequal the models' shares are: the n-th has 1/n**skew of the first's.",
 )
+@click.option("--ignore-names", is_flag=True, help="Deal the requests out, though the trace says which model is whose.")
 @click.option(
     "--max-prompt-tokens", type=_SOME, help="Shorten longer prompts (default: where --max-model-len of --config asks)."
 )
@@ -255,6 +257,7 @@ def burst(
 def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | None, **options: Any) -> None:
     """Replay FILE (Azure's format) through the proxy: lost, late, and where the time went."""
     rows = trace.part(trace.read(file), _seconds(options["begin"]) or 0.0, _seconds(options["length"]))
+    rows = [replace(row, model="") for row in rows] if options["ignore_names"] else rows
     idle = dict(_pair(text) for text in options["idles"]) or trace.timetable(options["speed"])
     most = max(row.prompt_tokens + row.tokens for row in rows)
     setup = trace.with_room(setup, most)

@@ -98,11 +98,10 @@ def keep(made: Mapping[str, Any], series: str, writer: Writer) -> None:
     """Write one report of `warmpool checkpoint create` down."""
     values = {_within("making", name): float(value) for name, value in made["making_s"].items()}
     values |= {_within("proof", name): float(value) for name, value in made["proof_s"].items()}
-    values |= {f"{kind.replace(' ', '_')}_bytes": float(size) for kind, size in made["bytes_by_kind"].items()}
-    values |= gpu_values(made["memory_bytes"], made["gpu_bytes"], made["bytes_by_kind"]["memory pages"])
+    values |= sizes(made["space_by_kind"])
+    values |= beside(made, made["space_by_kind"]["memory pages"])
     made_s = {n: s for n, s in made["making_s"].items() if n not in ("leftovers", "start", "load")}
     values["create_s"] = made_s.get("checkpoint", 0.0)
-    values["image_bytes"] = float(made["bytes"])
     writer.sample(series, values, stages_s=dict(made["making_s"]), memory_bytes=dict(made["memory_bytes"]))
 
 
@@ -112,17 +111,27 @@ def _within(half: str, stage: str) -> str:
     return f"{half}.{outer}.{stage}_s" if outer else f"{half}.{stage}_s"
 
 
-def gpu_values(memory: Mapping[str, int], held: Mapping[str, Mapping[str, int]], pages: int) -> dict[str, float]:
-    """Of the memory pages, what came from the GPU and what did not; and what the engine held there, by tier.
+def sizes(space: Mapping[str, int]) -> dict[str, float]:
+    """Of an image, by kind and in all; without the holes of its files, which take no space."""
+    by_kind = {f"{kind.replace(' ', '_')}_bytes": float(size) for kind, size in space.items()}
+    return by_kind | {"image_bytes": float(sum(space.values()))}
 
-    `memory`: what was resident at the dump, by kind; the driver copies a GPU's state to anonymous memory, which CRIU
-    writes like any other. `held`: tier → UUID of a GPU → bytes, of which a part is the driver's own and not copied.
+
+def beside(made: Mapping[str, Any], pages: int) -> dict[str, float]:
+    """What is known of an image beside the sizes of its files.
+
+    What the engine held on the GPU, of which a part is the driver's own and stays there; what the driver copied of it
+    to the processes' memory, which CRIU writes like any other (a part of the `pages`, and known to be one as long as
+    no zeros were taken out of them); and zeros that were.
     """
-    values = {f"on_the_GPU.{tier}_bytes": float(sum(by_gpu.values())) for tier, by_gpu in held.items()}
-    if GPU_STATE in memory:
-        state = min(memory[GPU_STATE], pages)
-        values |= {"memory_pages.GPU_state_bytes": float(state), "memory_pages.else_bytes": float(pages - state)}
-    return values
+    values = {f"on_the_GPU.{tier}_bytes": float(sum(held.values())) for tier, held in made["gpu_bytes"].items()}
+    left_out = made.get("zero_bytes_left_out") or 0
+    if GPU_STATE in made["memory_bytes"]:
+        copied = float(made["memory_bytes"][GPU_STATE])
+        values["copied_from_the_GPU_bytes"] = copied
+        if not left_out and copied <= pages:
+            values |= {"memory_pages.GPU_state_bytes": copied, "memory_pages.else_bytes": pages - copied}
+    return values | ({"zeros_left_out_bytes": float(left_out)} if left_out else {})
 
 
 async def create(setup: Setup, variant: Variant, key: str, where: Folders) -> dict[str, Any]:
@@ -243,32 +252,34 @@ def analyze(store: CheckpointStore, image: str, writer: Writer) -> list[str]:
     """Write down what fills an image; advice, in sentences. Raises StoreError."""
     manifest = store.load(image)
     pages = look_at_pages(store.root / image)
-    kinds = {f"{kind.replace(' ', '_')}_bytes": float(size) for kind, size in manifest.bytes_by_kind().items()}
+    space = manifest.space_by_kind()
     writer.sample(
         image,
         {
-            **kinds,
-            **gpu_values(
-                manifest.details.get("memory") or {},
-                manifest.details.get("gpu") or {},
-                manifest.bytes_by_kind()["memory pages"],
+            **sizes(space),
+            **beside(
+                {
+                    "memory_bytes": manifest.details.get("memory") or {},
+                    "gpu_bytes": manifest.details.get("gpu") or {},
+                    "zero_bytes_left_out": manifest.details.get("zero_bytes_left_out"),
+                },
+                space["memory pages"],
             ),
-            "image_bytes": float(manifest.total_bytes()),
             "zero_bytes": float(pages.zero * PAGE_BYTES),
             "repeated_bytes": float(pages.repeated * PAGE_BYTES),
-            "compressed_bytes": round(manifest.total_bytes() * pages.compressed),
+            "compressed_bytes": round(sum(space.values()) * pages.compressed),
         },
         memory_bytes=dict(manifest.details.get("memory") or {}),
         pages_by_file=dict(pages.by_file),
         largest=dict(sorted(manifest.bytes_by_file.items(), key=lambda entry: -entry[1])[:10]),
     )
     found = list(advice(manifest))
-    if pages.zero * PAGE_BYTES > manifest.total_bytes() / 20:
+    if pages.zero * PAGE_BYTES > sum(space.values()) / 20:
         found.append(
             f"{short_size(pages.zero * PAGE_BYTES)} are pages full of zeros: memory that was touched and never used, "
             "as a buffer larger than need be. A restore writes them all."
         )
-    if pages.repeated * PAGE_BYTES > manifest.total_bytes() / 20:
+    if pages.repeated * PAGE_BYTES > sum(space.values()) / 20:
         found.append(
             f"{short_size(pages.repeated * PAGE_BYTES)} are in the image more than once, as in processes that loaded "
             "the same; fewer processes would save them."

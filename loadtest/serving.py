@@ -271,10 +271,12 @@ def discard(folder: Path) -> None:
 class Served:
     """A proxy that serves."""
 
-    def __init__(self, client: Client, log: Path, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, client: Client, log: Path, process: asyncio.subprocess.Process, begin: int = 0) -> None:
         self.client = client
         self.log = log
         self.process = process
+        self._begin = begin
+        """Of its lines in the log."""
 
     async def status(self) -> dict[str, Any]:
         """Model key → what `/admin/status` says of it."""
@@ -303,8 +305,14 @@ class Served:
             if not _stays(model):
                 stays_s = now_s
             elif now_s - stays_s > _STAYS_S:
-                raise ServeError(f"{key} stays {found} and does not come to {state}:\n{tail(self.log, 5)}")
+                raise ServeError(f"{key} stays {found}: its engine has no such rung{self._trouble()}")
             await asyncio.sleep(0.01)
+
+    def _trouble(self) -> str:
+        """The last line in which it complained, behind a colon; empty without one."""
+        lines = self.log.read_bytes()[self._begin :].decode("utf-8", "replace").splitlines()
+        found = [line for line in lines if " ERROR " in line]
+        return f": {found[-1]}" if found else ""
 
     async def ask(self, name: str, series: str, *, max_tokens: int = 16, **tags: Any) -> Outcome:
         """One streamed completion, now."""
@@ -366,7 +374,7 @@ async def serving(settings: Mapping[str, Any], where: Folders) -> AsyncIterator[
     try:
         url = await _listening(process, log, start)
         async with Client(Target.at(url), timeout_s=PATIENCE_S) as client:
-            yield Served(client, log, process)
+            yield Served(client, log, process, start)
     finally:
         await _end(process)
         if not where.shared and any("podman" in model for model in settings["models"].values()):

@@ -25,6 +25,10 @@ _OF: Final = {TTFT: "FIRST TOKEN", "total_s": "WHOLE ANSWER"}
 AGAINST_COLD: Final = ("baseline", "restore", "burst")
 """Runs of which the requests differ in what they find only."""
 
+_WHEN: Final = ("before", "after")
+_HELD: Final = {"resident_bytes": "memory", "files": "open files", "open": "open requests"}
+_BESIDE: Final = ("on_the_GPU", "copied_from", "zeros_left_out")
+"""Sizes that are no part of an image's."""
 SHOWN_VERSIONS: Final = ("warmpool", "commit", "podman", "criu", "vllm", "torch", "CUDA of torch")
 
 
@@ -44,7 +48,7 @@ def quantity(name: str, value: float) -> str:
         return f"{value:.1f} s"
     if value >= 1:
         return f"{value:.2f} s"
-    return f"{value * 1000:.1f} ms" if value >= 0.001 else f"{value * 1e6:.0f} µs"
+    return f"{value * 1000:.1f} ms" if value >= 0.0009995 else f"{value * 1e6:.0f} µs"
 
 
 def interval(name: str, low: float, high: float) -> str:
@@ -55,26 +59,33 @@ def interval(name: str, low: float, high: float) -> str:
 def table(*columns: str, right: Iterable[str] = ()) -> Table:
     """An empty one."""
     made = Table(box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for number, column in enumerate(columns):
+        # Names of series are read as wholes.
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=number == 0)
     return made
+
+
+def cold_start(result: Result, name: str = TTFT) -> stats.Summary | None:
+    """What the others are compared with, in a run of which the requests differ in what they find only."""
+    if result.command not in AGAINST_COLD:
+        return None
+    summaries = result.summaries()
+    return next((summaries[s][name] for s in (COLD, f"{COLD}, 1 at once") if name in summaries.get(s, {})), None)
 
 
 def summary(result: Result, name: str = TTFT) -> Table:
     """A row for each series: the median with its interval, percentiles, outliers, the ratio to a cold start."""
     columns = [_OF.get(name, "SERIES"), "N", "MEDIAN", "95 % INTERVAL", "P95", "P99", "MOST", "OUTLIERS"]
-    if result.command in AGAINST_COLD:
+    summaries = result.summaries()
+    cold = cold_start(result, name) if len(summaries) > 1 else None
+    if cold is not None:
         columns.append("AGAINST COLD")
     made = table(*columns, right=columns[1:])
-    summaries = result.summaries()
-    cold = summaries.get(COLD, {}).get(name) if result.command in AGAINST_COLD else None
     for series, names in summaries.items():
         found = names.get(name)
         if found is None:
             continue
-        faster = [] if result.command not in AGAINST_COLD else [""]
-        if cold is not None and series != COLD:
-            faster = [f"{cold.median / found.median:.0f} : 1"]
+        faster = [] if cold is None else ["" if found is cold else f"{cold.median / found.median:.0f} : 1"]
         made.add_row(
             series,
             str(found.n) + ("" if found.enough else " (few)"),
@@ -92,8 +103,8 @@ def summary(result: Result, name: str = TTFT) -> Table:
 def _outliers(found: stats.Summary, name: str) -> str:
     if not found.outlier_count:
         return "none"
-    shown = ", ".join(quantity(name, value) for value in found.outliers[:3])
-    return shown if found.outlier_count <= 3 else f"{found.outlier_count}: {shown}, …"
+    shown = ", ".join(quantity(name, value) for value in found.outliers[:2])
+    return shown if found.outlier_count <= 2 else f"{found.outlier_count}: {shown}, …"
 
 
 def stages(result: Result) -> Table:
@@ -178,7 +189,7 @@ def contents(result: Result) -> Table:
             what = name.removesuffix("_bytes")
             if size:
                 label = names.get(what, value_name(name))
-                share = "" if name.startswith("on_the_GPU") else f"{100 * size / whole:.1f} %"
+                share = "" if name.startswith(_BESIDE) else f"{100 * size / whole:.1f} %"
                 made.add_row(sample["series"], label, quantity(name, size), share)
         for what, size in sorted(sample.get("memory_bytes", {}).items(), key=lambda entry: -entry[1]):
             made.add_row(sample["series"], f"resident at the dump: {what}", short_size(size), "")
@@ -217,6 +228,16 @@ def comparison(found: Sequence[Comparison], bound: float) -> Table:
     return made
 
 
+def held(result: Result) -> Table:
+    """What the proxy held while every model rested, before and after the load."""
+    made = table("THE PROXY AT REST", "BEFORE", "AFTER", right=["BEFORE", "AFTER"])
+    for name in dict.fromkeys(name.removesuffix(" before") for name in result.counts if name.endswith(" before")):
+        found = [result.counts[f"{name} {when}"] for when in _WHEN if f"{name} {when}" in result.counts]
+        shown = [short_size(round(v)) if "bytes" in name else f"{v:g}" for v in found]
+        made.add_row(_HELD.get(name, name), *shown)
+    return made
+
+
 def of(result: Result) -> list[Table]:
     """What a run is shown with."""
     match result.command:
@@ -226,8 +247,10 @@ def of(result: Result) -> list[Table]:
             return [values(result)]
         case "analyze":
             return [contents(result)]
-        case "trace" | "soak":
+        case "trace":
             return [summary(result), where(result)]
+        case "soak":
+            return [summary(result), where(result), held(result)]
         case "burst":
             return [summary(result)]
         case "restore-flags":
@@ -251,6 +274,7 @@ def counts(result: Result) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {short_size(round(value)) if 'bytes' in name else f'{value:g}'}"
         for name, value in result.counts.items()
+        if not name.endswith(tuple(f" {when}" for when in _WHEN))
     )
 
 

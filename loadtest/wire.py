@@ -184,11 +184,13 @@ class Events:
         usage = fields.get("usage")
         if isinstance(usage, dict):
             self.usage = usage.get("completion_tokens")
-        said = ""
+        said, counts = "", bool(self.tokens)
         for choice in fields.get("choices", ()):
             said += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        # The first token is the first with content: a chat begins with an event that only names the role.
-        if said or self.tokens:
+            # A completion's event is a token though its text be empty: a mark, or half of a character. A chat's first
+            # token is the first with content, for it begins with an event that only names the role.
+            counts = counts or "text" in choice
+        if said or counts:
             self.tokens += bool(fields.get("choices"))
         if said and (self._keep or not self.text):
             self.text.append(said)

@@ -30,6 +30,7 @@ import stat
 import tarfile
 import threading
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
@@ -105,6 +106,11 @@ class Manifest:
         for name, size in self.bytes_by_file.items():
             sizes[kind_of(name)] += size
         return sizes
+
+    def space_by_kind(self) -> dict[str, int]:
+        """`bytes_by_kind`, without the holes of sparse files: what an image takes where it was made."""
+        holes: Mapping[str, int] = self.details.get("holes_by_kind") or {}
+        return {kind: size - holes.get(kind, 0) for kind, size in self.bytes_by_kind().items()}
 
     def differences(self, facts: Mapping[str, str]) -> list[str]:
         """In which facts a host is not the one it was taken on, one line each."""
@@ -247,17 +253,18 @@ class CheckpointStore:
         partial = self.partial(manifest.image)
         lay_out = host.huge_pages_of(self.root) == "within_size"
 
-        def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, str]]:
+        def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, int], dict[str, str]]:
             left_out, known = 0, {}
             if leave_out_zeros:
                 left_out, written = criu_pages.leave_out_zeros(partial / CRIU_FOLDER, stop)
                 known = {f"{CRIU_FOLDER}/{name}": digest for name, digest in written.items()}
-            return left_out, *_measure(partial, stop, known, lay_out=lay_out)
+            sizes, digests = _measure(partial, stop, known, lay_out=lay_out)
+            return left_out, _holes(partial, sizes), sizes, digests
 
-        left_out, sizes, digests = await _in_thread(measure)
+        left_out, holes, sizes, digests = await _in_thread(measure)
         manifest = replace(manifest, bytes_by_file=sizes, sha256_by_file=digests)
-        details = {**manifest.details, "bytes_by_kind": manifest.bytes_by_kind(), "zero_bytes_left_out": left_out}
-        manifest = replace(manifest, details=details)
+        found = {"bytes_by_kind": manifest.bytes_by_kind(), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
+        manifest = replace(manifest, details={**manifest.details, **found})
         _write_manifest(partial, manifest)
         self._put_in_place(manifest.image)
         return manifest
@@ -511,6 +518,14 @@ def _measure(
         sizes[name] = path.stat().st_size
         digests[name] = known.get(name) or (lay_out and _laid_out(path, sizes[name], stop)) or _sha256(path, stop)
     return sizes, digests
+
+
+def _holes(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Kind → bytes of its files that take no space, where there are any."""
+    holes: Counter[str] = Counter()
+    for name, size in sizes.items():
+        holes[kind_of(name)] += max(0, size - (folder / name).stat().st_blocks * 512)  # stat(2): on any filesystem
+    return {kind: count for kind, count in holes.items() if count}
 
 
 def _laid_out(path: Path, size: int, stop: threading.Event) -> str | None:

@@ -273,7 +273,7 @@ async def verify(shop: Workshop, image: str, watcher: Watcher, *, restore: bool)
 
 def advice(manifest: Manifest) -> list[str]:
     """What could make an image smaller or faster to restore, most bytes first; one sentence each."""
-    kinds = manifest.bytes_by_kind()
+    kinds = manifest.space_by_kind()
     pages, shared, written = (kinds[kind] for kind in ("memory pages", "shared memory", "filesystem diff"))
     pinned = int((manifest.details.get("memory") or {}).get("/dev/zero", 0))
     found: list[tuple[int, str]] = []

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy import golden
 from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of
 from proxy.host import huge_pages_of
 from tests.support import files_in
@@ -63,6 +64,19 @@ async def test_what_was_written_is_read(store: CheckpointStore) -> None:
     assert (store.root).stat().st_mode & 0o777 == 0o700
     assert store.path("demo-1").stat().st_mode & 0o777 == 0o700
     assert (store.path("demo-1") / "criu" / "pages-1.img").stat().st_mode & 0o777 == 0o600
+
+
+async def test_holes_take_no_space(store: CheckpointStore) -> None:
+    folder = store.begin("demo-1", 1)
+    (folder / CRIU_FOLDER / "pages-1.img").write_bytes(b"x" * 4096)
+    with (folder / "devshm.tar").open("wb") as file:
+        file.write(b"x" * 4096)
+        file.truncate(64 << 20)
+    written = await store.commit(manifest("demo-1"))
+    assert written.bytes_by_kind()["shared memory"] == 64 << 20
+    assert written.space_by_kind()["shared memory"] < 1 << 20
+    assert written.space_by_kind()["memory pages"] == 4096
+    assert not any("shared memory" in text for text in golden.advice(written))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,13 @@ def test_a_chat_begins_with_its_first_content_not_with_the_role() -> None:
     assert events.feed(b'data: {"choices":[{"delta":{"content":"Hello"}}]}\n\n') == 1
 
 
+def test_a_completion_begins_with_its_first_token_though_that_be_a_mark() -> None:
+    events = Events(keep_text=True)
+    assert events.feed(event("")) == 1
+    assert events.feed(event("a")) == 1
+    assert "".join(events.text) == "a"
+
+
 def test_an_error_within_a_stream_is_seen() -> None:
     events = Events(keep_text=False)
     events.feed(event("a") + b'data: {"error": {"message": "gone"}}\n\n')

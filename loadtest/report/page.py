@@ -76,7 +76,7 @@ def _cards(result: Result) -> str:
     """The numbers that matter most."""
     cards: list[tuple[str, str, str]] = []
     summaries = result.summaries()
-    cold = summaries.get("stopped", {}).get(TTFT) if result.command in tables.AGAINST_COLD else None
+    cold = tables.cold_start(result)
     for series in ordered_series(result):
         one = summaries[series].get(TTFT)
         if one is None or "first" in series or result.command in ("burst", "restore-flags", "calibrate"):
@@ -159,8 +159,16 @@ def _tables(result: Result) -> str:
             lines.append(
                 [tier or "not said", str(sum(s.get("tier", "") == tier for s in answered)), f"{total:.1f} s", text]
             )
-        shown = _table(("found", "requests", "together", "where it went"), lines, wide=3) + shown
+        shown = _table(("found", "requests", "together", "where it went"), lines, wide=3) + _held(result) + shown
     return shown
+
+
+def _held(result: Result) -> str:
+    held = tables.held(result)
+    columns = [list(column.cells) for column in held.columns]
+    return _table(
+        ("at rest, the proxy has", "before", "after"), [list(map(str, row)) for row in zip(*columns, strict=True)]
+    )
 
 
 def _details(result: Result) -> str:
