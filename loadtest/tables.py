@@ -140,12 +140,17 @@ def values(result: Result) -> Table:
     )
     for series, names in result.summaries().items():
         for name, found in names.items():
-            if not found.median or (name.endswith("_s") and found.median < 0.001):
-                continue  # too small to be of interest to anybody
+            if name == "create_s" or not matters(name, found.median):
+                continue  # said under another name, or too small to be of interest to anybody
             what = value_name(name)
             spread = interval(name, found.low, found.high) if found.n > 1 else ""
             made.add_row(series, what, str(found.n), quantity(name, found.median), spread, quantity(name, found.most))
     return made
+
+
+def matters(name: str, value: float) -> bool:
+    """Whether a measurement is large enough to be of interest to anybody."""
+    return value >= 0.001 if name.endswith("_s") else bool(value)
 
 
 def value_name(name: str) -> str:

@@ -32,6 +32,12 @@ def report(tmp_path: Path) -> Path:
     files = [run_file(tmp_path / name, name, RUNGS) for name in ("restore", "trace")]
     flags = {"default": [0.3] * 10, "a setting with a long name = false": [0.4] * 10}
     files.append(run_file(tmp_path / "flags", "restore-flags", flags))
+    with results.Writer(tmp_path / "checkpoint", "checkpoint", {}) as writer:
+        writer.note("a word of a log that is as long as this: request_id=" + "c25df7942f22bd88" * 8)
+        writer.sample("awake", {"image_bytes": 2 << 30, "memory_pages_bytes": 2 << 30, "making.checkpoint.dump_s": 3.0})
+        writer.close()
+    files += [tmp_path / "checkpoint"] * 2
+    files.append(run_file(tmp_path / "one", "baseline", {"stopped": [25.9]}))
     path = tmp_path / "report.html"
     path.write_text(page.render([results.read(file) for file in files]))
     return path

@@ -54,7 +54,7 @@ def figures(result: Result) -> list[Figure]:
     timed = {s: v for s in ordered_series(result) if (v := [x for x in result.values(s) if x > 0])}
     if "stopped" in timed and len(timed) > 1 and result.command in ("restore", "baseline"):
         found.append(_cold_against_restored(timed))
-    if timed and result.command != "calibrate":
+    if len({value for values in timed.values() for value in values}) > 1 and result.command != "calibrate":
         found.append(_distributions(timed))
     if any(len(values) >= 100 for values in timed.values()) and result.command != "calibrate":
         found.append(_percentiles(timed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,8 @@ from loadtest.results import TTFT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.table import Table
 
     from loadtest.report.figures import Figure
     from loadtest.results import Result
@@ -42,7 +45,7 @@ _MAIN: Final = {
 
 def render(results: Sequence[Result]) -> str:
     """The page."""
-    titles = [_MAIN.get(result.command, result.command) for result in results]
+    titles = _titles(results)
     links = "".join(f'<a href="#run-{n}">{escape(title)}</a>' for n, title in enumerate(titles, 1))
     body = "".join(
         _section(f"run-{n}", title, result) for n, (title, result) in enumerate(zip(titles, results, strict=True), 1)
@@ -57,6 +60,17 @@ def render(results: Sequence[Result]) -> str:
         "bootstrap intervals of 95 %; outliers (beyond 1.5 interquartile ranges) count and are shown.</footer>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
+
+
+def _titles(results: Sequence[Result]) -> list[str]:
+    """Of each run; the second of a kind has a number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for result in results:
+        title = _MAIN.get(result.command, result.command)
+        seen[title] += 1
+        found.append(title if seen[title] == 1 else f"{title} ({seen[title]})")
+    return found
 
 
 def _section(anchor: str, title: str, result: Result) -> str:
@@ -89,6 +103,11 @@ def _cards(result: Result) -> str:
             (tables.quantity("_s", error.median), "error, median", ""),
             (tables.quantity("_s", error.p99), "error, 99 %", "good" if error.p99 < 0.001 else "bad"),
         ]
+    if result.command == "checkpoint":
+        for series, names in summaries.items():
+            for name, what in (("create_s", "to write the image"), ("image_bytes", "its size")):
+                if name in names:
+                    cards.append((tables.quantity(name, names[name].median), f"{what}, {series}", ""))
     for name in ("sent", "answered", "lost", "late", "short", "different_answers", "other_tier", "most_open", "left"):
         if name in result.counts and (result.counts[name] or name != "other_tier"):
             value = result.counts[name]
@@ -112,14 +131,15 @@ def _figure(figure: Figure) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: int | None = None) -> str:
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], wide: int | None = None, words: Sequence[int] = ()
+) -> str:
     if not rows:
         return ""
-    titles = "".join(f"<th{' class=wide' if n == wide else ''}>{escape(name)}</th>" for n, name in enumerate(head))
+    kinds = [" class=wide" if n == wide else " class=words" if n in words else "" for n in range(len(head))]
+    titles = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, kinds, strict=True))
     lines = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=wide' if n == wide else ''}>{_cell(cell)}</td>" for n, cell in enumerate(row))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
@@ -159,16 +179,35 @@ def _tables(result: Result) -> str:
             lines.append(
                 [tier or "not said", str(sum(s.get("tier", "") == tier for s in answered)), f"{total:.1f} s", text]
             )
-        shown = _table(("found", "requests", "together", "where it went"), lines, wide=3) + _held(result) + shown
+        shown = (
+            _table(("found", "requests", "together", "where it went"), lines, wide=3)
+            + _as_printed(tables.held(result))
+            + shown
+        )
+    if result.command == "checkpoint":
+        shown = _side_by_side(result) + shown
+    if result.command == "analyze":
+        shown = _as_printed(tables.contents(result))
     return shown
 
 
-def _held(result: Result) -> str:
-    held = tables.held(result)
-    columns = [list(column.cells) for column in held.columns]
-    return _table(
-        ("at rest, the proxy has", "before", "after"), [list(map(str, row)) for row in zip(*columns, strict=True)]
-    )
+def _as_printed(found: Table) -> str:
+    """A table of the terminal."""
+    rows = zip(*(map(str, column.cells) for column in found.columns), strict=True)
+    words = [n for n, column in enumerate(found.columns) if column.justify == "left"]
+    return _table([str(column.header).lower() for column in found.columns], list(rows), words=words)
+
+
+def _side_by_side(result: Result) -> str:
+    """The median of each measurement, a column for each series."""
+    summaries = result.summaries()
+    rows = []
+    for name in dict.fromkeys(name for names in summaries.values() for name in names):
+        found = [names.get(name) for names in summaries.values()]
+        if name != "create_s" and any(one is not None and tables.matters(name, one.median) for one in found):
+            shown = [tables.quantity(name, one.median) if one is not None else "" for one in found]
+            rows.append([tables.value_name(name), *shown])
+    return _table(["medians", *summaries], rows)
 
 
 def _details(result: Result) -> str:
