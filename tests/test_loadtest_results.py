@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import re
 import statistics
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,7 +146,37 @@ def test_what_an_engine_is_made_of_is_read_from_its_process(tmp_path: Path) -> N
     assert machine.loaded("", tmp_path) == {}
 
 
+class Nvml:
+    """What is asked of pynvml."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    nvmlShutdown = nvmlInit  # noqa: N815
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": "card", "nvmlDeviceGetName": b"NVIDIA H100",
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=80 << 30), "nvmlSystemGetCudaDriverVersion": 12080,
+            "nvmlSystemGetDriverVersion": "570.86.15",
+        }  # fmt: skip
+        return lambda *_: answers[name]
+
+
+def test_gpus_are_known_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    assert machine.gpus() == {
+        "gpu": "NVIDIA H100, 81920 MiB",
+        "NVIDIA driver": "570.86.15",
+        "CUDA of the driver": "12.8",
+    }
+
+
 def test_gpus_are_known_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     program = tmp_path / "nvidia-smi"
     row = "580.159.03, NVIDIA H100 80GB HBM3, 81559 MiB"
     program.write_text(
