@@ -4,6 +4,7 @@
 |---|---|
 | `run` | `schema`, `command`, `options`, `began`, `machine`, `versions`, `title` |
 | `sample` | `series`, `values` (name → number; `_s`: seconds, `_bytes`: bytes), and what else is known: `tier`, … |
+| `note` | `text`; the summary has all of them |
 | `versions` | `versions`: of what was seen later, such as the engine's |
 | `state` | `at_s` (since the run began), `models`: what the proxy said of itself, whenever it had changed |
 | `summary` | `series` → value's name → median and the rest, `counts`, `notes`, `hdr` |
@@ -134,6 +135,7 @@ class Writer:
     def note(self, text: str) -> None:
         """Something the reader of the figures has to know."""
         self.result.notes.append(text)
+        self._line({"kind": "note", "text": text})
 
     def count(self, **counts: float) -> None:
         """Numbers of the whole run."""
@@ -211,6 +213,8 @@ def read(path: Path) -> Result:
                 raise ResultError(f"{path}: line {number}: the first line must be the run's")
             elif kind == "sample":
                 result.samples.append(fields)
+            elif kind == "note":
+                result.notes.append(fields["text"])
             elif kind == "versions":
                 result.versions.update(fields["versions"])
             elif kind == "state":

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from loadtest.results import Writer
 
 PATIENCE_S: Final = 600.0
+_POSTPONED_S: Final = 15.0
+"""No timetable of a test has a step so far ahead: it was tried, and is tried again later."""
 _STAYS_S: Final = 1.0
 """An instance that rests for so long with nothing to come stays there."""
 PROMPT: Final = "The quick brown fox jumps over the lazy dog. Once upon a time"
@@ -305,14 +307,14 @@ class Served:
             if not _stays(model):
                 stays_s = now_s
             elif now_s - stays_s > _STAYS_S:
-                raise ServeError(f"{key} stays {found}: its engine has no such rung{self._trouble()}")
+                raise ServeError(f"{key} stays {found}: {self._trouble() or 'its engine has no such rung'}")
             await asyncio.sleep(0.01)
 
     def _trouble(self) -> str:
-        """The last line in which it complained, behind a colon; empty without one."""
+        """The last of its lines on a step that failed, without the time; empty without one."""
         lines = self.log.read_bytes()[self._begin :].decode("utf-8", "replace").splitlines()
-        found = [line for line in lines if " ERROR " in line]
-        return f": {found[-1]}" if found else ""
+        found = [line for line in lines if " ERROR " in line or " cannot go to " in line]
+        return re.sub(r"^\S+ [A-Z]+ +", "", found[-1]) if found else ""
 
     async def ask(self, name: str, series: str, *, max_tokens: int = 16, **tags: Any) -> Outcome:
         """One streamed completion, now."""
@@ -325,11 +327,16 @@ def _state(model: Mapping[str, Any]) -> str:
 
 
 def _stays(model: Mapping[str, Any]) -> bool:
-    """Whether its first instance rests where no time will take it further down."""
+    """Whether its first instance rests where no time will take it further down: no step is left, or it failed."""
     if model["queue"] or not model["instances"]:
         return False
     first = model["instances"][0]
-    return first["state"] in RUNGS and not first["leases"] and first["next_step"] is None
+    step = first["next_step"]
+    return (
+        first["state"] in RUNGS
+        and not first["leases"]
+        and (step is None or step["at_unix_s"] > time.time() + _POSTPONED_S)
+    )
 
 
 def completion(

@@ -166,6 +166,8 @@ def against(result: Result, base: str) -> Table:
         if found is None or series == base:
             continue
         word = "slower" if found.low > 1 else "faster" if found.high < 1 else "no difference to be told"
+        if min(len(result.values(one)) for one in (base, series)) < stats.FEWEST:
+            word = f"fewer than {stats.FEWEST} samples"
         made.add_row(series, f"{found.ratio:.2f}", f"{found.low:.2f} to {found.high:.2f}", word)
     return made
 

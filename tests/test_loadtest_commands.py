@@ -99,6 +99,20 @@ def test_a_rung_that_does_not_come_is_a_note(tmp_path: Path) -> None:
 
 @criu
 @pytest.mark.criu
+def test_a_step_that_failed_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    criu = tmp_path / "criu"
+    criu.write_text('#!/bin/sh\n[ "$1" = dump ] && { echo "Error: no dump today" >&2; exit 1; }\nexec criu "$@"\n')
+    criu.chmod(0o755)
+    found = ran(
+        tmp_path / "r", "restore-flags", *ENGINE, "-n", "1", "--only", "CRIU", "--criu", str(criu),
+        "--compression", "none",
+    )  # fmt: skip
+    assert found.series() == ["default", "default, again", "export and import, none"]
+    assert found.notes[0].startswith(f"CRIU {criu}: demo stays sleeping: demo-1 cannot go to checkpointed, and stays: ")
+
+
+@criu
+@pytest.mark.criu
 def test_restore_from_a_checkpoint(tmp_path: Path) -> None:
     found = ran(
         tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--rung", "checkpointed", "--sleep-level", "1"

@@ -208,6 +208,13 @@ def test_answers_that_differ_count_where_nothing_else_was_computed() -> None:
     assert "1 answers to requests that came together" in writer.result.notes[0]
 
 
+def test_few_samples_tell_no_difference(tmp_path: Path) -> None:
+    path = run_file(tmp_path / "r", "restore-flags", {"default": [0.3] * 10, "a": [0.4] * 9, "b": [0.4] * 10})
+    columns = [list(column.cells) for column in tables.against(results.read(path), "default").columns]
+    assert columns[0] == ["a", "b"]
+    assert columns[3] == ["fewer than 10 samples", "slower"]
+
+
 def test_gpu_state_is_drawn_in_place_of_a_part_of_the_pages(tmp_path: Path) -> None:
     with results.Writer(tmp_path / "r", "checkpoint", {}) as writer:
         gpu = {"memory_pages.GPU_state_bytes": 1 << 30, "memory_pages.else_bytes": 3 << 30}
@@ -224,6 +231,16 @@ def test_gpu_state_is_drawn_in_place_of_a_part_of_the_pages(tmp_path: Path) -> N
     with console.capture() as said:
         console.print(tables.values(found))
     assert "memory pages: GPU state" in said.get()
+
+
+def test_notes_of_a_run_that_was_cut_short_are_there(tmp_path: Path) -> None:
+    with results.Writer(tmp_path / "r", "restore", {}) as writer:
+        writer.note("archived: no archive")
+    assert results.read(tmp_path / "r").notes == ["archived: no archive"]
+    with results.Writer(tmp_path / "r", "restore", {}) as writer:
+        writer.note("archived: no archive")
+        writer.close()
+    assert results.read(tmp_path / "r").notes == ["archived: no archive"]
 
 
 def test_a_run_that_was_cut_short_can_be_read(tmp_path: Path) -> None:

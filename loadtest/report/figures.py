@@ -266,7 +266,8 @@ def _forest(timed: Mapping[str, Sequence[float]], base: str) -> Figure:
         for number, (series, ratio) in enumerate(found.items()):
             y = 8 + row * number + row - (_ROW - 6) / 2
             _label(drawing, series, y, left)
-            fill = "bad" if ratio.low > 1 else "good" if ratio.high < 1 else "other"
+            few = min(len(timed[base]), len(timed[series])) < stats.FEWEST
+            fill = "other" if few else "bad" if ratio.low > 1 else "good" if ratio.high < 1 else "other"
             drawing.line(scale.at(ratio.low), y, scale.at(ratio.high), y, fill, 2.5)
             title = f"{series}: {ratio.ratio:.2f}, {ratio.low:.2f} to {ratio.high:.2f} with 95 % confidence"
             drawing.dot(scale.at(ratio.ratio), y, fill, title, radius=4.5)
@@ -276,7 +277,8 @@ def _forest(timed: Mapping[str, Sequence[float]], base: str) -> Figure:
     return Figure(
         "against-default",
         "One setting changed: time to the first token, by that of the default",
-        "Left of the line is faster; the bar is the 95 % interval of the ratio. Grey: no difference to tell.",
+        "Left of the line is faster; the bar is the 95 % interval of the ratio. Grey: no difference to tell, or too "
+        "few samples.",
         draw,
     )
 
