@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.claim": 4,
     "proxy.runtime.criu": 4,
     "proxy.runtime.ports": 4,
+    "proxy.runtime.namespaces": 4,
     "proxy.runtime.podman_api": 4,
     "proxy.runtime.base": 4,
     "proxy.runtime.cuda": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
 import stat
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.checkpoints import Compression
+    from proxy.runtime.base import Handle
 
 pytestmark = [
     pytest.mark.podman,
@@ -60,6 +62,27 @@ def shell(script: str, **podman_keys: Any) -> ModelSettings:
     """A container that runs Python code instead of an engine."""
     table = engine_table(**podman_keys)
     return ModelSettings(podman={**table, "entrypoint": [str(python()), "-c"], "command": [script + "\n# {port}"]})
+
+
+BINDS_AS_CUDA_DOES = """
+import os, signal, socket
+name = f"warmpool-test-{os.stat('/proc/self/ns/pid').st_ino}-{os.getpid()}"
+held = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+held.bind(chr(0) + name)
+os.write(1, b"bound " + name.encode() + bytes([10]))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.sigwait([signal.SIGTERM])
+"""
+"""CUDA names its sockets after the number of the pid namespace and its pid there."""
+
+
+async def abstract_name(bench: PodmanBench, handle: Handle) -> str:
+    """The name that such a program has bound."""
+    log = bench.claim.log_path(handle.instance_id)
+    async with asyncio.timeout(PATIENCE_S):
+        while (bound := re.search(r"bound (\S+)\n", log.read_text())) is None:
+            await asyncio.sleep(0.01)
+    return bound[1]
 
 
 async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
@@ -471,7 +494,40 @@ class TestPodmanRuntime(RuntimeContract):
         model = shell("import time; time.sleep(1000)", network="host")
         handles = await asyncio.gather(*(b.runtime.start("demo-1", "demo", model) for b in (bench, other)))
         assert handles[0].port != handles[1].port
+        for each, handle in zip((bench, other), handles, strict=True):
+            await each.runtime.drop(handle)  # it does not end politely
         await other.clear()
+
+    @pytest.mark.parametrize("restarted", [False, True])
+    async def test_engines_on_it_do_not_take_each_others_abstract_sockets(
+        self, bench: PodmanBench, restarted: bool
+    ) -> None:
+        model = shell(BINDS_AS_CUDA_DOES, network="host")
+        names = set()
+        for key in ("a", "b"):
+            handle = await bench.runtime.start(f"{key}-1", key, model)
+            names.add(await abstract_name(bench, handle))
+            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            if key == "a" and restarted:
+                bench = await bench.successor()
+                await bench.runtime.recover({"a": model, "b": model})
+        assert len(names) == 2
+        for it in [*bench.runtime._containers.values()]:
+            await bench.runtime.restore(it.handle, Stages())
+        assert all(it.pid is not None for it in bench.runtime._containers.values())
+
+    async def test_a_name_of_its_image_that_somebody_has_on_it_is_said(self, bench: PodmanBench) -> None:
+        handle = await bench.runtime.start("demo-1", "demo", shell(BINDS_AS_CUDA_DOES, network="host"))
+        name = await abstract_name(bench, handle)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        assert bench.store.load("demo").private["abstract_sockets"] == [f"@{name}"]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mine:
+            mine.bind(f"\0{name}")
+            wanted = rf"the unix socket @{name} .* by process {os.getpid()} \(.*models\.demo\.podman\.network"
+            with pytest.raises(RuntimeFailure, match=wanted):
+                await bench.runtime.restore(handle, Stages())
+        await bench.runtime.restore(handle, Stages())
+        assert bench.runtime._containers["demo-1"].pid is not None
 
     async def test_a_network_of_the_users_own_is_used(self, bench: PodmanBench) -> None:
         podman("network", "create", "warmpool-test")

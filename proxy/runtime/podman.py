@@ -25,7 +25,7 @@ from proxy import host
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import container, criu, inside, ports, processes
+from proxy.runtime import container, criu, inside, namespaces, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
@@ -105,6 +105,7 @@ class PodmanRuntime(KeepsImages):
         self._criu_versions: dict[Path, str] = {}
         self._containers: dict[str, _Container] = {}
         self._ports = ports.Ports(*settings.port_range())
+        self._pid_namespaces = namespaces.PidNamespaces()
         self._rungs = Rungs(frozenset())
         self._facts: dict[str, str] = {}
         self._oci_program = ""
@@ -181,6 +182,7 @@ class PodmanRuntime(KeepsImages):
         """Disconnect and give up the claim."""
         await self._podman.close()
         self._ports.close()
+        self._pid_namespaces.close()
         self._store.close()
         self._claim.release()
 
@@ -260,14 +262,41 @@ class PodmanRuntime(KeepsImages):
             raise RuntimeFailure("start", str(error)) from error
 
     async def _start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
-        it = await self._create("start", instance_id, key, model)
-        try:
-            await self._podman.post(f"/containers/{it.id}/start")
-            await self._inspect(it)
-        except BaseException:
-            await self._undo(it)
-            raise
-        return it.handle
+        while True:
+            it = await self._create("start", instance_id, key, model)
+            try:
+                await self._podman.post(f"/containers/{it.id}/start")
+                await self._inspect(it)
+                if not await self._names_as_in_another_image(it):
+                    return it.handle
+            except BaseException:
+                await self._undo(it)
+                raise
+            log.info("%s: its sockets would have the names of those in another image; once more", instance_id)
+
+    async def _names_as_in_another_image(self, it: _Container) -> bool:
+        """Whether a container on the host's network has the number of a pid namespace that an image has in names.
+
+        The namespace is held then, so that the next container has another number.
+        """
+        if not _on_host_network(it) or it.pid is None:
+            return False
+        with contextlib.suppress(OSError):  # it has ended
+            number = str(namespaces.number_of(it.pid))
+            if any(number in name for name in await self._names_in_images(it.handle.model)):
+                self._pid_namespaces.hold(it.pid)
+                return True
+        return False
+
+    async def _names_in_images(self, left_out: str | None = None) -> list[str]:
+        """Of the abstract unix sockets on the host's network in the images there are, on tmpfs and archived."""
+        names: list[str] = []
+        for image in {*self._store.names(), *self._store.archived()} - {left_out}:
+            with contextlib.suppress(StoreError):
+                here = image in self._store.names()
+                manifest = self._store.load(image) if here else await self._store.archived_manifest(image)
+                names += manifest.private.get("abstract_sockets", [])
+        return names
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Make a container with a bundle, which `restore` needs, and nothing in it; see `Runtime.clone`."""
@@ -547,6 +576,7 @@ class PodmanRuntime(KeepsImages):
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
             host_facts = await self._facts_for(it.model)
+            on_host = await self._note_names(it, pids) if _on_host_network(it) else {}
         except (StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         was_paused, was_off_gpu = it.paused, it.off_gpu
@@ -572,10 +602,7 @@ class PodmanRuntime(KeepsImages):
                             facts=host_facts,
                             sleep_level=facts.sleep_level,
                             canary=facts.canary,
-                            private={
-                                "cuda": it.off_gpu,
-                                **({"host_port": it.handle.port} if engine.network == "host" else {}),
-                            },
+                            private={"cuda": it.off_gpu, **on_host},
                             details={
                                 **facts.details,
                                 "engine": engine.model_dump(mode="json", exclude={"env", "criu"}),
@@ -598,6 +625,15 @@ class PodmanRuntime(KeepsImages):
                 elif it.off_gpu and not was_off_gpu:
                     await self.resume(handle)
             raise
+
+    async def _note_names(self, it: _Container, pids: Iterable[int]) -> dict[str, Any]:
+        """What the image of a container on the host's network takes of that; see proxy/runtime/namespaces.py."""
+        names = await self._names_in_images()
+        self._pid_namespaces.release_unless(lambda number: any(str(number) in name for name in names))
+        if it.pid is not None:
+            self._pid_namespaces.hold(it.pid)
+        sockets = await asyncio.to_thread(namespaces.abstract_names, pids)
+        return {"host_port": it.handle.port, "abstract_sockets": sockets}
 
     async def _dump(self, it: _Container, folder: Path, stages: Stages) -> dict[str, int]:
         """CRIU's files into `folder`; the container has ended afterwards. CRIU's statistics, in microseconds."""
@@ -663,8 +699,15 @@ class PodmanRuntime(KeepsImages):
             if it.pid is not None:
                 await self._stop(it)
                 await self._reset_rootfs(it)
+            collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
         except (StoreError, PodmanError, OSError) as error:
             raise RuntimeFailure("restore", str(error)) from error
+        if collision is not None:
+            raise RuntimeFailure(
+                "restore",
+                f"the unix socket {collision[0]} of its image is bound on the host's network already, by "
+                f'{collision[1]}; with models.{handle.model}.podman.network = "bridge" it would have names of its own',
+            )
         if it.model.weights_copy:
             self._store.weights(image)  # mounted, and gone after a reboot
         began = time.perf_counter()
