@@ -527,14 +527,10 @@ class Pool:
             raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
         if counts:
             self._usage.note(model.key)
+        if (lease := self._at_once(model, preferred)) is not None:
+            return lease
         held = policy.holding(model.instances(), preferred) if preferred is not None else None
         found = policy.best_tier(model.instances() if held is None else [held])
-        if not model.queue:
-            instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
-            if instance is not None:
-                lease = self._grant(model, instance, found, 0.0, None)
-                self._tell()
-                return lease
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
@@ -566,6 +562,28 @@ class Pool:
                 model.wanted[preferred] -= 1
             self._note_quiet()
             self._tell()
+
+    def try_lease(self, key: str) -> Lease | None:
+        """A hold on a ready instance of a model, by its key, if there is one with room for which nobody waits.
+
+        None wherever `lease` would wait or refuse; nothing has happened then.
+        """
+        model = self._models.get(key)
+        if model is None or model.draining or self._shut or self._draining or not self._open:
+            return None
+        if (lease := self._at_once(model)) is not None:
+            self._usage.note(key)
+        return lease
+
+    def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
+        if model.queue:
+            return None
+        instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
+        if instance is None:
+            return None
+        lease = self._grant(model, instance, Tier.READY, 0.0, None)
+        self._tell()
+        return lease
 
     def _refuse_if_full(self, model: Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())

@@ -100,6 +100,12 @@ class Account:
         if self.tokens is not None:
             self.tokens.take(used_tokens - expected_tokens, now)
 
+    def undo(self, expected_tokens: int, now: float) -> None:
+        """A request that was begun has not been."""
+        if self.requests is not None:
+            self.requests.take(-1.0, now)
+        self.end(expected_tokens, 0, now)
+
     def headers(self, now: float) -> dict[str, str]:
         """`x-ratelimit-*` as OpenAI's API has them, for the limits there are."""
         found = {}

@@ -8,7 +8,7 @@ was as it should be, reading stops while the other side is slow, and `disconnect
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from proxy import http1
@@ -40,6 +40,19 @@ class SilenceError(ExchangeError):
     """The engine said nothing for as long as it may take."""
 
 
+class Receiver(Protocol):
+    """Who has a connection and gets what comes on it; called by the connection only."""
+
+    def received(self, data: bytes, /) -> None:
+        """Bytes came."""
+
+    def lost(self, error: Exception | None, /) -> None:
+        """The connection is closed, and no more the receiver's; `error` when it was not in order."""
+
+    def failed(self, error: ExchangeError, /) -> None:
+        """The connection was ended, and is no more the receiver's."""
+
+
 class Upstream:
     """The connections to the engine at `base_url` ("http://host:port").
 
@@ -49,9 +62,9 @@ class Upstream:
     def __init__(self, base_url: str, silence_s: float | None) -> None:
         self._silence_s = silence_s
         self._look_s = _LOOK_S if silence_s is None else min(_LOOK_S, silence_s / _LOOKS)
-        self._idle: dict[_Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
         """The last one given back comes last."""
-        self._open: set[_Connection] = set()
+        self._open: set[Connection] = set()
         self._connecting: set[asyncio.Timeout] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.generation = 0
@@ -63,6 +76,7 @@ class Upstream:
         self.base_url = base_url
         self._host, self._port = parts.hostname or "", parts.port or 80
         self.authority = parts.netloc.encode("ascii")
+        self.host_field = b"Host: %b\r\n" % self.authority
 
     def move(self, base_url: str) -> None:
         """The engine is at another address from now on; what is open to the old one ends after its exchange."""
@@ -79,6 +93,14 @@ class Upstream:
         """How many are open, idle ones among them."""
         return len(self._open)
 
+    def kept(self) -> Connection | None:
+        """A connection that is open and idle, if there is one; it is the caller's now, who begins with it at once."""
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if connection.keep:
+                return connection
+        return None
+
     async def exchange(
         self, method: str, target: str, fields: Sequence[tuple[bytes, bytes]], body: bytes | None
     ) -> Exchange:
@@ -87,12 +109,7 @@ class Upstream:
         `Host` and `Content-Length` are set here, every other field as given. Raises ExchangeError; the exchange is
         closed then. Cancelling closes it too.
         """
-        while self._idle:
-            connection, _ = self._idle.popitem()
-            if connection.keep:
-                break
-        else:
-            connection = await self._connect()
+        connection = self.kept() or await self.connect()
         exchange = Exchange(method, connection)
         head = [f"{method} {target} HTTP/1.1".encode("ascii"), b"Host: %b" % self.authority]
         head += [b"%b: %b" % field for field in fields]
@@ -108,7 +125,8 @@ class Upstream:
             raise
         return exchange
 
-    async def _connect(self) -> _Connection:
+    async def connect(self) -> Connection:
+        """A new connection, for the caller to begin with. Raises ExchangeError."""
         # Its own scope, so that disconnect() can end it.
         scope = asyncio.timeout(_CONNECT_S)
         generation = self.generation
@@ -116,7 +134,7 @@ class Upstream:
             async with scope:
                 self._connecting.add(scope)
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self), self._host, self._port
+                    lambda: Connection(self), self._host, self._port
                 )
         except TimeoutError as error:
             if generation != self.generation:
@@ -144,18 +162,18 @@ class Upstream:
 
     # --- what connections tell ---
 
-    def opened(self, connection: _Connection) -> None:
+    def opened(self, connection: Connection) -> None:
         """A connection is made."""
         self._open.add(connection)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look)
 
-    def lost(self, connection: _Connection) -> None:
+    def lost(self, connection: Connection) -> None:
         """A connection is closed."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
-    def returned(self, connection: _Connection) -> None:
+    def returned(self, connection: Connection) -> None:
         """A connection may serve again."""
         self._idle[connection] = None
 
@@ -166,11 +184,11 @@ class Upstream:
             connection.looked_at(self._look_s, self._silence_s)
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, with the exchange that has it."""
+class Connection(asyncio.Protocol):
+    """One connection, with who has it."""
 
     __slots__ = (
-        "_exchange", "_generation", "_heard", "_quiet_s", "_reading", "_sending", "_transport", "_upstream", "closed",
+        "_generation", "_heard", "_quiet_s", "_reading", "_receiver", "_sending", "_transport", "_upstream", "closed",
         "keep",
     )  # fmt: skip
 
@@ -178,7 +196,7 @@ class _Connection(asyncio.Protocol):
         self._upstream = upstream
         self._generation = upstream.generation
         self._transport: asyncio.Transport
-        self._exchange: Exchange | None = None
+        self._receiver: Receiver | None = None
         self._heard = False
         self._quiet_s = 0.0
         self._reading = True
@@ -197,11 +215,11 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
-        exchange = self._exchange
-        if exchange is None:
+        receiver = self._receiver
+        if receiver is None:
             self.abort()  # nobody asked
         else:
-            exchange.received(data)
+            receiver.received(data)
 
     def pause_writing(self) -> None:
         self._sending = True
@@ -211,24 +229,28 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._upstream.lost(self)
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.lost(error)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.lost(error)
         self.closed.set_result(None)
 
-    # --- from the exchange and the upstream ---
+    # --- from the receiver and the upstream ---
 
-    def begin(self, exchange: Exchange, message: bytes) -> None:
-        """Send a request, whose answer is the exchange's."""
+    def begin(self, receiver: Receiver, message: bytes) -> None:
+        """Send a request, whose answer is the receiver's. Raises ExchangeError."""
         if self._transport.is_closing():
             raise ExchangeError("the connection ended")
-        self._exchange = exchange
+        self._receiver = receiver
         self._heard, self._quiet_s = True, 0.0
         self._transport.write(message)
 
+    def hand_to(self, receiver: Receiver) -> None:
+        """Another one has it from now on."""
+        self._receiver = receiver
+
     def finished(self, *, reusable: bool) -> None:
         """The exchange is over; everything belonging to it has come, or it was given up."""
-        self._exchange = None
+        self._receiver = None
         self.resume()
         self._quiet_s = 0.0
         # An answer that came before its request was sent leaves a rest that would be read as the next request.
@@ -239,10 +261,10 @@ class _Connection(asyncio.Protocol):
 
     def fail(self, error: ExchangeError) -> None:
         """End it, and the exchange with this error."""
-        exchange, self._exchange = self._exchange, None
+        receiver, self._receiver = self._receiver, None
         self.abort()
-        if exchange is not None:
-            exchange.failed(error)
+        if receiver is not None:
+            receiver.failed(error)
 
     def abort(self) -> None:
         """Close it now."""
@@ -269,7 +291,7 @@ class _Connection(asyncio.Protocol):
             self._heard, self._quiet_s = False, 0.0
             return
         self._quiet_s += since_s
-        if self._exchange is None:
+        if self._receiver is None:
             if self._quiet_s >= _KEPT_S:
                 self.abort()
         elif silence_s is not None and self._quiet_s >= silence_s:
@@ -283,9 +305,10 @@ class Exchange:
         "_body", "_connection", "_early", "_ended", "_head", "_method", "_sink", "_skipped", "_waiter", "failure",
     )  # fmt: skip
 
-    def __init__(self, method: str, connection: _Connection) -> None:
+    def __init__(self, method: str, connection: Connection | None) -> None:
+        """`connection`: None where it is lost already; `lost` or `failed` says so next."""
         self._method = method
-        self._connection: _Connection | None = connection
+        self._connection = connection
         """None as soon as it is no longer this exchange's."""
         self._early = b""
         """What came before anybody asked for it."""

@@ -21,6 +21,8 @@ from tests.support import PATIENCE_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
 CLOSE = ("Connection: close",)
 

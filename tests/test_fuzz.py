@@ -23,6 +23,8 @@ from tests.support import PATIENCE_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 SECONDS: Final = float(os.environ.get("FUZZ_SECONDS", "3"))
 SEED: Final = int(os.environ.get("FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 TOGETHER: Final = 16

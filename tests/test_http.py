@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.front import Front
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 ASK = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}

@@ -26,17 +26,16 @@ _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class _Clock:
-    """The `Date` of answers, made once a second."""
-
     second = 0
     text = b""
 
-    @classmethod
-    def date(cls) -> bytes:
-        second = int(time.time())
-        if second != cls.second:
-            cls.second, cls.text = second, formatdate(second, usegmt=True).encode("ascii")
-        return cls.text
+
+def date() -> bytes:
+    """The `Date` of an answer, made once a second."""
+    second = int(time.time())
+    if second != _Clock.second:
+        _Clock.second, _Clock.text = second, formatdate(second, usegmt=True).encode("ascii")
+    return _Clock.text
 
 
 class Answer(web.StreamResponse):
@@ -86,7 +85,7 @@ class Answer(web.StreamResponse):
         if own:
             names = {name for name, _ in own}
             fields = [field for field in fields if field[0].lower() not in names]
-        sent = [*fields, *own, (b"date", _Clock.date())]
+        sent = [*fields, *own, (b"date", date())]
         if framed:
             sent.append((b"transfer-encoding", b"chunked"))
         elif length >= 0 and not http1.bodiless(request.method, status):

@@ -22,14 +22,17 @@ from proxy.web.addressing import Addressing
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
 from proxy.web.faults import quieten
+from proxy.web.front import Front
 from proxy.web.guard import Guard
 from proxy.web.guard_cors import Cors
+from proxy.web.guard_protocol import CONNECTION
 from proxy.web.local import Local
 from proxy.web.realtime import Realtime
 from proxy.web.relay import Relay
 from proxy.web.request_id import name_request, request_id
 from proxy.web.response_ids import ResponseIds
 from proxy.web.routes import ROUTES, pattern
+from proxy.web.traffic import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("warmpool")
+
+TRAFFIC: web.AppKey[Traffic] = web.AppKey("traffic", Traffic)
+"""The requests in flight."""
 
 
 def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None = None) -> web.Application:
@@ -114,6 +120,10 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
         app.on_response_prepare.append(guard.add_headers)
     if cors is not None:
         app.on_response_prepare.append(cors.add_headers)
+    traffic = app[TRAFFIC] = Traffic()
+    traffic.attach(app)
+    off = traces is not None or cors is not None
+    app[CONNECTION] = Front(pool, metrics, addressing, guard, traffic, off=off).connection
     return app
 
 

@@ -33,6 +33,7 @@ from proxy.errors import (
 from proxy.meter import Meter
 from proxy.quota import Account
 from proxy.web.caller import CALLER, KEY_PROTOCOL
+from proxy.web.handed import take_admitted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -83,7 +84,7 @@ class Holder:
 
     __slots__ = ("_allowed", "account", "meter", "name", "priority")
 
-    def __init__(self, known: _Known, meter: Meter | None) -> None:
+    def __init__(self, known: Known, meter: Meter | None) -> None:
         self._allowed = known.models
         self.account = known.account
         self.meter = meter
@@ -94,6 +95,10 @@ class Holder:
         """Whether the key is good for a model, by the model's key."""
         return self._allowed is None or model in self._allowed
 
+    def limits(self, now: float) -> dict[str, str]:
+        """Header fields: what is left of the key's limits, where there are any."""
+        return self.account.headers(now) if self.account.requests or self.account.tokens else {}
+
     def check_model(self, model: str) -> None:
         """Raises ModelNotAllowedError unless `may_use`."""
         if not self.may_use(model):
@@ -103,7 +108,7 @@ class Holder:
             )
 
 
-class _Known:
+class Known:
     """A key of the file with what the server keeps for it."""
 
     __slots__ = ("account", "entry", "models")
@@ -113,6 +118,32 @@ class _Known:
         self.models = models
         """Keys of models; None: all."""
         self.account = account
+
+
+class Admission:
+    """A request of a key's holder that was let in. `end` or `undo` it, once."""
+
+    __slots__ = ("_account", "_clock", "_expected", "holder")
+
+    def __init__(self, holder: Holder, expected_tokens: int, clock: Callable[[], float]) -> None:
+        self.holder = holder
+        self._account = holder.account
+        self._expected = expected_tokens
+        self._clock = clock
+
+    def end(self, status: int) -> None:
+        """It was answered, or left by its client (status 0)."""
+        # An answer that says what is wrong costs no tokens; one that a client left does.
+        used = self.holder.meter.tokens() if self.holder.meter is not None and status < 400 else 0
+        self._account.end(self._expected, used, self._clock())
+
+    def limits(self) -> dict[str, str]:
+        """Header fields: what is left of the key's limits."""
+        return self.holder.limits(self._clock())
+
+    def undo(self) -> None:
+        """It did not begin."""
+        self._account.undo(self._expected, self._clock())
 
 
 class Guard:
@@ -134,7 +165,7 @@ class Guard:
         self._kinds: dict[web.AbstractResource | None, _Kind] = {}
         self._token: bytes | None = None
         self._keys: Keys | None = None
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self.reload()
 
     # --- the files ---
@@ -156,7 +187,7 @@ class Guard:
         for id_, entry in found.entries().items():
             account = self._known[id_].account if id_ in self._known else Account()
             account.set_limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency, now)
-            known[id_] = _Known(entry, self._models_of(entry), account)
+            known[id_] = Known(entry, self._models_of(entry), account)
         self._keys, self._known = found, known
         log.info("%d API keys in force", len(known))
 
@@ -213,38 +244,45 @@ class Guard:
             raise BodyTooLargeError(f"The body has {text} bytes; the limit is {self._body_limit}.")
 
     async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        known = self._identify(request)
+        known = self.identify(_presented(request))
         self._check_length(request)
-        account = known.account
-        meter = None
-        if account.tokens is not None:
-            plain = request.content_type.endswith("json")
-            meter = Meter((request.content_length or 0) if plain else 0)
-        expected = meter.prompt_tokens if meter is not None else 0
+        plain = request.content_type.endswith("json")
+        length = (request.content_length or 0) if plain else 0
         # Those who only look pay nothing; a WebSocket is more than a look.
         if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
-            request[CALLER] = Holder(known, meter)
+            request[CALLER] = Holder(known, _meter(known, length))
             return await handler(request)
-        refusal = account.begin(expected, self._clock())
-        if refusal is not None:
-            raise RateLimitError(
-                f"This API key is limited to {refusal.limit} {refusal.what}.",
-                retry_after_s=refusal.retry_after_s if refusal.retry_after_s is not None else 1.0,
-                extra=account.headers(self._clock()),
-            )
+        admission = take_admitted(request) or self.admit(known, length)
         status = 0
         try:
-            request[CALLER] = Holder(known, meter)
+            request[CALLER] = admission.holder
             response = await handler(request)
             status = response.status
             return response
         finally:
-            # An answer that says what is wrong costs no tokens; one that a client left does.
-            used = meter.tokens() if meter is not None and status < 400 else 0
-            account.end(expected, used, self._clock())
+            admission.end(status)
 
-    def _identify(self, request: web.Request) -> _Known:
-        key = _presented(request)
+    @property
+    def generation(self) -> object:
+        """Another object whenever the keys were read anew; None where none are needed."""
+        return self._keys
+
+    def admit(self, known: Known, length: int) -> Admission:
+        """Let in a request of a key's holder that is not only a look; `length` of its JSON. Raises RateLimitError."""
+        meter = _meter(known, length)
+        expected = meter.prompt_tokens if meter is not None else 0
+        now = self._clock()
+        refusal = known.account.begin(expected, now)
+        if refusal is not None:
+            raise RateLimitError(
+                f"This API key is limited to {refusal.limit} {refusal.what}.",
+                retry_after_s=refusal.retry_after_s if refusal.retry_after_s is not None else 1.0,
+                extra=known.account.headers(now),
+            )
+        return Admission(Holder(known, meter), expected, self._clock)
+
+    def identify(self, key: str | None) -> Known:
+        """What is known of the key that a request presents. Raises AuthenticationError."""
         if key is None:
             raise AuthenticationError("No API key. Send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`.")
         assert self._keys is not None  # noqa: S101 - asked before
@@ -252,8 +290,7 @@ class Guard:
         if found is None:
             raise AuthenticationError("Incorrect API key.")
         id_, entry = found
-        if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
-            raise AuthenticationError("This API key has expired.")
+        refuse_expired(entry)
         return self._known[id_]
 
     # --- administration ---
@@ -290,8 +327,18 @@ class Guard:
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """A signal before an answer's headers go out: what is left of the key's limits."""
         holder = request.get(CALLER)
-        if isinstance(holder, Holder) and (holder.account.requests or holder.account.tokens):
-            response.headers.update(holder.account.headers(self._clock()))
+        if isinstance(holder, Holder):
+            response.headers.update(holder.limits(self._clock()))
+
+
+def _meter(known: Known, length: int) -> Meter | None:
+    return Meter(length) if known.account.tokens is not None else None
+
+
+def refuse_expired(entry: Entry) -> None:
+    """Raises AuthenticationError where a key's time is over."""
+    if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
+        raise AuthenticationError("This API key has expired.")
 
 
 def _presented(request: web.Request) -> str | None:

@@ -28,6 +28,8 @@ from proxy.config import is_loopback
 from proxy.errors import SlowUploadError, envelope
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp.streams import StreamReader
 
     from proxy.config import LimitSettings, Settings
@@ -314,12 +316,17 @@ class GuardedProtocol(RequestHandler):
 class _GuardedServer(web.Server):
     """aiohttp's server with connections of ours."""
 
-    def __init__(self, doors: Doors, *args: Any, **options: Any) -> None:
+    def __init__(self, doors: Doors, connection: Callable[..., GuardedProtocol], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._doors = doors
+        self._connection = connection
 
     def __call__(self) -> RequestHandler:
-        return GuardedProtocol(self._doors, self, loop=self._loop, **self._kwargs)
+        return self._connection(self._doors, self, loop=self._loop, **self._kwargs)
+
+
+CONNECTION: web.AppKey[Callable[..., GuardedProtocol]] = web.AppKey("connection")
+"""What an application has its connections made by, if not by `GuardedProtocol`."""
 
 
 class GuardedRunner(web.AppRunner):
@@ -348,6 +355,7 @@ class GuardedRunner(web.AppRunner):
         self._doors.fit_to_host(self._engine_connections)
         return _GuardedServer(
             self._doors,
+            self.app.get(CONNECTION, GuardedProtocol),
             made.request_handler,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,

@@ -23,6 +23,7 @@ from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
 from proxy.web.answer import Answer
 from proxy.web.caller import caller_of
+from proxy.web.handed import take_begun
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
@@ -48,7 +49,7 @@ _HOP_BY_HOP: Final = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade".split()
 )
 # Credentials are for this proxy. The body was decoded while it was read, and its length may change.
-_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
+NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     b"authorization", b"proxy-authorization", b"cookie", b"x-api-key", b"api-key",
     b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-request-id",
     # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
@@ -57,7 +58,7 @@ _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     b"access-control-request-method", b"access-control-request-headers",
 }  # fmt: skip
 # Whether a page may read an answer is this proxy's to say, and `Location` would show the engine's address.
-_NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
+NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
     b"server", b"date", b"set-cookie", b"content-length", b"x-request-id", b"location", b"alt-svc",
     b"strict-transport-security", b"access-control-allow-origin", b"access-control-allow-credentials",
     b"access-control-allow-methods", b"access-control-allow-headers", b"access-control-expose-headers",
@@ -140,15 +141,25 @@ class Relay:
         for attempt in range(1, _ATTEMPTS + 1):
             name = self._pool.served_name(exchange.model)
             priority = exchange.caller.priority if exchange.caller is not None else 0
-            async with await self._pool.lease(
-                name, priority=priority, max_wait_s=exchange.max_wait_s, preferred=address.instance
+            begun = take_begun(exchange.request)
+            if begun is not None:
+                exchange.began = begun.began
+            async with (
+                begun.lease
+                if begun is not None
+                else await self._pool.lease(
+                    name, priority=priority, max_wait_s=exchange.max_wait_s, preferred=address.instance
+                )
             ) as lease:
                 exchange.lease = exchange.lease or lease
-                upstream = None
+                upstream = begun.upstream if begun is not None else None
                 try:
-                    upstream = await lease.client.upstream.exchange(
-                        exchange.request.method, address.target, _to_engine(exchange, lease), address.body
-                    )
+                    if upstream is not None:
+                        await upstream.answered()
+                    else:
+                        upstream = await lease.client.upstream.exchange(
+                            exchange.request.method, address.target, _to_engine(exchange, lease), address.body
+                        )
                     return await self._answer(exchange, lease, upstream)
                 except ExchangeError as error:
                     log.warning("%s: before an answer: %s", lease.instance_id, error)
@@ -171,7 +182,7 @@ class Relay:
             return await _end_with(begun, await _error_of(upstream))
         answer = exchange.answer = begun or Answer(exchange.request)
         framed = answer.framed(http1.CHUNKED if begun is not None else head.length)
-        first, done = upstream.start(framed=framed, drop_trailer=_NOT_TO_CLIENT)
+        first, done = upstream.start(framed=framed, drop_trailer=NOT_TO_CLIENT)
         exchange.upstream = upstream
         if head.status >= 500 and begun is None:
             first, done = await _looked_through(lease, upstream, first, done=done, framed=framed)
@@ -203,39 +214,81 @@ class Relay:
         sink: Sink = answer.write_now
         if exchange.makes_response:
             ids = self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
-            sink = _watched(sink, ids, framed=framed)
+            sink = watched(sink, ids, framed=framed)
         if exchange.caller is not None and exchange.caller.meter is not None:
-            sink = _watched(sink, exchange.caller.meter, framed=framed)
+            sink = watched(sink, exchange.caller.meter, framed=framed)
         return sink
 
     def _account(self, exchange: _Exchange) -> None:
         model = exchange.model or UNKNOWN_MODEL
         # nginx's 499: the client left before an answer.
         status = exchange.status or 499
-        self._metrics.count_request(model, status)
         found = exchange.lease.found.label if exchange.lease is not None else None
-        if found is not None and exchange.first_byte_s is not None and status < 400:
-            self._metrics.observe_ttft(model, found, exchange.first_byte_s)
+        count(self._metrics, model, status, found, exchange.first_byte_s)
         if exchange.trace is None and not log.isEnabledFor(logging.INFO):
             return
-        fields: dict[str, Any] = {
-            "request_id": request_id(exchange.request),
-            "method": exchange.request.method,
-            "path": exchange.request.rel_url.raw_path,
-            "key": exchange.caller.name if exchange.caller is not None else None,
-            "model": model,
-            "status": status,
-            "tier": found,
-            "instance": exchange.lease.instance_id if exchange.lease is not None else None,
-            "first_byte_ms": _ms(exchange.first_byte_s),
-            "total_ms": _ms(time.perf_counter() - exchange.began),
-            "bytes": exchange.bytes,
-            "broken": exchange.broken,
-        }
-        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = told(
+            request_id=request_id(exchange.request),
+            method=exchange.request.method,
+            path=exchange.request.rel_url.raw_path,
+            key=exchange.caller.name if exchange.caller is not None else None,
+            model=model,
+            status=status,
+            tier=found,
+            instance=exchange.lease.instance_id if exchange.lease is not None else None,
+            first_byte_s=exchange.first_byte_s,
+            total_s=time.perf_counter() - exchange.began,
+            size=exchange.bytes,
+            broken=exchange.broken,
+        )
         if exchange.trace is not None:
             exchange.trace.end(fields)
-        log.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
+        tell(fields)
+
+
+def count(metrics: Metrics, model: str, status: int, found: str | None, first_byte_s: float | None) -> None:
+    """Count a request; `found`: the tier it found, as far as it got."""
+    metrics.count_request(model, status)
+    if found is not None and first_byte_s is not None and status < 400:
+        metrics.observe_ttft(model, found, first_byte_s)
+
+
+def told(
+    *,
+    request_id: str,
+    method: str,
+    path: str,
+    key: str | None,
+    model: str,
+    status: int,
+    tier: str | None,
+    instance: str | None,
+    first_byte_s: float | None,
+    total_s: float,
+    size: int,
+    broken: str | None,
+) -> dict[str, Any]:
+    """What the log says of a request."""
+    fields = {
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "key": key,
+        "model": model,
+        "status": status,
+        "tier": tier,
+        "instance": instance,
+        "first_byte_ms": _ms(first_byte_s),
+        "total_ms": _ms(total_s),
+        "bytes": size,
+        "broken": broken,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def tell(fields: dict[str, Any]) -> None:
+    """Write the line."""
+    log.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
 
 class _Exchange:
@@ -349,7 +402,7 @@ async def _end_with(answer: Answer, error: bytes) -> web.StreamResponse:
     return answer
 
 
-def _watched(sink: Sink, reader: Reader | Feed, *, framed: bool) -> Sink:
+def watched(sink: Sink, reader: Reader | Feed, *, framed: bool) -> Sink:
     """The sink, with a reader of what goes there."""
     unframed = http1.ChunkedBody(http1.CHUNKED, framed=False) if framed else None
 
@@ -362,8 +415,8 @@ def _watched(sink: Sink, reader: Reader | Feed, *, framed: bool) -> Sink:
 
 def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
     request, trace = exchange.request, exchange.trace
-    left_out = _NOT_TO_ENGINE if trace is None else _NOT_TO_ENGINE | CONTEXT_FIELDS
-    fields = _passed_on(request.raw_headers, left_out)
+    left_out = NOT_TO_ENGINE if trace is None else NOT_TO_ENGINE | CONTEXT_FIELDS
+    fields = passed_on(request.raw_headers, left_out)
     fields.append((_REQUEST_ID, request_id(request).encode("ascii")))
     if trace is not None:
         fields += trace.asks(lease)
@@ -371,13 +424,13 @@ def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
 
 
 def _to_client(head: http1.Head, request: web.Request) -> list[tuple[bytes, bytes]]:
-    fields = _passed_on(head.fields, _NOT_TO_CLIENT)
+    fields = passed_on(head.fields, NOT_TO_CLIENT)
     if request.method == "HEAD" or head.status == 304:  # says what a GET would have
         fields += [field for field in head.fields if field[0].lower() == b"content-length"]
     return fields
 
 
-def _passed_on(fields: Sequence[tuple[bytes, bytes]], left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+def passed_on(fields: Sequence[tuple[bytes, bytes]], left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
     """The header fields without `left_out` and without those that `Connection` names."""
     if named := http1.connection_options(fields):
         left_out |= named

@@ -8,6 +8,8 @@ from typing import Final
 
 from aiohttp import web
 
+from proxy.web.handed import handed_of
+
 HEADER: Final = "X-Request-Id"
 _VALID: Final = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
 _KEY: Final = web.RequestKey("request_id", str)
@@ -18,9 +20,21 @@ def request_id(request: web.Request) -> str:
     known = request.get(_KEY)
     if known is None:
         given = request.headers.getall(HEADER, ())
-        known = given[0] if len(given) == 1 and _VALID.fullmatch(given[0]) else os.urandom(16).hex()
+        known = given[0] if len(given) == 1 and usable(given[0]) else new()
+        if (handed := handed_of(request)) is not None:
+            known = handed.request_id
         request[_KEY] = known
     return known
+
+
+def usable(given: str) -> bool:
+    """Whether a client's id is taken."""
+    return _VALID.fullmatch(given) is not None
+
+
+def new() -> str:
+    """One that nobody else has: 128 random bits."""
+    return os.urandom(16).hex()
 
 
 async def name_request(request: web.Request, response: web.StreamResponse) -> None:

@@ -15,8 +15,6 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
 from proxy import keys, rebuild, service
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, listen
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from proxy.service import Manager
     from proxy.usage import Usage
 
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 log = logging.getLogger("warmpool")
 
 _CLEANUP_S: Final = 2.0
@@ -42,53 +38,6 @@ _LINGER_S: Final = 0.25
 """How long, at the end, a connection that is open already may still bring a request."""
 _STOP_RESERVE_S: Final = 60.0
 """What ending engines and runtimes may take beyond `drain_timeout`."""
-
-
-class Traffic:
-    """The requests in flight, and what happens to their connections once we are stopping."""
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._stopping = False
-        self._quiet, self._busy = asyncio.Event(), asyncio.Event()
-        self._quiet.set()
-
-    def attach(self, application: web.Application) -> None:
-        """Count the requests of an application that is not started yet."""
-        application.middlewares.insert(0, self._count)
-        application.on_response_prepare.append(self._close_when_stopping)
-
-    @web.middleware
-    async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        self._open += 1
-        self._busy.set()
-        self._quiet.clear()
-        try:
-            return await handler(request)
-        finally:
-            self._open -= 1
-            if self._open == 0:
-                self._busy.clear()
-                self._quiet.set()
-
-    async def _close_when_stopping(self, _: web.Request, response: web.StreamResponse) -> None:
-        if self._stopping:
-            response.force_close()
-            response.headers["Connection"] = "close"
-
-    def stop(self) -> None:
-        """From now on an answer is the last one of its connection."""
-        self._stopping = True
-
-    async def ended(self, linger_s: float) -> None:
-        """Return when no request has been in flight for a while."""
-        while True:
-            await self._quiet.wait()
-            try:
-                async with asyncio.timeout(linger_s):
-                    await self._busy.wait()
-            except TimeoutError:
-                return
 
 
 class Reloader:
@@ -179,9 +128,8 @@ async def serve(
     if tls is not None:
         files.append(partial(_read_again, "certificates", tls.reload))
     reloader = Reloader(pool, manager, load or (lambda: settings), files)
-    traffic = Traffic()
     application = app.build(pool, settings, metrics, guard)
-    traffic.attach(application)
+    traffic = application[app.TRAFFIC]
     runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
     await runner.setup()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
