@@ -7,18 +7,21 @@ words of this project. Each `Metrics` has a registry of its own, so that two pro
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from proxy import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -74,11 +77,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        # Looking a child up by its labels takes longer than counting.
-        self._requests: dict[tuple[str, int], Counter] = {}
-        self._ttft: dict[tuple[str, str], Histogram] = {}
+        # Requests have no time for locks and labels: what they count is given to the registry when it is read.
+        self._counted: dict[tuple[str, int], int] = {}
+        self._times: dict[tuple[str, str], _Times] = {}
         self._refresh = _Refresh()
         self.registry.register(self._refresh)
+        self.before_collecting(self._give_counts)
         r = self.registry
         self.requests = Counter(
             "warmpool_requests",
@@ -86,14 +90,7 @@ class Metrics:
             ["model", "status"],
             registry=r,
         )
-        self.ttft = Histogram(
-            "warmpool_ttft_seconds",
-            "From a request's arrival to the first byte of the engine's answer, by the tier the request found.",
-            ["model", "tier"],
-            buckets=_SECONDS,
-            registry=r,
-        )
-        self._recent: dict[tuple[str, str], _Recent] = {}
+        r.register(_Ttft(self._times))
         self.wake = Histogram(
             "warmpool_wake_seconds",
             'Stages of bringing an instance to ready, by the tier it was woken from; stage "total" is the whole.',
@@ -163,7 +160,9 @@ class Metrics:
 
     def forget(self, model: str) -> None:
         """Let go of the gauges and recent times of a model that is gone; what was counted stays."""
-        self._recent = {key: recent for key, recent in self._recent.items() if key[0] != model}
+        for (name, _), times in self._times.items():
+            if name == model:
+                times.forget()
         for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu):
             for sample in [s for family in gauge.collect() for s in family.samples]:
                 if sample.labels["model"] == model:
@@ -171,22 +170,21 @@ class Metrics:
 
     def count_request(self, model: str, status: int) -> None:
         """One more request answered."""
-        child = self._requests.get((model, status))
-        if child is None:
-            child = self._requests[model, status] = self.requests.labels(model, str(status))
-        child.inc()
+        key = model, status
+        self._counted[key] = self._counted.get(key, 0) + 1
+
+    def _give_counts(self) -> None:
+        for (model, status), count in self._counted.items():
+            self.requests.labels(model, str(status)).inc(count)
+        self._counted.clear()
 
     def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
         """Note the time from a request's arrival to the first byte of its answer."""
-        child = self._ttft.get((model, tier))
-        if child is None:
-            child = self._ttft[model, tier] = self.ttft.labels(model, tier)
-        child.observe(seconds)
-        recent = self._recent.get((model, tier))
-        if recent is None:
-            recent = self._recent[model, tier] = _Recent()
-        recent.count += 1
-        recent.seconds.append(seconds)
+        key = model, tier
+        times = self._times.get(key)
+        if times is None:
+            times = self._times[key] = _Times()
+        times.note(seconds)
 
     def before_collecting(self, refresh: Callable[[], None]) -> None:
         """Have `refresh` called each time the metrics are read, before they are."""
@@ -199,10 +197,12 @@ class Metrics:
     def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
         summary: dict[str, dict[str, dict[str, Any]]] = {}
-        for (model, tier), recent in self._recent.items():
-            ordered = sorted(recent.seconds)
+        for (model, tier), times in self._times.items():
+            if not times.recent:
+                continue
+            ordered = sorted(times.recent)
             summary.setdefault(model, {})[tier] = {
-                "count": recent.count,
+                "count": times.count - times.forgotten,
                 "p50_s": round(nearest_rank(ordered, 0.5), 6),
                 "p95_s": round(nearest_rank(ordered, 0.95), 6),
                 "max_s": round(ordered[-1], 6),
@@ -211,9 +211,45 @@ class Metrics:
 
 
 @dataclass(slots=True)
-class _Recent:
+class _Times:
+    """Times to the first byte, for one model and tier."""
+
     count: int = 0
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    forgotten: int = 0
+    """Of them, those before the model was forgotten."""
+    total_s: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(_SECONDS) + 1))
+    """How many up to each bound and above the one before, and above all."""
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def note(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.buckets[bisect_left(_SECONDS, seconds)] += 1
+        self.recent.append(seconds)
+
+    def forget(self) -> None:
+        self.forgotten = self.count
+        self.recent.clear()
+
+
+class _Ttft(Collector):
+    """The times as a histogram."""
+
+    def __init__(self, times: Mapping[tuple[str, str], _Times]) -> None:
+        self._times = times
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(
+            "warmpool_ttft_seconds",
+            "From a request's arrival to the first byte of the engine's answer, by the tier the request found.",
+            labels=["model", "tier"],
+        )
+        bounds = [*map(repr, _SECONDS), "+Inf"]
+        for labels, times in self._times.items():
+            buckets = list(zip(bounds, accumulate(times.buckets), strict=True))
+            family.add_metric(labels, buckets, times.total_s)
+        return (family,)
 
 
 def nearest_rank(ordered: Sequence[float], q: float) -> float:

@@ -138,10 +138,13 @@ def pick(instances: Sequence[Instance], max_concurrency: int, preferred: str | N
     Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for.
     """
     held = holding(instances, preferred) if preferred is not None else None
-    ready = [
-        i for i in (instances if held is None else [held]) if i.state is State.READY and i.leases < max_concurrency
-    ]
-    return min(ready, key=lambda i: i.leases, default=None)
+    best = None
+    for instance in instances if held is None else [held]:
+        if instance.state is not State.READY or instance.leases >= max_concurrency:
+            continue
+        if best is None or instance.leases < best.leases:
+            best = instance
+    return best
 
 
 def holding(instances: Iterable[Instance], wanted: str) -> Instance | None:

@@ -145,6 +145,8 @@ class Pool:
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open_leases = 0
+        self._waiting = 0
+        """Those in a queue, and those who have just left one."""
         self._timer: asyncio.TimerHandle | None = None
         self._open = False
         self._draining = False
@@ -537,12 +539,13 @@ class Pool:
         since = self._clock()
         rank = since - priority * self._settings.pool.priority_head_start
         waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred)
+        self._waiting += 1
         model.queue.add(waiter, priority, rank)
         if preferred is not None:
             model.wanted[preferred] += 1
         self._quiet.clear()
-        self.tick()
         try:
+            self.tick()
             async with asyncio.timeout(limit_s):
                 return await waiter.granted
         except TimeoutError:
@@ -558,6 +561,7 @@ class Pool:
         finally:
             # One that was granted or failed has left the queue already.
             model.queue.discard(waiter)
+            self._waiting -= 1
             if preferred is not None:
                 model.wanted[preferred] -= 1
             self._note_quiet()
@@ -576,13 +580,14 @@ class Pool:
         return lease
 
     def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
-        if model.queue:
+        if self._waiting and model.queue:
             return None
         instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
         if instance is None:
             return None
         lease = self._grant(model, instance, Tier.READY, 0.0, None)
-        self._tell()
+        if self._listeners:
+            self._tell()
         return lease
 
     def _refuse_if_full(self, model: Model) -> None:
@@ -613,6 +618,11 @@ class Pool:
         instance = slot.instance
         if instance.generation == generation:
             instance.end_lease(self._clock(), time.time())
+            if instance.leases and not self._waiting and instance.state is State.READY and not self._orders:
+                # It goes on, and nobody waits: there is nothing to decide.
+                if self._listeners:
+                    self._tell()
+                return
             if instance.state is State.READY and instance.ordered is None and not self._orders:
                 # Unless others wait for its place, nothing is to be decided now; what an idle one does next has time.
                 model = self._models.get(instance.model)

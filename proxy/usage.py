@@ -34,17 +34,15 @@ class Usage:
     def note(self, model: str) -> None:
         """One more request."""
         now = self._clock()
-        if model not in self._counts:
+        known = self._counts.get(model)
+        if known is None:
             self.news.set()
-        self._counts[model] = self._count(model, now) + 1.0, now
-
-    def _count(self, model: str, now: float) -> float:
-        count, since = self._counts.get(model, (0.0, now))
-        return float(count * 0.5 ** (max(0.0, now - since) / HALF_LIFE_S))
+        self._counts[model] = (_decayed(*known, now) if known is not None else 0.0) + 1.0, now
 
     def count(self, model: str) -> float:
         """As of now."""
-        return self._count(model, self._clock())
+        known = self._counts.get(model)
+        return _decayed(*known, self._clock()) if known is not None else 0.0
 
     def ranking(self) -> list[str]:
         """The models that were ever asked for, the one asked for most first."""
@@ -80,3 +78,7 @@ class Usage:
             log.warning("%s: %s", self._path, error.strerror)
             return
         self._saved = counts
+
+
+def _decayed(count: float, since: float, now: float) -> float:
+    return float(count * 0.5 ** (max(0.0, now - since) / HALF_LIFE_S))

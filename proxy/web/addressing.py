@@ -29,7 +29,10 @@ _SPELLED: Final = re.compile(rb"\\u00(?:3[0-9]|[4-7][0-9a-fA-F])")
 """A letter, digit or underscore written as an escape: nobody does without a reason."""
 
 
-@dataclass(frozen=True, slots=True)
+_MODEL_ONLY: Final[tuple[str, ...]] = ("model",)
+
+
+@dataclass(slots=True)
 class Address:
     """Where a request goes, and with what."""
 
@@ -55,6 +58,9 @@ class Addressing:
     ) -> None:
         self._settings = settings
         self._made_by = made_by or (lambda _: None)
+        self._resolved_of: Settings | None = None
+        self._resolved: dict[tuple[str | None, str], tuple[str, str, ModelSettings]] = {}
+        """(name, group of routes) → what `_resolve` found, as long as the configuration is `_resolved_of`."""
 
     def find(self, match: Match, content_type: str, body: bytes) -> Address:
         """The address of a request whose route was found.
@@ -63,7 +69,7 @@ class Addressing:
         """
         match match.route.model_in:
             case ModelIn.JSON:
-                return self._json(match, body)
+                return self.find_json(match, body)
             case ModelIn.FORM:
                 return self._form(match, content_type, body)
             case ModelIn.QUERY:
@@ -71,7 +77,8 @@ class Addressing:
             case ModelIn.RESPONSE:
                 return self._response(match, body)
 
-    def _json(self, match: Match, body: bytes) -> Address:
+    def find_json(self, match: Match, body: bytes) -> Address:
+        """The address of a request whose route has its model in JSON. Raises as `find` does."""
         try:
             fields = orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -83,20 +90,17 @@ class Addressing:
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
         key, engine_name, model = self._resolve(match, name)
         wanted = fields if name == engine_name else {**fields, "model": engine_name}
-        looked_at = ["model"]
-        if match.route.generates and model.parameters.present:
+        route = match.route
+        looked_at = _MODEL_ONLY
+        if route.generates and model.parameters.present:
             wanted = _shaped(wanted, model.parameters)
-            looked_at += model.parameters.names()
+            looked_at = ("model", *model.parameters.names())
         if wanted is not fields or _ambiguous(body, looked_at):
             body = orjson.dumps(wanted)
-        earlier = fields.get("previous_response_id") if match.route.group == "responses" else None
-        return Address(
-            key,
-            match.target,
-            body,
-            streams=match.route.streams and fields.get("stream") is True,
-            instance=self._instance(earlier, key) if isinstance(earlier, str) else None,
-        )
+        instance = None
+        if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
+            instance = self._instance(earlier, key)
+        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance)
 
     def _form(self, match: Match, content_type: str, body: bytes) -> Address:
         form = Form(content_type, body)
@@ -129,6 +133,11 @@ class Addressing:
     def _resolve(self, match: Match, name: str | None, missing: str = "") -> tuple[str, str, ModelSettings]:
         """Key, the name that the engine knows, and settings of the model that a client calls `name`."""
         settings = self._settings()
+        if settings is not self._resolved_of:
+            self._resolved_of, self._resolved = settings, {}
+        asked = name, match.route.group
+        if (found := self._resolved.get(asked)) is not None:
+            return found
         if name is None:
             name = settings.server.default_model
         if name is None:
@@ -141,7 +150,9 @@ class Addressing:
             raise RouteNotFoundError(
                 f"The model {name!r} does not offer {match.route.method} {match.route.path} here.", param="model"
             )
-        return key, name if name in model.adapters else settings.served_name(key), model
+        found = key, name if name in model.adapters else settings.served_name(key), model
+        self._resolved[asked] = found  # not what anybody may call it: what the configuration has
+        return found
 
 
 def _model_of_query(target: str) -> str | None:
@@ -172,6 +183,8 @@ def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> dict[str, 
 
 def _ambiguous(body: bytes, names: Iterable[str]) -> bool:
     """Whether one of the names may occur more than once in the object: parsers differ in which of them counts."""
+    if names is _MODEL_ONLY and body.count(b'"model"') < 2 and not _spelled(body):
+        return False  # nearly always
     if all(body.count(b'"%s"' % name.encode()) < 2 for name in names) and not _spelled(body):
         return False
     found: list[str] = []

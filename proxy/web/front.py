@@ -51,7 +51,7 @@ _REPLIES: Final = 256
 _LINE: Final = re.compile(rb"POST (/[0-9A-Za-z/_.-]*) HTTP/1\.1\r\n")
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~](?:[\t -~]*[!-~])?)?)[ \t]*\r\n")
 _HOST: Final = re.compile(rb"[0-9A-Za-z_.:\[\]-]+")
-_LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
+_ZERO: Final = ord("0")
 _UNUSUAL: Final = frozenset(
     b"content-length transfer-encoding content-encoding expect upgrade http2-settings te trailer keep-alive "
     b"proxy-connection origin x-warmpool-max-wait".split()
@@ -119,7 +119,7 @@ def parts_of(data: bytes, most: int) -> tuple[bytes, int, int] | None:
             return None
     stop = data.find(b"\r\n", at + 18)
     digits = data[at + 18 : stop]
-    if not _LENGTH.fullmatch(digits):
+    if not digits.isdigit() or len(digits) > 9 or (digits[0] == _ZERO and len(digits) > 1):
         return None
     return data[:at] + data[stop : end + 2], end + 4, int(digits)
 
@@ -264,7 +264,7 @@ class Front:
         admission = None
         try:
             known = self._known(shape) if self._guard.generation is not None else None
-            address = self._addressing.find(shape.match, shape.content_type, body)
+            address = self._addressing.find_json(shape.match, body)
             if address.streams and self._heartbeat:
                 return False
             if known is not None:
@@ -279,7 +279,8 @@ class Front:
             if admission is not None:
                 admission.undo()
             return False
-        Passage(self, connection, shape, data, lease, address, admission, began).begin()
+        passage = connection.passage = Passage(self, connection, shape, data, lease, address, admission, began)
+        passage.begin()
         return True
 
     def _known(self, shape: Shape) -> Known:
@@ -305,7 +306,7 @@ class Front:
             return reply, http1.CHUNKED
         stop = data.find(b"\r\n", at + 18)
         digits = data[at + 18 : stop]
-        if not _LENGTH.fullmatch(digits):
+        if not digits.isdigit() or len(digits) > 18 or (digits[0] == _ZERO and len(digits) > 1):
             return None, 0
         head = data[:at] + data[stop:end]
         reply = self._sized.get(head)
@@ -377,7 +378,6 @@ class Passage:
 
     def begin(self) -> None:
         """Ask the engine."""
-        self._protocol.passage = self
         self._front.traffic.enter()
         kept = self._lease.client.upstream.kept()
         if kept is None:
@@ -652,14 +652,13 @@ class FrontProtocol(GuardedProtocol):
             return
         if self._held:
             data, self._held = self._held + data, b""
+        # aiohttp's side waits for the next request, and has not seen a part of it.
         elif (
-            self._waiter is None
-            or self._messages
+            (waiter := self._waiter) is None
+            or waiter.done()
             or self._head_began is not None
             or self._body is not None
-            or self._refused
-            or self._close
-            or self._force_close
+            or self.transport is None
         ):
             super().data_received(data)
             return
