@@ -220,10 +220,12 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    for peer in ("vllm-router", "litellm", "nginx"):
-        ours, theirs = at("warmpool", "short", "32", "requests_per_s"), at(peer, "short", "32", "requests_per_s")
+    logging = "warmpool" + peers.LOGGING, "vllm-router" + peers.LOGGING
+    for name, peer in (*(("warmpool", peer) for peer in ("vllm-router", "litellm", "nginx")), logging):
+        ours, theirs = at(name, "short", "32", "requests_per_s"), at(peer, "short", "32", "requests_per_s")
         if ours and theirs:
-            found[f"requests/s at 32 connections, warmpool : {peer}"] = round(ours / theirs, 2)
+            found[f"requests/s at 32 connections, {name} : {peer}"] = round(ours / theirs, 2)
+    for peer in ("vllm-router", "litellm", "nginx"):
         ours, theirs = at("warmpool", *_CPU), at(peer, *_CPU)
         if ours and theirs:
             found[f"CPU a request at 32 connections, warmpool : {peer}"] = round(ours / theirs, 2)

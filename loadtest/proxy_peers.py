@@ -30,7 +30,9 @@ PROXY_CORE: Final = 0
 OTHER_CORE: Final = 1
 PATH: Final = "/v1/chat/completions"
 QUESTION: Final = b'{"model":"bench","messages":[{"role":"user","content":"Say something."}],"max_tokens":4}'
-PEERS: Final = ("direct", "warmpool", "nginx", "vllm-router", "litellm")
+PEERS: Final = ("direct", "warmpool", "warmpool-logging", "nginx", "vllm-router", "vllm-router-logging", "litellm")
+LOGGING: Final = "-logging"
+"""Behind a name: as installed, which means a line in its log for each request. Without, there is none."""
 _START_S: Final = 120.0
 _LITELLM: Final = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # it would ask the network for one
@@ -54,12 +56,20 @@ class Contender:
     upstream: psutil.Process | None = None
 
     def cpu_s(self) -> float:
-        """CPU time used so far, kernel and user."""
-        return sum(t.user + t.system for t in (p.cpu_times() for p in self.processes))
+        """CPU time used so far, kernel and user; threads that have ended do not count."""
+        return sum(_cpu_ns(thread) for p in self.processes for thread in Path(f"/proc/{p.pid}/task").iterdir()) / 1e9
 
     def memory_bytes(self) -> int:
         """What its processes have to themselves."""
         return sum(p.memory_full_info().uss for p in self.processes)
+
+
+def _cpu_ns(thread: Path) -> int:
+    """Of one thread, as the scheduler counts it (the times in `stat` are in hundredths of a second)."""
+    try:
+        return int((thread / "schedstat").read_text().split()[0])
+    except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+        return 0
 
 
 def free_port() -> int:
@@ -99,16 +109,17 @@ def running(name: str, folder: Path, peers: Path, **warmpool: object) -> Iterato
         up = free_port()
         upstream = None
         ready = "release" in warmpool  # its engine is not to be woken yet
-        if name != "warmpool":
+        program, logs = name.removesuffix(LOGGING), name.endswith(LOGGING)
+        if program != "warmpool":
             upstream = stack.enter_context(_process(upstream_command(str(up)), folder / "upstream.log"))
-        if name == "direct":
+        if program == "direct":
             version, port, command = "", up, None
-        elif name == "warmpool":
-            version, port, command = _warmpool(folder, warmpool)
-        elif name == "nginx":
+        elif program == "warmpool":
+            version, port, command = _warmpool(folder, warmpool, logs=logs)
+        elif program == "nginx":
             version, port, command = _nginx(folder, up)
-        elif name == "vllm-router":
-            version, port, command = _router(peers, up)
+        elif program == "vllm-router":
+            version, port, command = _router(peers, up, logs=logs)
         else:
             version, port, command = _litellm(folder, peers, up)
         processes = []
@@ -120,9 +131,9 @@ def running(name: str, folder: Path, peers: Path, **warmpool: object) -> Iterato
             if time.monotonic() - began > _START_S or any(not p.is_running() for p in processes):
                 raise UnavailableError(f"{name} did not start: {(folder / 'proxy.log').read_text()[-500:]}")
             time.sleep(0.1)
-        if command is not None and name != "warmpool":
+        if command is not None and program != "warmpool":
             processes += processes[0].children(recursive=True)
-        if name == "warmpool" and not ready:
+        if program == "warmpool" and not ready:
             upstream = next(
                 p for p in processes[0].children(recursive=True) if "loadtest.proxy_upstream" in p.cmdline()
             )
@@ -156,7 +167,7 @@ def _output(*command: str) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def _warmpool(folder: Path, model: dict[str, object]) -> tuple[str, int, list[str]]:
+def _warmpool(folder: Path, model: dict[str, object], *, logs: bool) -> tuple[str, int, list[str]]:
     port = free_port()
     release = model.pop("release", None)
     command = upstream_command("{port}", "{python}")
@@ -184,8 +195,7 @@ def _warmpool(folder: Path, model: dict[str, object]) -> tuple[str, int, list[st
     }
     (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
     version = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    # As the others: no line for each request.
-    options = ["-c", str(folder / "warmpool.toml"), "--log-level", "warning"]
+    options = ["-c", str(folder / "warmpool.toml"), *([] if logs else ["--log-level", "warning"])]
     return version, port, [sys.executable, "-m", "proxy", "serve", *options]
 
 
@@ -226,14 +236,14 @@ def _nginx(folder: Path, up: int) -> tuple[str, int, list[str]]:
     return _output(binary, "-v").rsplit("/", 1)[-1], port, [binary, "-c", str(folder / "nginx.conf"), "-p", str(folder)]
 
 
-def _router(peers: Path, up: int) -> tuple[str, int, list[str]]:
+def _router(peers: Path, up: int, *, logs: bool) -> tuple[str, int, list[str]]:
     environment = _from_pypi(peers, "vllm-router")
     port = free_port()
     command = [
         str(environment / "bin" / "vllm-router"), "--worker-urls", f"http://127.0.0.1:{up}", "--policy", "round_robin",
-        "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()), "--log-level", "warning",
+        "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()),
     ]  # fmt: skip
-    return _version(environment, "vllm-router"), port, command
+    return _version(environment, "vllm-router"), port, [*command, *([] if logs else ["--log-level", "warning"])]
 
 
 def _litellm(folder: Path, peers: Path, up: int) -> tuple[str, int, list[str]]:

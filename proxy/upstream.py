@@ -251,7 +251,8 @@ class Connection(asyncio.Protocol):
     def finished(self, *, reusable: bool) -> None:
         """The exchange is over; everything belonging to it has come, or it was given up."""
         self._receiver = None
-        self.resume()
+        if not self._reading:
+            self.resume()
         self._quiet_s = 0.0
         # An answer that came before its request was sent leaves a rest that would be read as the next request.
         if reusable and self.keep and not self._sending and not self._transport.is_closing():

@@ -22,14 +22,11 @@ from proxy.web.routes import ModelIn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from proxy.config import ModelSettings, ParameterSettings, Settings
+    from proxy.config import ParameterSettings, Settings
     from proxy.web.routes import Match
 
 _SPELLED: Final = re.compile(rb"\\u00(?:3[0-9]|[4-7][0-9a-fA-F])")
 """A letter, digit or underscore written as an escape: nobody does without a reason."""
-
-
-_MODEL_ONLY: Final[tuple[str, ...]] = ("model",)
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ class Addressing:
         self._settings = settings
         self._made_by = made_by or (lambda _: None)
         self._resolved_of: Settings | None = None
-        self._resolved: dict[tuple[str | None, str], tuple[str, str, ModelSettings]] = {}
+        self._resolved: dict[tuple[str | None, str], tuple[str, str, ParameterSettings | None]] = {}
         """(name, group of routes) → what `_resolve` found, as long as the configuration is `_resolved_of`."""
 
     def find(self, match: Match, content_type: str, body: bytes) -> Address:
@@ -88,14 +85,17 @@ class Addressing:
         name = fields.get("model")
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
-        key, engine_name, model = self._resolve(match, name)
+        key, engine_name, parameters = self._resolve(match, name)
         wanted = fields if name == engine_name else {**fields, "model": engine_name}
         route = match.route
-        looked_at = _MODEL_ONLY
-        if route.generates and model.parameters.present:
-            wanted = _shaped(wanted, model.parameters)
-            looked_at = ("model", *model.parameters.names())
-        if wanted is not fields or _ambiguous(body, looked_at):
+        if parameters is not None and route.generates:
+            wanted = _shaped(wanted, parameters)
+            if wanted is not fields or _ambiguous(body, ["model", *parameters.names()]):
+                body = orjson.dumps(wanted)
+        elif wanted is not fields or (
+            # Nearly always neither is the case, and there is no doubt.
+            (b"\\" in body or body.count(b'"model"') > 1) and _ambiguous(body, ["model"])
+        ):
             body = orjson.dumps(wanted)
         instance = None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
@@ -130,8 +130,8 @@ class Addressing:
         made_by = self._made_by(response_id)
         return made_by[1] if made_by is not None and self._settings().names().get(made_by[0]) == key else None
 
-    def _resolve(self, match: Match, name: str | None, missing: str = "") -> tuple[str, str, ModelSettings]:
-        """Key, the name that the engine knows, and settings of the model that a client calls `name`."""
+    def _resolve(self, match: Match, name: str | None, missing: str = "") -> tuple[str, str, ParameterSettings | None]:
+        """Key, the name that the engine knows, and what is to be done to parameters, of the model called `name`."""
         settings = self._settings()
         if settings is not self._resolved_of:
             self._resolved_of, self._resolved = settings, {}
@@ -150,7 +150,8 @@ class Addressing:
             raise RouteNotFoundError(
                 f"The model {name!r} does not offer {match.route.method} {match.route.path} here.", param="model"
             )
-        found = key, name if name in model.adapters else settings.served_name(key), model
+        engine_name = name if name in model.adapters else settings.served_name(key)
+        found = key, engine_name, model.parameters if model.parameters.present else None
         self._resolved[asked] = found  # not what anybody may call it: what the configuration has
         return found
 
@@ -183,8 +184,6 @@ def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> dict[str, 
 
 def _ambiguous(body: bytes, names: Iterable[str]) -> bool:
     """Whether one of the names may occur more than once in the object: parsers differ in which of them counts."""
-    if names is _MODEL_ONLY and body.count(b'"model"') < 2 and not _spelled(body):
-        return False  # nearly always
     if all(body.count(b'"%s"' % name.encode()) < 2 for name in names) and not _spelled(body):
         return False
     found: list[str] = []

@@ -23,7 +23,7 @@ from proxy.web.answer import date
 from proxy.web.guard import refuse_expired
 from proxy.web.guard_protocol import GuardedProtocol
 from proxy.web.handed import Begun, Handed
-from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, count, passed_on, tell, told, watched
+from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, watched
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from proxy.metrics import Metrics
     from proxy.pool import Pool
     from proxy.slots import Lease
-    from proxy.upstream import Connection, Sink
+    from proxy.upstream import Connection, Sink, Upstream
     from proxy.web.addressing import Address, Addressing
     from proxy.web.guard import Admission, Guard, Known
     from proxy.web.traffic import Traffic
@@ -99,7 +99,7 @@ class Shape:
         """The API key."""
         self.request_id = request_id
         self.known: Known | None = None
-        """Whose key it is, as long as `known_of` is the guard's generation."""
+        """Whose key it is, as long as `known_of` are the keys in force."""
         self.known_of: object = None
 
 
@@ -263,7 +263,7 @@ class Front:
         began = time.perf_counter()
         admission = None
         try:
-            known = self._known(shape) if self._guard.generation is not None else None
+            known = self._known(shape) if self._guard.keys is not None else None
             address = self._addressing.find_json(shape.match, body)
             if address.streams and self._heartbeat:
                 return False
@@ -284,9 +284,9 @@ class Front:
         return True
 
     def _known(self, shape: Shape) -> Known:
-        generation = self._guard.generation
-        if shape.known is None or shape.known_of is not generation:
-            shape.known, shape.known_of = self._guard.identify(shape.key), generation
+        keys = self._guard.keys
+        if shape.known is None or shape.known_of is not keys:
+            shape.known, shape.known_of = self._guard.identify(shape.key), keys
         refuse_expired(shape.known.entry)
         return shape.known
 
@@ -379,14 +379,14 @@ class Passage:
     def begin(self) -> None:
         """Ask the engine."""
         self._front.traffic.enter()
-        kept = self._lease.client.upstream.kept()
-        if kept is None:
-            self._front.spawn(self._connect(), "connect")
-        else:
-            self._ask(kept)
-
-    async def _connect(self) -> None:
         upstream = self._lease.client.upstream
+        kept = upstream.kept()
+        if kept is None:
+            self._front.spawn(self._connect(upstream), "connect")
+        else:
+            self._ask(upstream, kept)
+
+    async def _connect(self, upstream: Upstream) -> None:
         try:
             connection = await upstream.connect()
         except ExchangeError as error:
@@ -394,14 +394,14 @@ class Passage:
                 self._hand_over(error)
             return
         if self._protocol.passage is self:
-            self._ask(connection)
+            self._ask(upstream, connection)
         else:
             connection.finished(reusable=True)  # the client has left
 
-    def _ask(self, connection: Connection) -> None:
+    def _ask(self, upstream: Upstream, connection: Connection) -> None:
         shape, body = self._shape, self._address.body
         message = b"".join((
-            shape.line, self._lease.client.upstream.host_field, shape.fields, self._request_id.encode("ascii"),
+            shape.line, upstream.host_field, shape.fields, self._request_id.encode("ascii"),
             b"\r\nContent-Length: %d\r\n\r\n" % len(body), body,
         ))  # fmt: skip
         self.upstream = connection
@@ -580,7 +580,10 @@ class Passage:
         reply, body = self._reply, self._body
         status = reply.status if reply is not None else 499
         first_byte_s = self._first_byte_at - self._began if self._first_byte_at is not None else None
-        count(self._front.metrics, self._address.model, status, "ready", first_byte_s)
+        metrics = self._front.metrics
+        metrics.count_request(self._address.model, status)
+        if first_byte_s is not None and status < 400:
+            metrics.observe_ttft(self._address.model, "ready", first_byte_s)
         admission = self._admission
         if admission is not None:
             admission.end(status if reply is not None else 0)

@@ -164,7 +164,8 @@ class Guard:
         self._origins = frozenset(origin.lower() for origin in server.cors.origins)
         self._kinds: dict[web.AbstractResource | None, _Kind] = {}
         self._token: bytes | None = None
-        self._keys: Keys | None = None
+        self.keys: Keys | None = None
+        """Another object whenever they were read anew; None where none are needed."""
         self._known: dict[str, Known] = {}
         self.reload()
 
@@ -188,7 +189,7 @@ class Guard:
             account = self._known[id_].account if id_ in self._known else Account()
             account.set_limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency, now)
             known[id_] = Known(entry, self._models_of(entry), account)
-        self._keys, self._known = found, known
+        self.keys, self._known = found, known
         log.info("%d API keys in force", len(known))
 
     def _models_of(self, entry: Entry) -> frozenset[str] | None:
@@ -213,7 +214,7 @@ class Guard:
                 self._check_page(request)
             if kind is _Kind.ADMIN or kind is _Kind.PAGE:
                 self._check_admin(request, kind)
-            elif self._keys is not None and kind is _Kind.CLIENT:
+            elif self.keys is not None and kind is _Kind.CLIENT:
                 return await self._as_holder(request, handler)
             self._check_length(request)
         except RequestError as error:
@@ -230,7 +231,7 @@ class Guard:
         origin = request.headers[hdrs.ORIGIN].lower()
         if "*" in self._origins or origin in self._origins:
             return
-        if self._keys is not None:
+        if self.keys is not None:
             if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
                 _refuse_foreign(request, origin)
             return
@@ -262,11 +263,6 @@ class Guard:
         finally:
             admission.end(status)
 
-    @property
-    def generation(self) -> object:
-        """Another object whenever the keys were read anew; None where none are needed."""
-        return self._keys
-
     def admit(self, known: Known, length: int) -> Admission:
         """Let in a request of a key's holder that is not only a look; `length` of its JSON. Raises RateLimitError."""
         meter = _meter(known, length)
@@ -285,8 +281,8 @@ class Guard:
         """What is known of the key that a request presents. Raises AuthenticationError."""
         if key is None:
             raise AuthenticationError("No API key. Send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`.")
-        assert self._keys is not None  # noqa: S101 - asked before
-        found = self._keys.find(key)
+        assert self.keys is not None  # noqa: S101 - asked before
+        found = self.keys.find(key)
         if found is None:
             raise AuthenticationError("Incorrect API key.")
         id_, entry = found

@@ -224,7 +224,9 @@ class Relay:
         # nginx's 499: the client left before an answer.
         status = exchange.status or 499
         found = exchange.lease.found.label if exchange.lease is not None else None
-        count(self._metrics, model, status, found, exchange.first_byte_s)
+        self._metrics.count_request(model, status)
+        if found is not None and exchange.first_byte_s is not None and status < 400:
+            self._metrics.observe_ttft(model, found, exchange.first_byte_s)
         if exchange.trace is None and not log.isEnabledFor(logging.INFO):
             return
         fields = told(
@@ -244,13 +246,6 @@ class Relay:
         if exchange.trace is not None:
             exchange.trace.end(fields)
         tell(fields)
-
-
-def count(metrics: Metrics, model: str, status: int, found: str | None, first_byte_s: float | None) -> None:
-    """Count a request; `found`: the tier it found, as far as it got."""
-    metrics.count_request(model, status)
-    if found is not None and first_byte_s is not None and status < 400:
-        metrics.observe_ttft(model, found, first_byte_s)
 
 
 def told(
