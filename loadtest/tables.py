@@ -85,7 +85,7 @@ def summary(result: Result, name: str = TTFT) -> Table:
         found = names.get(name)
         if found is None:
             continue
-        faster = [] if cold is None else ["" if found is cold else f"{cold.median / found.median:.0f} : 1"]
+        faster = [] if cold is None else ["" if found is cold else f"{cold.median / found.median:,.0f} : 1"]
         made.add_row(
             series,
             str(found.n) + ("" if found.enough else " (few)"),
@@ -279,7 +279,7 @@ def head(result: Result) -> str:
 def counts(result: Result) -> str:
     """The numbers of the run, in a line."""
     return ", ".join(
-        f"{name.replace('_', ' ')} {short_size(round(value)) if 'bytes' in name else f'{value:g}'}"
+        f"{value_name(name)} {quantity(name, value)}"
         for name, value in result.counts.items()
         if not name.endswith(tuple(f" {when}" for when in _WHEN))
     )

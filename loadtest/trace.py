@@ -258,7 +258,7 @@ async def run(
     with setup.folders() as where:
         settings = setup.settings(idle, count=count, pool=pool)
         async with serving(settings, where) as served:
-            display.phase(f"{len(rows)} requests over {count} models")
+            display.phase(f"{len(rows)} requests over {count} model{'s' * (count > 1)}")
             account = await replay(served.client, requests(rows, models, names, how), len(rows), how, writer, display)
             await learn_versions(setup, where, writer)
             status = await served.status()

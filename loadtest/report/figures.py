@@ -196,7 +196,7 @@ def _cold_against_restored(timed: Mapping[str, Sequence[float]]) -> Figure:
             title = f"{series}: {quantity('_s', one.low)} to {quantity('_s', one.high)} with 95 % confidence"
             drawing.rect(left, y - 9, end - left, 18, colour(series), title)
             drawing.line(scale.at(one.low), y, scale.at(one.high), y, "mark", 1.5)
-            faster = "" if series == "stopped" else f", {cold / one.median:.0f} : 1"
+            faster = "" if series == "stopped" else f", {cold / one.median:,.0f} : 1"
             drawing.text(scale.at(one.high) + 8, y + 4, quantity("_s", one.median) + faster, kind="strong")
         return drawing
 

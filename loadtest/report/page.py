@@ -95,7 +95,7 @@ def _cards(result: Result) -> str:
         one = summaries[series].get(TTFT)
         if one is None or "first" in series or result.command in ("burst", "restore-flags", "calibrate"):
             continue
-        faster = f", {cold.median / one.median:.0f} : 1" if cold is not None and series != "stopped" else ""
+        faster = f", {cold.median / one.median:,.0f} : 1" if cold is not None and series != "stopped" else ""
         cards.append((tables.quantity("_s", one.median), f"{series}, median of {one.n}{faster}", ""))
     if result.command == "calibrate" and "client" in summaries and "error_s" in summaries["client"]:
         error = summaries["client"]["error_s"]
