@@ -54,7 +54,7 @@ def variants(runtime: str, program: Path | None, disk: Path) -> list[Variant]:
             for word in ("always", "never")
             if word != huge_pages()
         ),
-        Variant("keep = false", entry={"keep": False}),
+        Variant("keep = false", entry={"keep": False, "max_instances": 1}),
         Variant("on disk", images=disk),
         Variant("archived (zstd, on disk)", rung="archived"),
     ]
