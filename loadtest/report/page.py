@@ -184,6 +184,8 @@ def _tables(result: Result) -> str:
             + _as_printed(tables.held(result))
             + shown
         )
+    if result.command == "restore-flags":
+        shown = _as_printed(tables.moves(result)) + shown
     if result.command == "checkpoint":
         shown = _side_by_side(result) + shown
     if result.command == "analyze":
