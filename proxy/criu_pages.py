@@ -4,10 +4,9 @@ CRIU dumps every page that a process has touched. A good part can be zeros: of t
 process before the dump, 0.8 GB of 0.95 GB with vLLM on an H100. Anonymous memory that is in no image is zero after a
 restore, so such pages need not be there, and cost no time and no tmpfs.
 
-The format (criu.org/Images; images/pagemap.proto, mm.proto, vma.proto of CRIU 4.2): a pagemap file is a head of two
-magic numbers, then messages with their length before them: the number of the pages file, then ranges of addresses.
-The pages themselves stand one after the other in the pages file. Which memory is anonymous is in the process's `mm`
-file. Whatever differs from that is left as it is.
+The format (images/pagemap.proto, mm.proto, vma.proto of CRIU 4.2): a pagemap file has the number of the pages file,
+then ranges of addresses. The pages themselves stand one after the other in the pages file. Which memory is anonymous
+is in the process's `mm` file. Whatever differs from that is left as it is.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ import hashlib
 import mmap
 import os
 import re
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from proxy import criu_images
+from proxy.criu_images import UnknownFormatError, encoded, fields
 
 if TYPE_CHECKING:
     import threading
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE_BYTES: Final = 4096
-_IMAGE_MAGIC: Final = 0x54564319
-_PAGEMAP_MAGIC: Final = 0x56084025
-_MM_MAGIC: Final = 0x57492820
 
 # Flags of a range (criu/include/pagemap.h), and of a mapping (criu/include/image.h).
 _LAZY: Final = 1 << 1
@@ -48,10 +46,6 @@ _CHUNK_BYTES: Final = 4 << 20
 _ZEROS: Final = bytes(PAGE_BYTES)
 
 
-class _UnknownFormatError(Exception):
-    """A file is not what is known here."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Range:
     """Pages in a row: the address of the first, how many, and what else the image says of them."""
@@ -66,10 +60,8 @@ class _Range:
         return _Range(self.address + first * PAGE_BYTES, pages, self.flags, self.wide)
 
     def message(self) -> bytes:
-        fields = [(1, self.address), (2, 0 if self.wide else self.pages), (4, self.flags)]
-        if self.wide:
-            fields.append((5, self.pages))
-        return b"".join(_varint(number << 3) + _varint(value) for number, value in fields)
+        values = [(1, self.address), (2, 0 if self.wide else self.pages), (4, self.flags)]
+        return encoded([*values, (5, self.pages)] if self.wide else values)
 
 
 def leave_out_zeros(folder: Path, stop: threading.Event) -> tuple[int, dict[str, str]]:
@@ -82,12 +74,12 @@ def leave_out_zeros(folder: Path, stop: threading.Event) -> tuple[int, dict[str,
     pagemaps = sorted(folder.glob("pagemap-*.img"))
     users: dict[str, list[Path]] = {}
     for pagemap in pagemaps:
-        with contextlib.suppress(_UnknownFormatError):
+        with contextlib.suppress(UnknownFormatError):
             users.setdefault(_pages_name(pagemap), []).append(pagemap)
     for name, of in users.items():
         if len(of) != 1 or not (folder / name).is_file():
             continue
-        with contextlib.suppress(_UnknownFormatError):
+        with contextlib.suppress(UnknownFormatError):
             pages, digest = _rewritten(of[0], folder / name, stop)
             if digest is not None:
                 dropped += pages * PAGE_BYTES
@@ -96,19 +88,19 @@ def leave_out_zeros(folder: Path, stop: threading.Event) -> tuple[int, dict[str,
 
 
 def _pages_name(pagemap: Path) -> str:
-    number = dict(_fields(_messages(pagemap, _PAGEMAP_MAGIC)[0])).get(1)
+    number = dict(fields(criu_images.read(pagemap, criu_images.PAGEMAP_MAGIC)[0])).get(1)
     if not isinstance(number, int):
-        raise _UnknownFormatError
+        raise UnknownFormatError
     return f"pages-{number}.img"
 
 
 def _rewritten(pagemap: Path, pages: Path, stop: threading.Event) -> tuple[int, str | None]:
     """How many pages were left out, and the digest of the new pages file; None if nothing was changed."""
-    head, *messages = _messages(pagemap, _PAGEMAP_MAGIC)
+    head, *messages = criu_images.read(pagemap, criu_images.PAGEMAP_MAGIC)
     ranges = [_range_of(message) for message in messages]
     size = pages.stat().st_size
     if size != sum(r.pages for r in ranges) * PAGE_BYTES or size == 0:
-        raise _UnknownFormatError
+        raise UnknownFormatError
     with pages.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         kept = list(_kept(ranges, content, _anonymous(pagemap), stop))
         dropped = size // PAGE_BYTES - sum(r.pages for _, r in kept)
@@ -118,11 +110,7 @@ def _rewritten(pagemap: Path, pages: Path, stop: threading.Event) -> tuple[int, 
         try:
             digest = _write_pages(beside, content, kept, stop)
             table = pagemap.with_name(pagemap.name + ".partial")
-            table.touch(mode=0o600)
-            table.write_bytes(
-                struct.pack("<II", _IMAGE_MAGIC, _PAGEMAP_MAGIC)
-                + b"".join(struct.pack("<I", len(m)) + m for m in (head, *(r.message() for _, r in kept)))
-            )
+            criu_images.write(table, criu_images.PAGEMAP_MAGIC, (head, *(r.message() for _, r in kept)))
         except OSError:
             beside.unlink(missing_ok=True)
             if stop.is_set():
@@ -230,94 +218,29 @@ def _anonymous(pagemap: Path) -> list[tuple[int, int]] | None:
     if re.fullmatch(r"pagemap-shmem-\d+\.img", pagemap.name):
         return None  # memory shared by processes, with no file: holes in it are zero
     if not re.fullmatch(r"pagemap-\d+\.img", pagemap.name):
-        raise _UnknownFormatError
-    (mm,) = _messages(pagemap.with_name(pagemap.name.replace("pagemap", "mm")), _MM_MAGIC)
+        raise UnknownFormatError
+    (mm,) = criu_images.read(pagemap.with_name(pagemap.name.replace("pagemap", "mm")), criu_images.MM_MAGIC)
     found = []
-    for number, value in _fields(mm):
+    for number, value in fields(mm):
         if number == 14 and isinstance(value, bytes):
-            mapping = dict(_fields(value))
+            mapping = dict(fields(value))
             start, end, status = (mapping.get(n) for n in (1, 2, 7))
             if not isinstance(start, int) or not isinstance(end, int) or not isinstance(status, int):
-                raise _UnknownFormatError
+                raise UnknownFormatError
             if status & _ANONYMOUS_PRIVATE and not status & ~_PLAIN:
                 found.append((start, end))
     return sorted(found)
 
 
-# --- the files ---
-
-
-def _messages(path: Path, magic: int) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        raise _UnknownFormatError from None
-    if data[:8] != struct.pack("<II", _IMAGE_MAGIC, magic):
-        raise _UnknownFormatError
-    found, at = [], 8
-    while at < len(data):
-        if at + 4 > len(data):
-            raise _UnknownFormatError
-        (size,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + size > len(data):
-            raise _UnknownFormatError
-        found.append(data[at : at + size])
-        at += size
-    if not found:
-        raise _UnknownFormatError
-    return found
-
-
 def _range_of(message: bytes) -> _Range:
-    fields = dict(_fields(message))
-    address, flags = fields.get(1), fields.get(4, _PRESENT)
-    wide = 5 in fields
-    pages = fields.get(5 if wide else 2)
-    known = set(fields) <= {1, 2, 3, 4, 5} and not fields.get(3)
+    found = dict(fields(message))
+    address, flags = found.get(1), found.get(4, _PRESENT)
+    wide = 5 in found
+    pages = found.get(5 if wide else 2)
+    known = set(found) <= {1, 2, 3, 4, 5} and not found.get(3)
     if not known or not isinstance(address, int) or not isinstance(pages, int) or not isinstance(flags, int):
-        raise _UnknownFormatError
+        raise UnknownFormatError
     # Pages that are in the image of a dump before, or nowhere, are not told apart from others here.
     if not flags & _PRESENT or flags & ~(_PRESENT | _LAZY) or address % PAGE_BYTES:
-        raise _UnknownFormatError
+        raise UnknownFormatError
     return _Range(address, pages, flags, wide)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a message in protobuf's wire format; numbers and byte strings, which is all there is."""
-    at = 0
-    while at < len(message):
-        key, at = _read_varint(message, at)
-        if key & 7 == 0:
-            value, at = _read_varint(message, at)
-            yield key >> 3, value
-        elif key & 7 == 2:
-            size, at = _read_varint(message, at)
-            if at + size > len(message):
-                raise _UnknownFormatError
-            yield key >> 3, message[at : at + size]
-            at += size
-        else:
-            raise _UnknownFormatError
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise _UnknownFormatError
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if not byte & 0x80:
-            return value, at
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

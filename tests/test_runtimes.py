@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -34,7 +35,6 @@ from tests.support import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from proxy.runtime.base import Handle
 
@@ -158,6 +158,39 @@ class TestProcessRuntime(RuntimeContract):
         after = await get_json(f"{handle.base_url}/debug/state")
         assert (after["pid"], after["children"]) == (before["pid"], before["children"])
         assert os.getsid(after["pid"]) == after["pid"]
+
+    @pytest.mark.parametrize("way", ["fork", "spawn"])
+    async def test_a_semaphore_is_there_at_every_restore(
+        self, bench: ProcessBench, checkpoints: None, way: str
+    ) -> None:
+        # With "fork" it has no name at all, with "spawn" another one than that by which it was opened.
+        script = """if True:
+            import http.server, multiprocessing, sys
+            held = multiprocessing.get_context(sys.argv[2]).Semaphore(3)
+            class Answer(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(200 if self.path == "/health" or held.acquire(block=False) else 409)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+            http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+            """
+        model = ModelSettings(process={"command": [PYTHON, "-c", script, "{port}", way]})
+        before = files_in(Path("/dev/shm"))
+        handle = await bench.runtime.start("demo-1", "demo", model)
+        await until_healthy(handle.base_url)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        for _ in range(3):
+            await bench.runtime.restore(handle, Stages())
+            await until_healthy(handle.base_url)
+            async with aiohttp.ClientSession(handle.base_url) as session:
+                statuses = [(await session.get("/take")).status for _ in range(4)]
+            assert statuses == [200, 200, 200, 409], "as it was at the checkpoint, each time"
+            await bench.runtime.drop(handle)
+        kept = bench.store.path("demo-1") / "links"
+        assert kept.exists() is (way == "spawn")
+        await bench.runtime.remove(handle)
+        new = [p for p in files_in(Path("/dev/shm")) if p not in before]
+        assert not [p for p in new if p.name.startswith(("sem.", "link_remap"))]
 
     async def test_a_child_that_left_the_session_is_ended_too(self, bench: ProcessBench, tmp_path: Path) -> None:
         script = "setsid -f sleep 1000; exec sleep 1000 # {port}"

@@ -26,7 +26,7 @@ import orjson
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import criu, inside, launch, ports, processes
+from proxy.runtime import criu, inside, launch, links, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
@@ -206,6 +206,8 @@ class ProcessRuntime(KeepsImages):
                 async with asyncio.timeout(self._settings.stop_grace):
                     await processes.wait_gone(engine.pid)
         await self.drop(handle)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(links.forget, self._store.path(handle.instance_id))
         await self.discard_image(handle)
         self._engines.pop(handle.instance_id, None)
         self._ports.release(engine.handle.port)
@@ -280,6 +282,7 @@ class ProcessRuntime(KeepsImages):
             await processes.kill_whole(mark, pid)
             off_gpu = engine.off_gpu
             self._runs_as(engine, None)
+            await asyncio.to_thread(links.take, folder / CRIU_FOLDER, folder)
             with stages.measure("digest"):
                 await self._store.commit(
                     Manifest(
@@ -317,7 +320,12 @@ class ProcessRuntime(KeepsImages):
         await processes.kill_whole(mark, engine.pid)
         # The log is opened again by name; it may have been rotated away.
         self._claim.log_path(handle.instance_id).touch(mode=0o600)
-        folder = self._store.path(handle.instance_id) / CRIU_FOLDER
+        image = self._store.path(handle.instance_id)
+        folder = image / CRIU_FOLDER
+        try:
+            used = await asyncio.to_thread(links.put_back, image)
+        except OSError as error:
+            raise RuntimeFailure("restore", f"{error.filename or image}: {error.strerror or error}") from error
         self._runs_as(engine, manifest.private["pid"])
         engine.off_gpu = bool(manifest.private.get("cuda"))
         with stages.measure("criu"):
@@ -326,6 +334,8 @@ class ProcessRuntime(KeepsImages):
             )
         if status != 0:
             reason = criu.log_reason(folder / "restore.log", output)
+            for path in used:
+                path.unlink(missing_ok=True)
             await self.drop(handle)
             raise RuntimeFailure("restore", reason)
         if engine.off_gpu:
