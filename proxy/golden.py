@@ -10,20 +10,23 @@ import asyncio
 import contextlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from proxy import gpu_ledger
 from proxy.engine import EngineClient
 from proxy.errors import EngineError, RuntimeFailure, WarmpoolError
 from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
+from proxy.slots import unless_it_ends
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 
     from proxy.checkpoints import CheckpointStore, Manifest
     from proxy.config import ModelSettings, Settings
     from proxy.runtime.base import Handle, Runtime
+
+T = TypeVar("T")
 
 _MIB: Final = 1 << 20
 
@@ -157,24 +160,25 @@ def _models_of(shop: Workshop) -> dict[str, ModelSettings]:
 async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
     """Bring a started engine to where it is checkpointed: warm, asleep, with no connection open."""
     model = shop.model
-    async with _engine(shop, handle) as client:
+    async with _engine(shop, handle) as engine:
+        client = engine.client
         with steps.step("load"):
-            await client.wait_healthy(model.health.path, model.health.interval)
+            await engine.asked(client.wait_healthy(model.health.path, model.health.interval))
         with steps.step("warmup"):
-            warmup = await client.warm_up(model.warmup)
+            warmup = await engine.asked(client.warm_up(model.warmup))
         canary = None
         if model.canary != "never":
             with steps.step("canary"):
-                canary = await client.canary()
+                canary = await engine.asked(client.canary())
         ready, asleep = dict(await shop.runtime.gpu_bytes(handle)), {}
         level, copied = 0, 0
-        if await client.is_sleeping() is not None:
+        if await engine.asked(client.is_sleeping()) is not None:
             if model.weights_copy:
                 with steps.step("weights"):
-                    copied = await client.save_weights()
+                    copied = await engine.asked(client.save_weights())
             with steps.step("sleep"):
                 level = model.golden_sleep_level
-                await client.sleep(level)
+                await engine.asked(client.sleep(level))
             asleep = dict(await shop.runtime.gpu_bytes(handle))
     making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
     details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied}
@@ -183,30 +187,28 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
     return ImageFacts(level, canary, details)
 
 
+class _Engine:
+    """A running engine, and its client."""
+
+    def __init__(self, client: EngineClient, watcher: asyncio.Task[str]) -> None:
+        self.client = client
+        self._watcher = watcher
+
+    async def asked(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of what its client is asked for, or RuntimeFailure when the engine ends before."""
+        return await unless_it_ends(self._watcher, work)
+
+
 @contextlib.asynccontextmanager
-async def _engine(shop: Workshop, handle: Handle) -> AsyncIterator[EngineClient]:
-    """A client whose use ends with RuntimeFailure when the engine ends; disconnected afterwards."""
+async def _engine(shop: Workshop, handle: Handle) -> AsyncIterator[_Engine]:
+    """An engine that is talked to; its client is disconnected afterwards."""
     client = shop.client(handle)
-    user = asyncio.current_task()
-    assert user is not None  # noqa: S101 - a coroutine runs in a task
-    ended: str | None = None
-
-    async def watch() -> None:
-        nonlocal ended
-        ended = await shop.runtime.wait_exit(handle)
-        user.cancel()
-
-    watching = asyncio.create_task(watch())
+    watcher = asyncio.create_task(shop.runtime.wait_exit(handle))
     try:
-        yield client
-    except asyncio.CancelledError:
-        if ended is None:
-            raise
-        user.uncancel()
-        raise RuntimeFailure("start", f"the engine ended: {ended}") from None
+        yield _Engine(client, watcher)
     finally:
-        watching.cancel()
-        await asyncio.wait([watching])
+        watcher.cancel()
+        await asyncio.wait([watcher])
         await client.disconnect()
 
 
@@ -224,16 +226,17 @@ async def _prove(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Ste
 async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Steps) -> bool:
     with steps.step("restore"):
         handle = await shop.runtime.restore(handle, steps.stages)
-    async with _engine(shop, handle) as client:
+    async with _engine(shop, handle) as engine:
+        client = engine.client
         with steps.step("health"):
-            await client.wait_healthy(shop.model.health.path, shop.model.health.interval)
+            await engine.asked(client.wait_healthy(shop.model.health.path, shop.model.health.interval))
         if manifest.sleep_level:
             with steps.step("wake_up"):
-                await client.wake_up(manifest.sleep_level, Stages(), copied=shop.model.weights_copy)
+                await engine.asked(client.wake_up(manifest.sleep_level, Stages(), copied=shop.model.weights_copy))
         if manifest.canary is None:
             return False
         with steps.step("canary"):
-            if await client.canary() != manifest.canary:
+            if await engine.asked(client.canary()) != manifest.canary:
                 raise GoldenError("the restored engine answers differently from the one that was checkpointed")
     return True
 

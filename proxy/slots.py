@@ -294,10 +294,9 @@ def client_of(slot: Slot) -> EngineClient:
     return slot.client
 
 
-async def unless_it_ends(slot: Slot, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or RuntimeFailure at once when the engine ends before."""
+async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or RuntimeFailure at once when the engine ends before, which its watcher learns."""
     task = asyncio.ensure_future(work)
-    watcher = slot.watcher
     try:
         await asyncio.wait([task, *([watcher] if watcher is not None else [])], return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -86,16 +86,16 @@ class Steps:
         settings, instance, client = model.settings, slot.instance, client_of(slot)
         slot.loading = True
         with stages.measure("load"):
-            await unless_it_ends(slot, client.wait_healthy(settings.health.path, settings.health.interval))
+            await unless_it_ends(slot.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
         slot.loading = False
         with stages.measure("warmup"):
-            slot.warmup = await unless_it_ends(slot, client.warm_up(settings.warmup))
+            slot.warmup = await unless_it_ends(slot.watcher, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
             instance.barred.add(Tier.SLEEPING)
         slot.canary, slot.weights_copy, slot.unproven = None, "none", False
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
             with stages.measure("canary"):
-                slot.canary = await unless_it_ends(slot, client.canary())
+                slot.canary = await unless_it_ends(slot.watcher, client.canary())
 
     async def _restore(self, model: Model, slot: Slot, stages: Stages) -> None:
         settings, instance, image = model.settings, slot.instance, slot.image
@@ -133,13 +133,13 @@ class Steps:
     async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
         health = model.settings.health
         with stages.measure("health"):
-            await unless_it_ends(slot, client_of(slot).wait_healthy(health.path, health.interval))
+            await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
 
     async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
         """Have a restored engine repeat its canary, if that is due."""
         if self.owes_canary(model, slot):
             with stages.measure("canary"):
-                answer = await unless_it_ends(slot, client_of(slot).canary())
+                answer = await unless_it_ends(slot.watcher, client_of(slot).canary())
             if answer != slot.image.canary:
                 raise EngineError(
                     "canary", "the restored engine answers differently from the one that was checkpointed"
@@ -173,7 +173,7 @@ class Steps:
     async def _wake_up(self, slot: Slot, stages: Stages) -> None:
         if slot.instance.sleep_level:
             level, copied = slot.instance.sleep_level, slot.weights_copy == "good"
-            if not await unless_it_ends(slot, client_of(slot).wake_up(level, stages, copied=copied)):
+            if not await unless_it_ends(slot.watcher, client_of(slot).wake_up(level, stages, copied=copied)):
                 slot.weights_copy = "lost"
             slot.instance.sleep_level = 0
 

@@ -198,7 +198,7 @@ async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
     if isinstance(bench.runtime, PodmanRuntime):
         monkeypatch.setattr(bench.runtime, "_dump", fail)
     else:
-        monkeypatch.setattr("proxy.runtime.process.criu.run", fail)
+        monkeypatch.setattr("proxy.runtime.process.command.run", fail)
     with pytest.raises(RuntimeFailure, match="no"):
         await bench.runtime.checkpoint(handle, FACTS, Stages())
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}

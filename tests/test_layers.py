@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.launch": 4,
     "proxy.runtime.processes": 4,
     "proxy.runtime.claim": 4,
+    "proxy.runtime.command": 3,
     "proxy.runtime.criu": 4,
     "proxy.runtime.ports": 4,
     "proxy.runtime.namespaces": 4,

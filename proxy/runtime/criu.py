@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING, Final
+
+from proxy.runtime import command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,25 +16,9 @@ MIN_VERSION: Final = (4, 2)
 """3.17 fails on kernels from 6.x on (vDSO), 4.1 on 6.17 and later (SO_PASSCRED)."""
 
 
-async def run(program: str, *arguments: str) -> tuple[int, str]:
-    """Run CRIU to its end: exit status, and what it printed. Cancelling kills it. Raises OSError."""
-    criu = await asyncio.create_subprocess_exec(
-        program, *arguments,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = await criu.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            criu.kill()
-        await criu.wait()
-        raise
-    return criu.returncode or 0, output.decode("utf-8", "replace")
-
-
 async def version(program: str) -> str:
     """Its version, or an empty string when it does not say one. Raises OSError."""
-    _, output = await run(program, "--version")
+    _, output = await command.run(program, "--version")
     return next((w for line in output.splitlines() if line.startswith("Version:") for w in line.split()[1:]), "")
 
 
@@ -54,7 +39,7 @@ async def why_not(program: str) -> tuple[str, str | None]:
         return found, "checkpointing needs root"
     if not is_recent(found):
         return found, f"CRIU is {found or 'unknown'}, 4.2 or later is needed (make host)"
-    status, output = await run(program, "check")
+    status, output = await command.run(program, "check")
     return found, None if status == 0 else f"criu check fails: {_last_line(output)}"
 
 

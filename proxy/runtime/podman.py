@@ -25,7 +25,7 @@ from proxy import host
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import container, criu, inside, namespaces, ports, processes
+from proxy.runtime import command, container, criu, inside, namespaces, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
@@ -473,7 +473,7 @@ class PodmanRuntime(KeepsImages):
         # The mounts first: runc's `delete` would empty what is mounted there.
         for path in reversed([p for p in _mounts() if f"/{it.id}/criu-root" in p or f"{it.userdata}/.criu" in p]):
             await _unmount(path)
-        await _quietly(self._oci_program, "delete", "--force", it.id)
+        await command.quietly(self._oci_program, "delete", "--force", it.id)
 
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`."""
@@ -674,7 +674,7 @@ class PodmanRuntime(KeepsImages):
             shared = it.userdata / _BUNDLE_SHARED_MEMORY
             if shared.exists():
                 # vLLM's message queues are mostly zeros, which cost nothing as holes.
-                await _checked("cp", "--sparse=always", str(shared), str(folder / SHARED_MEMORY))
+                await command.checked("cp", "--sparse=always", str(shared), str(folder / SHARED_MEMORY))
             if it.upper is not None and not engine.criu.ignore_rootfs:
                 await _tar("-cf", str(folder / ROOTFS), "-C", str(it.upper), ".")
             stats = it.userdata / "stats-dump"
@@ -908,25 +908,7 @@ def _empty(folder: Path) -> None:
 
 async def _tar(*arguments: str) -> None:
     """Run tar, which keeps owners, extended attributes and overlayfs's white-outs. Raises OSError."""
-    await _checked(*_TAR, *arguments)
-
-
-async def _checked(*command: str) -> None:
-    """Run a command; cancelling kills it. Raises OSError with what it said when it fails."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        _, errors = await process.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
-    if process.returncode:
-        said = errors.decode("utf-8", "replace").strip().splitlines() or ["no word on why"]
-        raise OSError(f"{command[0]}: {said[0]}")
+    await command.checked(*_TAR, *arguments)
 
 
 def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, stages: Stages) -> dict[str, int]:
@@ -958,23 +940,15 @@ def _mounts() -> list[str]:
 
 async def _unmount(path: str) -> None:
     """Unmount here, and where podman's service mounted it: a service of systemd's may see copies only."""
-    await _quietly("umount", "--lazy", path)
+    await command.quietly("umount", "--lazy", path)
     if _has_mounts_of_its_own():
-        await _quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
+        await command.quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
 
 
 def _has_mounts_of_its_own() -> bool:
     with contextlib.suppress(OSError):
         return Path("/proc/self/ns/mnt").readlink() != Path("/proc/1/ns/mnt").readlink()
     return False
-
-
-async def _quietly(*command: str) -> None:
-    """Run a command to its end, whatever that is."""
-    nothing = asyncio.subprocess.DEVNULL
-    with contextlib.suppress(OSError):
-        process = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=nothing, stderr=nothing)
-        await process.wait()
 
 
 def _helpers() -> list[psutil.Process]:

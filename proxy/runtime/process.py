@@ -26,7 +26,7 @@ import orjson
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import criu, inside, launch, links, ports, processes
+from proxy.runtime import command, criu, inside, launch, links, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
@@ -127,10 +127,10 @@ class ProcessRuntime(KeepsImages):
             "model": model.name or key,
             "python": sys.executable,
         }
-        command = [_fill(argument, values) for argument in model.process.command]
+        words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
         if model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
-            command += inside.ARGUMENTS
+            words += inside.ARGUMENTS
             copies = str(self._store.weights(self._image(handle)))
             given |= inside.environment(str(inside.folder(self._claim.folder)), copies, {**os.environ, **given})
         directory = str(model.process.cwd or Path.cwd())
@@ -139,8 +139,8 @@ class ProcessRuntime(KeepsImages):
             **given,
             processes.MARK: self._mark(instance_id),
         }
-        if shutil.which(command[0], path=environment.get("PATH")) is None:
-            raise RuntimeFailure("start", f"no program {command[0]!r}; correct models.{key}.process.command")
+        if shutil.which(words[0], path=environment.get("PATH")) is None:
+            raise RuntimeFailure("start", f"no program {words[0]!r}; correct models.{key}.process.command")
         engine = known or _Engine(handle, spec_digest(key, model))
         engine.handle = handle
         self._engines[instance_id] = engine
@@ -148,7 +148,7 @@ class ProcessRuntime(KeepsImages):
         try:
             pid = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-I", "-S", launch.__file__, directory, *command],
+                [sys.executable, "-I", "-S", launch.__file__, directory, *words],
                 environment,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -158,7 +158,7 @@ class ProcessRuntime(KeepsImages):
                 setsid=True,
             )
         except OSError as error:
-            raise RuntimeFailure("start", f"{command[0]}: {error}") from error
+            raise RuntimeFailure("start", f"{words[0]}: {error}") from error
         finally:
             os.close(log)
         self._runs_as(engine, pid)
@@ -264,7 +264,7 @@ class ProcessRuntime(KeepsImages):
             if engine.off_gpu and not was_off_gpu:
                 memory[processes.GPU_STATE] = max(0, processes.resident_bytes(tree) - resident)
             with stages.measure("dump"):
-                status, output = await criu.run(
+                status, output = await command.run(
                     self._settings.criu,
                     "dump",
                     "-t",
@@ -329,7 +329,7 @@ class ProcessRuntime(KeepsImages):
         self._runs_as(engine, manifest.private["pid"])
         engine.off_gpu = bool(manifest.private.get("cuda"))
         with stages.measure("criu"):
-            status, output = await criu.run(
+            status, output = await command.run(
                 self._settings.criu, "restore", "-D", str(folder), "-o", "restore.log", *_CRIU_COMMON, *_CRIU_RESTORE
             )
         if status != 0:
