@@ -22,7 +22,7 @@ import psutil
 from proxy import checkpoints, cli
 from proxy.checkpoints import CheckpointStore
 from proxy.engine import EngineClient
-from proxy.runtime import podman
+from proxy.runtime import bundle, leftovers, podman
 
 POINTS = {
     "sleep": (EngineClient, "sleep"),
@@ -32,7 +32,7 @@ POINTS = {
     "manifest": (checkpoints, "_write_manifest"),
     "commit": (CheckpointStore, "commit"),
     "clone": (podman.PodmanRuntime, "clone"),
-    "link": (podman, "_link_image"),
+    "link": (bundle, "link_image"),
     "restore": (podman.PodmanRuntime, "_bring_up"),
     "wake_up": (EngineClient, "wake_up"),
     "export": (CheckpointStore, "export"),
@@ -91,7 +91,7 @@ def arm(when: str, name: str, count: int) -> None:
 def _end_with_helper() -> None:
     """End once CRIU is at work."""
     while True:
-        for helper in podman._helpers():
+        for helper in leftovers.helpers():
             with contextlib.suppress(psutil.Error):
                 if any(child.name() == "criu" for child in helper.children(recursive=True)):
                     end()

@@ -46,6 +46,8 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.criu": 4,
     "proxy.runtime.ports": 4,
     "proxy.runtime.namespaces": 4,
+    "proxy.runtime.bundle": 4,
+    "proxy.runtime.leftovers": 4,
     "proxy.runtime.podman_api": 4,
     "proxy.runtime.base": 4,
     "proxy.runtime.cuda": 4,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
-import psutil
 
 from proxy import host
-from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
+from proxy.checkpoints import CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime import command, container, criu, inside, namespaces, ports, processes
+from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
@@ -34,6 +32,8 @@ from proxy.runtime.podman_api import Podman, PodmanError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    import psutil
 
     from proxy.config import ModelSettings, PodmanRuntimeSettings
     from proxy.gpu import Gpus
@@ -44,17 +44,12 @@ log = logging.getLogger("warmpool.podman")
 
 T = TypeVar("T")
 
-ROOTFS: Final = "rootfs.tar"
-SHARED_MEMORY: Final = "devshm.tar"
-_BUNDLE_SHARED_MEMORY: Final = "devshm-checkpoint.tar"
-"""podman's name for the content of /dev/shm (libpod/container_internal_linux.go)."""
 _SETTLE_S: Final = 5.0
 # In the container: what is run in vLLM, and the copies of its weights.
 _EXTENSION: Final = "/opt/warmpool"
 _WEIGHTS: Final = "/run/warmpool-weights"
 _CRUN_WITH_ANNOTATION: Final = (1, 26)
 _HOST_CRIU_CONFIG: Final = Path("/etc/criu/default.conf")
-_TAR: Final = ("tar", "--xattrs", "--xattrs-include=*", "--numeric-owner")
 
 
 @dataclass(slots=True)
@@ -197,7 +192,7 @@ class PodmanRuntime(KeepsImages):
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
         entries = await self._ours()
-        helpers = await asyncio.to_thread(_helpers) if entries else []
+        helpers = await asyncio.to_thread(leftovers.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
         return Recovered([one for one in found if one is not None], images)
 
@@ -214,7 +209,7 @@ class PodmanRuntime(KeepsImages):
         helpers: Iterable[psutil.Process],
     ) -> Found | None:
         """An instance of the container if it can be used; else the container is removed."""
-        interrupted = await asyncio.to_thread(_kill_helpers, entry["Id"], helpers)
+        interrupted = await asyncio.to_thread(leftovers.kill_helpers, entry["Id"], helpers)
         labels = {n.removeprefix(container.LABEL): v for n, v in (entry["Labels"] or {}).items()}
         key, instance_id = labels.get("model", ""), labels.get("instance", "")
         known = models.get(key)
@@ -330,7 +325,7 @@ class PodmanRuntime(KeepsImages):
             answer = await _twice(partial(self._create_anew, it))
             it.id = answer["Id"]
             if engine.criu.program is not None:
-                _put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
+                bundle.put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
         except PodmanError as error:
             hint = ""
             if await self._is_missing(f"/images/{engine.image}/exists"):
@@ -449,7 +444,7 @@ class PodmanRuntime(KeepsImages):
     async def _stop(self, it: _Container) -> None:
         """End all processes of a container at once and return when its filesystem is unmounted."""
         if it.interrupted:
-            await asyncio.to_thread(_kill_helpers, it.id)
+            await asyncio.to_thread(leftovers.kill_helpers, it.id)
             await self._forget_half_made(it)
             it.interrupted = False
         if it.paused:
@@ -465,14 +460,16 @@ class PodmanRuntime(KeepsImages):
         it.off_gpu = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
-                while it.merged and it.merged in _mounts():
+                while it.merged and it.merged in leftovers.mounts():
                     await asyncio.sleep(0.01)
 
     async def _forget_half_made(self, it: _Container) -> None:
         """Clear what a killed OCI runtime and CRIU leave: mounts, and a record that the container exists."""
         # The mounts first: runc's `delete` would empty what is mounted there.
-        for path in reversed([p for p in _mounts() if f"/{it.id}/criu-root" in p or f"{it.userdata}/.criu" in p]):
-            await _unmount(path)
+        for path in reversed(
+            [p for p in leftovers.mounts() if f"/{it.id}/criu-root" in p or f"{it.userdata}/.criu" in p]
+        ):
+            await leftovers.unmount(path)
         await command.quietly(self._oci_program, "delete", "--force", it.id)
 
     def leave(self, handle: Handle) -> bool:
@@ -572,7 +569,7 @@ class PodmanRuntime(KeepsImages):
         try:
             pids = await asyncio.to_thread(_tree, it)
             resident = await asyncio.to_thread(processes.resident_bytes, pids)
-            expected = resident + _shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
+            expected = resident + bundle.shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
             host_facts = await self._facts_for(it.model)
@@ -638,9 +635,7 @@ class PodmanRuntime(KeepsImages):
     async def _dump(self, it: _Container, folder: Path, stages: Stages) -> dict[str, int]:
         """CRIU's files into `folder`; the container has ended afterwards. CRIU's statistics, in microseconds."""
         engine = container.engine_of(it.model)
-        _link(it.userdata, folder)
-        # podman writes through a link that is left there
-        (it.userdata / _BUNDLE_SHARED_MEMORY).unlink(missing_ok=True)
+        bundle.link(it.userdata, folder)
         (it.userdata / "dump.log").unlink(missing_ok=True)
         began = time.perf_counter()
         it.interrupted = True
@@ -671,15 +666,7 @@ class PodmanRuntime(KeepsImages):
         """What belongs to the engine beside CRIU's files: /dev/shm, and what it wrote to its root filesystem."""
         engine = container.engine_of(it.model)
         with stages.measure("collect"):
-            shared = it.userdata / _BUNDLE_SHARED_MEMORY
-            if shared.exists():
-                # vLLM's message queues are mostly zeros, which cost nothing as holes.
-                await command.checked("cp", "--sparse=always", str(shared), str(folder / SHARED_MEMORY))
-            if it.upper is not None and not engine.criu.ignore_rootfs:
-                await _tar("-cf", str(folder / ROOTFS), "-C", str(it.upper), ".")
-            stats = it.userdata / "stats-dump"
-            if stats.exists():
-                await asyncio.to_thread(shutil.copyfile, stats, folder / CRIU_FOLDER / "stats-dump")
+            await bundle.collect(it.userdata, None if engine.criu.ignore_rootfs else it.upper, folder)
 
     async def _bring_back(self, it: _Container) -> bool:
         try:
@@ -745,7 +732,7 @@ class PodmanRuntime(KeepsImages):
 
     async def _bring_up_from(self, it: _Container, folder: Path) -> Any:
         """Make an image of the store the container's own, and restore it."""
-        _link_image(it.userdata, folder)
+        bundle.link_image(it.userdata, folder)
         return await self._bring_up(it)
 
     async def _bring_up(self, it: _Container) -> Any:
@@ -771,11 +758,8 @@ class PodmanRuntime(KeepsImages):
     async def _reset_rootfs(self, it: _Container) -> None:
         """Make a stopped container's own files those of the image: CRIU refuses a file that has grown since."""
         engine = container.engine_of(it.model)
-        archive = self._store.path(it.handle.model) / ROOTFS
-        if it.upper is None or engine.criu.ignore_rootfs or not archive.is_file() or not it.upper.is_dir():
-            return
-        await asyncio.to_thread(_empty, it.upper)
-        await _tar("-xpf", str(archive), "-C", str(it.upper))
+        if it.upper is not None and not engine.criu.ignore_rootfs:
+            await bundle.reset_rootfs(it.upper, self._store.path(it.handle.model))
 
     async def unarchive_image(self, handle: Handle) -> None:
         """See `Runtime.unarchive_image`."""
@@ -876,41 +860,6 @@ def _version_numbers(text: str) -> tuple[int, ...]:
     return tuple(digits)
 
 
-def _link_image(userdata: Path, folder: Path) -> None:
-    """Make an image of the store the checkpoint of a container."""
-    _link(userdata, folder)
-    shared = userdata / _BUNDLE_SHARED_MEMORY
-    shared.unlink(missing_ok=True)
-    if (folder / SHARED_MEMORY).exists():
-        shared.symlink_to(folder / SHARED_MEMORY)
-
-
-def _link(userdata: Path, folder: Path) -> None:
-    link = userdata / "checkpoint"
-    if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    _put_link(link, folder / CRIU_FOLDER)
-
-
-def _put_link(link: Path, target: Path) -> None:
-    link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-async def _tar(*arguments: str) -> None:
-    """Run tar, which keeps owners, extended attributes and overlayfs's white-outs. Raises OSError."""
-    await command.checked(*_TAR, *arguments)
-
-
 def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, stages: Stages) -> dict[str, int]:
     """Split what a call took into CRIU's part, stage `stage`, and podman's; CRIU's figures in microseconds."""
     wall_s = time.perf_counter() - began
@@ -922,59 +871,6 @@ def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, 
     if own_s:
         stages.add(stage, own_s, began + podmans_s)
     return figures
-
-
-def _shared_memory_bytes(pid: int | None) -> int:
-    """What is in the container's /dev/shm."""
-    try:
-        shm = os.statvfs(f"/proc/{pid}/root/dev/shm")
-    except OSError:
-        return 0
-    return (shm.f_blocks - shm.f_bfree) * shm.f_frsize
-
-
-def _mounts() -> list[str]:
-    with Path("/proc/self/mountinfo").open() as mounts:
-        return [line.split()[4] for line in mounts]
-
-
-async def _unmount(path: str) -> None:
-    """Unmount here, and where podman's service mounted it: a service of systemd's may see copies only."""
-    await command.quietly("umount", "--lazy", path)
-    if _has_mounts_of_its_own():
-        await command.quietly("nsenter", "--mount=/proc/1/ns/mnt", "umount", "--lazy", path)
-
-
-def _has_mounts_of_its_own() -> bool:
-    with contextlib.suppress(OSError):
-        return Path("/proc/self/ns/mnt").readlink() != Path("/proc/1/ns/mnt").readlink()
-    return False
-
-
-def _helpers() -> list[psutil.Process]:
-    """The OCI runtimes that dump or restore a container."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.name() in ("runc", "crun") and {"restore", "checkpoint"} & set(process.cmdline()):
-                found.append(process)
-    return found
-
-
-def _kill_helpers(container_id: str, helpers: Iterable[psutil.Process] | None = None) -> bool:
-    """Kill the OCI runtime that dumps or restores this container, and the CRIU below it; whether there was one."""
-    killed = False
-    for process in _helpers() if helpers is None else helpers:
-        with contextlib.suppress(psutil.Error):
-            if container_id not in " ".join(process.cmdline()):
-                continue
-            tree = [process, *process.children(recursive=True)]
-            log.warning("killed %s of container %.12s, which was given up", process.name(), container_id)
-            killed = True
-            for member in tree:
-                with contextlib.suppress(psutil.Error):
-                    member.kill()
-    return killed
 
 
 def _write_host_criu_config(options: str) -> None:
