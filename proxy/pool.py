@@ -229,6 +229,7 @@ class Pool:
         """An engine that loads, and whose time is not over, or one that was restored and has to prove itself."""
         instance = slot.instance
         instance.waking_from = origin
+        slot.wake_began = self._clock() - (limit_s(model.settings, origin) - left_s)
         instance.apply(Event.WAKE)
         self._steps.watch(model, slot)
         log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "asked for its canary")

@@ -113,8 +113,10 @@ async def test_an_engine_that_loads_is_left_to_load_and_the_next_pool_waits_for_
     with pytest.raises(DrainingError):
         await request
     assert set(rig.runtime.processes) == {"demo-1"}
+    rig.runtime.processes["demo-1"].started_unix_s -= 40
     heir = await heir_of(rig)
     assert heir.states() == {"demo-1": "waking"}
+    assert heir.pool.estimate_s("demo") == pytest.approx(100 - 40, abs=10)
     requests = [asyncio.create_task(use(heir)) for _ in range(3)]
     await settle()
     heir.runtime.processes["demo-1"].listens = True
