@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import socket
 import stat
@@ -20,6 +19,7 @@ from proxy.checkpoints import MANIFEST, SUFFIX, StoreError
 from proxy.config import ModelSettings
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Stages, Tier
+from proxy.runtime import namespaces
 from tests.podman_bench import (
     PodmanBench,
     engine_image,
@@ -69,7 +69,6 @@ import os, signal, socket
 name = f"warmpool-test-{os.stat('/proc/self/ns/pid').st_ino}-{os.getpid()}"
 held = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 held.bind(chr(0) + name)
-os.write(1, b"bound " + name.encode() + bytes([10]))
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 signal.sigwait([signal.SIGTERM])
 """
@@ -78,11 +77,12 @@ signal.sigwait([signal.SIGTERM])
 
 async def abstract_name(bench: PodmanBench, handle: Handle) -> str:
     """The name that such a program has bound."""
-    log = bench.claim.log_path(handle.instance_id)
+    pid = bench.runtime._containers[handle.instance_id].pid
+    assert pid is not None
     async with asyncio.timeout(PATIENCE_S):
-        while (bound := re.search(r"bound (\S+)\n", log.read_text())) is None:
+        while not (names := namespaces.abstract_names([pid])):
             await asyncio.sleep(0.01)
-    return bound[1]
+    return names[0].removeprefix("@")
 
 
 async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
