@@ -19,8 +19,8 @@ help: ## this list
 run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1:8080
 	$(BIN)/warmpool serve --config $(CONFIG)
 
-test: $(VENV)/.dev lint ## lint, types and all tests
-	$(BIN)/pytest
+test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one process, all else in another
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} $(BIN)/pytest tests/test_fuzz.py

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+CONTAINERS = frozenset({"podman", "criu", "vllm"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several workers: containers and CRIU have one of their own, one test at a time."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if not CONTAINERS.isdisjoint(mark.name for mark in item.iter_markers()):
+                item.add_marker(pytest.mark.xdist_group("containers"))
+
+
 @pytest.fixture
 async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
     """Makes fronts with a model `demo`; engines start when they are first needed."""

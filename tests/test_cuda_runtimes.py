@@ -74,7 +74,7 @@ class Bench(HttpBench):
         return handle
 
 
-@pytest.fixture(params=["process", "podman"])
+@pytest.fixture(params=["process", pytest.param("podman", marks=pytest.mark.podman)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) -> AsyncIterator[Bench]:
     driver, nvml = EveryEngine(), FakeNvml()
     gpus = gpus_of(driver, nvml)

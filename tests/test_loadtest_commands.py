@@ -129,11 +129,11 @@ def test_restore_from_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.podman
 def test_restore_and_flags_in_containers(tmp_path: Path) -> None:
     engine = ("--runtime", "podman", *ENGINE[2:])
-    found = ran(tmp_path / "r", "restore", *engine, "-n", "1", "--cold", "1", "--rung", "checkpointed")
+    keep = ("--keep", str(tmp_path / "kept"), "--cold", "0", "-n", "1", "--rung", "checkpointed")
+    found = ran(tmp_path / "k1", "restore", *engine, *keep)
+    assert "stopped" in found.series()
     (restored,) = (s for s in found.samples if s["series"] == "checkpointed")
     assert {"podman", "criu"} <= set(restored["stages_s"])
-    keep = ("--keep", str(tmp_path / "kept"), "--cold", "0", "-n", "1", "--rung", "checkpointed")
-    assert "stopped" in ran(tmp_path / "k1", "restore", *engine, *keep).series()
     assert containers_of(tmp_path / "kept")
     assert ran(tmp_path / "k2", "restore", *engine, *keep).series() == ["checkpointed, first", "checkpointed"]
     loadtest("discard", str(tmp_path / "kept"))

@@ -129,18 +129,21 @@ async def crash(host: Host, point: str, **entry: Any) -> str | None:
     return text
 
 
+AT_ONCE = {"sleeping": "50ms", "suspended": "100ms", "checkpointed": "150ms"}
+
+
 @pytest.mark.timeout(300)  # twenty starts
 async def test_crashes_at_every_step_leave_nothing_half_made_and_lose_no_checkpoint(host: Host) -> None:
     """One after the other on the same folders, as a host would have it that crashes again and again."""
-    texts = {await crash(host, point, idle=QUICK) for point in STEPS_OF_A_CHECKPOINT}
+    texts = {await crash(host, point, idle=AT_ONCE) for point in STEPS_OF_A_CHECKPOINT}
     assert len(texts - {None}) == 1
     golden = [(p.name, p.stat().st_mtime_ns) for p in files_in(host.images / "demo")]
     assert golden
     for point in STEPS_OF_A_CLONE:
-        await crash(host, point, idle=QUICK, max_instances=2)
-    texts |= {await crash(host, point, idle=QUICK, max_instances=2) for point in STEPS_OF_A_RESTORE}
+        await crash(host, point, idle=AT_ONCE, max_instances=2)
+    texts |= {await crash(host, point, idle=AT_ONCE, max_instances=2) for point in STEPS_OF_A_RESTORE}
     assert [(p.name, p.stat().st_mtime_ns) for p in files_in(host.images / "demo")] == golden
-    proxy = await host.serve(idle=QUICK, max_instances=2)
+    proxy = await host.serve(idle=AT_ONCE, max_instances=2)
     tier, text = await proxy.ask()
     assert tier != "stopped"
     await proxy.until_all(2, "checkpointed")

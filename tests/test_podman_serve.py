@@ -172,7 +172,8 @@ async def test_the_commands_for_checkpoints(host: Host, tmp_path: Path) -> None:
     assert orjson.loads(run("ls", "--json")) == []
     for name in ("a.tar", "a.tar.gz", "a.tar.zst"):
         run("import", str(tmp_path / name))
-        assert "good" in run("verify", "demo")
+        assert "as they were written" in run("verify", "demo", "--digests-only")
+    assert "good" in run("verify", "demo")
     pages = next(host.images.glob("demo/criu/pages-*.img"))
     with pages.open("r+b") as file:
         file.seek(4096)
