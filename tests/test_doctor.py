@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+SHARED_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 IMAGES = "/mnt/checkpoint-ram"
 NETAVARK = "/usr/lib/podman/netavark"
 CAPABILITIES = "Name:\tx\nCapEff:\t000001ffffffffff\n"
@@ -191,7 +192,7 @@ async def test_a_host_in_good_order(host: FakeHost, tmp_path: Path) -> None:
     host.folder("/var/lib/warmpool")
     found = await rows(host, settings_of(tmp_path))
     assert {c.status for c in found.values()} == {"ok", "skip"}
-    assert [name for name, c in found.items() if c.status == "skip"] == ["NVIDIA driver"]
+    assert [name for name, c in found.items() if c.status == "skip"] == ["pinned memory", "NVIDIA driver"]
     assert found["podman"].found == "5.4.2"
     assert found["runtime, cgroups"].found == "runc 1.1.5, cgroup v2"
     assert found["tmpfs"].found == "/mnt/checkpoint-ram: 64 GiB, 60 GiB free, huge=within_size"
@@ -416,6 +417,11 @@ CASES: list[tuple[Callable[[FakeHost], object], dict[str, Any], str, str, str, s
     (text("/proc/meminfo", "garbled"), NO_MODEL, "tmpfs", "ok", "64 GiB", ""),
     (text(HUGE_PAGES, "always [madvise] never\n"), NO_MODEL, "huge pages", "warn", "madvise", "echo always > /"),
     (text(HUGE_PAGES, "?"), NO_MODEL, "huge pages", "warn", "unknown", "echo always"),
+    (text(SHARED_HUGE_PAGES, "always [never]"), NO_MODEL, "pinned memory", "skip", "no model names a GPU", ""),
+    (lambda h: None, GPU, "pinned memory", "skip", "no huge pages for shared memory", ""),
+    (text(SHARED_HUGE_PAGES, "always [never] force"), GPU, "pinned memory", "warn", "never", "echo always > /"),
+    (text(SHARED_HUGE_PAGES, "[always] never force"), GPU, "pinned memory", "ok", "always", ""),
+    (text(SHARED_HUGE_PAGES, "?"), GPU, "pinned memory", "warn", "unknown", "echo always"),
     (lambda h: h.path(HUGE_PAGES).unlink(), NO_MODEL, "huge pages", "warn", "no transparent", "CONFIG_TRANSPARENT"),
     (lambda h: h.path(IMAGES).rmdir(), NO_MODEL, "checkpoint_dir", "ok", "not there yet; warmpool makes it", ""),
     (lambda h: h.folder(IMAGES, 0o755), NO_MODEL, "checkpoint_dir", "warn", "open to others (mode 0755)",
@@ -526,7 +532,8 @@ async def test_a_check_that_breaks_is_a_row(host: FakeHost, monkeypatch: pytest.
 
 
 FILES = (
-    "/proc/self/status", "/proc/meminfo", "/proc/self/mountinfo", HUGE_PAGES, "/etc/criu/default.conf",
+    "/proc/self/status", "/proc/meminfo", "/proc/self/mountinfo", HUGE_PAGES, SHARED_HUGE_PAGES,
+    "/etc/criu/default.conf",
     "/usr/share/containers/seccomp.json", "/etc/mine.json", "/etc/cdi/nvidia.yaml", "/proc/driver/nvidia/version",
     "/proc/driver/nvidia/gpus/0/information", "/proc/sys/kernel/io_uring_disabled",
 )  # fmt: skip
@@ -587,6 +594,13 @@ async def test_huge_pages_are_switched_on(host: FakeHost) -> None:
     host.write(HUGE_PAGES, "always madvise [never]\n")
     assert await mend(host) == [f"run, until the next start: echo always > {HUGE_PAGES}", "  done"]
     assert host.text(HUGE_PAGES) == "always"
+
+
+async def test_huge_pages_of_pinned_memory_are_switched_on(host: FakeHost, tmp_path: Path) -> None:
+    host.write(SHARED_HUGE_PAGES, "always within_size advise [never] deny force\n")
+    told = await mend(host, settings_of(tmp_path, demo=GPU))
+    assert f"run, until the next start: echo always > {SHARED_HUGE_PAGES}" in told
+    assert host.text(SHARED_HUGE_PAGES) == "always"
 
 
 async def test_runc_is_chosen_where_nobody_chose(host: FakeHost) -> None:

@@ -43,6 +43,7 @@ _CHECKS: Final[tuple[Examine, ...]] = (
     containers.io_uring,
     memory.images,
     memory.huge_pages,
+    memory.pinned_memory,
     memory.folders,
     memory.limits,
     gpus.nvidia,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NEVER: Final = "no model is ever checkpointed"
 _HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
+_SHARED_HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _CAP_SYS_RESOURCE: Final = 24  # linux/capability.h
 _SPARE_FILES: Final = 512
 _LEAST_PROCESSES: Final = 4096
@@ -104,6 +105,31 @@ async def huge_pages(it: Situation) -> list[Check]:
         path.write_text("always")
 
     found = f"{chosen or 'unknown'}: restores are slower"
+    return [Check(name, "warn", found, fix, Repair.of_files(f"run, until the next start: {now}", switch))]
+
+
+async def pinned_memory(it: Situation) -> list[Check]:
+    """Whether memory that CUDA pins comes in huge pages: a suspended engine has to pin it again when it is resumed.
+
+    Pinned memory is shared memory without a file (a mapping of /dev/zero), which has a setting of its own.
+    """
+    name = "pinned memory"
+    if not it.needs.gpu_models():
+        return [Check(name, "skip", "no model names a GPU")]
+    text = it.host.text(_SHARED_HUGE_PAGES)
+    if text is None:
+        return [Check(name, "skip", "this kernel has no huge pages for shared memory")]
+    chosen = text.partition("[")[2].partition("]")[0]
+    if chosen in ("always", "force"):
+        return [Check(name, "ok", f"huge pages {chosen}")]
+    now = f"echo always > {_SHARED_HUGE_PAGES}"
+    fix = f"{now}\necho 'w {_SHARED_HUGE_PAGES} - - - - always' >> /etc/tmpfiles.d/warmpool.conf   # at every start"
+    path = it.host.path(_SHARED_HUGE_PAGES)
+
+    def switch() -> None:
+        path.write_text("always")
+
+    found = f"huge pages {chosen or 'unknown'}: suspended engines that sleep at level 1 wake more slowly"
     return [Check(name, "warn", found, fix, Repair.of_files(f"run, until the next start: {now}", switch))]
 
 
