@@ -19,7 +19,7 @@ _WITHIN: Final = {"restore": ("podman", "criu", "cuda")}
 """Stages that `server-timing` names beside the one they are part of."""
 ORDER: Final = (
     "client", "queue", "evict", "unarchive", "start", "load", "warmup", "resume", "podman", "criu", "cuda", "restore",
-    "health", "wake_up", "reload_weights", "canary", "wake", "first token",
+    "health", "wake_up", "load_weights", "reload_weights", "canary", "wake", "first token",
 )  # fmt: skip
 LABELS: Final = {
     "client": "the client: sent late, connecting",
@@ -36,6 +36,7 @@ LABELS: Final = {
     "restore": "else of the restore",
     "health": "until healthy",
     "wake_up": "wake_up",
+    "load_weights": "weights back, from their copy",
     "reload_weights": "weights back",
     "canary": "the known answer",
     "wake": "else of the wake",
@@ -106,4 +107,5 @@ def median_stages(samples: Iterable[Mapping[str, Any]]) -> list[tuple[str, float
     for sample in answered:
         for name, seconds in parts(sample, first_token_s).items():
             found[name].append(seconds)
-    return [(name, statistics.median(found[name])) for name in ORDER if name in found]
+    names = [*ORDER, *(name for name in found if name not in ORDER)]
+    return [(name, statistics.median(found[name])) for name in names if name in found]

@@ -31,6 +31,7 @@ import tarfile
 import threading
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
@@ -59,6 +60,7 @@ _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
 _LARGE_BYTES: Final = 64 << 20
 _CHUNK_BYTES: Final = 4 << 20
+_HASHING_THREADS: Final = 4
 _MANIFEST_LIMIT_BYTES: Final = 16 << 20
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -509,15 +511,19 @@ def _measure(
     written again with their size known, which makes restores faster; small ones would take 2 MiB each. `known`: the
     digests of files that were written so already.
     """
-    sizes, digests = {}, {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
-        name = str(path.relative_to(folder))
-        if name == MANIFEST:
-            continue
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    files = {name: path for path in paths if (name := str(path.relative_to(folder))) != MANIFEST}
+
+    def measure(name: str) -> tuple[int, str]:
+        path = files[name]
         path.chmod(0o600)
-        sizes[name] = path.stat().st_size
-        digests[name] = known.get(name) or (lay_out and _laid_out(path, sizes[name], stop)) or _sha256(path, stop)
-    return sizes, digests
+        size = path.stat().st_size
+        return size, known.get(name) or (lay_out and _laid_out(path, size, stop)) or _sha256(path, stop)
+
+    # Hashing lets other threads run; it is what takes longest.
+    with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="digest") as threads:
+        found = dict(zip(files, threads.map(measure, files), strict=True))
+    return {name: size for name, (size, _) in found.items()}, {name: digest for name, (_, digest) in found.items()}
 
 
 def _holes(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:

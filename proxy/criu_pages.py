@@ -16,6 +16,7 @@ import hashlib
 import mmap
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +44,7 @@ _SHORTEST_RUN: Final = 16
 _LEAST_PAGES: Final = 256
 """A file with fewer pages of zeros to leave out is not written again."""
 _CHUNK_BYTES: Final = 4 << 20
+_THREADS: Final = 4
 _ZEROS: Final = bytes(PAGE_BYTES)
 
 
@@ -70,21 +72,20 @@ def leave_out_zeros(folder: Path, stop: threading.Event) -> tuple[int, dict[str,
     Returns how many bytes are gone, and the SHA-256 of each pages file that was written, by name. A file of another
     format, or for whose new version there is no space, stays as it was. Raises OSError when `stop` is set.
     """
-    dropped, digests = 0, {}
-    pagemaps = sorted(folder.glob("pagemap-*.img"))
     users: dict[str, list[Path]] = {}
-    for pagemap in pagemaps:
+    for pagemap in sorted(folder.glob("pagemap-*.img")):
         with contextlib.suppress(UnknownFormatError):
             users.setdefault(_pages_name(pagemap), []).append(pagemap)
-    for name, of in users.items():
-        if len(of) != 1 or not (folder / name).is_file():
-            continue
+    of = {name: maps[0] for name, maps in users.items() if len(maps) == 1 and (folder / name).is_file()}
+
+    def rewrite(name: str) -> tuple[int, str | None]:
         with contextlib.suppress(UnknownFormatError):
-            pages, digest = _rewritten(of[0], folder / name, stop)
-            if digest is not None:
-                dropped += pages * PAGE_BYTES
-                digests[name] = digest
-    return dropped, digests
+            return _rewritten(of[name], folder / name, stop)
+        return 0, None
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="zeros") as threads:
+        done = dict(zip(of, threads.map(rewrite, of), strict=True))
+    return sum(pages for pages, _ in done.values()) * PAGE_BYTES, {n: d for n, (_, d) in done.items() if d is not None}
 
 
 def _pages_name(pagemap: Path) -> str:

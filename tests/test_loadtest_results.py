@@ -350,6 +350,16 @@ def test_where_all_the_time_went() -> None:
     assert sum(found["checkpointed"].values()) == pytest.approx(1.5)
 
 
+def test_a_stage_is_named_whether_it_is_known_or_not() -> None:
+    found = dict(attribution.median_stages([sample(1.0, wake=0.9, load_weights=0.2, brand_new=0.3)]))
+    assert found["load_weights"] == pytest.approx(0.2)
+    assert found["brand_new"] == pytest.approx(0.3)
+    assert sum(found.values()) == pytest.approx(1.0)
+    # Every stage of the way up is known.
+    source = "".join((Path(__file__).parent.parent / "proxy" / name).read_text() for name in ("steps.py", "engine.py"))
+    assert set(re.findall(r'stages\.measure\("(\w+)"\)', source)) <= set(attribution.ORDER)
+
+
 # --- traces ---
 
 
