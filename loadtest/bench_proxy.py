@@ -220,8 +220,8 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    logging = "warmpool" + peers.LOGGING, "vllm-router" + peers.LOGGING
-    for name, peer in (*(("warmpool", peer) for peer in ("vllm-router", "litellm", "nginx")), logging):
+    installed = "warmpool" + peers.INSTALLED, "vllm-router" + peers.INSTALLED
+    for name, peer in (*(("warmpool", peer) for peer in ("vllm-router", "litellm", "nginx")), installed):
         ours, theirs = at(name, "short", "32", "requests_per_s"), at(peer, "short", "32", "requests_per_s")
         if ours and theirs:
             found[f"requests/s at 32 connections, {name} : {peer}"] = round(ours / theirs, 2)

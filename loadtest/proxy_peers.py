@@ -30,9 +30,9 @@ PROXY_CORE: Final = 0
 OTHER_CORE: Final = 1
 PATH: Final = "/v1/chat/completions"
 QUESTION: Final = b'{"model":"bench","messages":[{"role":"user","content":"Say something."}],"max_tokens":4}'
-PEERS: Final = ("direct", "warmpool", "warmpool-logging", "nginx", "vllm-router", "vllm-router-logging", "litellm")
-LOGGING: Final = "-logging"
-"""Behind a name: as installed, which means a line in its log for each request. Without, there is none."""
+PEERS: Final = ("direct", "warmpool", "warmpool-installed", "nginx", "vllm-router", "vllm-router-installed", "litellm")
+INSTALLED: Final = "-installed"
+"""Behind a name: with the settings it comes with. Without: no line in its log for a request, and what is cheapest."""
 _START_S: Final = 120.0
 _LITELLM: Final = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # it would ask the network for one
@@ -109,17 +109,17 @@ def running(name: str, folder: Path, peers: Path, **warmpool: object) -> Iterato
         up = free_port()
         upstream = None
         ready = "release" in warmpool  # its engine is not to be woken yet
-        program, logs = name.removesuffix(LOGGING), name.endswith(LOGGING)
+        program, installed = name.removesuffix(INSTALLED), name.endswith(INSTALLED)
         if program != "warmpool":
             upstream = stack.enter_context(_process(upstream_command(str(up)), folder / "upstream.log"))
         if program == "direct":
             version, port, command = "", up, None
         elif program == "warmpool":
-            version, port, command = _warmpool(folder, warmpool, logs=logs)
+            version, port, command = _warmpool(folder, warmpool, installed=installed)
         elif program == "nginx":
             version, port, command = _nginx(folder, up)
         elif program == "vllm-router":
-            version, port, command = _router(peers, up, logs=logs)
+            version, port, command = _router(peers, up, installed=installed)
         else:
             version, port, command = _litellm(folder, peers, up)
         processes = []
@@ -167,7 +167,7 @@ def _output(*command: str) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def _warmpool(folder: Path, model: dict[str, object], *, logs: bool) -> tuple[str, int, list[str]]:
+def _warmpool(folder: Path, model: dict[str, object], *, installed: bool) -> tuple[str, int, list[str]]:
     port = free_port()
     release = model.pop("release", None)
     command = upstream_command("{port}", "{python}")
@@ -195,7 +195,7 @@ def _warmpool(folder: Path, model: dict[str, object], *, logs: bool) -> tuple[st
     }
     (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
     version = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    options = ["-c", str(folder / "warmpool.toml"), *([] if logs else ["--log-level", "warning"])]
+    options = ["-c", str(folder / "warmpool.toml"), *([] if installed else ["--log-level", "warning"])]
     return version, port, [sys.executable, "-m", "proxy", "serve", *options]
 
 
@@ -236,14 +236,16 @@ def _nginx(folder: Path, up: int) -> tuple[str, int, list[str]]:
     return _output(binary, "-v").rsplit("/", 1)[-1], port, [binary, "-c", str(folder / "nginx.conf"), "-p", str(folder)]
 
 
-def _router(peers: Path, up: int, *, logs: bool) -> tuple[str, int, list[str]]:
+def _router(peers: Path, up: int, *, installed: bool) -> tuple[str, int, list[str]]:
     environment = _from_pypi(peers, "vllm-router")
     port = free_port()
     command = [
-        str(environment / "bin" / "vllm-router"), "--worker-urls", f"http://127.0.0.1:{up}", "--policy", "round_robin",
+        str(environment / "bin" / "vllm-router"), "--worker-urls", f"http://127.0.0.1:{up}",
         "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()),
     ]  # fmt: skip
-    return _version(environment, "vllm-router"), port, [*command, *([] if logs else ["--log-level", "warning"])]
+    if not installed:
+        command += ["--policy", "round_robin", "--log-level", "warning"]
+    return _version(environment, "vllm-router"), port, command
 
 
 def _litellm(folder: Path, peers: Path, up: int) -> tuple[str, int, list[str]]:

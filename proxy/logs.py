@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import sys
+import time
 from typing import IO, Final
 
 from pythonjsonlogger.json import JsonFormatter
@@ -44,16 +47,71 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in lines)
 
 
+class Lines(logging.StreamHandler[IO[str]]):
+    """Writes to a stream; what is told of each request together, once in each turn of the event loop.
+
+    A record of the logging module and a call of the kernel for each would cost more than the rest of a short request.
+    """
+
+    def __init__(self, stream: IO[str], formatter: logging.Formatter) -> None:
+        super().__init__(stream)
+        self.setFormatter(formatter)
+        self._waiting: list[str] = []
+        self._like = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO"})
+        self._second = 0
+        self._before = ""
+        self.plain = type(formatter) is not JsonFormatter
+        """A line is a message and something before it."""
+
+    def add(self, message: str) -> None:
+        """A line at level INFO, as `emit` would write it. For messages of one line, where the format is `plain`."""
+        second = int(time.time())
+        if second != self._second:
+            self._like.created = self._second = second
+            self._before = self.format(self._like)
+        self._waiting.append(f"{self._before}{message}{self.terminator}")
+        if len(self._waiting) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self._turn_ended)
+            except RuntimeError:  # no loop, nobody to wait for
+                self._turn_ended()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, after what came before it."""
+        self._write_waiting()
+        super().emit(record)
+
+    def flush(self) -> None:
+        """Leave nothing behind."""
+        self._write_waiting()
+        super().flush()
+
+    def _turn_ended(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a log that is gone stops nobody
+            self.flush()
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            lines, self._waiting = self._waiting, []
+            self.stream.write("".join(lines))
+
+
+def lines_of_requests() -> Lines | None:
+    """Where a line of a request can be written without a record: the only handler there is, and of this module."""
+    handlers = logging.root.handlers
+    if len(handlers) == 1 and isinstance(only := handlers[0], Lines) and only.plain:
+        return only
+    return None
+
+
 def to_stderr(format_: str, level: str) -> None:
     """Log there; `format_` is one of `FORMATS`, or "auto"."""
-    handler = logging.StreamHandler(sys.stderr)
     if format_ == "auto":
         format_ = "journal" if _is_journal(sys.stderr) else "text"
-    handler.setFormatter(_formatter(format_))
     # What no format shows is not looked up for every line (Python's logging HOWTO, Optimization).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.basicConfig(level=level.upper(), handlers=[Lines(sys.stderr, _formatter(format_))])
 
 
 def _is_journal(stream: IO[str]) -> bool:

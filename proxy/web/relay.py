@@ -17,6 +17,7 @@ import orjson
 from proxy import http1
 from proxy.config import parse_duration
 from proxy.errors import EngineFailedError, InvalidRequestError, RequestError, UpstreamError, sse_error
+from proxy.logs import lines_of_requests
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.tracing import CONTEXT_FIELDS
 from proxy.upstream import ExchangeError, SilenceError
@@ -283,7 +284,12 @@ def told(
 
 def tell(fields: dict[str, Any]) -> None:
     """Write the line."""
-    log.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
+    message = " ".join([f"{name}={value}" for name, value in fields.items()])
+    lines = lines_of_requests()
+    if lines is not None:
+        lines.add(message)
+    else:
+        log.info(message, extra=fields)
 
 
 class _Exchange:

@@ -1,0 +1,75 @@
+"""Lines of the log: those of requests are written together, and look as every other line does."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+
+import pytest
+
+from proxy import logs
+
+
+@pytest.fixture
+def only_lines(monkeypatch: pytest.MonkeyPatch) -> list[logs.Lines]:
+    """The handlers of the root logger, for a test to set."""
+    handlers: list[logs.Lines] = []
+    monkeypatch.setattr(logging.root, "handlers", handlers)
+    return handlers
+
+
+@pytest.mark.parametrize("format_", ["text", "journal"])
+async def test_a_line_of_a_request_looks_as_one_of_a_record(format_: str, only_lines: list[logs.Lines]) -> None:
+    stream = io.StringIO()
+    lines = logs.Lines(stream, logs._formatter(format_))
+    only_lines[:] = [lines]
+    assert logs.lines_of_requests() is lines
+    for _ in range(3):  # both may fall on two sides of a second
+        second = int(time.time())
+        lines.add("request_id=1 status=200")
+        lines.flush()
+        logging.getLogger("warmpool.request").warning("request_id=1 status=200")
+        first, other = stream.getvalue().splitlines()
+        if int(time.time()) == second:
+            break
+        stream.truncate(stream.seek(0))
+    assert first == other.replace("WARNING", "INFO   ").replace("<4>", "<6>")
+
+
+async def test_lines_are_written_at_the_end_of_a_turn_and_before_what_comes_after_them(
+    only_lines: list[logs.Lines],
+) -> None:
+    stream = io.StringIO()
+    lines = logs.Lines(stream, logging.Formatter("%(message)s"))
+    only_lines[:] = [lines]
+    lines.add("one")
+    lines.add("two")
+    assert stream.getvalue() == ""
+    await asyncio.sleep(0)
+    assert stream.getvalue() == "one\ntwo\n"
+    lines.add("three")
+    logging.getLogger("warmpool").warning("four")
+    assert stream.getvalue() == "one\ntwo\nthree\nfour\n"
+    lines.add("five")
+    lines.flush()  # as at the end of the process
+    assert stream.getvalue().endswith("four\nfive\n")
+    await asyncio.sleep(0)
+    stream.close()
+    lines.add("six")
+    await asyncio.sleep(0)  # nobody is told, and nothing fails
+
+
+def test_without_a_loop_nothing_waits() -> None:
+    stream = io.StringIO()
+    lines = logs.Lines(stream, logging.Formatter("%(message)s"))
+    lines.add("one")
+    assert stream.getvalue() == "one\n"
+
+
+def test_json_and_other_handlers_get_records(only_lines: list[logs.Lines]) -> None:
+    only_lines[:] = [logs.Lines(io.StringIO(), logs._formatter("json"))]
+    assert logs.lines_of_requests() is None
+    only_lines[:] = [logs.Lines(io.StringIO(), logs._formatter("text"))] * 2
+    assert logs.lines_of_requests() is None
