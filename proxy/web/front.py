@@ -338,8 +338,8 @@ class Passage:
 
     __slots__ = (
         "_address", "_admission", "_began", "_body", "_broken", "_closing", "_data", "_early", "_first_byte_at",
-        "_front", "_lease", "_protocol", "_reply", "_request_id", "_shape", "_size", "_transport", "_unsent", "_watch",
-        "upstream",
+        "_flows", "_front", "_lease", "_protocol", "_reply", "_request_id", "_shape", "_size", "_transport", "_unsent",
+        "_watch", "upstream",
     )  # fmt: skip
 
     def __init__(
@@ -375,6 +375,8 @@ class Passage:
         self._unsent = b""
         """The head, until something goes with it."""
         self._watch: Sink | None = None
+        self._flows = False
+        """The first bytes of the body are out, and nobody looks at the rest."""
 
     def begin(self) -> None:
         """Ask the engine."""
@@ -427,7 +429,9 @@ class Passage:
                 self._send(b"")
             self._break(f"not HTTP: {error}")
             return
-        if out or self._unsent:
+        if out and self._flows:
+            self._transport.write(out)
+        elif out or self._unsent:
             self._send(out)
         if body.done:
             self._end(reusable=not body.excess)
@@ -487,6 +491,8 @@ class Passage:
                 self._first_byte_at = time.perf_counter()
             if self._watch is not None:
                 self._watch(out)
+            else:
+                self._flows = True
         if self._unsent:
             out, self._unsent = self._unsent + out, b""
         self._transport.write(out)
