@@ -8,6 +8,7 @@ was as it should be, reading stops while the other side is slow, and `disconnect
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -209,6 +210,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        # Acknowledge an answer's pieces two by two; one by one would cost a tenth of passing an event on. Not for good
+        # (tcp(7)), and a connection that has served before does so by itself.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         self._upstream.opened(self)
         if self._generation != self._upstream.generation:
             self.abort()
