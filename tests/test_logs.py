@@ -6,10 +6,14 @@ import asyncio
 import io
 import logging
 import time
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy import logs
+from proxy.web import relay
 
 
 @pytest.fixture
@@ -73,3 +77,19 @@ def test_json_and_other_handlers_get_records(only_lines: list[logs.Lines]) -> No
     assert logs.lines_of_requests() is None
     only_lines[:] = [logs.Lines(io.StringIO(), logs._formatter("text"))] * 2
     assert logs.lines_of_requests() is None
+
+
+@given(
+    key=st.none() | st.sampled_from(["app"]),
+    first_byte_s=st.none() | st.floats(0, 1e5),
+    total_s=st.floats(0, 1e5),
+    broken=st.none() | st.just("the connection ended"),
+)
+def test_the_short_way_to_a_line_comes_to_the_same_line(
+    key: str | None, first_byte_s: float | None, total_s: float, broken: str | None
+) -> None:
+    facts: dict[str, Any] = {
+        "request_id": "1", "path": "/v1/completions", "key": key, "model": "m", "status": 200, "instance": "m-1",
+        "first_byte_s": first_byte_s, "total_s": total_s, "size": 7, "broken": broken,
+    }  # fmt: skip
+    assert relay.told_in_short(**facts) == relay.message_of(relay.told(method="POST", tier="ready", **facts))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import orjson
 import psutil
 import pytest
 
@@ -175,7 +176,6 @@ class TestProcessRuntime(RuntimeContract):
             http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
             """
         model = ModelSettings(process={"command": [PYTHON, "-c", script, "{port}", way]})
-        before = files_in(Path("/dev/shm"))
         handle = await bench.runtime.start("demo-1", "demo", model)
         await until_healthy(handle.base_url)
         await bench.runtime.checkpoint(handle, FACTS, Stages())
@@ -186,11 +186,14 @@ class TestProcessRuntime(RuntimeContract):
                 statuses = [(await session.get("/take")).status for _ in range(4)]
             assert statuses == [200, 200, 200, 409], "as it was at the checkpoint, each time"
             await bench.runtime.drop(handle)
-        kept = bench.store.path("demo-1") / "links"
-        assert kept.exists() is (way == "spawn")
+        index = bench.store.path("demo-1") / "links" / "index.json"
+        assert index.exists() is (way == "spawn")
+        kept = [Path(entry["path"]) for entry in orjson.loads(index.read_bytes())] if index.exists() else []
+        others = [p.with_name(n) for p in kept for entry in orjson.loads(index.read_bytes()) for n in entry["names"]]
+        assert not any(path.exists() for path in kept), "a restore uses them up"
+        assert all(path.exists() for path in others)
         await bench.runtime.remove(handle)
-        new = [p for p in files_in(Path("/dev/shm")) if p not in before]
-        assert not [p for p in new if p.name.startswith(("sem.", "link_remap"))]
+        assert not any(path.exists() for path in others)
 
     async def test_a_child_that_left_the_session_is_ended_too(self, bench: ProcessBench, tmp_path: Path) -> None:
         script = "setsid -f sleep 1000; exec sleep 1000 # {port}"

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from proxy import http1
 from proxy.errors import RequestError
+from proxy.logs import lines_of_requests
 from proxy.upstream import Exchange, ExchangeError
 from proxy.web import request_id, routes
 from proxy.web.answer import date
 from proxy.web.guard import refuse_expired
 from proxy.web.guard_protocol import GuardedProtocol
 from proxy.web.handed import Begun, Handed
-from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, watched
+from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, told_in_short, watched
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -583,7 +584,7 @@ class Passage:
         self._protocol.hand_on(Handed(self._request_id, begun, self._admission), self._data)
 
     def _account(self) -> None:
-        reply, body = self._reply, self._body
+        reply = self._reply
         status = reply.status if reply is not None else 499
         first_byte_s = self._first_byte_at - self._began if self._first_byte_at is not None else None
         metrics = self._front.metrics
@@ -594,22 +595,26 @@ class Passage:
         if admission is not None:
             admission.end(status if reply is not None else 0)
         if log.isEnabledFor(logging.INFO):
-            tell(
-                told(
-                    request_id=self._request_id,
-                    method="POST",
-                    path=self._shape.match.target,
-                    key=admission.holder.name if admission is not None else None,
-                    model=self._address.model,
-                    status=status,
-                    tier="ready",
-                    instance=self._lease.instance_id,
-                    first_byte_s=first_byte_s,
-                    total_s=time.perf_counter() - self._began,
-                    size=body.payload_bytes if body is not None else self._size,
-                    broken=self._broken,
-                )
-            )
+            self._tell(status, first_byte_s)
+
+    def _tell(self, status: int, first_byte_s: float | None) -> None:
+        facts: dict[str, Any] = {
+            "request_id": self._request_id,
+            "path": self._shape.match.target,
+            "key": self._admission.holder.name if self._admission is not None else None,
+            "model": self._address.model,
+            "status": status,
+            "instance": self._lease.instance_id,
+            "first_byte_s": first_byte_s,
+            "total_s": time.perf_counter() - self._began,
+            "size": self._body.payload_bytes if self._body is not None else self._size,
+            "broken": self._broken,
+        }
+        lines = lines_of_requests()
+        if lines is not None:
+            lines.add(told_in_short(**facts))
+        else:
+            tell(told(method="POST", tier="ready", **facts))
 
 
 def _nothing_more(_: bytes) -> bool:

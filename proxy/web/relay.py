@@ -282,9 +282,37 @@ def told(
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def told_in_short(
+    *,
+    request_id: str,
+    path: str,
+    key: str | None,
+    model: str,
+    status: int,
+    instance: str,
+    first_byte_s: float | None,
+    total_s: float,
+    size: int,
+    broken: str | None,
+) -> str:
+    """The message that `tell` makes of `told` for a POST that found its instance ready, for a third of the time."""
+    whose = f" key={key}" if key is not None else ""
+    first = f" first_byte_ms={first_byte_s * 1000:.1f}" if first_byte_s is not None else ""
+    end = f" broken={broken}" if broken is not None else ""
+    return (
+        f"request_id={request_id} method=POST path={path}{whose} model={model} status={status} tier=ready "
+        f"instance={instance}{first} total_ms={total_s * 1000:.1f} bytes={size}{end}"
+    )
+
+
+def message_of(fields: dict[str, Any]) -> str:
+    """What was told, for people."""
+    return " ".join([f"{name}={value}" for name, value in fields.items()])
+
+
 def tell(fields: dict[str, Any]) -> None:
     """Write the line."""
-    message = " ".join([f"{name}={value}" for name, value in fields.items()])
+    message = message_of(fields)
     lines = lines_of_requests()
     if lines is not None:
         lines.add(message)
