@@ -9,6 +9,7 @@ from proxy.checkpoints import LOCK, MANIFEST
 from proxy.doctor.report import Check, Repair
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from proxy.doctor.needs import Situation
@@ -94,18 +95,23 @@ async def huge_pages(it: Situation) -> list[Check]:
     if text is None:
         fix = "run a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
         return [Check(name, "warn", "this kernel has no transparent huge pages: restores are slower", fix)]
+    return [_huge(it.host, name, _HUGE_PAGES, text, {"always": "always"}, "restores are slower")]
+
+
+def _huge(host: Host, name: str, setting: str, text: str, good: Mapping[str, str], else_: str) -> Check:
+    """Whether one of the good values is chosen, in brackets as the kernel has it; `good` says what to call it."""
     chosen = text.partition("[")[2].partition("]")[0]
-    if chosen == "always":
-        return [Check(name, "ok", "always")]
-    now = f"echo always > {_HUGE_PAGES}"
-    fix = f"{now}\necho 'w {_HUGE_PAGES} - - - - always' > /etc/tmpfiles.d/warmpool.conf   # at every start"
-    path = it.host.path(_HUGE_PAGES)
+    if chosen in good:
+        return Check(name, "ok", good[chosen])
+    now = f"echo always > {setting}"
+    fix = f"{now}\necho 'w {setting} - - - - always' >> /etc/tmpfiles.d/warmpool.conf   # at every start"
+    path = host.path(setting)
 
     def switch() -> None:
         path.write_text("always")
 
-    found = f"{chosen or 'unknown'}: restores are slower"
-    return [Check(name, "warn", found, fix, Repair.of_files(f"run, until the next start: {now}", switch))]
+    repair = Repair.of_files(f"run, until the next start: {now}", switch)
+    return Check(name, "warn", f"{chosen or 'unknown'}: {else_}", fix, repair)
 
 
 async def pinned_memory(it: Situation) -> list[Check]:
@@ -119,18 +125,9 @@ async def pinned_memory(it: Situation) -> list[Check]:
     text = it.host.text(_SHARED_HUGE_PAGES)
     if text is None:
         return [Check(name, "skip", "this kernel has no huge pages for shared memory")]
-    chosen = text.partition("[")[2].partition("]")[0]
-    if chosen in ("always", "force"):
-        return [Check(name, "ok", f"huge pages {chosen}")]
-    now = f"echo always > {_SHARED_HUGE_PAGES}"
-    fix = f"{now}\necho 'w {_SHARED_HUGE_PAGES} - - - - always' >> /etc/tmpfiles.d/warmpool.conf   # at every start"
-    path = it.host.path(_SHARED_HUGE_PAGES)
-
-    def switch() -> None:
-        path.write_text("always")
-
-    found = f"huge pages {chosen or 'unknown'}: suspended engines that sleep at level 1 wake more slowly"
-    return [Check(name, "warn", found, fix, Repair.of_files(f"run, until the next start: {now}", switch))]
+    good = {"always": "huge pages always", "force": "huge pages force"}
+    wakes = "no huge pages for it: suspended engines that sleep at level 1 wake more slowly"
+    return [_huge(it.host, name, _SHARED_HUGE_PAGES, text, good, wakes)]
 
 
 async def folders(it: Situation) -> list[Check]:
