@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As of a job in the background. What is started from here would ignore it too, and some tests interrupt it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONTAINERS = frozenset({"podman", "criu", "vllm"})
 
