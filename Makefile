@@ -20,7 +20,8 @@ run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1
 	$(BIN)/warmpool serve --config $(CONFIG)
 
 test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one process, all else in another
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not vllm and not podman and not criu'
+	$(BIN)/pytest -m 'not vllm and (podman or criu)'
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} $(BIN)/pytest tests/test_fuzz.py
