@@ -63,6 +63,7 @@ from proxy.slots import (
     note_unexpected,
     reset,
     rungs_from,
+    tier_found,
 )
 from proxy.steps import DEEPEST_SLEEP, Steps
 from proxy.usage import Usage
@@ -533,7 +534,7 @@ class Pool:
         if (lease := self._at_once(model, preferred)) is not None:
             return lease
         held = policy.holding(model.instances(), preferred) if preferred is not None else None
-        found = policy.best_tier(model.instances() if held is None else [held])
+        found = tier_found(model.slots.values() if held is None else [model.slots[held.id]])
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
@@ -662,7 +663,7 @@ class Pool:
     def estimate_s(self, key: str) -> float:
         """How long a request for the model would wait for a wake, from measured ones, in seconds."""
         model = self._models[key]
-        tier = policy.best_tier(model.instances())
+        tier = tier_found(model.slots.values())
         whole_s = self._costs.estimate_s(key, tier)
         waking = [
             s.wake_began for s in model.slots.values() if s.instance.state is State.WAKING and s.instance.tier is tier
@@ -1136,7 +1137,8 @@ class Pool:
         except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two rungs
             text = str(error) or "no result in time"
             note_unexpected(instance, error)
-            harmless = isinstance(error, RuntimeFailure) and error.alive
+            # No engine runs on the way to the archive, so none can break.
+            harmless = to is Tier.ARCHIVED or (isinstance(error, RuntimeFailure) and error.alive)
             if isinstance(error, RuntimeFailure) and error.leaked_bytes:
                 self._metrics.gpu_leaks.labels(model.key).inc()
             if harmless:
@@ -1156,7 +1158,7 @@ class Pool:
             log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
             self._fail_order(slot, to, text)
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
-            if slot.watcher is None:
+            if slot.watcher is None and arrived < Tier.CHECKPOINTED:
                 self._steps.watch(model, slot)
         else:
             arrived = to
@@ -1267,7 +1269,7 @@ class Pool:
 
     def tiers(self) -> dict[str, Tier]:
         """Model key → the rung a request would find."""
-        return {m.key: policy.best_tier(m.instances()) for m in (*self._leaving, *self._models.values())}
+        return {m.key: tier_found(m.slots.values()) for m in (*self._leaving, *self._models.values())}
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proxy import policy
+from proxy.slots import tier_found
 
 if TYPE_CHECKING:
     from proxy.instance import WakeRecord
@@ -19,7 +20,7 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "name": model.served_name,
         "aliases": [*model.settings.aliases],
         "draining": model.draining,
-        "tier": policy.best_tier(model.instances()).label,
+        "tier": tier_found(model.slots.values()).label,
         "queue": len(model.queue),
         "estimate_s": round(estimate_s, 3),
         "runtime": model.runtime.name,

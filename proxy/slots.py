@@ -15,7 +15,7 @@ from proxy.instance import State, Tier
 from proxy.line import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Coroutine, Iterable, Mapping
     from types import TracebackType
 
     from proxy.config import ModelSettings
@@ -262,6 +262,14 @@ def rungs_from(found: Tier, slot: Slot) -> list[Tier]:
     if found < Tier.CHECKPOINTED and slot.image.present:
         rungs.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
     return [*rungs, Tier.STOPPED]
+
+
+def tier_found(slots: Iterable[Slot]) -> Tier:
+    """The rung that a request finds: that of the warmest instance. A broken one goes on from its image."""
+    slots = [*slots]
+    broken = [s.image for s in slots if s.instance.state is State.BROKEN and s.image.present]
+    images = (Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED for image in broken)
+    return min((policy.best_tier(s.instance for s in slots), *images))
 
 
 def image_of(facts: ImageFacts) -> Image:

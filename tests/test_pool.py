@@ -696,6 +696,37 @@ async def test_the_image_is_archived_once_nobody_needs_it_and_comes_back_for_a_r
     assert not rig.runtime.images["demo"].archived
 
 
+@pytest.mark.parametrize(
+    "failure", [RuntimeFailure("archive", "no space", alive=True), TimeoutError(), OSError(5, "Input/output error")]
+)
+async def test_a_step_to_the_archive_that_fails_is_no_end_of_an_engine(rig_of: Any, failure: Exception) -> None:
+    rig: Rig = await rig_of({"demo": {"idle": {**SECONDS, "archived": "40s"}}})
+    await down_to(rig, Tier.CHECKPOINTED)
+    rig.runtime.failures["archive_image"] = [failure]
+    await rig.pass_time(10)
+    assert rig.runtime.calls["archive_image"] == 1
+    assert rig.states() == {"demo-1": "checkpointed"}
+    assert rig.metrics.registry.get_sample_value("warmpool_engine_exits_total", {"model": "demo"}) == 0
+    assert rig.runtime.calls["drop"] == 0, "nothing ran"
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+
+
+async def test_a_request_that_finds_an_instance_just_broken_is_told_where_it_is_restored_from(rig: Rig) -> None:
+    await down_to(rig, Tier.CHECKPOINTED)
+    await use(rig)
+    rig.runtime.gates["drop"] = asyncio.Event()
+    rig.runtime.kill("demo-1")
+    await settle()
+    assert rig.states() == {"demo-1": "broken"}
+    assert rig.pool.tiers() == {"demo": Tier.CHECKPOINTED}
+    asked = asyncio.create_task(use(rig))
+    await settle()
+    rig.runtime.gates.pop("drop").set()
+    lease = await asked
+    assert lease.wake is not None
+    assert (lease.found, lease.wake.reached_from) == (Tier.CHECKPOINTED, Tier.CHECKPOINTED)
+
+
 async def test_the_last_rung_frees_the_image_and_prepares_no_clones(rig_of: Any) -> None:
     rig = await golden(rig_of)
     for _ in range(5):
