@@ -89,6 +89,8 @@ class Request:
     tags: dict[str, Any] = field(default_factory=dict)
     """Goes into its outcome as it is."""
     keep_text: bool = False
+    chunked: bool = False
+    """The body is sent in chunks, without its length."""
 
 
 @dataclass(slots=True)
@@ -208,20 +210,25 @@ class Client:
         exchange.begin()
         return exchange
 
-    def message(self, request: Request) -> bytes:
-        """The bytes of a request."""
-        body = b"" if request.body is None else orjson.dumps(request.body)
-        method = "GET" if request.body is None else "POST"
-        lines = [
-            f"{method} {request.path} HTTP/1.1",
-            f"Host: {self.target.host}",
-            "Connection: close",
-            "Accept-Encoding: identity",
-            *(f"{name}: {value}" for name, value in self.target.headers.items()),
-        ]
-        if request.body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        return "\r\n".join([*lines, "", ""]).encode() + body
+
+def message(target: Target, request: Request) -> bytes:
+    """The bytes of a request."""
+    body = b"" if request.body is None else orjson.dumps(request.body)
+    method = "GET" if request.body is None else "POST"
+    lines = [
+        f"{method} {request.path} HTTP/1.1",
+        f"Host: {target.host}",
+        "Connection: close",
+        "Accept-Encoding: identity",
+        *(f"{name}: {value}" for name, value in target.headers.items()),
+    ]
+    if request.body is not None:
+        framing = "Transfer-Encoding: chunked" if request.chunked else f"Content-Length: {len(body)}"
+        lines += ["Content-Type: application/json", framing]
+        if request.chunked:
+            half = len(body) // 2
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:half], body[half:])) + b"0\r\n\r\n"
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class _Exchange:
@@ -262,7 +269,7 @@ class _Exchange:
             self._loop.call_soon(self.fail, f"connect: {os.strerror(status)}")
             return
         self._timer = self._loop.call_later(self._client.timeout_s, self.fail, "no whole answer in time")
-        self._left = self._client.message(self._request)
+        self._left = message(target, self._request)
         # On this host a connection is made within the call, though the call does not say so.
         if not self._send():
             self._loop.add_writer(self._socket.fileno(), self._writable)

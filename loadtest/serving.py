@@ -279,6 +279,8 @@ class Served:
         self.process = process
         self._begin = begin
         """Of its lines in the log."""
+        self.ended_s: float | None = None
+        """From SIGTERM to its end; None while it runs, and when it had to be killed."""
 
     async def status(self) -> dict[str, Any]:
         """Model key → what `/admin/status` says of it."""
@@ -381,7 +383,9 @@ async def serving(settings: Mapping[str, Any], where: Folders) -> AsyncIterator[
     try:
         url = await _listening(process, log, start)
         async with Client(Target.at(url), timeout_s=PATIENCE_S) as client:
-            yield Served(client, log, process, start)
+            served = Served(client, log, process, start)
+            yield served
+        served.ended_s = await _end(process)
     finally:
         await _end(process)
         if not where.shared and any("podman" in model for model in settings["models"].values()):
@@ -398,14 +402,19 @@ async def _listening(process: asyncio.subprocess.Process, log: Path, start: int)
         await asyncio.sleep(0.02)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(process: asyncio.subprocess.Process) -> float | None:
+    """End the proxy; how long that took, unless it had ended already or obeyed only SIGKILL."""
+    took_s = None
     if process.returncode is None:
+        began_s = time.monotonic()
         process.send_signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(process.wait(), 60)
+            took_s = time.monotonic() - began_s
         except TimeoutError:
             process.kill()
     await process.wait()
+    return took_s
 
 
 def remove_containers(where: Folders) -> None:

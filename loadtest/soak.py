@@ -1,25 +1,30 @@
-"""`soak`: mixed load for a time, with gaps in which engines step down, so that every rung is passed again and again."""
+"""`soak`: mixed load for a time, with gaps in which engines step down, so that every tier is passed again and again.
+
+Some clients leave, in any phase of their request; half of all bodies are chunked.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import shutil
+import statistics
 import subprocess
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
 from loadtest.ladder import Checks
+from loadtest.leaving import Phase, leave
 from loadtest.serving import completion, learn_versions, serving
 from loadtest.watching import watching
 from proxy.runtime.claim import Claim
 
 if TYPE_CHECKING:
-    from loadtest.client import Outcome
+    from loadtest.client import Outcome, Request
     from loadtest.display import Display
     from loadtest.results import Writer
     from loadtest.serving import Folders, Served, Setup
@@ -28,8 +33,12 @@ IDLE: Final = {"sleeping": "500ms", "suspended": "1s", "checkpointed": "2s"}
 GAPS_S: Final = (0.05, 0.7, 1.4, 3.5)
 """Between two bursts for a model: shorter than every step of `IDLE`, and longer than each of them in turn."""
 MOST_AT_ONCE: Final = 8
-LEAVES: Final = 0.05
+LEAVES: Final = 0.25
 """Share of the clients that leave before their answer is there."""
+SLOW: Final = 3.0
+"""A wake that takes longer than this many times the median of its tier is a slow one …"""
+_NOISE_S: Final = 0.25
+"""… unless it takes no more than this beyond the median: a wake of milliseconds is at the mercy of the scheduler."""
 _MOST_GROWTH: Final = 1.5
 _GROWTH_BYTES: Final = 64 << 20
 _SPARE_FILES: Final = 16
@@ -53,18 +62,35 @@ class Soaked:
 
     checks: Checks = field(default_factory=Checks)
     sent: int = 0
-    left: int = 0
+    left: Counter[Phase] = field(default_factory=Counter)
     """Clients that went away, on purpose."""
     tiers: Counter[str] = field(default_factory=Counter)
+    wakes_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Tier → how long the wakes from it took; apart those that had to repeat the known answer."""
+    ended_s: float | None = None
+    """From SIGTERM to the proxy's end."""
     before: Held | None = None
     after: Held | None = None
 
+    def slow_wakes(self) -> list[str]:
+        """Those that took more than `SLOW` times the median of their tier; one sentence each."""
+        found = []
+        for tier, wakes_s in self.wakes_s.items():
+            median_s = statistics.median(wakes_s)
+            bound_s = max(SLOW * median_s, median_s + _NOISE_S)
+            found += [
+                f"a wake from {tier} took {s:.2f} s, the median is {median_s:.2f} s" for s in wakes_s if s > bound_s
+            ]
+        return found
+
     def leaks(self) -> list[str]:
-        """What there is more of than when it began; one sentence each."""
+        """What there is more of than when it began, or does not end; one sentence each."""
         before, after = self.before, self.after
         if before is None or after is None:
             return []
         found = []
+        if self.ended_s is None:
+            found.append("the proxy did not end within 60 s of SIGTERM")
         if after.open:
             found.append(f"{after.open} requests are open though every client has its answer or has left")
         if after.files > before.files + _SPARE_FILES:
@@ -98,6 +124,7 @@ async def soak(setup: Setup, count: int, seconds: float, writer: Writer, display
                 users.create_task(_show(display, found, seconds, ends_s))
             display.phase("coming to rest")
             found.after = await _at_rest(served, where, keys)
+        found.ended_s = served.ended_s
     _account(found, writer)
     return found
 
@@ -111,31 +138,29 @@ async def _use(
         alone = size == 1 or setup.config is None
         async with asyncio.TaskGroup() as burst:
             for _ in range(size):
-                burst.create_task(_ask(served, setup, key, draw.random() < LEAVES, found, writer, alone=alone))
+                request = completion(setup.name(key), 0.0, key, keep_text=True, model=key)
+                request = replace(request, chunked=draw.random() < 0.5)
+                if draw.random() < LEAVES:
+                    phase = draw.choice([*Phase])
+                    found.left[phase] += 1
+                    burst.create_task(leave(served.client.target, request, phase, random.Random(draw.random())))
+                else:
+                    burst.create_task(_ask(served, request, found, writer, alone=alone))
         gap_s = draw.choice(GAPS_S) * draw.uniform(0.9, 1.3)
         await asyncio.sleep(max(0.0, min(gap_s, ends_s - time.monotonic())))
 
 
-async def _ask(
-    served: Served, setup: Setup, key: str, leaves: bool, found: Soaked, writer: Writer, *, alone: bool
-) -> None:
-    request = completion(setup.name(key), 0.0, key, keep_text=True, model=key)
-    if not leaves:
-        _note(found, await served.client.ask(request), writer, alone=alone)
-        return
-    found.sent += 1
-    try:
-        async with asyncio.timeout(0.05):
-            _note(found, await served.client.ask(request), writer, alone=alone)
-            found.sent -= 1
-    except TimeoutError:
-        found.left += 1
+async def _ask(served: Served, request: Request, found: Soaked, writer: Writer, *, alone: bool) -> None:
+    _note(found, await served.client.ask(request), writer, alone=alone)
 
 
 def _note(found: Soaked, outcome: Outcome, writer: Writer, *, alone: bool = True) -> None:
     found.sent += 1
     found.checks.look_at(outcome, outcome.tags["model"], alone=alone)
     found.tiers[outcome.tier or "none"] += 1
+    stages = outcome.stages_s
+    if "wake" in stages:
+        found.wakes_s[outcome.tier + (", first" if "canary" in stages else "")].append(stages["wake"])
     writer.outcome(outcome, outcome.tier or "lost")
 
 
@@ -175,7 +200,14 @@ def _containers(where: Folders) -> int:
 
 def _account(found: Soaked, writer: Writer) -> None:
     found.checks.into(writer)
-    writer.count(sent=found.sent, left=found.left, **{f"found {t}": n for t, n in sorted(found.tiers.items())})
+    writer.count(sent=found.sent, left=found.left.total(), **{f"found {t}": n for t, n in sorted(found.tiers.items())})
+    writer.count(**{f"left {phase.value}": n for phase, n in found.left.items()})
+    slow = found.slow_wakes()
+    writer.count(slow_wakes=len(slow))
+    for text in slow:
+        writer.note(text)
+    if found.ended_s is not None:
+        writer.count(ended_s=found.ended_s)
     for name, held in (("before", found.before), ("after", found.after)):
         if held is not None:
             writer.count(**{f"{f} {name}": float(getattr(held, f)) for f in Held.__slots__})
