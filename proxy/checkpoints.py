@@ -313,6 +313,10 @@ class CheckpointStore:
         """Note that an image that was refused fits again."""
         self._unwanted.discard(image)
 
+    def refuses(self, image: str) -> bool:
+        """Whether that was noted."""
+        return image in self._unwanted
+
     def names(self) -> list[str]:
         """The images there are."""
         if not self.root.is_dir():

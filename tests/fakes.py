@@ -17,7 +17,7 @@ from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class FakeRuntime:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
+        self.changes: dict[str, Outdated] = {}
+        """Model → what has changed since its engines were started."""
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -264,6 +266,10 @@ class FakeRuntime:
 
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
         return None
+
+    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+        await self._enter("outdated")
+        return {key: entry for key, entry in self.changes.items() if key in models}
 
     async def remove(self, handle: Handle) -> None:
         await self._enter("remove")

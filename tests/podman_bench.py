@@ -44,6 +44,33 @@ def podman(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+class Tag:
+    """A name for two container images with the same engine, of which it means the first until it is moved."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        container = podman("create", "--label", f"{name}=2", engine_image())
+        self.ids = [
+            podman("commit", "--quiet", "--change", f"LABEL {name}={version}", container, f"{name}:v{version}")
+            for version in (1, 2)
+        ]
+        podman("rm", container)
+        self.point_to(0)
+
+    def point_to(self, number: int) -> None:
+        podman("tag", self.ids[number], f"{self.name}:latest")
+
+    def remove(self) -> None:
+        podman("rmi", "--force", "--ignore", *(f"{self.name}:{version}" for version in ("latest", "v1", "v2")))
+
+
+def moving_tag() -> Iterator[Tag]:
+    """For a fixture."""
+    tag = Tag(f"localhost/warmpool-test-{os.getpid()}")
+    yield tag
+    tag.remove()
+
+
 def engine_table(*options: str, **podman_keys: Any) -> dict[str, Any]:
     """A model's `podman` table with a load-test engine that is up at once and writes files as it works."""
     return {
@@ -99,7 +126,9 @@ class PodmanBench(HttpBench):
 
     async def clear(self) -> None:
         """End and forget everything."""
-        last = self.heir or self
+        last = self
+        while last.heir is not None:
+            last = last.heir
         for it in list(last.runtime._containers.values()):
             await last.runtime.remove(it.handle)
             await last.runtime.discard_image(it.handle)

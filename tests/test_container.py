@@ -22,13 +22,14 @@ def model(*, name: str | None = None, **podman: Any) -> ModelSettings:
 
 def specification(settings: ModelSettings, host_port: int | None = None) -> dict[str, Any]:
     return container.specification(
-        name="c", key="demo", model=settings, host_port=host_port, labels={"owner": "o"}, environment={"MARK": "m"},
-        criu_config=Path("/run/c.conf"), seccomp=Path("/run/s.json"), log=Path("/run/c.log"),
+        name="c", image="0123", key="demo", model=settings, host_port=host_port, labels={"owner": "o"},
+        environment={"MARK": "m"}, criu_config=Path("/run/c.conf"), seccomp=Path("/run/s.json"), log=Path("/run/c.log"),
     )  # fmt: skip
 
 
 def test_the_least_a_container_gets() -> None:
     spec = specification(model(name="org/Demo"))
+    assert spec["image"] == "0123", "by its id: what the name means may change at any time"
     assert spec["command"] == ["--port", "8000", "--host", "0.0.0.0", "--name", "org/Demo"]
     assert spec["netns"] == {"nsmode": "bridge"}
     assert "portmappings" not in spec

@@ -25,6 +25,7 @@ from tests.podman_bench import (
     engine_image,
     engine_table,
     model_of,
+    moving_tag,
     podman,
     tmpfs_folder,
     why_no_podman,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from proxy.checkpoints import Compression
     from proxy.runtime.base import Handle
+    from tests.podman_bench import Tag
 
 pytestmark = [
     pytest.mark.podman,
@@ -45,6 +47,7 @@ pytestmark = [
 ]
 
 images = pytest.fixture(tmpfs_folder)
+tag = pytest.fixture(moving_tag)
 
 
 @pytest.fixture
@@ -83,6 +86,11 @@ async def abstract_name(bench: PodmanBench, handle: Handle) -> str:
         while not (names := namespaces.abstract_names([pid])):
             await asyncio.sleep(0.01)
     return names[0].removeprefix("@")
+
+
+def image_of(bench: PodmanBench, handle: Handle) -> str:
+    """The id of the container image that its container was made from."""
+    return podman("inspect", "--format", "{{.Image}}", bench.container(handle))
 
 
 async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
@@ -134,6 +142,65 @@ class TestPodmanRuntime(RuntimeContract):
         clone = await bench.runtime.restore(clone, Stages())
         await bench.healthy(clone)
         assert await bench.boot_id(clone) == boot
+
+    # --- the name of the container image means another one ---
+
+    async def test_an_image_says_what_its_engine_was_started_from(self, bench: PodmanBench, tag: Tag) -> None:
+        bench.model = model_of(image=tag.name)
+        handle = await self.start(bench)
+        tag.point_to(1)
+        assert "was started from" in (await bench.runtime.outdated({"demo": bench.model}))["demo"].reason
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        assert bench.store.load("demo").facts["container image"] == tag.ids[0]
+        assert (await bench.runtime.outdated({"demo": bench.model}))["demo"].usable
+        tag.point_to(0)
+        assert await bench.runtime.outdated({"demo": bench.model}) == {}
+
+    async def test_memory_is_restored_over_the_files_it_was_taken_with(self, bench: PodmanBench, tag: Tag) -> None:
+        bench.model = model_of(image=tag.name)
+        golden, boot = await self.checkpointed(bench)
+        tag.point_to(1)
+        podman("rm", bench.container(golden))  # pruned
+        golden = await bench.runtime.restore(golden, Stages())
+        clone = await bench.runtime.restore(await bench.runtime.clone("demo-2", "demo", bench.model), Stages())
+        for handle in (golden, clone):
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            assert image_of(bench, handle) == tag.ids[0]
+        started = await bench.runtime.start("demo-3", "demo", bench.model)
+        assert image_of(bench, started) == tag.ids[1], "a new engine is what the name means now"
+        await bench.runtime.checkpoint(started, FACTS, Stages())
+        golden = await bench.runtime.restore(golden, Stages())
+        assert image_of(bench, golden) == tag.ids[1], "its container is made for the image there is now"
+
+    async def test_memory_whose_files_are_gone_is_not_restored_over_others(self, bench: PodmanBench, tag: Tag) -> None:
+        bench.model = model_of(image=tag.name)
+        golden, _ = await self.checkpointed(bench)
+        tag.point_to(1)
+        podman("rm", bench.container(golden))
+        podman("rmi", tag.ids[0])
+        with pytest.raises(RuntimeFailure, match="its checkpoint was taken from that container image, which is gone"):
+            await bench.runtime.restore(golden, Stages())
+        outdated = await bench.runtime.outdated({"demo": bench.model})
+        assert not outdated["demo"].usable
+
+    async def test_a_successor_adopts_what_is_outdated_unless_there_is_something_newer(
+        self, bench: PodmanBench, tag: Tag
+    ) -> None:
+        bench.model = model_of(image=tag.name)
+        await self.start(bench)
+        tag.point_to(1)
+        after = await bench.successor()
+        after.model = bench.model
+        recovered = await after.runtime.recover({"demo": after.model})
+        assert [f.tier for f in recovered.instances] == [Tier.READY]
+        newer = await after.runtime.start("demo-2", "demo", after.model)
+        await after.healthy(newer)
+        await after.runtime.checkpoint(newer, FACTS, Stages())
+        last = await after.successor()
+        last.model = bench.model
+        recovered = await last.runtime.recover({"demo": last.model})
+        assert [(f.handle, f.tier) for f in recovered.instances] == [(newer, Tier.CHECKPOINTED)]
 
     # --- what goes wrong ---
 
@@ -369,12 +436,14 @@ class TestPodmanRuntime(RuntimeContract):
         handle, _ = await self.checkpointed(bench)
         manifest = bench.store.path("demo") / MANIFEST
         content = orjson.loads(manifest.read_bytes())
-        was, content["facts"][fact] = content["facts"][fact], "1.2.3"
+        here, content["facts"][fact] = content["facts"][fact], "1.2.3"
+        if fact == "container image":
+            here = "missing"
         manifest.write_bytes(orjson.dumps(content))
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         assert (list(recovered.instances), dict(recovered.images)) == ([], {})
-        assert f"checkpoint demo is refused: {fact} was 1.2.3, is {was} here" in caplog.text
+        assert f"checkpoint demo is refused: {fact} was 1.2.3, is {here} here" in caplog.text
         assert await self.start(after) == handle
 
     # --- connections ---

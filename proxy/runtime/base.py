@@ -85,6 +85,15 @@ class Recovered:
     images: Mapping[str, ImageFacts] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Outdated:
+    """An image or a running engine is not what its model's configuration resolves to now."""
+
+    reason: str
+    usable: bool = True
+    """It may serve until there is a new one; else it must not be restored any more."""
+
+
 class Runtime(Protocol):
     """Starts, stops, suspends, checkpoints and restores engines.
 
@@ -170,6 +179,9 @@ class Runtime(Protocol):
 
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
         """Why an image of this runtime cannot be used with this configuration on this host; None when it can."""
+
+    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+        """Of these models, all of the runtime's, those with an image or an engine that is outdated, by their key."""
 
     async def remove(self, handle: Handle) -> None:
         """End the processes politely, then by force, and delete records; the image too, unless it is shared.

@@ -51,6 +51,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
 def specification(
     *,
     name: str,
+    image: str,
     key: str,
     model: ModelSettings,
     host_port: int | None,
@@ -63,6 +64,8 @@ def specification(
     arguments: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The body of `POST /libpod/containers/create`; `host_port` for a container on the host's network.
+
+    `image`: the id of the container image; its name may mean another one by the time podman looks.
 
     `environment`, `mounts` (source, target, writable) and `arguments` of the command are added to the model's own.
 
@@ -77,7 +80,7 @@ def specification(
     }
     spec: dict[str, Any] = {
         "name": name,
-        "image": engine.image,
+        "image": image,
         "command": [*(_fill(argument, values) for argument in engine.command), *arguments],
         "env": {n: v.get_secret_value() for n, v in engine.env.items()} | dict(environment),
         "labels": {LABEL + n: v for n, v in labels.items()},

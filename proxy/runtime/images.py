@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from proxy.checkpoints import StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime.base import ImageFacts, Rungs
+from proxy.runtime.base import ImageFacts, Outdated, Rungs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,8 +99,12 @@ class KeepsImages(abc.ABC):
         return {key: facts for key, (_, facts) in (await self._usable_images(models)).items()}
 
     @abc.abstractmethod
-    async def _facts_for(self, model: ModelSettings) -> Mapping[str, str]:
-        """What must be the same where an image of the model is restored."""
+    async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> Mapping[str, str]:
+        """What must be the same where this image of the model is restored."""
+
+    @abc.abstractmethod
+    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
+        """In which way an engine that is started now would be another one than that of an image that can be used."""
 
     @abc.abstractmethod
     def _digest(self, key: str, model: ModelSettings) -> str:
@@ -113,7 +117,34 @@ class KeepsImages(abc.ABC):
             return f"there is no model {manifest.model!r} any more"
         if manifest.spec_digest != self._digest(manifest.model, model):
             return f"models.{manifest.model} has changed since"
-        return "; ".join(manifest.differences(await self._facts_for(model))) or None
+        return "; ".join(manifest.differences(await self._facts_for(model, manifest))) or None
+
+    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+        """See `Runtime.outdated`."""
+        found: dict[str, Outdated] = {}
+        if Tier.CHECKPOINTED not in self.rungs().offered:
+            return found
+        for image in sorted({*self._store.names(), *self._store.archived()}):
+            try:
+                manifest = await self._manifest(image)
+            except StoreError:
+                continue  # who uses it will say so
+            model = models.get(manifest.model)
+            if model is None or manifest.runtime != self.name or self._store.refuses(image):
+                continue
+            reason = await self.refusal(manifest, models)
+            outdated = Outdated(reason, usable=False) if reason else await self._since_changed(model, manifest)
+            if outdated is not None:
+                found[manifest.model] = outdated
+                if not outdated.usable:
+                    self._store.refuse(image)
+        return found
+
+    async def _manifest(self, image: str) -> Manifest:
+        """That of an image on tmpfs, or in the archive. Raises StoreError."""
+        if image in self._store.names():
+            return self._store.load(image)
+        return await self._store.archived_manifest(image)
 
     async def _usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
         """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""

@@ -24,7 +24,7 @@ from proxy.checkpoints import CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
-from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
 from proxy.runtime.images import KeepsImages
@@ -45,6 +45,8 @@ log = logging.getLogger("warmpool.podman")
 T = TypeVar("T")
 
 _SETTLE_S: Final = 5.0
+_CONTAINER_IMAGE: Final = "container image"
+"""The fact of a manifest: the id of the container image that the engine was started from."""
 # In the container: what is run in vLLM, and the copies of its weights.
 _EXTENSION: Final = "/opt/warmpool"
 _WEIGHTS: Final = "/run/warmpool-weights"
@@ -61,6 +63,8 @@ class _Container:
     model: ModelSettings
     spec_digest: str
     id: str = ""
+    image_id: str = ""
+    """Of the container image that it was made from, whatever the image's name means by now."""
     userdata: Path = Path()
     """Its bundle, where podman looks for the checkpoint."""
     upper: Path | None = None
@@ -188,13 +192,36 @@ class PodmanRuntime(KeepsImages):
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """See `Runtime.recover`."""
         images: dict[str, ImageFacts] = {}
+        made_from: dict[str, str] = {}
         if Tier.CHECKPOINTED in self._rungs.offered:
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
+            made_from = {key: manifest.facts.get(_CONTAINER_IMAGE, "") for key, (manifest, _) in usable.items()}
         entries = await self._ours()
         helpers = await asyncio.to_thread(leftovers.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
-        return Recovered([one for one in found if one is not None], images)
+        kept = [one for one in found if one is not None and await self._is_kept(one, models, made_from)]
+        return Recovered(kept, images)
+
+    async def _is_kept(self, one: Found, models: Mapping[str, ModelSettings], made_from: Mapping[str, str]) -> bool:
+        """Whether a container that was found is of use; else it is removed.
+
+        One that rests has to be made from what its image was taken from. One that runs and is outdated serves only
+        where there is nothing newer to restore.
+        """
+        it = self._containers[one.handle.instance_id]
+        key = one.handle.model
+        golden = made_from.get(key)
+        if one.tier is not Tier.READY:
+            kept = it.image_id == golden
+        else:
+            now = await self._image_now(models[key])
+            kept = it.image_id == now or golden != now
+        if not kept:
+            log.info("container %s was made from another container image, %s: removed", it.name, it.image_id[:12])
+            await self._delete(it.id)
+            self._forget(it)
+        return kept
 
     async def _ours(self) -> list[dict[str, Any]]:
         owned = orjson.dumps({"label": [f"{container.LABEL}owner={self._claim.owner}"]}).decode()
@@ -295,7 +322,11 @@ class PodmanRuntime(KeepsImages):
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Make a container with a bundle, which `restore` needs, and nothing in it; see `Runtime.clone`."""
-        it = await self._create("clone", instance_id, key, model)
+        try:
+            made_from = (await self._manifest(key)).facts.get(_CONTAINER_IMAGE)
+        except StoreError as error:
+            raise RuntimeFailure("clone", str(error)) from error
+        it = await self._create("clone", instance_id, key, model, made_from)
         try:
             await self._podman.post(f"/containers/{it.id}/init")
             await self._stop(it)
@@ -309,8 +340,13 @@ class PodmanRuntime(KeepsImages):
             raise
         return it.handle
 
-    async def _create(self, operation: str, instance_id: str, key: str, model: ModelSettings) -> _Container:
-        """A container that is not started, in place of one that was there."""
+    async def _create(
+        self, operation: str, instance_id: str, key: str, model: ModelSettings, image_id: str | None = None
+    ) -> _Container:
+        """A container that is not started, in place of one that was there.
+
+        Made from the container image of that id, or from what the name in the configuration means now.
+        """
         known = self._containers.get(instance_id)
         name = self._container_name(instance_id)
         try:
@@ -321,6 +357,7 @@ class PodmanRuntime(KeepsImages):
             else:
                 handle = Handle(instance_id, key, "", engine.container_port)
             it = _Container(handle, name, model, container.spec_digest(key, model))
+            it.image_id = image_id or await self._image_named(engine.image)
             self._containers[instance_id] = it
             answer = await _twice(partial(self._create_anew, it))
             it.id = answer["Id"]
@@ -328,7 +365,9 @@ class PodmanRuntime(KeepsImages):
                 bundle.put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
         except PodmanError as error:
             hint = ""
-            if await self._is_missing(f"/images/{engine.image}/exists"):
+            if image_id is not None and await self._is_missing(f"/images/{image_id}/exists"):
+                hint = "; its checkpoint was taken from that container image, which is gone"
+            elif image_id is None and await self._is_missing(f"/images/{engine.image}/exists"):
                 hint = f"; podman pull {engine.image}, or correct models.{key}.podman.image"
             raise RuntimeFailure(operation, f"{error}{hint}") from error
         except OSError as error:
@@ -346,7 +385,7 @@ class PodmanRuntime(KeepsImages):
         engine = container.engine_of(it.model)
         if not it.model.weights_copy or "PYTHONPATH" in engine.env:
             return {name: value.get_secret_value() for name, value in engine.env.items() if name == "PYTHONPATH"}
-        image = await self._podman.get(f"/images/{engine.image}/json")
+        image = await self._podman.get(f"/images/{it.image_id}/json")
         pairs = (entry.partition("=") for entry in (image.get("Config") or {}).get("Env") or ())
         return {name: value for name, _, value in pairs if name == "PYTHONPATH"}
 
@@ -380,6 +419,7 @@ class PodmanRuntime(KeepsImages):
             arguments = inside.ARGUMENTS
         return container.specification(
             name=it.name,
+            image=it.image_id,
             key=key,
             model=it.model,
             host_port=it.handle.port if engine.network == "host" else None,
@@ -388,6 +428,7 @@ class PodmanRuntime(KeepsImages):
                 "instance": it.handle.instance_id,
                 "model": key,
                 "spec": it.spec_digest,
+                "image": it.image_id,
                 "port": str(it.handle.port),
             },
             environment=environment,
@@ -403,6 +444,7 @@ class PodmanRuntime(KeepsImages):
         answer = await self._podman.get(f"/containers/{it.id or it.name}/json")
         try:
             it.id = answer["Id"]
+            it.image_id = answer["Image"]
             it.userdata = Path(answer["StaticDir"])
             graph = answer["GraphDriver"]["Data"] or {}
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
@@ -572,7 +614,7 @@ class PodmanRuntime(KeepsImages):
             expected = resident + bundle.shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
-            host_facts = await self._facts_for(it.model)
+            host_facts = {**self._host_facts(it.model), _CONTAINER_IMAGE: it.image_id}
             on_host = await self._note_names(it, pids) if _on_host_network(it) else {}
         except (StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
@@ -686,6 +728,7 @@ class PodmanRuntime(KeepsImages):
             if it.pid is not None:
                 await self._stop(it)
                 await self._reset_rootfs(it)
+            it = await self._made_for(it, manifest)
             collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
         except (StoreError, PodmanError, OSError) as error:
             raise RuntimeFailure("restore", str(error)) from error
@@ -713,6 +756,14 @@ class PodmanRuntime(KeepsImages):
                 await self._cuda.resume("restore", _tree(it))
             it.off_gpu = False
         return it.handle
+
+    async def _made_for(self, it: _Container, manifest: Manifest) -> _Container:
+        """A container to restore this image in, made from the container image that it was taken from."""
+        if it.image_id == manifest.facts.get(_CONTAINER_IMAGE):
+            return it
+        log.info("%s: its container is made again, from the checkpoint's container image", it.handle.instance_id)
+        await self.clone(it.handle.instance_id, it.handle.model, it.model)
+        return self._containers[it.handle.instance_id]
 
     async def _clear_for_another_try(self, it: _Container, error: Exception) -> _Container:
         """The container to try once more, where the failure was none of the image's; else raises RuntimeFailure."""
@@ -769,18 +820,61 @@ class PodmanRuntime(KeepsImages):
 
     # --- parts ---
 
-    async def _facts_for(self, model: ModelSettings) -> dict[str, str]:
-        """The host, and the container image a model's engines run in."""
+    def _host_facts(self, model: ModelSettings) -> dict[str, str]:
         engine = container.engine_of(model)
-        facts = dict(self._facts)
-        if engine.criu.program is not None:
-            facts["CRIU"] = self._criu_versions.get(engine.criu.program, "")
+        own = {} if engine.criu.program is None else {"CRIU": self._criu_versions.get(engine.criu.program, "")}
+        return self._facts | own
+
+    async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
+        """The host, and the container image that the engine was started from, while podman has it."""
+        facts = self._host_facts(model)
+        made_from = manifest.facts.get(_CONTAINER_IMAGE, "")
+        if made_from and not await self._is_missing(f"/images/{made_from}/exists"):
+            facts[_CONTAINER_IMAGE] = made_from
+        return facts
+
+    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
+        return await self._since_moved(model, manifest.facts.get(_CONTAINER_IMAGE, ""))
+
+    async def _since_moved(self, model: ModelSettings, made_from: str) -> Outdated | None:
+        """Whether the configuration's name for the container image means another one than this by now."""
+        now = await self._image_now(model)
+        if made_from == now:
+            return None
+        what = f"is {now[:12]} now" if now is not None else "is not there any more"
+        name = container.engine_of(model).image
+        return Outdated(f"the container image {name} {what}, the engine was started from {made_from[:12]}")
+
+    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+        """See `Runtime.outdated`."""
         try:
-            facts["container image"] = str((await self._podman.get(f"/images/{engine.image}/json"))["Id"])
+            found = dict(await super().outdated(models))
+            for it in [*self._containers.values()]:
+                model = models.get(it.handle.model)
+                if model is None or it.handle.model in found or it.spec_digest != self._digest(it.handle.model, model):
+                    continue
+                outdated = await self._since_moved(model, it.image_id)
+                if outdated is not None:
+                    found[it.handle.model] = outdated
+        except PodmanError as error:
+            raise RuntimeFailure("compare", str(error), alive=True) from error
+        return found
+
+    async def _image_named(self, name: str) -> str:
+        """The id of the container image that a name means. Raises PodmanError."""
+        try:
+            return str((await self._podman.get(f"/images/{name}/json"))["Id"])
+        except (KeyError, TypeError) as error:
+            raise PodmanError(0, f"{name}: inspect answers what this version does not understand: {error}") from None
+
+    async def _image_now(self, model: ModelSettings) -> str | None:
+        """The id of the container image that an engine would be started from; None where there is none."""
+        try:
+            return await self._image_named(container.engine_of(model).image)
         except PodmanError as error:
             if error.status != 404:
                 raise
-        return facts
+            return None
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return container.spec_digest(key, model)

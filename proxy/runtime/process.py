@@ -27,7 +27,7 @@ from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import command, criu, inside, launch, links, ports, processes
-from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
 
@@ -362,8 +362,11 @@ class ProcessRuntime(KeepsImages):
     def _mark(self, instance_id: str) -> str:
         return f"{self._claim.owner}:{instance_id};"
 
-    async def _facts_for(self, model: ModelSettings) -> dict[str, str]:
+    async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         return self._facts()
+
+    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
+        return None
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return spec_digest(key, model)
