@@ -129,7 +129,9 @@ async def create(shop: Workshop, watcher: Watcher) -> Created:
         if isinstance(error, GoldenError):
             raise
         stage = proof.current or steps.current
-        raise GoldenError(f"{stage}: {str(error) or 'no result in time'}") from error
+        setting = "checkpoint_timeout" if stage == "checkpoint" else "start_timeout"
+        reason = str(error) or f"no result within {setting} ({getattr(model, setting):g} s)"
+        raise GoldenError(f"{stage}: {reason}") from error
     except asyncio.CancelledError:
         await _abandon(shop, handle)
         raise
@@ -219,7 +221,7 @@ async def _prove(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Ste
             return await _answer_of(shop, handle, manifest, steps)
     except (RuntimeFailure, EngineError, GoldenError, TimeoutError) as error:
         await shop.runtime.quarantine_image(handle)
-        reason = str(error) or f"no result within {shop.model.wake_timeout:g} s"
+        reason = str(error) or f"no result within wake_timeout ({shop.model.wake_timeout:g} s)"
         raise GoldenError(f"the checkpoint does not prove good and was set aside: {steps.current}: {reason}") from error
 
 

@@ -23,6 +23,9 @@ _WITH_ENGINE: Final = frozenset(
     {State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SLEEPING, State.SUSPENDING, State.SUSPENDED}
 )
 
+_OF_USE: Final = frozenset({*RESTING, *DESCENDING, State.RETIRING, State.WAKING}) - {State.NEW}
+"""The states in which an instance answers requests, or can be brought to do so."""
+
 RECYCLE_AFTER_S: Final = 10.0
 """How long an instance of `min_ready` that no other can stand in for is idle before it is gone for a restore."""
 
@@ -58,6 +61,10 @@ class ModelView:
     """It is closed to new requests; nothing is kept ready that nobody waits for."""
     restock_at: float = -math.inf
     """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
+    start_at: float = -math.inf
+    """When an engine may be started whoever waits; likewise."""
+    failing: frozenset[str] = frozenset()
+    """The instances whose last wake failed down to its cold start: until `start_at` they are not woken."""
     has_shared_image: bool = False
     """A golden checkpoint exists, from which further instances can be cloned."""
     worn: frozenset[str] = frozenset()
@@ -191,8 +198,15 @@ def _kept_ready(model: ModelView) -> int:
 
 def candidates(model: ModelView, now: float) -> list[Instance | None]:
     """What could be woken for a model, cheapest first; None stands for a new instance."""
-    resting = sorted(_wakeable(model), key=lambda i: (i.id not in model.wanted, i.tier, i.id))
-    return [*resting, *[None] * (_vacancies(model) - clones_wanted(model, now))]
+    backs_off = now < model.start_at
+    usable = [i for i in _wakeable(model) if not backs_off or i.id not in model.failing]
+    resting = sorted(usable, key=lambda i: (i.id not in model.wanted, i.tier, i.id))
+    return [*resting, *[None] * (0 if backs_off else _vacancies(model) - clones_wanted(model, now))]
+
+
+def is_failing(model: ModelView, now: float) -> bool:
+    """Whether no instance can serve, and none may be started because the last start failed."""
+    return now < model.start_at and not any(i.state in _OF_USE and i.id not in model.failing for i in model.instances)
 
 
 def _wakeable(model: ModelView) -> list[Instance]:
@@ -306,6 +320,8 @@ def decide(view: View, now: float) -> Plan:
     for model in sorted(view.models, key=lambda m: (m.oldest_wait is None, m.oldest_wait or 0.0)):
         if (_kept_ready(model) or model.has_shared_image) and now < model.restock_at:
             plan.not_later_than(model.restock_at)
+        if model.waiting and now < model.start_at:
+            plan.not_later_than(model.start_at)
         # One that has to step down for another is woken again when it has arrived.
         given_up = sum(i.state is State.SLEEPING and i.ordered is None and id(i) in used for i in model.instances)
         free = [c for c in candidates(model, now) if c is None or id(c) not in used]

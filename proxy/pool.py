@@ -64,9 +64,11 @@ from proxy.slots import (
     reset,
     rungs_from,
     tier_found,
+    too_slow,
 )
 from proxy.steps import DEEPEST_SLEEP, Steps
 from proxy.usage import Usage
+from proxy.wake_failure import WakeFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -88,8 +90,6 @@ _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
 """Between two tries to step down to a rung that could not be had without harm, as for want of space."""
 _WAKES_KEPT = 50
-_RESTOCK_RETRY_S = (1.0, 5.0, 15.0, 60.0)
-"""Between two starts for `min_ready` that failed; a request is always a new try."""
 
 
 class Pool:
@@ -246,7 +246,8 @@ class Pool:
                 await rest(model, slot, stages)
         except Exception as error:  # noqa: BLE001 - as in `_wake`
             note_unexpected(instance, error)
-            log.warning("%s was adopted and did not come up: %s", instance.id, str(error) or "no result in time")
+            reason = str(error) or too_slow(model.settings, origin)
+            log.warning("%s was adopted and did not come up: %s", instance.id, reason)
             await self._clear_away(model, slot, origin)
             await self._wake(model, slot, generation, NO_EVICTIONS)
             return
@@ -437,6 +438,7 @@ class Pool:
             old = before.get(key)
             if old is not None and key not in changes.replaced:
                 old.settings = entry
+                old.end_back_off()
                 self._models[key] = old
                 self._shrink(old)
                 continue
@@ -535,6 +537,7 @@ class Pool:
             return lease
         held = policy.holding(model.instances(), preferred) if preferred is not None else None
         found = tier_found(model.slots.values() if held is None else [model.slots[held.id]])
+        self._refuse_if_failing(model)
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
@@ -591,6 +594,15 @@ class Pool:
         if self._listeners:
             self._tell()
         return lease
+
+    def _refuse_if_failing(self, model: Model) -> None:
+        if model.last_failure is not None and policy.is_failing(model.view(), self._clock()):
+            raise self._wake_failed(model, model.last_failure)
+
+    def _wake_failed(self, model: Model, failure: WakeFailure) -> WakeFailedError:
+        left_s = max(1.0, model.start_at - self._clock())
+        message = f"{failure.told_to_clients(model.served_name)}. It is tried again in {math.ceil(left_s)} s."
+        return WakeFailedError(message, retry_after_s=left_s)
 
     def _refuse_if_full(self, model: Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())
@@ -686,6 +698,7 @@ class Pool:
         Instances that an earlier order has closed are open again. Raises what `lease` does.
         """
         model = self._models[key]
+        model.end_back_off()
         surplus = len(model.slots) > model.settings.max_instances  # they go because the configuration says so
         for slot in model.slots.values() if not surplus else ():
             if slot.order is not None and slot.instance.state in (State.RETIRING, State.WAKING):
@@ -799,6 +812,8 @@ class Pool:
 
     def admit(self, key: str | None = None) -> None:
         """Take `drain` back."""
+        for model in self._models.values() if key is None else (self._models[key],):
+            model.end_back_off()
         self._set_draining(key, draining=False)
         log.info("%s open to requests", key or "all models")
 
@@ -999,6 +1014,7 @@ class Pool:
         stages = Stages()
         began = self._clock()
         failures: list[str] = []
+        log_lines: list[str] = []
         if evictions.tasks:
             with stages.measure("evict"):
                 await asyncio.wait(evictions.tasks.values())
@@ -1007,18 +1023,19 @@ class Pool:
             try:
                 await self._steps.climb(model, slot, tier, stages)
             except Exception as error:  # noqa: BLE001 - whatever it was, a colder rung may work and nobody may be left waiting
-                reason = str(error) or f"no result within {limit_s(model.settings, tier):g} s"
+                reason = str(error) or too_slow(model.settings, tier)
                 note_unexpected(instance, error)
                 failures.append(f"{tier.label}: {reason}")
                 log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
                 self._metrics.wake_failures.labels(model.key, tier.label).inc()
+                log_lines = await self._last_log_lines(model, slot)
                 await self._clear_away(model, slot, tier)
                 continue
             if instance.generation != generation or instance.state is not State.WAKING:
                 return
             self._woken(model, instance, found, tier, began, stages)
             return
-        self._fail_wake(model, slot, failures)
+        self._fail_wake(model, slot, failures, log_lines)
         await self._mend(model, slot)
 
     def _woken(
@@ -1037,7 +1054,7 @@ class Pool:
         seconds = now - began
         instance.apply(Event.AT_READY)
         instance.waking_from = None
-        model.failed_wakes = 0
+        model.end_back_off()
         instance.idle_since = now
         if tier in (Tier.SLEEPING, Tier.SUSPENDED):
             self._ledger.woke(instance)
@@ -1053,24 +1070,28 @@ class Pool:
         log.info("%s ready from %s in %.3f s: %s", instance.id, tier.label, seconds, detail)
         self.tick()
 
-    def _fail_wake(self, model: Model, slot: Slot, failures: Sequence[str]) -> None:
-        """Tell those who wait for nothing but this wake; the next request tries again."""
+    async def _last_log_lines(self, model: Model, slot: Slot) -> list[str]:
+        """What the engine wrote last, which goes to the log too."""
+        lines = [*await model.runtime.log_tail(slot.handle)] if slot.handle is not None else []
+        if lines:
+            log.warning("%s: the last lines of its log:\n  %s", slot.instance.id, "\n  ".join(lines))
+        return lines
+
+    def _fail_wake(self, model: Model, slot: Slot, failures: Sequence[str], log_lines: Sequence[str]) -> None:
+        """Tell those who wait for nothing but this wake; those who come next are told too, until it is tried again."""
         slot.instance.apply(Event.BROKE)
-        self._rest(model)
-        found = (slot.instance.waking_from or Tier.STOPPED).label
-        failed = {"found": found, "at_unix_s": time.time(), "failed": [*failures]}
+        found = slot.instance.waking_from or Tier.STOPPED
+        failure = WakeFailure(slot.instance.id, found, time.time(), tuple(failures), tuple(log_lines))
+        model.last_failure = failure
+        model.back_off(self._clock())
+        model.start_at = model.restock_at
+        model.failing.add(slot.instance.id)
+        failed = {"found": found.label, "at_unix_s": failure.at_unix_s, "failed": [*failures]}
         self._wakes.appendleft(failed | {"model": model.key, "instance": slot.instance.id})
         others = (s.instance.state for s in model.slots.values() if s is not slot)
         if any(state in (State.WAKING, State.READY) for state in others):
             return
-        message = f"The model {model.served_name!r} could not be started: {'; '.join(failures)}"
-        self._fail_waiters(model, WakeFailedError(message, retry_after_s=self._expected_wait_s(model)))
-
-    def _rest(self, model: Model) -> None:
-        """Nothing that nobody waits for is started for a while."""
-        delay_s = _RESTOCK_RETRY_S[min(model.failed_wakes, len(_RESTOCK_RETRY_S) - 1)]
-        model.failed_wakes += 1
-        model.restock_at = self._clock() + delay_s
+        self._fail_waiters(model, self._wake_failed(model, failure))
 
     async def _clear_away(self, model: Model, slot: Slot, tier: Tier) -> None:
         """After a failed attempt: no process is left, and an image that failed too often is gone."""
@@ -1111,8 +1132,9 @@ class Pool:
             async with asyncio.timeout(model.settings.wake_timeout):
                 handle = await model.runtime.clone(slot.instance.id, model.key, model.settings)
         except (RuntimeFailure, TimeoutError) as error:
-            log.warning("%s cannot be prepared: %s", slot.instance.id, str(error) or "no result in time")
-            self._rest(model)
+            reason = str(error) or too_slow(model.settings, Tier.CHECKPOINTED)
+            log.warning("%s cannot be prepared: %s", slot.instance.id, reason)
+            model.back_off(self._clock())
             slot.instance.apply(Event.BROKE)
             await self._mend(model, slot)
             return
@@ -1135,7 +1157,8 @@ class Pool:
             async with asyncio.timeout(limit_s):
                 await self._steps.go_down(model, slot, origin, to)
         except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two rungs
-            text = str(error) or "no result in time"
+            setting = "checkpoint_timeout" if to is Tier.CHECKPOINTED else "wake_timeout"
+            text = str(error) or f"no result within {setting} ({limit_s:g} s)"
             note_unexpected(instance, error)
             # No engine runs on the way to the archive, so none can break.
             harmless = to is Tier.ARCHIVED or (isinstance(error, RuntimeFailure) and error.alive)

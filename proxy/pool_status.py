@@ -22,6 +22,8 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "draining": model.draining,
         "tier": tier_found(model.slots.values()).label,
         "queue": len(model.queue),
+        "backs_off_s": round(max(0.0, model.start_at - now), 3),
+        "last_failure": None if model.last_failure is None else model.last_failure.status(),
         "estimate_s": round(estimate_s, 3),
         "runtime": model.runtime.name,
         "shares_checkpoint": model.runtime.shares_images,

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
-from proxy import policy
+from proxy import policy, wake_failure
 from proxy.errors import EngineError, OrderFailedError, RuntimeFailure
 from proxy.instance import State, Tier
 from proxy.line import Line
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from proxy.gpu_ledger import Bytes, GpuLedger
     from proxy.instance import Instance, WakeRecord
     from proxy.runtime.base import Handle, ImageFacts, Runtime
+    from proxy.wake_failure import WakeFailure
 
 log = logging.getLogger("warmpool.pool")
 
@@ -205,6 +206,11 @@ class Model:
     failed_wakes: int = 0
     """In a row."""
     restock_at: float = -math.inf
+    start_at: float = -math.inf
+    """When an engine may be started again, whoever waits; later than now after a start that failed."""
+    failing: set[str] = field(default_factory=set)
+    """The instances whose last wake failed down to its cold start."""
+    last_failure: WakeFailure | None = None
     draining: bool = False
     """Closed to new requests by an operator."""
     discarding: bool = False
@@ -236,10 +242,23 @@ class Model:
             oldest_wait=first.since if waiting and first is not None else None,
             draining=self.draining,
             restock_at=self.restock_at,
+            start_at=self.start_at,
+            failing=frozenset(self.failing),
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
             worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
             wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances(), i)},
         )
+
+    def back_off(self, now: float) -> None:
+        """Start nothing for a while that nobody waits for; longer after each failure in a row."""
+        self.failed_wakes += 1
+        self.restock_at = now + wake_failure.delay_s(self.failed_wakes)
+
+    def end_back_off(self) -> None:
+        """The next start is as good as the first one."""
+        self.failed_wakes = 0
+        self.restock_at = self.start_at = -math.inf
+        self.failing.clear()
 
 
 def reset(image: Image) -> None:
@@ -284,6 +303,12 @@ def note_unexpected(instance: Instance, error: Exception) -> None:
 
 def limit_s(model: ModelSettings, tier: Tier) -> float:
     return model.start_timeout if tier is Tier.STOPPED else model.wake_timeout
+
+
+def too_slow(model: ModelSettings, tier: Tier) -> str:
+    """The reason of a wake that took longer than it may, by the name of its setting."""
+    setting = "start_timeout" if tier is Tier.STOPPED else "wake_timeout"
+    return f"no result within {setting} ({limit_s(model, tier):g} s)"
 
 
 def is_left(model: Model, slot: Slot) -> bool:

@@ -96,6 +96,8 @@ class FakeRuntime:
         """Of weights, by the boot of the engine that wrote them."""
         self.handles: dict[str, Handle] = {}
         self.calls: Counter[str] = Counter()
+        self.log_lines: dict[str, list[str]] = {}
+        """Instance → what its engine wrote last."""
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
         self.changes: dict[str, Outdated] = {}
@@ -198,6 +200,9 @@ class FakeRuntime:
     async def wait_exit(self, handle: Handle) -> str:
         process = self.processes.get(handle.instance_id)
         return "ended" if process is None else await asyncio.shield(process.exited)
+
+    async def log_tail(self, handle: Handle) -> list[str]:
+        return [*self.log_lines.get(handle.instance_id, ())]
 
     async def suspend(self, handle: Handle) -> None:
         await self._enter("suspend")

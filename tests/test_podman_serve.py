@@ -192,7 +192,7 @@ async def test_the_commands_for_checkpoints(host: Host, tmp_path: Path) -> None:
     ("engine", "entry", "said"),
     [
         (("--fail-start",), {}, "load: start: the engine ended: exit status 3"),
-        (("--hang-start",), {"start_timeout": "2s"}, "load: no result in time"),
+        (("--hang-start",), {"start_timeout": "2s"}, "load: no result within start_timeout (2 s)"),
         (("--no-sleep-mode",), {"podman_keys": {"criu": {"options": ["no-such-option"]}}}, "checkpoint: "),
     ],
 )

@@ -132,6 +132,9 @@ class Runtime(Protocol):
     async def wait_exit(self, handle: Handle) -> str:
         """Return when the engine has ended, with a word on how (``"exit status 3"``, ``"signal 9"``)."""
 
+    async def log_tail(self, handle: Handle) -> Sequence[str]:
+        """The last lines that the engine wrote since it was started or restored (`LogTails.read`); never raises."""
+
     async def suspend(self, handle: Handle) -> None:
         """Freeze the engine where it is."""
 

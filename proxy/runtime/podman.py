@@ -28,6 +28,7 @@ from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, R
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
 from proxy.runtime.images import KeepsImages
+from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class PodmanRuntime(KeepsImages):
         self._criu_programs = sorted(set(criu_programs))
         self._criu_versions: dict[Path, str] = {}
         self._containers: dict[str, _Container] = {}
+        self._tails = LogTails(claim)
         self._ports = ports.Ports(*settings.port_range())
         self._pid_namespaces = namespaces.PidNamespaces()
         self._rungs = Rungs(frozenset())
@@ -286,6 +288,7 @@ class PodmanRuntime(KeepsImages):
     async def _start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         while True:
             it = await self._create("start", instance_id, key, model)
+            self._tails.begin(instance_id)
             try:
                 await self._podman.post(f"/containers/{it.id}/start")
                 await self._inspect(it)
@@ -471,6 +474,10 @@ class PodmanRuntime(KeepsImages):
                         return f"exit status {state['ExitCode']}" + (", out of memory" if state["OOMKilled"] else "")
                     await asyncio.sleep(0.02)
         return reason
+
+    async def log_tail(self, handle: Handle) -> list[str]:
+        """See `Runtime.log_tail`."""
+        return await asyncio.to_thread(self._tails.read, handle.instance_id)
 
     async def drop(self, handle: Handle) -> None:
         """See `Runtime.drop`."""
@@ -740,6 +747,7 @@ class PodmanRuntime(KeepsImages):
             )
         if it.model.weights_copy:
             self._store.weights(image)  # mounted, and gone after a reboot
+        self._tails.begin(handle.instance_id)
         began = time.perf_counter()
         try:
             answer = await self._bring_up_from(it, folder)

@@ -30,6 +30,7 @@ from proxy.runtime import command, criu, inside, launch, links, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
+from proxy.runtime.log_tail import LogTails
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +75,7 @@ class ProcessRuntime(KeepsImages):
         self._claim = claim
         self._store = store
         self._engines: dict[str, _Engine] = {}
+        self._tails = LogTails(claim)
         self._ports = ports.Ports(*settings.port_range())
         self._rungs = Rungs(frozenset())
         self._criu_version = ""
@@ -144,6 +146,7 @@ class ProcessRuntime(KeepsImages):
         engine = known or _Engine(handle, spec_digest(key, model))
         engine.handle = handle
         self._engines[instance_id] = engine
+        self._tails.begin(instance_id)
         log = os.open(self._claim.log_path(instance_id), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             pid = os.posix_spawn(
@@ -168,6 +171,10 @@ class ProcessRuntime(KeepsImages):
         """See `Runtime.wait_exit`."""
         engine = self._engines[handle.instance_id]
         return "ended" if engine.pid is None else await processes.wait_gone(engine.pid)
+
+    async def log_tail(self, handle: Handle) -> list[str]:
+        """See `Runtime.log_tail`."""
+        return await asyncio.to_thread(self._tails.read, handle.instance_id)
 
     async def drop(self, handle: Handle) -> None:
         """See `Runtime.drop`."""
@@ -320,6 +327,7 @@ class ProcessRuntime(KeepsImages):
         await processes.kill_whole(mark, engine.pid)
         # The log is opened again by name; it may have been rotated away.
         self._claim.log_path(handle.instance_id).touch(mode=0o600)
+        self._tails.begin(handle.instance_id)
         image = self._store.path(handle.instance_id)
         folder = image / CRIU_FOLDER
         try:
