@@ -149,6 +149,8 @@ class Pool:
         self._waiting = 0
         """Those in a queue, and those who have just left one."""
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        """When it fires, by the event loop's clock: uvloop's handles for very short delays do not know."""
         self._open = False
         self._draining = False
         self._stopping = False
@@ -653,11 +655,14 @@ class Pool:
 
     def _tick_soon(self) -> None:
         """Decide within a moment; requests that end one after the other are one reason, not many."""
+        if self._timer is None or self._timer_at > asyncio.get_running_loop().time() + _MOMENT_S:
+            self._tick_in(_MOMENT_S)
+
+    def _tick_in(self, delay_s: float) -> None:
         loop = asyncio.get_running_loop()
-        if self._timer is None or self._timer.when() > loop.time() + _MOMENT_S:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = loop.call_later(_MOMENT_S, self.tick)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = loop.call_later(delay_s, self.tick), loop.time() + delay_s
 
     def _note_quiet(self) -> None:
         if self._open_leases == 0 and not any(m.queue for m in self._models.values()):
@@ -989,12 +994,11 @@ class Pool:
         self.tick()
 
     def _set_timer(self, deadline: float | None) -> None:
-        if self._timer is not None:
+        if deadline is not None:
+            self._tick_in(max(0.0, deadline - self._clock()))
+        elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if deadline is not None:
-            delay_s = max(0.0, deadline - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.tick)
 
     def _new_slot(self, model: Model, instance_id: str) -> Slot:
         slot = Slot(Instance(instance_id, model.key), model.image if model.runtime.shares_images else Image())

@@ -8,6 +8,7 @@ was as it should be, reading stops while the other side is slow, and `disconnect
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     Sink = Callable[[bytes], bool]
     """Takes bytes of the answer; True says that it has enough for now."""
 
+log = logging.getLogger("warmpool.upstream")
+
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEPT_S: Final = 3.0
 _CONNECT_S: Final = 5.0
@@ -30,6 +33,8 @@ _EARLY_BYTES: Final = 256 << 10
 """How much of a body is taken in before anybody asked for it."""
 _INFORMATIONAL: Final = 8
 """Answers 1xx that may come before the final one."""
+_CLOSE_S: Final = 5.0
+"""How long `disconnect` waits for transports that were aborted, which takes a turn or two of the event loop."""
 _DISCONNECTED: Final = "the engine was disconnected"
 
 
@@ -131,32 +136,40 @@ class Upstream:
         # Its own scope, so that disconnect() can end it.
         scope = asyncio.timeout(_CONNECT_S)
         generation = self.generation
+        connection, connected = Connection(self), False
         try:
             async with scope:
                 self._connecting.add(scope)
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: Connection(self), self._host, self._port
-                )
+                await asyncio.get_running_loop().create_connection(lambda: connection, self._host, self._port)
         except TimeoutError as error:
             if generation != self.generation:
                 raise ExchangeError(_DISCONNECTED) from None
             raise SilenceError(f"no connection to the engine within {_CONNECT_S:g} s") from error
         except OSError as error:
             raise ExchangeError(f"cannot connect: {error.strerror or error}") from error
+        else:
+            connected = True
         finally:
             self._connecting.discard(scope)
+            if not connected:
+                # uvloop closes the transport of a connect that is cancelled, and never calls connection_lost.
+                connection.connection_lost(None)
         return connection
 
     async def disconnect(self) -> None:
-        """Close every connection; exchanges under way fail. Returns when none is left."""
+        """Close every connection; exchanges under way fail. Returns when none is left, in any case after 5 s."""
         self.generation += 1
         for scope in [*self._connecting]:
             scope.reschedule(0)
-        closed = [connection.closed for connection in self._open]
-        for connection in [*self._open]:
+        closing = [*self._open]
+        for connection in closing:
             connection.fail(ExchangeError(_DISCONNECTED))
-        if closed:
-            await asyncio.wait(closed)
+        if closing:
+            await asyncio.wait([connection.closed for connection in closing], timeout=_CLOSE_S)
+        if overdue := [connection for connection in closing if not connection.closed.done()]:
+            log.error("%s: %d connections did not close in %g s", self.base_url, len(overdue), _CLOSE_S)
+            for connection in overdue:
+                connection.connection_lost(None)
         if self._timer is not None and not self._open:
             self._timer.cancel()
             self._timer = None
@@ -210,6 +223,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        if self.closed.done():  # given up in the moment in which it was made
+            self._transport.abort()
+            return
         # Acknowledge an answer's pieces two by two; one by one would cost a tenth of passing an event on. Not for good
         # (tcp(7)), and a connection that has served before does so by itself.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
@@ -232,6 +248,8 @@ class Connection(asyncio.Protocol):
         self._sending = False
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self.closed.done():
+            return
         self._upstream.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is not None:

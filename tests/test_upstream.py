@@ -1,0 +1,99 @@
+"""Connections to an engine whose clients leave, on the event loop that warmpool runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+
+from proxy.upstream import Upstream
+from tests.fakes import Rig
+from tests.served import Proxy
+from tests.support import PATIENCE_S, engine_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    Run = Callable[[Coroutine[Any, Any, None]], None]
+
+_TURNS = 8
+"""More turns of the event loop than a connect to this machine takes."""
+_RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run], ids=["uvloop", "asyncio"])
+def test_a_connect_that_is_cancelled_at_any_moment_leaves_no_connection(run: Run) -> None:
+    async def cancel_connects() -> None:
+        async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(read, "127.0.0.1", 0)
+        upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None)
+        for turns, _ in itertools.product(range(_TURNS), range(20)):
+            connecting = asyncio.create_task(upstream.connect())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            (result,) = await asyncio.gather(connecting, return_exceptions=True)
+            if not isinstance(result, BaseException):
+                result.abort()
+                await result.closed
+        async with asyncio.timeout(PATIENCE_S):
+            await upstream.disconnect()
+        assert upstream.connections == 0
+        server.close()
+
+    run(cancel_connects())
+
+
+async def _reset_while_it_connects(port: int) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = b'{"model": "demo", "prompt": "Hello", "max_tokens": 5, "stream": true}'
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    )
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
+
+
+async def test_clients_that_reset_while_their_requests_connect_harm_no_instance(tmp_path: Path) -> None:
+    proxy = await Proxy(tmp_path, settings={"models": {"demo": engine_model(max_concurrency=512)}}).listening()
+    try:
+        await proxy.ask()
+        port = int(proxy.url.rpartition(":")[2])
+        for _ in range(10):
+            await asyncio.gather(*(_reset_while_it_connects(port) for _ in range(96)))
+        async with proxy.session.post("/admin/models/demo/suspend", json={"when_busy": "wait"}) as answer:
+            assert answer.status == 200, await answer.text()
+        assert (await proxy.ask())[0] == "suspended"
+        proxy.process.send_signal(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    finally:
+        proxy.process.kill()
+
+
+def test_a_request_may_end_just_before_the_pools_next_deadline() -> None:
+    async def end_a_lease_before_the_deadline() -> None:
+        rig = Rig({"demo": {"idle": {"sleeping": "60s"}}})
+        await rig.pool.open()
+        async with await rig.pool.lease("demo"):
+            pass
+        await rig.pass_time(0.0)
+        lease = rig.pool.try_lease("demo")
+        rig.clock.now += 59.9999
+        # Its idle time begins anew, so the deadline that is set is the one from before.
+        rig.pool.tick()
+        assert lease is not None
+        lease.release()
+        await rig.pool.close()
+
+    uvloop.run(end_a_lease_before_the_deadline())
