@@ -8,6 +8,7 @@ semantic conventions for HTTP where these have one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import HostError
@@ -48,6 +49,8 @@ class Tracing:
 
         from proxy import __version__
 
+        # It warns of a malformed `tracestate` by quoting it.
+        logging.getLogger("opentelemetry.trace").setLevel(logging.CRITICAL)
         resource = Resource.create({"service.name": settings.service_name, "service.version": __version__})
         provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(settings.sample), resource=resource, shutdown_on_exit=False
@@ -57,9 +60,9 @@ class Tracing:
         provider.add_span_processor(self._processor)
         self._tracer: Tracer = provider.get_tracer("warmpool", __version__)
 
-    def request(self, method: str, route: str, path: str, headers: Mapping[str, str]) -> Trace:
+    def request(self, method: str, route: str, headers: Mapping[str, str]) -> Trace:
         """Begin the span of a request, as a child of the one that its headers name."""
-        return Trace(self._tracer, method, route, path, headers)
+        return Trace(self._tracer, method, route, headers)
 
     async def close(self, _: object = None) -> None:
         """Send what is left, within a few seconds; for `on_cleanup`."""
@@ -77,7 +80,7 @@ class Trace:
 
     __slots__ = ("_engine", "_request", "_shown", "_tracer")
 
-    def __init__(self, tracer: Tracer, method: str, route: str, path: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, tracer: Tracer, method: str, route: str, headers: Mapping[str, str]) -> None:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -87,7 +90,7 @@ class Trace:
             f"{method} {route}",
             TraceContextTextMapPropagator().extract(carrier),
             SpanKind.SERVER,
-            {"http.request.method": method, "http.route": route, "url.path": path},
+            {"http.request.method": method, "http.route": route, "url.path": route},
         )
         self._engine: Span | None = None
         self._shown: object = None

@@ -107,6 +107,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.addressing": 8,
     "proxy.web.answer": 6,
     "proxy.web.faults": 6,
+    "proxy.web.refusals": 6,
     "proxy.web.relay": 9,
     "proxy.web.realtime": 10,
     "proxy.web.front": 10,

@@ -21,11 +21,11 @@ from proxy.metrics import UNKNOWN_MODEL
 from proxy.web.addressing import Addressing
 from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
-from proxy.web.faults import quieten
+from proxy.web.faults import method_of, path_of, quieten, stack_of
 from proxy.web.front import Front
 from proxy.web.guard import Guard
 from proxy.web.guard_cors import Cors
-from proxy.web.guard_protocol import CONNECTION
+from proxy.web.guard_protocol import CONNECTION, REFUSALS
 from proxy.web.local import Local
 from proxy.web.realtime import Realtime
 from proxy.web.relay import Relay
@@ -73,8 +73,10 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
             answer = InvalidRequestError(error.reason)
         except web.RequestPayloadError:
             answer = InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.")
-        except Exception:
-            log.exception("%s %s failed (%s)", request.method, request.rel_url.raw_path, request_id(request))
+        except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
+            log.error(
+                "%s %s failed (%s): %s", method_of(request), path_of(request), request_id(request), stack_of(error)
+            )
             answer = RequestError("Internal error; the server's log says more.")
         if request.match_info.handler != relay.forward:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
@@ -89,7 +91,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     response_ids = ResponseIds()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by)
     quieten()
-    relay = Relay(pool, metrics, addressing, response_ids, traces)
+    relay = Relay(pool, metrics, addressing, response_ids, traces, guard.refusals)
     realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, Ledger(settings.pool))
     local = Local(pool)
@@ -122,9 +124,15 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
         app.on_response_prepare.append(cors.add_headers)
     traffic = app[TRAFFIC] = Traffic()
     traffic.attach(app)
+    app[REFUSALS] = guard.refusals
+    app.on_cleanup.append(_sum_up)
     off = traces is not None or cors is not None
     app[CONNECTION] = Front(pool, metrics, addressing, guard, traffic, off=off).connection
     return app
+
+
+async def _sum_up(application: web.Application) -> None:
+    application[REFUSALS].sum_up()
 
 
 async def _name_server(_: web.Request, response: web.StreamResponse) -> None:

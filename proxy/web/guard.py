@@ -33,7 +33,9 @@ from proxy.errors import (
 from proxy.meter import Meter
 from proxy.quota import Account
 from proxy.web.caller import CALLER, KEY_PROTOCOL
+from proxy.web.faults import method_of, path_of
 from proxy.web.handed import take_admitted
+from proxy.web.refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -158,6 +160,8 @@ class Guard:
         self._names = settings.names()
         self._metrics = metrics
         self._clock = clock
+        self.refusals = Refusals()
+        """What the log says of them."""
         self._body_limit = server.body_limit
         self._keys_file = server.keys_file
         self._admin = server.admin
@@ -316,9 +320,7 @@ class Guard:
         if reason is None:
             return
         self._metrics.refused.labels(reason).inc()
-        log.info(
-            "refused %s %s from %s: %s", request.method, request.rel_url.raw_path[:200], request.remote, error.message
-        )
+        self.refusals.note(request.remote, reason, f"{method_of(request)} {path_of(request)}: {error.message}")
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """A signal before an answer's headers go out: what is left of the key's limits."""

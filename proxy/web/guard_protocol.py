@@ -12,7 +12,6 @@ the whole check.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import resource
 from collections import Counter
@@ -26,6 +25,8 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.config import is_loopback
 from proxy.errors import SlowUploadError, envelope
+from proxy.web.faults import stack_of
+from proxy.web.refusals import Refusals, network_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +48,10 @@ _VERSIONS: Final = (HttpVersion11, HttpVersion10)
 class Doors:
     """All connections of a server: how many there are, and which of them owe something by when."""
 
-    def __init__(self, limits: LimitSettings, metrics: Metrics) -> None:
+    def __init__(self, limits: LimitSettings, metrics: Metrics, refusals: Refusals | None = None) -> None:
         self.limits = limits
         self.metrics = metrics
+        self.refusals = refusals or Refusals()
         self.most = limits.connections
         self.open = 0
         self._by_address: Counter[str] = Counter()
@@ -118,14 +120,17 @@ class GuardedProtocol(RequestHandler):
     """A connection of a client."""
 
     __slots__ = (
-        "_address", "_body", "_body_began", "_doors", "_head_began", "_head_bytes", "_refused",
+        "_address", "_body", "_body_began", "_doors", "_head_began", "_head_bytes", "_host", "_refused",
         "_stalled_at", "_unsent",
     )  # fmt: skip
 
     def __init__(self, doors: Doors, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._doors = doors
+        self._host: str | None = None
+        """The client's address."""
         self._address: str | None = None
+        """What its connections are counted by."""
         self._refused = False
         self._head_began: float | None = None
         self._head_bytes = 0
@@ -139,12 +144,12 @@ class GuardedProtocol(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count it in, or turn it away."""
         peer = transport.get_extra_info("peername")
-        self._address = _address_of(peer[0]) if isinstance(peer, tuple) else None
+        self._host = peer[0] if isinstance(peer, tuple) else None
+        self._address = _counted(self._host)
         reason = self._doors.enter(self._address)
         if reason is not None:
             self._refused = True
-            self._doors.metrics.refused.labels(reason).inc()
-            log.info("refused a connection from %s: over server.limits.%s", self._address, reason)
+            self._note(reason, f"a connection over server.limits.{reason}")
         super().connection_made(transport)
         if reason is not None:
             self._end_with(503, "Too many connections; try again later.", "too_many_connections")
@@ -249,8 +254,7 @@ class GuardedProtocol(RequestHandler):
             self._body_began += self._doors.every_s  # the delay is ours
         elif now - self._body_began > limits.upload_timeout + body.total_bytes / limits.upload_rate:
             self._body = None
-            self._doors.metrics.refused.labels("slow_body").inc()
-            log.info("gave up a request from %s: its body came too slowly", self._address)
+            self._note("slow_body", "a request whose body came too slowly")
             if self._current_request is None:  # answered already
                 self.force_close()
                 return
@@ -264,8 +268,7 @@ class GuardedProtocol(RequestHandler):
         if unsent < self._unsent or limit_s is None:
             self._unsent, self._stalled_at = unsent, now
         elif now - (self._stalled_at or now) > limit_s:
-            self._doors.metrics.refused.labels("stalled").inc()
-            log.info("dropped the connection of %s: it takes nothing of its answer", self._address)
+            self._note("stalled", "a connection that takes nothing of its answer")
             self._doors.has_paid(self)
             transport.abort()
         else:
@@ -273,9 +276,13 @@ class GuardedProtocol(RequestHandler):
 
     # --- refusing ---
 
-    def _refuse(self, reason: str, status: int, message: str, code: str) -> None:
+    def _note(self, reason: str, text: str) -> None:
+        """Count a refusal; `text` is warmpool's own and quotes nothing."""
         self._doors.metrics.refused.labels(reason).inc()
-        log.info("refused a request from %s: %s", self._address, message)
+        self._doors.refusals.note(self._host, reason, text)
+
+    def _refuse(self, reason: str, status: int, message: str, code: str) -> None:
+        self._note(reason, message)
         self._end_with(status, message, code)
 
     def _end_with(self, status: int, message: str, code: str) -> None:
@@ -293,16 +300,15 @@ class GuardedProtocol(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002 - aiohttp's text, which quotes the request
     ) -> web.StreamResponse:
-        """The parser's error as an envelope. What it saw is logged, not sent back."""
+        """The parser's error as an envelope. What it saw is neither logged nor sent back."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
         if status >= 500:
-            log.error("a request from %s failed", self._address, exc_info=exc)
+            log.error("a request failed: %s", stack_of(exc) if exc is not None else "no exception")
             text, code = "Internal error; the server's log says more.", "internal_error"
         else:
-            self._doors.metrics.refused.labels("malformed").inc()
-            log.info("refused a request from %s: %s", self._address, " ".join(repr(exc).split())[:300])
             status, text, code = _meaning(exc, self.max_line_size, self.max_field_size)
+            self._note("malformed", f"a malformed request ({status} {code}, {type(exc).__name__})")
         response = web.Response(
             body=_body(status, text, code),
             status=status,
@@ -327,6 +333,8 @@ class _GuardedServer(web.Server):
 
 CONNECTION: web.AppKey[Callable[..., GuardedProtocol]] = web.AppKey("connection")
 """What an application has its connections made by, if not by `GuardedProtocol`."""
+REFUSALS: web.AppKey[Refusals] = web.AppKey("refusals", Refusals)
+"""Where an application has refusals counted for its log."""
 
 
 class GuardedRunner(web.AppRunner):
@@ -347,7 +355,7 @@ class GuardedRunner(web.AppRunner):
             max_headers=limits.headers,
             **options,
         )
-        self._doors = Doors(limits, metrics)
+        self._doors = Doors(limits, metrics, app.get(REFUSALS))
         self._engine_connections = sum(m.max_instances * m.max_concurrency for m in settings.models.values())
 
     async def _make_server(self) -> web.Server:
@@ -363,16 +371,9 @@ class GuardedRunner(web.AppRunner):
         )
 
 
-def _address_of(host: str) -> str | None:
-    """What connections are counted by: an IPv4 address, an IPv6 network of 64 bits; None: not counted."""
-    if is_loopback(host):
-        return None
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv4Address):
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+def _counted(host: str | None) -> str | None:
+    """What connections are counted by; None: not counted."""
+    return None if host is None or is_loopback(host) else network_of(host)
 
 
 def _problem_with(message: Any) -> str | None:

@@ -19,6 +19,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from proxy.errors import InvalidRequestError, RouteNotFoundError, UpstreamError
 from proxy.web import routes
 from proxy.web.caller import KEY_PROTOCOL, caller_of
+from proxy.web.faults import path_of
 from proxy.web.relay import max_wait_s
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
@@ -93,7 +94,7 @@ class Realtime:
                 try:
                     engine = await self._connect(request, address, lease)
                 except (aiohttp.ClientError, TimeoutError) as error:
-                    log.warning("%s: no WebSocket: %s", lease.instance_id, str(error) or type(error).__name__)
+                    log.warning("%s: no WebSocket: %s", lease.instance_id, _in_words(error))
                     await lease.suspect()
                     if attempt < _ATTEMPTS:
                         continue
@@ -209,7 +210,7 @@ class Realtime:
         fields: dict[str, Any] = {
             "request_id": request_id(request),
             "method": request.method,
-            "path": request.rel_url.raw_path,
+            "path": path_of(request),
             **({"key": caller.name} if caller is not None else {}),
             "model": model,
             "status": 101,
@@ -226,6 +227,13 @@ def _protocols(request: web.Request) -> tuple[str, ...]:
     """The subprotocols that the client offers, without credentials."""
     offered = (p.strip() for value in request.headers.getall("Sec-WebSocket-Protocol", ()) for p in value.split(","))
     return tuple(p for p in offered if p and not p.startswith(_CREDENTIALS))
+
+
+def _in_words(error: Exception) -> str:
+    """Without the URL that was asked for, which has the client's query."""
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return f"the engine answered {error.status}"
+    return str(error) or type(error).__name__
 
 
 def _sendable(code: int | None, otherwise: int) -> int:

@@ -24,8 +24,10 @@ from proxy.upstream import ExchangeError, SilenceError
 from proxy.web import routes
 from proxy.web.answer import Answer
 from proxy.web.caller import caller_of
+from proxy.web.faults import method_of, path_of
 from proxy.web.handed import take_begun
 from proxy.web.heartbeat import Heartbeat
+from proxy.web.refusals import Refusals
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
 
@@ -87,10 +89,12 @@ class Relay:
         addressing: Addressing,
         response_ids: ResponseIds,
         traces: Tracing | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
         self._traces = traces
+        self._refusals = refusals or Refusals()
         self._response_ids = response_ids
         self._addressing = addressing
 
@@ -101,7 +105,7 @@ class Relay:
         try:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             if self._traces is not None:
-                exchange.trace = self._traces.request(request.method, match.route.path, request.path, request.headers)
+                exchange.trace = self._traces.request(request.method, match.route.path, request.headers)
             content = request.content
             # Nearly every body has come with its head.
             limit = min(_READ_AT_ONCE, self._pool.settings.server.body_limit)
@@ -115,7 +119,7 @@ class Relay:
             exchange.makes_response = match.route.path == "/v1/responses"
             return await self._kept_alive(exchange, address)
         except RequestError as error:
-            exchange.status = error.status
+            exchange.status, exchange.refused_as = error.status, error.code
             raise
         finally:
             self._account(exchange)
@@ -228,12 +232,12 @@ class Relay:
         self._metrics.count_request(model, status)
         if found is not None and exchange.first_byte_s is not None and status < 400:
             self._metrics.observe_ttft(model, found, exchange.first_byte_s)
-        if exchange.trace is None and not log.isEnabledFor(logging.INFO):
+        if exchange.trace is None and (not log.isEnabledFor(logging.INFO) or self._is_summed_up(exchange, status)):
             return
         fields = told(
             request_id=request_id(exchange.request),
-            method=exchange.request.method,
-            path=exchange.request.rel_url.raw_path,
+            method=method_of(exchange.request),
+            path=path_of(exchange.request),
             key=exchange.caller.name if exchange.caller is not None else None,
             model=model,
             status=status,
@@ -247,6 +251,13 @@ class Relay:
         if exchange.trace is not None:
             exchange.trace.end(fields)
         tell(fields)
+
+    def _is_summed_up(self, exchange: _Exchange, status: int) -> bool:
+        """Whether the log says so already of this address: refused, or left, without an instance, by who has no key."""
+        if exchange.lease is not None or exchange.caller is not None or not 400 <= status < 500:
+            return False
+        reason = exchange.refused_as if status != 499 else "left"
+        return not self._refusals.first(exchange.request.remote, reason or str(status))
 
 
 def told(
@@ -324,8 +335,8 @@ class _Exchange:
     """What is noted of one request for its log line and its metrics."""
 
     __slots__ = (
-        "answer", "began", "broken", "caller", "heartbeat", "lease", "makes_response", "max_wait_s", "model", "request",
-        "status", "trace", "upstream",
+        "answer", "began", "broken", "caller", "heartbeat", "lease", "makes_response", "max_wait_s", "model",
+        "refused_as", "request", "status", "trace", "upstream",
     )  # fmt: skip
 
     def __init__(self, request: web.Request, began: float) -> None:
@@ -335,6 +346,7 @@ class _Exchange:
         self.model = ""
         self.lease: Lease | None = None
         self.status = 0
+        self.refused_as: str | None = None
         self.answer: Answer | None = None
         self.upstream: Exchange | None = None
         self.broken: str | None = None

@@ -11,7 +11,8 @@ from aiohttp import web
 from proxy.web.handed import handed_of
 
 HEADER: Final = "X-Request-Id"
-_VALID: Final = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
+_VALID: Final = re.compile(r"(?!(?:sk|pk|rk|wp|hf|ghp|api|key|openai-insecure-api-key)[-_.])[A-Za-z0-9._:/=+@-]{1,128}")
+"""Ids are logged: none that begins as keys do."""
 _KEY: Final = web.RequestKey("request_id", str)
 
 

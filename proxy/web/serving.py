@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy import keys, rebuild, service
 from proxy.errors import ConfigError, HostError, RequestError
-from proxy.web import app, listen
+from proxy.web import app, faults, listen
 from proxy.web.guard import Guard
 from proxy.web.guard_protocol import GuardedRunner
 from proxy.web.tls import Tls
@@ -118,6 +118,7 @@ async def serve(
         stop.set()
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(faults.note_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     # Until there is something to reload, SIGHUP must not end us.
