@@ -265,8 +265,7 @@ def group(wiring: Wiring) -> click.Group:
         async def work() -> None:
             with _alone(store):
                 await store.remove(name)
-                if name in store.archived():
-                    store.archive_path(name).unlink(missing_ok=True)
+                await store.remove_archive(name)
 
         _run(work())
         click.echo(f"{name}: deleted")

@@ -24,9 +24,9 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import logging
 import os
 import shutil
-import stat
 import tarfile
 import threading
 import zlib
@@ -39,12 +39,15 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 import orjson
 import zstandard
 
-from proxy import criu_pages, host
+from proxy import criu_pages, host, owned
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
+from proxy.owned import NotOwnedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+log = logging.getLogger("warmpool.checkpoints")
 
 MANIFEST: Final = "manifest.json"
 LOCK: Final = ".lock"
@@ -54,7 +57,6 @@ Compression = Literal["none", "gzip", "zstd"]
 SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "zstd": ".tar.zst"}
 
 _PARTIAL: Final = ".partial"
-_FOR_ALL: Final = (Path("/dev/shm"), Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - never written to
 _OLD: Final = ".old.partial"
 _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
@@ -147,6 +149,8 @@ class CheckpointStore:
         self.root = root.absolute()
         self.reserve_bytes = reserve_bytes
         self.archive = archive.absolute() if archive is not None else None
+        self.archive_refused: str | None = None
+        """Why there is no archive though one is configured."""
         self._lock: IO[bytes] | None = None
         self._users = 0
         self._unwanted: set[str] = set()
@@ -156,23 +160,25 @@ class CheckpointStore:
     def open(self) -> None:
         """Make the folder and lock it against other processes; each `open` wants a `close`. Raises StoreError."""
         if self._users == 0:
-            if not self._is_ours():
-                raise StoreError(f"checkpoint_dir {self.root}: is for others too; name a folder of warmpool's own")
-            _make_private(self.root, "checkpoint_dir")
+            self._claim()
             self._lock = _locked(self.root / LOCK, self.root)
+            if self.archive is not None and self.archive.exists():
+                try:
+                    self._claim_archive()
+                except StoreError as error:
+                    self.archive, self.archive_refused = None, str(error)
         self._users += 1
 
-    def _is_ours(self) -> bool:
+    def _claim(self) -> None:
+        """Make the folder, or look whether it is ours. Raises StoreError."""
         try:
-            for_all = self.root.stat().st_mode & stat.S_ISVTX
-            if for_all and (not self.root.is_mount() or self.root in _FOR_ALL):
-                return False  # a tmpfs of its own has that mode too, unless told otherwise
-            there = list(self.root.iterdir())
-        except FileNotFoundError:
-            return True
+            there = {path.name: path for path in self.root.iterdir()} if self.root.exists() else {}
+            images = [name for name, path in there.items() if (path / MANIFEST).is_file()]
+            if there and LOCK not in there and len(images) < len(there):
+                raise NotOwnedError(self.root, "is for others too; name a folder of warmpool's own")
+            owned.claim(self.root, (LOCK, *images))
         except OSError as error:
-            raise StoreError(f"checkpoint_dir {self.root}: {error.strerror}") from error
-        return any(p.name == LOCK for p in there) or all((p / MANIFEST).is_file() for p in there)
+            raise _trouble("checkpoint_dir", self.root, error) from error
 
     def close(self) -> None:
         """Let go; the last one unlocks."""
@@ -213,7 +219,7 @@ class CheckpointStore:
             # The crash came between the two renames that replace an image: the older one is whole.
             final = self.root / old.name.removesuffix(_OLD)
             if not final.exists():
-                old.rename(final)
+                owned.rename(old, final)
         left = list(self.root.glob(f"*{_PARTIAL}"))
         if self.archive is not None and self.archive.is_dir():
             left += self.archive.glob(f"*{_PARTIAL}")
@@ -230,6 +236,7 @@ class CheckpointStore:
 
         Where space is short, quarantined images go first, then those that do not fit this host.
         """
+        self._claim()
         expendable = [self.root / (name + _QUARANTINED) for name in self.quarantined()]
         for path in (*expendable, *(self.path(name) for name in sorted(self._unwanted))):
             if expected_bytes > self.free_bytes():
@@ -275,8 +282,8 @@ class CheckpointStore:
         final, old = self.path(image), self.root / (image + _OLD)
         if final.exists():
             _delete(old)
-            final.rename(old)
-        self.partial(image).rename(final)
+            owned.rename(final, old)
+        owned.rename(self.partial(image), final)
         self._unwanted.discard(image)
         _delete(old)
 
@@ -335,7 +342,7 @@ class CheckpointStore:
         path = self.root / (image + _QUARANTINED)
         if self.path(image).exists():
             _delete(path)
-            self.path(image).rename(path)
+            owned.rename(self.path(image), path)
 
     async def remove(self, image: str) -> None:
         """Delete an image, finished, partial or quarantined, if there is one."""
@@ -358,6 +365,12 @@ class CheckpointStore:
             return []
         return sorted(p.name.removesuffix(SUFFIX["zstd"]) for p in self.archive.glob(f"*{SUFFIX['zstd']}"))
 
+    async def remove_archive(self, image: str) -> None:
+        """Delete the archive of an image, if there is one. Raises StoreError."""
+        if image in self.archived():
+            self._claim_archive()
+            await asyncio.to_thread(_delete, self.archive_path(image))
+
     async def archived_manifest(self, image: str) -> Manifest:
         """The manifest of an archived image. Raises StoreError when there is none that can be read."""
         path = self.archive_path(image)
@@ -372,9 +385,18 @@ class CheckpointStore:
     async def put_into_archive(self, image: str) -> Path:
         """Write an image to `archive_dir`; it stays where it is. Raises StoreError."""
         path = self.archive_path(image)
-        _make_private(path.parent, "archive_dir")
+        self._claim_archive()
         await self.export(image, path, "zstd")
         return path
+
+    def _claim_archive(self) -> None:
+        """Make `archive_dir`, or look whether it is ours. Raises StoreError."""
+        assert self.archive is not None  # noqa: S101 - archive_path saw to it
+        try:
+            archives = [path.name for path in self.archive.glob(f"*{SUFFIX['zstd']}")]
+            owned.claim(self.archive, archives)
+        except OSError as error:
+            raise _trouble("archive_dir", self.archive, error) from error
 
     async def take_from_archive(self, image: str) -> Manifest:
         """Bring an archived image back; the archive stays. Raises StoreError."""
@@ -384,22 +406,22 @@ class CheckpointStore:
         """Write an image to one file, beside and renamed. Raises StoreError."""
         manifest = self.load(image)
         source = self.path(image)
-        beside = target.with_name(target.name + _PARTIAL)
 
         def pack(stop: threading.Event) -> None:
-            with _compressing(beside, compression) as out, tarfile.open(fileobj=out, mode="w|") as tar:
+            with (
+                owned.replacing(target.absolute()) as file,
+                _compressing(file, compression) as out,
+                tarfile.open(fileobj=out, mode="w|") as tar,
+            ):
                 for name in (MANIFEST, *manifest.bytes_by_file):
                     info = tar.gettarinfo(source / name, name)
-                    with (source / name).open("rb") as file:
-                        tar.addfile(info, cast("IO[bytes]", _Stoppable(file, stop)))
+                    with (source / name).open("rb") as content:
+                        tar.addfile(info, cast("IO[bytes]", _Stoppable(content, stop)))
 
         try:
             await _in_thread(pack)
-            beside.replace(target)
         except OSError as error:
-            raise StoreError(f"{error.filename or beside}: {error.strerror or error}") from error
-        finally:
-            _delete(beside)
+            raise StoreError(f"{error.filename or target}: {error.strerror or error}") from error
 
     async def import_(self, source: Path, image: str | None = None) -> Manifest:
         """Make an image of an exported file, digests checked, under its own name or the given one.
@@ -448,31 +470,34 @@ async def _in_thread(work: Callable[[threading.Event], T]) -> T:
         raise
 
 
-def _make_private(folder: Path, setting: str) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
-        raise StoreError(f"{setting} {folder}: {error.strerror}") from error
+def _trouble(setting: str, folder: Path, error: OSError) -> StoreError:
+    where = f"{error.filename}: " if error.filename not in (None, str(folder)) else ""
+    return StoreError(f"{setting} {folder}: {where}{error.strerror}")
 
 
 def _locked(path: Path, folder: Path) -> IO[bytes]:
+    file = None
     try:
-        file = path.open("wb")
+        file = os.fdopen(owned.open_file(path, os.O_RDWR | os.O_CREAT), "rb")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise StoreError(f"checkpoint_dir {folder}: another warmpool uses it; stop that, or set another one") from None
     except OSError as error:
-        raise StoreError(f"checkpoint_dir {folder}: {error.strerror}") from error
+        if file is not None:
+            file.close()
+        if isinstance(error, BlockingIOError):
+            reason = "another warmpool uses it; stop that, or set another one"
+            raise StoreError(f"checkpoint_dir {folder}: {reason}") from None
+        raise _trouble("checkpoint_dir", folder, error) from error
     return file
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete what is there, as far as it can be. Raises NotOwnedError for what is not ours."""
+    try:
+        owned.delete_tree(path)
+    except NotOwnedError:
+        raise
+    except OSError as error:
+        log.warning("%s cannot be deleted: %s", error.filename or path, error.strerror)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -542,19 +567,15 @@ def _laid_out(path: Path, size: int, stop: threading.Event) -> str | None:
     """The digest of a file that was written again, or None: it is too small for that, or there is no space."""
     if size < _LARGE_BYTES:
         return None
-    beside = path.with_name(path.name + _PARTIAL)
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as old, beside.open("wb") as new:
+        with path.open("rb") as old, owned.replacing(path) as new:
             os.posix_fallocate(new.fileno(), 0, size)
-            beside.chmod(0o600)
             stoppable = _Stoppable(old, stop)
             while chunk := stoppable.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 new.write(chunk)
-        beside.replace(path)
     except OSError:
-        _delete(beside)
         if stop.is_set():
             raise
         return None
@@ -577,20 +598,16 @@ def _check_digests(folder: Path, manifest: Manifest, stop: threading.Event) -> N
 
 
 @contextlib.contextmanager
-def _compressing(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as raw:
-        match compression:
-            case "none":
-                yield raw
-            case "gzip":
-                with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as out:
-                    yield cast("IO[bytes]", out)
-            case "zstd":
-                with zstandard.ZstdCompressor(level=3, threads=-1).stream_writer(raw, closefd=False) as out:
-                    yield out
-        raw.flush()
-        os.fsync(raw.fileno())
+def _compressing(raw: IO[bytes], compression: Compression) -> Iterator[IO[bytes]]:
+    match compression:
+        case "none":
+            yield raw
+        case "gzip":
+            with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as out:
+                yield cast("IO[bytes]", out)
+        case "zstd":
+            with zstandard.ZstdCompressor(level=3, threads=-1).stream_writer(raw, closefd=False) as out:
+                yield out
 
 
 @contextlib.contextmanager

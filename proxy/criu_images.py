@@ -7,7 +7,7 @@ A file is a head of two magic numbers, then messages in protobuf's wire format w
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -49,12 +49,9 @@ def read(path: Path, magic: int) -> list[bytes]:
     return found
 
 
-def write(path: Path, magic: int, messages: Iterable[bytes]) -> None:
-    """Write a file of this kind, mode 0600. Raises OSError."""
-    path.touch(mode=0o600)
-    path.write_bytes(
-        struct.pack("<II", COMMON_MAGIC, magic) + b"".join(struct.pack("<I", len(m)) + m for m in messages)
-    )
+def write(file: IO[bytes], magic: int, messages: Iterable[bytes]) -> None:
+    """Write what a file of this kind consists of. Raises OSError."""
+    file.write(struct.pack("<II", COMMON_MAGIC, magic) + b"".join(struct.pack("<I", len(m)) + m for m in messages))
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

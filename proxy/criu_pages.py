@@ -18,9 +18,9 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
-from proxy import criu_images
+from proxy import criu_images, owned
 from proxy.criu_images import UnknownFormatError, encoded, fields
 
 if TYPE_CHECKING:
@@ -107,35 +107,29 @@ def _rewritten(pagemap: Path, pages: Path, stop: threading.Event) -> tuple[int, 
         dropped = size // PAGE_BYTES - sum(r.pages for _, r in kept)
         if dropped < _LEAST_PAGES or not kept:
             return 0, None
-        beside = pages.with_name(pages.name + ".partial")
         try:
-            digest = _write_pages(beside, content, kept, stop)
-            table = pagemap.with_name(pagemap.name + ".partial")
-            criu_images.write(table, criu_images.PAGEMAP_MAGIC, (head, *(r.message() for _, r in kept)))
+            # Whoever reads the folder between these two sees a half; nobody does before it is an image.
+            with owned.replacing(pages) as out, owned.replacing(pagemap) as table:
+                digest = _write_pages(out, content, kept, stop)
+                criu_images.write(table, criu_images.PAGEMAP_MAGIC, (head, *(r.message() for _, r in kept)))
         except OSError:
-            beside.unlink(missing_ok=True)
             if stop.is_set():
                 raise
             return 0, None
-    # Whoever reads the folder between these two sees a half; nobody does before it is an image.
-    beside.replace(pages)
-    table.replace(pagemap)
     return dropped, digest
 
 
-def _write_pages(target: Path, content: mmap.mmap, kept: Sequence[tuple[int, _Range]], stop: threading.Event) -> str:
+def _write_pages(out: IO[bytes], content: mmap.mmap, kept: Sequence[tuple[int, _Range]], stop: threading.Event) -> str:
     digest = hashlib.sha256()
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb", buffering=0) as out:
-        # With its size known from the start, it gets huge pages on a tmpfs with huge=within_size.
-        os.posix_fallocate(out.fileno(), 0, sum(r.pages for _, r in kept) * PAGE_BYTES)
-        for start, end in _joined((at * PAGE_BYTES, (at + r.pages) * PAGE_BYTES) for at, r in kept):
-            for at in range(start, end, _CHUNK_BYTES):
-                if stop.is_set():
-                    raise OSError("cancelled")
-                chunk = content[at : min(at + _CHUNK_BYTES, end)]
-                digest.update(chunk)
-                out.write(chunk)
+    # With its size known from the start, it gets huge pages on a tmpfs with huge=within_size.
+    os.posix_fallocate(out.fileno(), 0, sum(r.pages for _, r in kept) * PAGE_BYTES)
+    for start, end in _joined((at * PAGE_BYTES, (at + r.pages) * PAGE_BYTES) for at, r in kept):
+        for at in range(start, end, _CHUNK_BYTES):
+            if stop.is_set():
+                raise OSError("cancelled")
+            chunk = content[at : min(at + _CHUNK_BYTES, end)]
+            digest.update(chunk)
+            out.write(chunk)
     return digest.hexdigest()
 
 

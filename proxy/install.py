@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 
+from proxy import owned
 from proxy.errors import HostError
 
 if TYPE_CHECKING:
@@ -190,7 +191,5 @@ def _digest(content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    beside.chmod(mode)
-    beside.replace(path)
+    with owned.replacing(path, mode) as file:
+        file.write(content)

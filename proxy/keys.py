@@ -18,18 +18,18 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import tomli_w
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from proxy import owned
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 PREFIX: Final = "wp_"
 TOKEN_MIN_LENGTH: Final = 32
@@ -173,18 +173,11 @@ def write_private(path: Path, text: str) -> None:
     """Replace a file at once, with its owner and mode; 0600 where there was none. Raises ConfigError."""
     try:
         before = path.stat() if path.exists() else None
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                if before is not None:
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                    os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with owned.replacing(path) as file:
+            if before is not None:
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+            file.write(text.encode())
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be written: {error.strerror}"]) from None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Final
 
 import orjson
+
+from proxy import owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +68,9 @@ class Usage:
         if self._path is None or self._counts == self._saved:
             return
         counts = dict(self._counts)
-        beside = self._path.with_name(self._path.name + ".new")
         try:
-            with beside.open("wb") as file:
+            with owned.replacing(self._path) as file:
                 file.write(orjson.dumps(counts))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
         except OSError as error:
             log.warning("%s: %s", self._path, error.strerror)
             return

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "proxy"
 LAYERS: dict[str, int] = {
     "proxy": -1,
     "proxy.errors": 0,
+    "proxy.owned": 0,
     "proxy.metrics": 0,
     "proxy.service": 1,
     "proxy.http1": 0,

@@ -12,12 +12,12 @@ import contextlib
 import io
 import re
 import secrets
-import shutil
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from proxy import owned
 from proxy.checkpoints import MANIFEST, CheckpointStore
 from proxy.config import CriuSettings, ModelSettings
 from proxy.doctor.report import Check
@@ -80,6 +80,7 @@ def _failed(kind: str, stages: Stages, reason: str) -> Check:
 
 async def _test(host: Host, needs: Needs, make: MakeRuntime, stages: Stages) -> None:
     folder = _folder(needs.pool.checkpoint_dir.absolute())
+    owned.claim(folder)
     try:
         claim = Claim(folder / "state")
         store = CheckpointStore(folder / "images", 0)
@@ -99,7 +100,7 @@ async def _test(host: Host, needs: Needs, make: MakeRuntime, stages: Stages) -> 
                 raise HostError(runtime.rungs().missing.get(Tier.CHECKPOINTED, "this runtime cannot checkpoint"))
             await _round_trip(runtime, model, claim.log_path(_INSTANCE), stages)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        owned.delete_root(folder)
 
 
 def _folder(images: Path) -> Path:

@@ -11,6 +11,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Final
 
+from proxy import owned
 from proxy.checkpoints import CRIU_FOLDER
 from proxy.runtime import command
 
@@ -36,16 +37,16 @@ def link(userdata: Path, folder: Path) -> None:
     """Have podman read and write CRIU's files in a folder of the store."""
     checkpoint = userdata / "checkpoint"
     if checkpoint.is_dir() and not checkpoint.is_symlink():
-        shutil.rmtree(checkpoint)
+        owned.delete_tree(checkpoint)
     put_link(checkpoint, folder / CRIU_FOLDER)
     # podman would write through a link that is left there.
-    (userdata / _IN_BUNDLE).unlink(missing_ok=True)
+    owned.unlink(userdata / _IN_BUNDLE)
 
 
 def put_link(link: Path, target: Path) -> None:
     """Make a link, in place of one that is there."""
     link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
+    owned.unlink(link)
     link.symlink_to(target)
 
 
@@ -84,11 +85,7 @@ def _emptied(folder: Path, archive: Path) -> bool:
     """Whether a folder is empty now, so that the archive can be unpacked to it; both must be there."""
     if not archive.is_file() or not folder.is_dir():
         return False
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    owned.empty(folder)
     return True
 
 

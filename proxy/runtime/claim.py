@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Final
 
+from proxy import owned
 from proxy.errors import HostError
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import IO
+
+
+_MARKS: Final = ("lock", "logs", "usage.json")
+"""What a state folder of warmpool's has in it, of any version."""
 
 
 class Claim:
@@ -33,15 +39,17 @@ class Claim:
 
     def _lock(self) -> None:
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.folder / "logs").mkdir(mode=0o700, exist_ok=True)
-            self._file = (self.folder / "lock").open("wb")
+            owned.claim(self.folder, _MARKS)
+            owned.claim(self.folder / "logs", [path.name for path in (self.folder / "logs").glob("*.log")])
+            self._file = os.fdopen(owned.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT), "rb")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._unlock()
             raise HostError(f"another warmpool uses state_dir {self.folder}; stop it or set another one") from None
         except OSError as error:
-            raise HostError(f"state_dir {self.folder}: {error.strerror}; set pool.state_dir") from error
+            self._unlock()
+            where = f"{error.filename}: " if error.filename not in (None, str(self.folder)) else ""
+            raise HostError(f"state_dir {self.folder}: {where}{error.strerror}; set pool.state_dir") from error
 
     def release(self) -> None:
         """Let go; the last one unlocks."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from proxy import owned
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -12,8 +14,6 @@ def write_if_other(path: Path, content: bytes, *, mode: int = 0o600, folder_mode
     """Make a file have this content, beside and renamed; nothing is done when it has it."""
     if not path.is_file() or path.read_bytes() != content:
         path.parent.mkdir(mode=folder_mode, parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".new")
-        beside.write_bytes(content)
-        beside.chmod(mode)
-        beside.replace(path)
+        with owned.replacing(path, mode) as file:
+            file.write(content)
     return path

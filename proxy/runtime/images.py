@@ -44,21 +44,23 @@ class KeepsImages(abc.ABC):
             return Rungs(frozenset(offered), {Tier.CHECKPOINTED: reason})
         self._store.sweep()
         archived = {Tier.ARCHIVED} if self._store.archive is not None else set()
-        return Rungs(frozenset({*offered, Tier.CHECKPOINTED, *archived}))
+        refused = self._store.archive_refused
+        return Rungs(
+            frozenset({*offered, Tier.CHECKPOINTED, *archived}),
+            {Tier.ARCHIVED: refused} if refused is not None else {},
+        )
 
     async def discard_image(self, handle: Handle) -> None:
         """See `Runtime.discard_image`."""
         image = self._image(handle)
         await self._store.remove(image)
-        if image in self._store.archived():
-            self._store.archive_path(image).unlink(missing_ok=True)
+        await self._store.remove_archive(image)
 
     async def quarantine_image(self, handle: Handle) -> None:
         """See `Runtime.quarantine_image`."""
         image = self._image(handle)
         await asyncio.to_thread(self._store.quarantine, image)
-        if image in self._store.archived():
-            self._store.archive_path(image).unlink(missing_ok=True)
+        await self._store.remove_archive(image)
 
     async def copy_to_archive(self, handle: Handle) -> None:
         """See `Runtime.copy_to_archive`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
-from proxy import host
+from proxy import host, owned
 from proxy.checkpoints import CheckpointStore, Manifest, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
@@ -451,6 +450,9 @@ class PodmanRuntime(KeepsImages):
             it.userdata = Path(answer["StaticDir"])
             graph = answer["GraphDriver"]["Data"] or {}
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
+            for folder in (it.userdata, it.upper):
+                if folder is not None:
+                    owned.register(folder)
             it.merged = graph.get("MergedDir", it.merged)
             it.pid = answer["State"]["Pid"] or None
             it.restored = bool(answer["State"].get("Restored"))
@@ -458,6 +460,8 @@ class PodmanRuntime(KeepsImages):
             return str(answer["State"]["Status"])
         except (KeyError, TypeError, ValueError) as error:
             raise PodmanError(0, f"{it.name}: inspect answers what this version does not understand: {error}") from None
+        except OSError as error:
+            raise PodmanError(409, f"{it.name}: {error.filename}: {error.strerror}") from error
 
     async def wait_exit(self, handle: Handle) -> str:
         """See `Runtime.wait_exit`."""
@@ -547,9 +551,9 @@ class PodmanRuntime(KeepsImages):
         self._forget(it)
 
     async def _delete(self, name: str) -> None:
-        with contextlib.suppress(PodmanError):
+        with contextlib.suppress(PodmanError, OSError):
             id_ = (await self._podman.get(f"/containers/{name}/json"))["Id"]
-            await asyncio.to_thread(shutil.rmtree, self._claim.folder / "oci" / id_, ignore_errors=True)
+            await asyncio.to_thread(owned.delete_tree, self._claim.folder / "oci" / id_)
         try:
             await self._podman.delete(f"/containers/{name}", force="true", v="true", timeout="0")
         except PodmanError as error:
@@ -564,6 +568,9 @@ class PodmanRuntime(KeepsImages):
 
     def _forget(self, it: _Container) -> None:
         self._containers.pop(it.handle.instance_id, None)
+        for folder in (it.userdata, it.upper):
+            if folder is not None:
+                owned.release(folder)
         if _on_host_network(it):
             self._ports.release(it.handle.port)
 
@@ -685,7 +692,7 @@ class PodmanRuntime(KeepsImages):
         """CRIU's files into `folder`; the container has ended afterwards. CRIU's statistics, in microseconds."""
         engine = container.engine_of(it.model)
         bundle.link(it.userdata, folder)
-        (it.userdata / "dump.log").unlink(missing_ok=True)
+        owned.unlink(it.userdata / "dump.log")
         began = time.perf_counter()
         it.interrupted = True
         try:
@@ -798,7 +805,7 @@ class PodmanRuntime(KeepsImages):
         """Restore a container from the image that its bundle links to."""
         engine = container.engine_of(it.model)
         it.interrupted = True
-        (it.userdata / "restore.log").unlink(missing_ok=True)
+        owned.unlink(it.userdata / "restore.log")
         answer = await self._podman.post(
             f"/containers/{it.id}/restore",
             keep="true",

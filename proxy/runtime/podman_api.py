@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import aiohttp
 import orjson
 
+from proxy import owned
 from proxy.errors import HostError, WarmpoolError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Podman:
             if shutil.which("podman") is None:
                 raise HostError("podman is not installed (make host, or your distribution's package)")
             socket = self._own_socket
-            socket.unlink(missing_ok=True)
+            owned.clear_socket(socket.absolute(), even_if_heard=True)
             self._supervisor = asyncio.create_task(self._supervise(socket), name="podman service")
         self._session = aiohttp.ClientSession(
             # A kept connection would break with a service that was restarted; a new one waits for it.

@@ -342,8 +342,7 @@ class ProcessRuntime(KeepsImages):
             )
         if status != 0:
             reason = criu.log_reason(folder / "restore.log", output)
-            for path in used:
-                path.unlink(missing_ok=True)
+            links.use_up(used)
             await self.drop(handle)
             raise RuntimeFailure("restore", reason)
         if engine.off_gpu:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import grp
 import os
 import socket
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
+from proxy import owned
 from proxy.config import is_loopback
 from proxy.errors import HostError
 
 if TYPE_CHECKING:
     import ssl
-    from pathlib import Path
 
     from proxy.config import AdminSettings, ServerSettings
 
@@ -117,7 +116,7 @@ def admin_socket(admin: AdminSettings) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _clear_stale(path)
+        owned.clear_socket(path.absolute())
         before = os.umask(0o177)
         try:
             made.bind(str(path))
@@ -132,18 +131,3 @@ def admin_socket(admin: AdminSettings) -> socket.socket:
         raise HostError(f"cannot listen on {path}: {error.strerror}; set server.admin.socket") from error
     made.setblocking(False)
     return made
-
-
-def _clear_stale(path: Path) -> None:
-    """Remove the socket of a server that is gone. Raises OSError where one still listens, or another file is there."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-        else:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
