@@ -59,6 +59,7 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.files": 4,
     "proxy.runtime.inside": 5,
     "proxy.runtime.guard": 5,
+    "proxy.runtime.orphan_reaper": 5,
     "proxy.runtime.container": 5,
     "proxy.runtime.images": 5,
     "proxy.runtime.process": 6,

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
-from proxy.errors import RuntimeFailure
+from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import command, criu, inside, launch, links, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
 from proxy.runtime.log_tail import LogTails
+from proxy.runtime.orphan_reaper import OrphanReaper
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +80,7 @@ class ProcessRuntime(KeepsImages):
         self._ports = ports.Ports(*settings.port_range())
         self._rungs = Rungs(frozenset())
         self._criu_version = ""
-        self._guard: asyncio.subprocess.Process | None = None
+        self._reaper = OrphanReaper()
 
     # --- the host ---
 
@@ -92,19 +93,16 @@ class ProcessRuntime(KeepsImages):
         self._cuda.open()
         processes.become_subreaper()
         await processes.kill_whole(f"{self._claim.owner}:", None)
-        self._guard = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.runtime.guard", f"{self._claim.owner}:",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._reaper.open(f"{self._claim.owner}:")
+        except OSError as error:
+            raise HostError(f"the orphan reaper cannot be started: {error}") from error
         self._criu_version, reason = await criu.why_not(self._settings.criu)
         self._rungs = self._open_store(reason)
 
     async def close(self) -> None:
-        """Dismiss the guard and give up the claim."""
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()
-            await self._guard.wait()
-            self._guard = None
+        """Dismiss the orphan reaper and give up the claim."""
+        await self._reaper.close()
         self._ports.close()
         self._store.close()
         self._claim.release()
@@ -184,15 +182,13 @@ class ProcessRuntime(KeepsImages):
             self._runs_as(engine, None)
 
     def _runs_as(self, engine: _Engine, pid: int | None) -> None:
-        """Note the leader of an engine's session, and tell the guard of it."""
-        said = [f"-{engine.pid}\n"] * (engine.pid is not None) + [f"+{pid}\n"] * (pid is not None)
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.write("".join(said).encode())
+        """Note the leader of an engine's session, and tell the orphan reaper of it."""
+        self._reaper.note(gone=engine.pid, runs=pid)
         engine.pid = pid
         engine.suspended = engine.off_gpu = False
 
     def leave(self, handle: Handle) -> bool:
-        """See `Runtime.leave`: the guard ends processes with warmpool."""
+        """See `Runtime.leave`: the orphan reaper ends processes with warmpool."""
         return False
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
