@@ -39,6 +39,7 @@ from pydantic_settings import (
 
 from proxy.errors import ConfigError, ModelNotFoundError
 from proxy.instance import Tier
+from proxy.masking import mask_urls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -57,6 +58,7 @@ _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _NEVER = frozenset({"never", "off"})
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
 
 def parse_duration(value: object) -> float:
@@ -250,6 +252,12 @@ class ServerSettings(_Section):
         description="File with the API keys (`warmpool key new` makes it); with it every request needs one. Read again "
         "on SIGHUP.",
         examples=["/etc/warmpool/keys.toml"],
+    )
+    hosts: list[Annotated[str, Field(pattern=r"^[0-9A-Za-z]([0-9A-Za-z.-]{0,252})$")]] = Field(
+        default=[],
+        description="Host names, beside localhost and addresses, by which clients may use models without keys on "
+        'loopback: the name that a proxy on this host passes on, a name in /etc/hosts. Example: ["llm.example.org"]. '
+        "Other names are refused, since a web page can make its own point here.",
     )
     allow_anyone: bool = Field(
         default=False,
@@ -930,7 +938,7 @@ def _unknown_environment(fields: Iterable[str]) -> list[str]:
 def _explain(error: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors: the key, what is wrong, where it was set if not in the file."""
     path = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(path) or "(whole file)"
+    key = ".".join(_without_secrets(path)) or "(whole file)"
     variable = ENV_PREFIX + ENV_DELIMITER.join(path).upper()
     origin = f" (from environment variable {variable})" if path and variable in os.environ else ""
     message = error["msg"].removeprefix("Value error, ")
@@ -945,7 +953,13 @@ def _explain(error: Mapping[str, Any]) -> str:
                 "a model's key has lower-case letters, digits and _, and begins with a letter (48 at most); "
                 "set `name` to what clients say"
             )
-    return f"{key}: {message}{origin}"
+    return mask_urls(f"{key}: {message}{origin}")
+
+
+def _without_secrets(path: list[str]) -> Iterable[str]:
+    """The parts of a key's path; where a variable of an engine should be named, only what looks like a name."""
+    for before, part in zip([None, *path], path, strict=False):
+        yield "…" if before == "env" and not _VARIABLE.fullmatch(part) else part
 
 
 def _fields_at(path: list[str]) -> Iterable[str]:

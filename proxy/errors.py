@@ -66,17 +66,24 @@ class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's 
 
 
 class RequestError(WarmpoolError):
-    """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again."""
+    """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again.
+
+    `message` is for clients: no path, command or address of this host, and no line of another program. `detail` has
+    those, for operators: in the log (`str`) and in answers of the admin API.
+    """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None, detail: str = ""
+    ) -> None:
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
-        super().__init__(message)
+        self.detail = detail
+        super().__init__(f"{message} ({detail})" if detail else message)
 
     def headers(self) -> dict[str, str]:
         """`Retry-After` in whole seconds, rounded up (RFC 9110, 10.2.3), where a later try makes sense."""
@@ -84,9 +91,9 @@ class RequestError(WarmpoolError):
             return {}
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
-    def body(self) -> bytes:
+    def body(self, *, for_operator: bool = False) -> bytes:
         """The error envelope as JSON."""
-        return envelope(self.message, type_=self.type, param=self.param, code=self.code)
+        return envelope(str(self) if for_operator else self.message, type_=self.type, param=self.param, code=self.code)
 
 
 class InvalidRequestError(RequestError):

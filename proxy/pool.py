@@ -604,7 +604,7 @@ class Pool:
     def _wake_failed(self, model: Model, failure: WakeFailure) -> WakeFailedError:
         left_s = max(1.0, model.start_at - self._clock())
         message = f"{failure.told_to_clients(model.served_name)}. It is tried again in {math.ceil(left_s)} s."
-        return WakeFailedError(message, retry_after_s=left_s)
+        return WakeFailedError(message, retry_after_s=left_s, detail="; ".join(failure.reasons))
 
     def _refuse_if_full(self, model: Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())

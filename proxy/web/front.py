@@ -22,6 +22,7 @@ from proxy.upstream import Exchange, ExchangeError
 from proxy.web import request_id, routes
 from proxy.web.answer import date
 from proxy.web.guard import refuse_expired
+from proxy.web.guard_pages import contained
 from proxy.web.guard_protocol import GuardedProtocol
 from proxy.web.handed import Begun, Handed
 from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, told_in_short, watched
@@ -57,7 +58,7 @@ _UNUSUAL: Final = frozenset(
     b"content-length transfer-encoding content-encoding expect upgrade http2-settings te trailer keep-alive "
     b"proxy-connection origin x-warmpool-max-wait".split()
 )
-"""What aiohttp's server, the guard or the relay have to see to. (Every `sec-websocket-` too.)"""
+"""What aiohttp's server, the guard or the relay have to see to. (Every `sec-` too.)"""
 _BODILESS: Final = frozenset({204, 304})
 _OWN: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
 
@@ -69,6 +70,7 @@ class Shape:
         "closes",
         "content_type",
         "fields",
+        "host",
         "is_json",
         "key",
         "known",
@@ -86,9 +88,11 @@ class Shape:
         key: str | None,
         request_id: str | None,
         *,
+        host: str,
         closes: bool,
     ) -> None:
         self.match = match
+        self.host = host
         self.closes = closes
         """It is the last request of its connection."""
         self.line = b"POST %b HTTP/1.1\r\n" % match.target.encode("ascii")
@@ -144,7 +148,7 @@ def shape_of(head: bytes) -> Shape | None:
         at = field.end()
         name, value = field.groups()
         lower = name.lower()
-        if lower in _UNUSUAL or lower in found or lower.startswith(b"sec-websocket-"):
+        if lower in _UNUSUAL or lower in found or lower.startswith(b"sec-"):
             return None
         found[lower] = value
         fields.append((name, value))
@@ -159,6 +163,7 @@ def shape_of(head: bytes) -> Shape | None:
         found.get(b"content-type", b"").decode("ascii"),
         _key_in(found),
         _request_id_in(found),
+        host=found[b"host"].decode("ascii"),
         closes=option == b"close",
     )
 
@@ -188,7 +193,7 @@ class _Reply:
         self.sized = head.length >= 0
         self.framing = b"\r\ncontent-length: " if self.sized else b"\r\ntransfer-encoding: chunked"
         self.first_line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
-        self.fields = passed_on(head.fields, NOT_TO_CLIENT)
+        self.fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
         self.head = self.head_without(frozenset())
 
     def head_without(self, names: frozenset[bytes]) -> bytes:
@@ -251,6 +256,8 @@ class Front:
         shape = connection.shape
         if head != connection.shape_head:
             shape = shape_of(head) if head.count(b"\n") <= self._fields_most else None
+            if shape is not None and not self._guard.pages.knows(connection.transport, shape.host):
+                shape = None  # aiohttp's side says so to the client
             connection.shape, connection.shape_head = shape, head
         if shape is None:
             return False

@@ -25,6 +25,7 @@ from proxy.web import routes
 from proxy.web.answer import Answer
 from proxy.web.caller import caller_of
 from proxy.web.faults import method_of, path_of
+from proxy.web.guard_pages import contained
 from proxy.web.handed import take_begun
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.refusals import Refusals
@@ -465,7 +466,7 @@ def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
 
 
 def _to_client(head: http1.Head, request: web.Request) -> list[tuple[bytes, bytes]]:
-    fields = passed_on(head.fields, NOT_TO_CLIENT)
+    fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
     if request.method == "HEAD" or head.status == 304:  # says what a GET would have
         fields += [field for field in head.fields if field[0].lower() == b"content-length"]
     return fields

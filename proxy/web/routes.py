@@ -9,6 +9,7 @@ percent-encoding, dot segment, double slash or absolute URL can become another r
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,8 @@ from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFou
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from aiohttp.web import AbstractResource
 
 
 class ModelIn(enum.Enum):
@@ -91,6 +94,28 @@ _EXACT: Final = {(r.method, r.path): r for r in ROUTES if "{id}" not in r.path}
 _WITH_ID: Final = [
     (r.method, re.compile(re.escape(r.path).replace(r"\{id\}", f"({_ID})")), r) for r in ROUTES if "{id}" in r.path
 ]
+
+
+_NAMES: Final = frozenset({"id", "model"})
+"""The parts of warmpool's own paths that clients name, and so may have to percent-encode."""
+
+
+def spelled_as(resource: AbstractResource | None, target: str) -> bool:
+    """Whether a request's target, as it came, has the path of the resource that was found letter by letter."""
+    if resource is None:
+        return True
+    path = target.partition("?")[0]
+    return path == resource.canonical or _spelling(resource.canonical).fullmatch(path) is not None
+
+
+@functools.cache
+def _spelling(canonical: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", canonical)
+    return re.compile(
+        "".join(
+            re.escape(part) if not n % 2 else "[^#]+" if part in _NAMES else r"[^/%#]+" for n, part in enumerate(parts)
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,47 @@
+"""Secrets in what is shown of a configuration: passwords in URLs, values of options that are named as secrets are."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MASK: Final = "*" * 10
+"""As pydantic shows a SecretStr."""
+
+# A path of pathlib has one slash only.
+_USER: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^/\s@?#]+@")
+_QUERY: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+")
+_SECRET_OPTION: Final = re.compile(r"(--?(?:[\w.-]*[-_.])?(?:key|token|secret|password|passwd|credentials?))(=.*)?")
+
+
+def mask_urls(text: str) -> str:
+    """The text without users, passwords and queries of URLs."""
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
+
+
+def _masked_arguments(arguments: Sequence[str]) -> Iterator[str]:
+    hidden = False
+    for argument in arguments:
+        if (option := _SECRET_OPTION.fullmatch(argument)) is not None:
+            hidden = option[2] is None
+            yield argument if hidden else f"{option[1]}={MASK}"
+            continue
+        hidden = hidden and not argument.startswith("-")
+        yield MASK if hidden else mask_urls(argument)
+
+
+def masked(value: Any) -> Any:
+    """Plain values with their secrets masked, and without the keys that are not set, which TOML cannot express."""
+    match value:
+        case str():
+            return mask_urls(value)
+        case dict():
+            return {mask_urls(str(key)): masked(item) for key, item in value.items() if item is not None}
+        case list() if all(isinstance(item, str) for item in value):
+            return list(_masked_arguments(value))
+        case list():
+            return [masked(item) for item in value]
+    return value
