@@ -23,6 +23,7 @@ from proxy import (
     logs,
     reference,
     reference_page,
+    route_check,
 )
 from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
@@ -208,6 +209,7 @@ for _command in (
     install_commands.install_,
     install_commands.uninstall,
     key_commands.key,
+    route_check.routes,
 ):
     cli.add_command(_command)
 

@@ -643,16 +643,26 @@ class RouteSettings(_Section):
 
     chat: bool = Field(default=True, description="/v1/chat/completions, and /batch and /render below it.")
     completions: bool = Field(default=True, description="/v1/completions and /render below it.")
-    responses: bool = Field(default=True, description="/v1/responses, a response by its id, and /cancel below that.")
-    messages: bool = Field(default=True, description="/v1/messages (Anthropic's API) and /count_tokens below it.")
+    responses: bool = Field(
+        default=True, description="/v1/responses and /render below it, a response by its id, and /cancel below that."
+    )
+    messages: bool = Field(
+        default=True, description="/v1/messages (Anthropic's API), /count_tokens and /render below it."
+    )
     audio: bool = Field(default=True, description="/v1/audio/transcriptions and /v1/audio/translations.")
     realtime: bool = Field(default=True, description="/v1/realtime (WebSocket).")
     embeddings: bool = Field(default=True, description="/v1/embeddings and /v2/embed.")
     rerank: bool = Field(default=True, description="/rerank, /v1/rerank and /v2/rerank.")
-    score: bool = Field(default=True, description="/score and /v1/score.")
+    score: bool = Field(default=True, description="/score, /v1/score and /generative_scoring.")
     classify: bool = Field(default=True, description="/classify.")
     pooling: bool = Field(default=True, description="/pooling.")
     tokenize: bool = Field(default=True, description="/tokenize, /detokenize and /tokenizer_info.")
+    systemone: bool = Field(default=True, description="/v1/systemone (structured decisions).")
+    invocations: bool = Field(
+        default=True,
+        description="/invocations (SageMaker's route to chat, completions, embeddings, rerank, score, classify and "
+        "pooling): only where none of these is off.",
+    )
     lora: bool = Field(
         default=False,
         description="/v1/load_lora_adapter and /v1/unload_lora_adapter: clients may then have the engine load files.",

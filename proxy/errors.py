@@ -183,6 +183,17 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.", param="model")
 
 
+class ResponseNotFoundError(RequestError):
+    """A response that nobody here is known to have made, in vLLM's words (`_make_not_found_error`)."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Response with id '{response_id}' not found.", param="response_id")
+
+
 class InstanceNotFoundError(RequestError):
     """An instance that a model does not have."""
 

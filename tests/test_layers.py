@@ -103,6 +103,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.guard_cors": 9,
     "proxy.web.guard_protocol": 7,
     "proxy.web.routes": 7,
+    "proxy.route_check": 8,
     "proxy.web.form": 7,
     "proxy.web.request_id": 8,
     "proxy.web.response_ids": 7,

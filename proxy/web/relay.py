@@ -59,6 +59,9 @@ NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
     b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",
     b"x-forwarded-port", b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-by", b"origin", b"referer",
+    # SageMaker's would name another adapter than the one that was checked, or a session.
+    b"x-amzn-sagemaker-adapter-identifier", b"x-amzn-sagemaker-adapter-alias", b"x-amzn-sagemaker-session-id",
+    b"x-amzn-sagemaker-new-session-id", b"x-amzn-sagemaker-closed-session-id",
     b"access-control-request-method", b"access-control-request-headers",
 }  # fmt: skip
 # Whether a page may read an answer is this proxy's to say, and `Location` would show the engine's address.

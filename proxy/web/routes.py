@@ -1,9 +1,9 @@
 """Which requests may reach an engine: one table, and the only place where a path for an engine comes from.
 
-The routes are those that vLLM offers to applications (vllm/entrypoints: openai, anthropic, cohere, pooling,
-speech_to_text, scale_out/render, serve/tokenize, serve/lora). What is not in the table is refused before anything else
-looks at it. A path counts in its exact spelling, and what is sent on is the table's own, never the client's: no
-percent-encoding, dot segment, double slash or absolute URL can become another route on the way.
+The routes are those that vLLM offers to applications (vllm/entrypoints: openai, anthropic, cohere, pooling, generate,
+speech_to_text, scale_out/render, serve/tokenize, serve/lora, serve/sagemaker). What is not in the table is refused
+before anything else looks at it. A path counts in its exact spelling, and what is sent on is the table's own, never the
+client's: no percent-encoding, dot segment, double slash or absolute URL can become another route on the way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import enum
 import functools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
 
@@ -46,6 +46,10 @@ class Route:
     generates: bool = False
     """`models.NAME.parameters` apply to its body."""
     websocket: bool = False
+    unnamed: bool = False
+    """vLLM's own form of it names no model: where one is configured, it is meant."""
+    stands_for: tuple[str, ...] = ()
+    """The groups of what it can be asked for instead: a model offers it where it offers all of them."""
 
 
 def _table() -> Iterator[Route]:
@@ -53,33 +57,48 @@ def _table() -> Iterator[Route]:
         for path in paths:
             yield Route(group, "POST", path, ModelIn.JSON, streams, generates)
 
+    def unnamed(group: str, method: str, path: str, model_in: ModelIn, **more: Any) -> Route:
+        return Route(group, method, path, model_in, unnamed=True, **more)
+
     yield from post("chat", "/v1/chat/completions", streams=True, generates=True)
     yield from post("chat", "/v1/chat/completions/batch", "/v1/chat/completions/render", generates=True)
     yield from post("completions", "/v1/completions", streams=True, generates=True)
     yield from post("completions", "/v1/completions/render", generates=True)
     yield from post("responses", "/v1/responses", streams=True, generates=True)
-    yield Route("responses", "GET", "/v1/responses/{id}", ModelIn.RESPONSE)
-    yield Route("responses", "POST", "/v1/responses/{id}/cancel", ModelIn.RESPONSE)
+    yield from post("responses", "/v1/responses/render", generates=True)
+    yield unnamed("responses", "GET", "/v1/responses/{id}", ModelIn.RESPONSE)
+    yield unnamed("responses", "POST", "/v1/responses/{id}/cancel", ModelIn.RESPONSE)
     yield from post("messages", "/v1/messages", streams=True, generates=True)
     yield from post("messages", "/v1/messages/count_tokens")
+    yield from post("messages", "/v1/messages/render", generates=True)
     yield Route("audio", "POST", "/v1/audio/transcriptions", ModelIn.FORM, streams=True)
     yield Route("audio", "POST", "/v1/audio/translations", ModelIn.FORM, streams=True)
-    yield Route("realtime", "GET", "/v1/realtime", ModelIn.QUERY, websocket=True)
+    yield unnamed("realtime", "GET", "/v1/realtime", ModelIn.QUERY, websocket=True)
     yield from post("embeddings", "/v1/embeddings", "/v2/embed")
     yield from post("rerank", "/rerank", "/v1/rerank", "/v2/rerank")
-    yield from post("score", "/score", "/v1/score")
+    yield from post("score", "/score", "/v1/score", "/generative_scoring")
     yield from post("classify", "/classify")
     yield from post("pooling", "/pooling")
     yield from post("tokenize", "/tokenize", "/detokenize")
-    yield Route("tokenize", "GET", "/tokenizer_info", ModelIn.QUERY)
-    yield Route("lora", "POST", "/v1/load_lora_adapter", ModelIn.QUERY)
-    yield Route("lora", "POST", "/v1/unload_lora_adapter", ModelIn.QUERY)
+    yield unnamed("tokenize", "GET", "/tokenizer_info", ModelIn.QUERY)
+    yield from post("systemone", "/v1/systemone")
+    yield unnamed(
+        "invocations",
+        "POST",
+        "/invocations",
+        ModelIn.JSON,
+        streams=True,
+        generates=True,
+        stands_for=("chat", "completions", "embeddings", "rerank", "score", "classify", "pooling"),
+    )
+    yield unnamed("lora", "POST", "/v1/load_lora_adapter", ModelIn.QUERY)
+    yield unnamed("lora", "POST", "/v1/unload_lora_adapter", ModelIn.QUERY)
 
 
 ROUTES: Final = tuple(_table())
 """Everything that is forwarded. Not here, and so refused: an engine's management (`/sleep`, `/wake_up`,
 `/collective_rpc`, `/pause`, `/resume`, `/update_weights`, `/reset_*`, `/server_info`, the profiler,
-`/scale_elastic_ep`), its `/metrics` and `/load`, and second ways to the same (`/invocations`)."""
+`/scale_elastic_ep`), its `/metrics` and `/load`; `proxy.route_check` names them and says why."""
 
 _ID: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}"
 _QUERY: Final = re.compile(r"[!-~]*")

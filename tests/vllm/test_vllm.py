@@ -329,7 +329,9 @@ async def test_its_other_apis_are_reached(host: Host, cold: Cold) -> None:
             model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, extra_body={"temperature": 0}
         ) as stream:
             assert "".join([piece async for piece in stream.text_stream]) == said.content[0].text
-    for path in ("/sleep", "/collective_rpc", "/reset_prefix_cache", "/server_info", "/invocations"):
+    async with proxy.session.post("/invocations", json={k: v for k, v in chat.items() if k != "model"}) as response:
+        assert response.status == 200, await response.text()
+    for path in ("/sleep", "/collective_rpc", "/reset_prefix_cache", "/server_info"):
         async with proxy.session.post(path, json=chat) as response:
             assert response.status == 404, path
     with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
