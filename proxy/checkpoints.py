@@ -8,6 +8,7 @@
         criu/               CRIU's files
         rootfs.tar …        what else the runtime needs
       demo-2.partial/       one being written; if nobody writes it, a crash left it: removed by `sweep`
+      demo.next/            a whole one that is about to take the place of `demo`; removed by `sweep` likewise
       demo.quarantined/     one that failed to restore twice: never used, deleted first when space is needed
       .lock                 held by the warmpool that uses the folder
     archive_dir/
@@ -58,6 +59,7 @@ SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "
 
 _PARTIAL: Final = ".partial"
 _OLD: Final = ".old.partial"
+_NEXT: Final = ".next"
 _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
 _LARGE_BYTES: Final = 64 << 20
@@ -125,6 +127,11 @@ class Manifest:
         ]
 
 
+def next_to(image: str) -> str:
+    """The name of the image that is to take the place of one, while both are there."""
+    return image + _NEXT
+
+
 def kind_of(name: str) -> str:
     """What a file of an image holds (criu.org/Images)."""
     base = name.rpartition("/")[2]
@@ -154,6 +161,7 @@ class CheckpointStore:
         self._lock: IO[bytes] | None = None
         self._users = 0
         self._unwanted: set[str] = set()
+        self._deleting: list[threading.Thread] = []
         self.archiving = asyncio.Lock()
         """For whoever writes to the archive, one at a time."""
 
@@ -184,6 +192,8 @@ class CheckpointStore:
         """Let go; the last one unlocks."""
         if self._users:
             self._users -= 1
+            for thread in self._deleting if self._users == 0 else ():
+                thread.join()
             if self._users == 0 and self._lock is not None:
                 self._lock.close()
                 self._lock = None
@@ -220,7 +230,8 @@ class CheckpointStore:
             final = self.root / old.name.removesuffix(_OLD)
             if not final.exists():
                 owned.rename(old, final)
-        left = list(self.root.glob(f"*{_PARTIAL}"))
+        left = [*self.root.glob(f"*{_PARTIAL}"), *self.root.glob(f"*{_NEXT}")]
+        left += self.root.glob(f"*{_NEXT}{_WEIGHTS}/*")
         if self.archive is not None and self.archive.is_dir():
             left += self.archive.glob(f"*{_PARTIAL}")
         for path in left:
@@ -275,17 +286,40 @@ class CheckpointStore:
         found = {"bytes_by_kind": manifest.bytes_by_kind(), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
         manifest = replace(manifest, details={**manifest.details, **found})
         _write_manifest(partial, manifest)
-        self._put_in_place(manifest.image)
+        _delete(self._put_in_place(manifest.image, partial))
         return manifest
 
-    def _put_in_place(self, image: str) -> None:
+    def _put_in_place(self, image: str, source: Path) -> Path:
+        """Make a folder the image; where the one that had its place is now, if there was one."""
         final, old = self.path(image), self.root / (image + _OLD)
         if final.exists():
             _delete(old)
             owned.rename(final, old)
-        owned.rename(self.partial(image), final)
+        owned.rename(source, final)
         self._unwanted.discard(image)
-        _delete(old)
+        return old
+
+    def promote(self, image: str) -> None:
+        """Have the image beside it (`next_to`), if there is one, take an image's place; a matter of renames.
+
+        Of the older one only the name has gone afterwards: whoever reads its files may read on for a moment. Raises
+        StoreError, with nothing changed.
+        """
+        beside = next_to(image)
+        if not self.path(beside).exists():
+            return
+        try:
+            _write_manifest(self.path(beside), replace(self.load(beside), image=image))
+            old = self._put_in_place(image, self.path(beside))
+            weights, copies = self.root / (beside + _WEIGHTS), self.root / (image + _WEIGHTS)
+            if weights.exists():
+                _delete(copies)
+                owned.rename(weights, copies)
+        except OSError as error:
+            raise StoreError(f"{error.filename or self.root}: {error.strerror}") from error
+        thread = threading.Thread(target=_delete, args=(old,), name="delete an image")
+        thread.start()
+        self._deleting = [*(t for t in self._deleting if t.is_alive()), thread]
 
     def abandon(self, image: str) -> None:
         """Delete the folder of `begin`."""
@@ -437,7 +471,7 @@ class CheckpointStore:
             partial = self.begin(manifest.image, manifest.total_bytes())
             try:
                 await _in_thread(lambda stop: _unpack(source, partial, manifest, stop))
-                self._put_in_place(manifest.image)
+                _delete(self._put_in_place(manifest.image, partial))
             finally:
                 self.abandon(manifest.image)
         except _DAMAGE as error:

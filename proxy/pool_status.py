@@ -30,8 +30,15 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "rungs": sorted(t.label for t in rungs.offered),
         "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
         "gpu_need_bytes": model.ledger.need(model.key),
+        "outdated": _outdated(model),
         "instances": [instance_status(model, slot, now) for slot in model.slots.values()],
     }
+
+
+def _outdated(model: Model) -> dict[str, Any] | None:
+    if model.outdated is None:
+        return None
+    return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
 
 
 def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:

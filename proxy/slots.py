@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.engine import EngineClient
     from proxy.gpu_ledger import Bytes, GpuLedger
     from proxy.instance import Instance, WakeRecord
-    from proxy.runtime.base import Handle, ImageFacts, Runtime
+    from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
     from proxy.wake_failure import WakeFailure
 
 log = logging.getLogger("warmpool.pool")
@@ -217,6 +217,12 @@ class Model:
     """Its golden checkpoint goes with its last instance."""
     leaving: bool = False
     """The configuration has it no more, or with other engines: its instances go after their last request."""
+    coming: bool = False
+    """Its one instance is made ready to take over from a model of the same key; nobody else may touch it."""
+    outdated: Outdated | None = None
+    """What has changed since its engines were started; they serve until others can take over."""
+    renewal: str = ""
+    """What becomes of those others, for people."""
 
     @property
     def timetable(self) -> Mapping[Tier, float]:
@@ -234,9 +240,9 @@ class Model:
             key=self.key,
             instances=self.instances(),
             rungs=self.runtime.rungs().offered,
-            timetable=self.timetable,
-            max_instances=0 if self.leaving else self.settings.max_instances,
-            min_ready=0 if self.leaving else self.settings.min_ready,
+            timetable={} if self.coming else self.timetable,
+            max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
+            min_ready=0 if self.leaving or self.coming else self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
             waiting=waiting,
             oldest_wait=first.since if waiting and first is not None else None,
@@ -313,6 +319,8 @@ def too_slow(model: ModelSettings, tier: Tier) -> str:
 
 def is_left(model: Model, slot: Slot) -> bool:
     """Whether the engine goes on without us, for the next warmpool to adopt."""
+    if model.coming:
+        return False
     fit = slot.instance.state in _LEFT_RUNNING or (slot.instance.state is State.WAKING and slot.loading)
     return fit and slot.handle is not None and model.runtime.leave(slot.handle)
 

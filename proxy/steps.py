@@ -73,7 +73,7 @@ class Steps:
         settings, instance = model.settings, slot.instance
         self._ledger.began(instance)
         with stages.measure("start"):
-            handle = await model.runtime.start(instance.id, model.key, settings)
+            handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
         self.attach(model, slot, handle)
         instance.sleep_level = 0
         instance.barred.clear()
@@ -255,10 +255,15 @@ class Steps:
                 handle_of(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
             )
             image.present, image.archived, image.failures = True, False, 0
-            if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
-                self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
+            if not model.coming:
+                self.keep_copy(model, slot)
             image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
         instance.sleep_level = image.sleep_level
+
+    def keep_copy(self, model: Model, slot: Slot) -> None:
+        """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
+        if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
+            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
 
     async def _copy_to_archive(self, model: Model, slot: Slot) -> None:
         try:

@@ -17,7 +17,7 @@ from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
+from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class FakeRuntime:
         self.failures: dict[str, list[Exception]] = {}
         self.changes: dict[str, Outdated] = {}
         """Model → what has changed since its engines were started."""
+        self.footprints: dict[str, Footprint] = {}
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -119,7 +120,7 @@ class FakeRuntime:
         return process
 
     def _owner(self, handle: Handle) -> str:
-        return handle.model if self.shares_images else handle.instance_id
+        return handle.image or (handle.model if self.shares_images else handle.instance_id)
 
     def _image(self, handle: Handle, operation: str) -> Image:
         image = self.images.get(self._owner(handle))
@@ -164,12 +165,24 @@ class FakeRuntime:
             return {}
         return {key: i.facts for key, i in self.images.items() if key in models and i.command == _command(models[key])}
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
         await self._enter("start")
         handle = self._new_handle(instance_id, key)
+        if beside and self.shares_images:
+            handle = self.handles[instance_id] = replace(handle, image=f"{key}.next")
         self.processes[instance_id] = Process(next(self._boots), command=_command(model))
         self.weigh(handle)
         return handle
+
+    def promote(self, handle: Handle) -> Handle:
+        self.calls["promote"] += 1
+        if handle.image in self.images:
+            self.images[handle.model] = self.images.pop(handle.image)
+        self.handles[handle.instance_id] = replace(handle, image="")
+        return self.handles[handle.instance_id]
+
+    async def footprint(self, key: str) -> Footprint | None:
+        return self.footprints.get(key)
 
     def weigh(self, handle: Handle) -> None:
         """Let NVML see what the engine holds now."""

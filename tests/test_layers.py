@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "proxy.reload": 3,
     "proxy.usage": 3,
     "proxy.rebuild": 9,
+    "proxy.renewal": 9,
     "proxy.install_commands": 8,
     "proxy.instance": 1,
     "proxy.wake_failure": 2,

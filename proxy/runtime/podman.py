@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import orjson
 
 from proxy import host, owned
-from proxy.checkpoints import CheckpointStore, Manifest, StoreError
+from proxy.checkpoints import CheckpointStore, Manifest, StoreError, next_to
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
@@ -77,6 +77,8 @@ class _Container:
     """Its CUDA processes are suspended."""
     restored: bool = False
     """What runs came from an image."""
+    renamed: bool = False
+    """What it mounts has another name by now."""
     interrupted: bool = False
     """A dump or restore was given up half-way, and its helpers may still run."""
 
@@ -277,16 +279,16 @@ class PodmanRuntime(KeepsImages):
 
     # --- starting and ending ---
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
         """Start a container from nothing; see `Runtime.start`."""
         try:
-            return await _twice(partial(self._start, instance_id, key, model))
+            return await _twice(partial(self._start, instance_id, key, model, next_to(key) if beside else ""))
         except PodmanError as error:
             raise RuntimeFailure("start", str(error)) from error
 
-    async def _start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+    async def _start(self, instance_id: str, key: str, model: ModelSettings, image: str) -> Handle:
         while True:
-            it = await self._create("start", instance_id, key, model)
+            it = await self._create("start", instance_id, key, model, image=image)
             self._tails.begin(instance_id)
             try:
                 await self._podman.post(f"/containers/{it.id}/start")
@@ -307,7 +309,7 @@ class PodmanRuntime(KeepsImages):
             return False
         with contextlib.suppress(OSError):  # it has ended
             number = str(namespaces.number_of(it.pid))
-            if any(number in name for name in await self._names_in_images(it.handle.model)):
+            if any(number in name for name in await self._names_in_images(self._image(it.handle))):
                 self._pid_namespaces.hold(it.pid)
                 return True
         return False
@@ -324,11 +326,14 @@ class PodmanRuntime(KeepsImages):
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Make a container with a bundle, which `restore` needs, and nothing in it; see `Runtime.clone`."""
+        return (await self._clone(Handle(instance_id, key, "", 0), model)).handle
+
+    async def _clone(self, handle: Handle, model: ModelSettings) -> _Container:
         try:
-            made_from = (await self._manifest(key)).facts.get(_CONTAINER_IMAGE)
+            made_from = (await self._manifest(self._image(handle))).facts.get(_CONTAINER_IMAGE)
         except StoreError as error:
             raise RuntimeFailure("clone", str(error)) from error
-        it = await self._create("clone", instance_id, key, model, made_from)
+        it = await self._create("clone", handle.instance_id, handle.model, model, made_from, image=handle.image)
         try:
             await self._podman.post(f"/containers/{it.id}/init")
             await self._stop(it)
@@ -340,24 +345,32 @@ class PodmanRuntime(KeepsImages):
             if isinstance(error, PodmanError | OSError):
                 raise RuntimeFailure("clone", str(error)) from error
             raise
-        return it.handle
+        return it
 
     async def _create(
-        self, operation: str, instance_id: str, key: str, model: ModelSettings, image_id: str | None = None
+        self,
+        operation: str,
+        instance_id: str,
+        key: str,
+        model: ModelSettings,
+        image_id: str | None = None,
+        *,
+        image: str = "",
     ) -> _Container:
         """A container that is not started, in place of one that was there.
 
-        Made from the container image of that id, or from what the name in the configuration means now.
+        Made from the container image of that id, or from what the name in the configuration means now. `image`: as in
+        its handle.
         """
         known = self._containers.get(instance_id)
         name = self._container_name(instance_id)
         try:
             engine = container.engine_of(model)
             if engine.network == "host":
-                port = known.handle.port if known is not None else await self._host_port(key)
-                handle = Handle(instance_id, key, ports.LOOPBACK, port)
+                port = known.handle.port if known is not None else await self._host_port(image or key)
+                handle = Handle(instance_id, key, ports.LOOPBACK, port, image)
             else:
-                handle = Handle(instance_id, key, "", engine.container_port)
+                handle = Handle(instance_id, key, "", engine.container_port, image)
             it = _Container(handle, name, model, container.spec_digest(key, model))
             it.image_id = image_id or await self._image_named(engine.image)
             self._containers[instance_id] = it
@@ -772,21 +785,31 @@ class PodmanRuntime(KeepsImages):
             it.off_gpu = False
         return it.handle
 
+    def promote(self, handle: Handle) -> Handle:
+        """See `Runtime.promote`."""
+        it = self._containers[handle.instance_id]
+        try:
+            self._store.promote(handle.model)
+        except StoreError as error:
+            raise RuntimeFailure("promote", str(error), alive=True) from error
+        it.handle = replace(it.handle, image="")
+        # Its container mounts the weights' copy under the name that it had: it is made again when it is restored.
+        it.renamed = it.model.weights_copy
+        return it.handle
+
     async def _made_for(self, it: _Container, manifest: Manifest) -> _Container:
         """A container to restore this image in, made from the container image that it was taken from."""
-        if it.image_id == manifest.facts.get(_CONTAINER_IMAGE):
+        if it.image_id == manifest.facts.get(_CONTAINER_IMAGE) and not it.renamed:
             return it
         log.info("%s: its container is made again, from the checkpoint's container image", it.handle.instance_id)
-        await self.clone(it.handle.instance_id, it.handle.model, it.model)
-        return self._containers[it.handle.instance_id]
+        return await self._clone(it.handle, it.model)
 
     async def _clear_for_another_try(self, it: _Container, error: Exception) -> _Container:
         """The container to try once more, where the failure was none of the image's; else raises RuntimeFailure."""
         try:
             if await self._is_missing(f"/containers/{it.id}/exists"):
                 log.warning("%s: somebody removed its container: it is made again", it.handle.instance_id)
-                await self.clone(it.handle.instance_id, it.handle.model, it.model)
-                return self._containers[it.handle.instance_id]
+                return await self._clone(it.handle, it.model)
             if isinstance(error, PodmanError) and error.status == 0:
                 log.warning("%s: %s; once more", it.handle.instance_id, error)
                 await self._stop(it)
@@ -825,12 +848,13 @@ class PodmanRuntime(KeepsImages):
         """Make a stopped container's own files those of the image: CRIU refuses a file that has grown since."""
         engine = container.engine_of(it.model)
         if it.upper is not None and not engine.criu.ignore_rootfs:
-            await bundle.reset_rootfs(it.upper, self._store.path(it.handle.model))
+            await bundle.reset_rootfs(it.upper, self._store.path(self._image(it.handle)))
 
     async def unarchive_image(self, handle: Handle) -> None:
         """See `Runtime.unarchive_image`."""
         await super().unarchive_image(handle)
-        for it in [c for c in self._containers.values() if c.handle.model == handle.model and c.pid is None]:
+        image = self._image(handle)
+        for it in [c for c in self._containers.values() if self._image(c.handle) == image and c.pid is None]:
             await self._reset_rootfs(it)
 
     # --- parts ---
@@ -894,10 +918,10 @@ class PodmanRuntime(KeepsImages):
     def _digest(self, key: str, model: ModelSettings) -> str:
         return container.spec_digest(key, model)
 
-    async def _host_port(self, key: str) -> int:
+    async def _host_port(self, image: str) -> int:
         """The port for a container on the host's network: the one its image was taken with, or a free one."""
         with contextlib.suppress(StoreError):
-            port = self._store.load(key).private.get("host_port")
+            port = self._store.load(image).private.get("host_port")
             if isinstance(port, int):
                 self._ports.hold(port)
                 return port

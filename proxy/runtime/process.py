@@ -113,7 +113,7 @@ class ProcessRuntime(KeepsImages):
 
     # --- starting and ending ---
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
         """Start the model's command; see `Runtime.start`."""
         assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
         known = self._engines.get(instance_id)
@@ -190,6 +190,10 @@ class ProcessRuntime(KeepsImages):
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`: the orphan reaper ends processes with warmpool."""
         return False
+
+    def promote(self, handle: Handle) -> Handle:
+        """See `Runtime.promote`: each instance has its own image."""
+        return handle
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """See `Runtime.clone`: an image is restored with its own pids, so there is one instance of each."""
