@@ -183,13 +183,15 @@ def _request_id_in(found: dict[bytes, bytes]) -> str | None:
 
 
 class _Reply:
-    """What the head of an engine's answer says, its length left out."""
+    """What the head of an engine's answer says."""
 
-    __slots__ = ("fields", "first_line", "framing", "head", "keeps_alive", "sized", "status")
+    __slots__ = ("fields", "first_line", "framing", "head", "keeps_alive", "length", "sized", "status")
 
     def __init__(self, head: http1.Head) -> None:
         self.status = head.status
         self.keeps_alive = head.keeps_alive
+        self.length = head.length
+        """Of the answer that it was read from; others that differ in nothing else share it."""
         self.sized = head.length >= 0
         self.framing = b"\r\ncontent-length: " if self.sized else b"\r\ntransfer-encoding: chunked"
         self.first_line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
@@ -307,11 +309,7 @@ class Front:
         if at < 0:
             at = data.find(b"\r\nContent-Length: ", 0, end)
         if at < 0:
-            head = data[: end + 4]
-            reply = self._chunked.get(head)
-            if reply is None:
-                reply = self._learnt(head, self._chunked, head)
-            return reply, http1.CHUNKED
+            return self._reply_without_usual_length(data[: end + 4])
         stop = data.find(b"\r\n", at + 18)
         digits = data[at + 18 : stop]
         if not digits.isdigit() or len(digits) > 18 or (digits[0] == _ZERO and len(digits) > 1):
@@ -321,6 +319,13 @@ class Front:
         if reply is None:
             reply = self._learnt(head, self._sized, data[: end + 4])
         return reply, int(digits)
+
+    def _reply_without_usual_length(self, head: bytes) -> tuple[_Reply | None, int]:
+        """In chunks, or with a length that is spelled as no server does it by itself (`CONTENT-LENGTH:30`)."""
+        reply = self._chunked.get(head)
+        if reply is None:
+            reply = self._learnt(head, self._chunked, head)
+        return reply, reply.length if reply is not None else 0
 
     def _learnt(self, key: bytes, known: dict[bytes, _Reply], head: bytes) -> _Reply | None:
         parsed = http1.parse_head(head, "POST")
@@ -438,7 +443,7 @@ class Passage:
             self._break(f"not HTTP: {error}")
             return
         if out and self._flows:
-            self._transport.write(out)
+            self._write(out)
         elif out or self._unsent:
             self._send(out)
         if body.done:
@@ -465,7 +470,7 @@ class Passage:
         if there == length and self._admission is None and length > 0:  # nearly every answer
             self._size = length
             self._first_byte_at = time.perf_counter()
-            self._transport.write(head + data[end + 4 :])
+            self._write(head + data[end + 4 :])
             self._end(reusable=True)
             return
         self._begin_body(reply, length, head, data[end + 4 :])
@@ -503,7 +508,12 @@ class Passage:
                 self._flows = True
         if self._unsent:
             out, self._unsent = self._unsent + out, b""
-        self._transport.write(out)
+        self._write(out)
+
+    def _write(self, data: bytes) -> None:
+        # Between a reset and the word of it the transport is closed, and uvloop's raises.
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def lost(self, error: Exception | None) -> None:
         """The engine's connection has ended."""

@@ -13,10 +13,18 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
+from aiohttp import web
 
 from proxy import http1
 from proxy.config import parse_duration
-from proxy.errors import EngineFailedError, InvalidRequestError, RequestError, UpstreamError, sse_error
+from proxy.errors import (
+    BodyTooLargeError,
+    EngineFailedError,
+    InvalidRequestError,
+    RequestError,
+    UpstreamError,
+    sse_error,
+)
 from proxy.logs import lines_of_requests
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.tracing import CONTEXT_FIELDS
@@ -34,8 +42,6 @@ from proxy.web.request_id import request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from aiohttp import web
 
     from proxy.metrics import Metrics
     from proxy.pool import Pool
@@ -110,11 +116,7 @@ class Relay:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             if self._traces is not None:
                 exchange.trace = self._traces.request(request.method, match.route.path, request.headers)
-            content = request.content
-            # Nearly every body has come with its head.
-            limit = min(_READ_AT_ONCE, self._pool.settings.server.body_limit)
-            whole = content.is_eof() and content.total_bytes <= limit
-            body = content.read_nowait() if whole else await request.read()
+            body = await _body_of(request, self._pool.settings.server.body_limit)
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
             if exchange.caller is not None:
@@ -124,6 +126,11 @@ class Relay:
             return await self._kept_alive(exchange, address)
         except RequestError as error:
             exchange.status, exchange.refused_as = error.status, error.code
+            raise
+        except ConnectionError:  # the client's
+            raise
+        except Exception:  # the client is told 500
+            exchange.status = exchange.status or 500
             raise
         finally:
             self._account(exchange)
@@ -373,6 +380,20 @@ class _Exchange:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 1)
+
+
+async def _body_of(request: web.Request, limit: int) -> bytes:
+    """All of it. Raises BodyTooLargeError, or InvalidRequestError for one that is not coded as its fields say."""
+    content = request.content
+    try:
+        # Nearly every body has come with its head.
+        if content.is_eof() and content.total_bytes <= min(_READ_AT_ONCE, limit):
+            return content.read_nowait()
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BodyTooLargeError(f"The body is over the limit of {limit} bytes.") from None
+    except web.RequestPayloadError:
+        raise InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.") from None
 
 
 def max_wait_s(request: web.Request) -> float | None:
