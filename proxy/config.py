@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -53,6 +53,9 @@ RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID", "WARMPOOL_U
 find a server."""
 
 MIN_HEARTBEAT_S: Final = 0.1
+RESEED_FIELDS: Final = ("host", "port", "model", "instance")
+"""What is replaced in `reseed.command`."""
+_WORKER_EXTENSION: Final = "--worker-extension-cls"
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
@@ -638,6 +641,43 @@ class PodmanEngineSettings(_Section):
         return self
 
 
+class ReseedSettings(_Section):
+    """How an engine that is not vLLM gets fresh randomness after a restore: by a request or by a command, or not.
+
+    Either is given 64 hexadecimal digits to begin its generators with: the request as its body, the command as its
+    input. An engine that does not take them does not serve.
+    """
+
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=200)] | None = Field(
+        default=None,
+        description="Path of the engine that a POST goes to. It answers 200 or 204; 404 says that it has no such path.",
+        examples=["/reseed"],
+    )
+    command: Annotated[list[str], Field(min_length=1, max_length=100)] | None = Field(
+        default=None,
+        description="Program and arguments, run on this host as warmpool's user; it ends with status 0. {host} and "
+        "{port} are the engine's, {model} and {instance} its names.",
+        examples=[["/usr/local/bin/reseed", "{host}", "{port}"]],
+    )
+    timeout: Annotated[Duration, Field(gt=0, le=600)] = Field(default=10.0, description="How long it may take.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ReseedSettings:
+        if self.path is not None and self.command is not None:
+            raise ValueError("path and command exclude each other")
+        for argument in self.command or ():
+            for name in re.findall(r"\{(\w*)\}", argument):
+                if name not in RESEED_FIELDS:
+                    known = ", ".join(f"{{{k}}}" for k in RESEED_FIELDS)
+                    raise ValueError(f"command: {{{name}}} is not one of {known}")
+        return self
+
+    @property
+    def present(self) -> bool:
+        """Whether there is a way."""
+        return self.path is not None or self.command is not None
+
+
 class RouteSettings(_Section):
     """What of a model clients may use; engine routes that are not here are never forwarded."""
 
@@ -776,6 +816,15 @@ class ModelSettings(_Section):
         description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
         "the next step down writes it anew; only for one instance.",
     )
+    engine: Literal["vllm", "generic"] | None = Field(
+        default=None,
+        description="What the engine is. vLLM is given a worker extension and a middleware of warmpool's (arguments "
+        "added to its command), by which it gets fresh randomness after a restore. Without: vllm where a word of the "
+        "command or entry point is `vllm` (or a module of it), or the container image with its own entry point is "
+        "called so; else generic.",
+        examples=["vllm"],
+    )
+    reseed: ReseedSettings = ReseedSettings()
     routes: RouteSettings = RouteSettings()
     parameters: ParameterSettings = ParameterSettings()
     idle: IdleSettings = IdleSettings()
@@ -797,9 +846,18 @@ class ModelSettings(_Section):
             raise ValueError("sleep_level = 2 needs weights_copy: the weights would be read from files at every wake")
         if self.weights_copy and self.golden_sleep_level != 2:
             raise ValueError("weights_copy needs golden_sleep_level = 2: at 1 the checkpoint holds the weights already")
+        self._check_engine()
         if self.max_instances > 1:
             self._check_several()
         return self
+
+    def _check_engine(self) -> None:
+        if self.engine == "vllm" and self.reseed.present:
+            raise ValueError('reseed is for engines that are not vLLM: remove it, or set engine = "generic"')
+        if self.weights_copy and self.engine == "generic":
+            raise ValueError('weights_copy needs vLLM: remove it, or set engine = "vllm"')
+        if self.weights_copy and self.own_worker_extension:
+            raise ValueError(f"weights_copy needs warmpool's own worker extension: remove {_WORKER_EXTENSION}")
 
     def _check_several(self) -> None:
         if not self.keep:
@@ -808,6 +866,30 @@ class ModelSettings(_Section):
             raise ValueError('podman.network = "host" needs max_instances = 1: clones would share one port')
         if self.podman is not None and self.podman.criu.tcp_established:
             raise ValueError("podman.criu.tcp_established needs max_instances = 1: connections cannot be cloned")
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether its engines are vLLM."""
+        if self.engine is not None:
+            return self.engine == "vllm"
+        return self.weights_copy or (not self.reseed.present and self._looks_like_vllm())
+
+    def _looks_like_vllm(self) -> bool:
+        named = any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())
+        image = self.podman.image if self.podman is not None and self.podman.entrypoint is None else ""
+        return named or "vllm" in PurePath(image).name
+
+    def _words(self) -> list[str]:
+        """The command, behind the entry point if it is given."""
+        if self.podman is not None:
+            return [*(self.podman.entrypoint or ()), *self.podman.command]
+        return self.process.command if self.process is not None else []
+
+    @property
+    def own_worker_extension(self) -> str | None:
+        """The option by which the command gives vLLM a worker extension of the user's own."""
+        names = (word.partition("=")[0].replace("_", "-") for word in self._words())
+        return next((word for word, name in zip(self._words(), names, strict=True) if name == _WORKER_EXTENSION), None)
 
     @property
     def runtime(self) -> str:

@@ -217,7 +217,7 @@ class Pool:
             if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):
                 self._go_on_waking(model, slot, Tier.STOPPED, left_s)
                 return
-            if state is State.READY and self._steps.owes_canary(model, slot):
+            if state is State.READY and self._steps.owes_proof(model, slot):
                 self._go_on_waking(model, slot, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
             instance.state = state
@@ -239,7 +239,7 @@ class Pool:
         slot.wake_began = self._clock() - (limit_s(model.settings, origin) - left_s)
         instance.apply(Event.WAKE)
         self._steps.watch(model, slot)
-        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "asked for its canary")
+        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "to prove itself")
         work = self._wake_adopted(model, slot, instance.generation, origin, left_s)
         slot.task = self._spawn(f"wake {instance.id}", work)
 

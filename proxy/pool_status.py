@@ -29,6 +29,7 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "shares_checkpoint": model.runtime.shares_images,
         "rungs": sorted(t.label for t in rungs.offered),
         "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
+        "repeats_randomness": model.reseed_gap,
         "gpu_need_bytes": model.ledger.need(model.key),
         "outdated": _outdated(model),
         "instances": [instance_status(model, slot, now) for slot in model.slots.values()],

@@ -97,7 +97,7 @@ class Slot:
     canary: str | None = None
     """What the running engine answers."""
     unproven: bool = False
-    """It was restored, and has not been asked for its canary, if that is due, since."""
+    """It was restored, and was not given fresh randomness nor asked for its canary, if that is due, since."""
     warmup: list[dict[str, float]] = field(default_factory=list)
     weights_copy: Literal["none", "good", "lost"] = "none"
     failed_steps: int = 0
@@ -211,6 +211,8 @@ class Model:
     failing: set[str] = field(default_factory=set)
     """The instances whose last wake failed down to its cold start."""
     last_failure: WakeFailure | None = None
+    reseed_gap: str | None = None
+    """Why its engines repeat random numbers after a restore, if they do."""
     draining: bool = False
     """Closed to new requests by an operator."""
     discarding: bool = False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from proxy.config import ModelSettings, Settings
 from proxy.errors import EngineError, RuntimeFailure
+from proxy.inside.warmpool_vllm.frontend import PATH
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
@@ -53,6 +54,8 @@ class Process:
     healthy: bool = True
     listens: bool = True
     restored: bool = False
+    entropy: bytes | None = None
+    """What its generators were begun with; None as they were when it was started or checkpointed."""
     started_unix_s: float = field(default_factory=time.time)
     exited: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -94,6 +97,8 @@ class FakeRuntime:
         self.quarantined: dict[str, Image] = {}
         self.copies: set[int] = set()
         """Of weights, by the boot of the engine that wrote them."""
+        self.reseed_gap: str | None = None
+        """What engines say of their workers' randomness."""
         self.handles: dict[str, Handle] = {}
         self.calls: Counter[str] = Counter()
         self.log_lines: dict[str, list[str]] = {}
@@ -350,6 +355,15 @@ class FakeEngine:
         for _ in range(settings.requests):
             await self.complete("warmup", settings.prompt, settings.max_tokens)
         return [{"ttft_s": 0.1, "total_s": 0.2, "tokens": 8.0}] * settings.requests
+
+    async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+        process = self._process(stage)
+        if path != PATH:
+            return 404, None
+        if method == "POST":
+            await self.runtime._enter("reseed")
+            process.entropy = body
+        return 200, {"reason": self.runtime.reseed_gap}
 
     async def sleep(self, level: int) -> None:
         process = self._process("sleep")

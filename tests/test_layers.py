@@ -57,9 +57,13 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.log_tail": 5,
     "proxy.runtime.cuda": 4,
     "proxy.inside": -1,
-    "proxy.inside.warmpool_vllm": 0,
-    "proxy.runtime.files": 4,
-    "proxy.runtime.inside": 5,
+    "proxy.inside.warmpool_vllm": 1,
+    "proxy.inside.warmpool_vllm.frontend": 0,
+    "proxy.inside.warmpool_vllm.randomness": 0,
+    "proxy.inside.warmpool_vllm.weights": 0,
+    "proxy.reseed": 5,
+    "proxy.runtime.files": 3,
+    "proxy.runtime.inside": 4,
     "proxy.runtime.guard": 5,
     "proxy.runtime.orphan_reaper": 5,
     "proxy.runtime.container": 5,
@@ -142,6 +146,8 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            if path.relative_to(ROOT).parts[0] == "inside" and node.level == 1:
+                continue  # its package has another name where it runs
             assert node.level == 0, f"{path}: relative import"
             found |= {full if (full := f"{node.module}.{a.name}") in LAYERS else node.module for a in node.names}
     return {name for name in found if name.split(".")[0] == "proxy"}

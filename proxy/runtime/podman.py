@@ -398,7 +398,7 @@ class PodmanRuntime(KeepsImages):
     async def _python_path(self, it: _Container) -> dict[str, str]:
         """The variable PYTHONPATH that the engine would have without us, where something is added to it."""
         engine = container.engine_of(it.model)
-        if not it.model.weights_copy or "PYTHONPATH" in engine.env:
+        if not it.model.is_vllm or "PYTHONPATH" in engine.env:
             return {name: value.get_secret_value() for name, value in engine.env.items() if name == "PYTHONPATH"}
         image = await self._podman.get(f"/images/{it.image_id}/json")
         pairs = (entry.partition("=") for entry in (image.get("Config") or {}).get("Env") or ())
@@ -427,11 +427,13 @@ class PodmanRuntime(KeepsImages):
         environment = {processes.MARK: self._mark(it.handle.instance_id)}
         mounts: list[tuple[str, str, bool]] = []
         arguments: tuple[str, ...] = ()
-        if it.model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
-            environment |= inside.environment(_EXTENSION, _WEIGHTS, python_path)
-            copies = self._store.weights(self._image(it.handle))
-            mounts = [(str(inside.folder(self._claim.folder)), _EXTENSION, False), (str(copies), _WEIGHTS, True)]
-            arguments = inside.ARGUMENTS
+        if it.model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+            copies = _WEIGHTS if it.model.weights_copy else None
+            environment |= inside.environment(_EXTENSION, copies, python_path)
+            mounts.append((str(inside.folder(self._claim.folder)), _EXTENSION, False))
+            if copies is not None:
+                mounts.append((str(self._store.weights(self._image(it.handle))), copies, True))
+            arguments = inside.arguments(it.model)
         return container.specification(
             name=it.name,
             image=it.image_id,

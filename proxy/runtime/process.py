@@ -129,9 +129,9 @@ class ProcessRuntime(KeepsImages):
         }
         words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
-        if model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
-            words += inside.ARGUMENTS
-            copies = str(self._store.weights(self._image(handle)))
+        if model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+            words += inside.arguments(model)
+            copies = str(self._store.weights(self._image(handle))) if model.weights_copy else None
             given |= inside.environment(str(inside.folder(self._claim.folder)), copies, {**os.environ, **given})
         directory = str(model.process.cwd or Path.cwd())
         environment = {
@@ -396,7 +396,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
     environment = {name: value.get_secret_value() for name, value in model.process.env.items()}
     parts = [key, model.name, model.process.command, environment, str(model.process.cwd), sys.executable]
-    parts += ["weights_copy"] * model.weights_copy
+    parts += ["weights_copy"] * model.weights_copy + [inside.digest()] * model.is_vllm
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
