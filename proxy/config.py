@@ -642,9 +642,9 @@ class PodmanEngineSettings(_Section):
 
 
 class ReseedSettings(_Section):
-    """How an engine that is not vLLM gets fresh randomness after a restore: by a request or by a command, or not.
+    """How an engine that is not vLLM gets fresh randomness after a restore: by a request, by a command, or by both.
 
-    Either is given 64 hexadecimal digits to begin its generators with: the request as its body, the command as its
+    Each is given 64 hexadecimal digits to begin its generators with: the request as its body, the command as its
     input. An engine that does not take them does not serve.
     """
 
@@ -662,9 +662,7 @@ class ReseedSettings(_Section):
     timeout: Annotated[Duration, Field(gt=0, le=600)] = Field(default=10.0, description="How long it may take.")
 
     @model_validator(mode="after")
-    def _one_way(self) -> ReseedSettings:
-        if self.path is not None and self.command is not None:
-            raise ValueError("path and command exclude each other")
+    def _fields_exist(self) -> ReseedSettings:
         for argument in self.command or ():
             for name in re.findall(r"\{(\w*)\}", argument):
                 if name not in RESEED_FIELDS:
@@ -822,7 +820,7 @@ class ModelSettings(_Section):
         "added to its command), by which it gets fresh randomness after a restore. Without: vllm where a word of the "
         "command or entry point is `vllm` (or a module of it), or the container image with its own entry point is "
         "called so; else generic.",
-        examples=["vllm"],
+        examples=["generic"],
     )
     reseed: ReseedSettings = ReseedSettings()
     routes: RouteSettings = RouteSettings()

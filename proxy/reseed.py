@@ -70,12 +70,10 @@ async def reseed(client: EngineClient, handle: Handle, model: ModelSettings, nam
             return f"it has no {way.path} (reseed.path)"
         if status not in (200, 204):
             raise EngineError(STAGE, f"POST {way.path} answered {status}")
-        return None
     if way.command is not None:
         values = {"host": handle.host, "port": str(handle.port), "model": name, "instance": handle.instance_id}
         async with _limit(way.timeout):
             await _run([_filled(word, values) for word in way.command], digits)
-        return None
     return gap(model)
 
 
