@@ -264,13 +264,16 @@ class CheckpointStore:
         (path / CRIU_FOLDER).mkdir(mode=0o700)
         return path
 
-    async def commit(self, manifest: Manifest, *, leave_out_zeros: bool = True) -> Manifest:
+    async def commit(self, manifest: Manifest, *, beside: bool = False, leave_out_zeros: bool = True) -> Manifest:
         """Turn the folder of `begin` into the image `manifest.image`, in place of an older one.
+
+        `beside`: into the one next to it, until `promote`.
 
         The sizes and digests of its files are added to the manifest, which is returned. `leave_out_zeros`: pages of
         zeros are taken out of CRIU's files before; restored memory is the same without them.
         """
-        partial = self.partial(manifest.image)
+        image = next_to(manifest.image) if beside else manifest.image
+        partial = self.partial(image)
         lay_out = host.huge_pages_of(self.root) == "within_size"
 
         def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, int], dict[str, str]]:
@@ -286,7 +289,7 @@ class CheckpointStore:
         found = {"bytes_by_kind": manifest.bytes_by_kind(), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
         manifest = replace(manifest, details={**manifest.details, **found})
         _write_manifest(partial, manifest)
-        _delete(self._put_in_place(manifest.image, partial))
+        _delete(self._put_in_place(image, partial))
         return manifest
 
     def _put_in_place(self, image: str, source: Path) -> Path:
@@ -309,7 +312,7 @@ class CheckpointStore:
         if not self.path(beside).exists():
             return
         try:
-            _write_manifest(self.path(beside), replace(self.load(beside), image=image))
+            self.load(beside)
             old = self._put_in_place(image, self.path(beside))
             weights, copies = self.root / (beside + _WEIGHTS), self.root / (image + _WEIGHTS)
             if weights.exists():
@@ -329,7 +332,7 @@ class CheckpointStore:
         """The manifest of an image whose files are all there in full. Raises StoreError otherwise."""
         path = self.path(image)
         manifest = _read_manifest(path)
-        if manifest.image != image:
+        if manifest.image != image.removesuffix(_NEXT):
             raise StoreError(f"{path}: its manifest is that of {manifest.image!r}")
         for name, size in manifest.bytes_by_file.items():
             try:

@@ -662,7 +662,7 @@ class PodmanRuntime(KeepsImages):
                 with stages.measure("digest"):
                     await self._store.commit(
                         Manifest(
-                            image=image,
+                            image=handle.model,
                             model=handle.model,
                             runtime=self.name,
                             spec_digest=it.spec_digest,
@@ -679,6 +679,7 @@ class PodmanRuntime(KeepsImages):
                                 "stages_s": dict(stages.seconds),
                             },
                         ),
+                        beside=bool(handle.image),
                         leave_out_zeros=engine.criu.leave_out_zeros,
                     )
             except (OSError, StoreError) as error:
