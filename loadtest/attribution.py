@@ -19,7 +19,7 @@ _WITHIN: Final = {"restore": ("podman", "criu", "cuda")}
 """Stages that `server-timing` names beside the one they are part of."""
 ORDER: Final = (
     "client", "queue", "evict", "unarchive", "start", "load", "warmup", "resume", "podman", "criu", "cuda", "restore",
-    "health", "wake_up", "load_weights", "reload_weights", "reseed", "canary", "wake", "first token",
+    "health", "wake_up", "load_weights", "reload_weights", "canary", "wake", "first token",
 )  # fmt: skip
 LABELS: Final = {
     "client": "the client: sent late, connecting",
@@ -38,7 +38,6 @@ LABELS: Final = {
     "wake_up": "wake_up",
     "load_weights": "weights back, from their copy",
     "reload_weights": "weights back",
-    "reseed": "fresh randomness",
     "canary": "the known answer",
     "wake": "else of the wake",
     "first token": "engine and proxy, to the first token",

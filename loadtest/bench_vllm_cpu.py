@@ -38,7 +38,7 @@ ASK: Final = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "temperature"
 WARM: Final = 10
 PATIENCE_S: Final = 300.0
 TIMES: Final = {"sleeping": "never", "suspended": "never", "checkpointed": "1s"}
-OTHERS: Final = ("podman", "criu", "health", "wake_up", "reseed", "canary")
+OTHERS: Final = ("podman", "criu", "health", "wake_up", "canary")
 """The stages of a restore that are not the proxy's."""
 
 

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import random
 import re
 import signal
 import subprocess
@@ -28,7 +27,6 @@ from aiohttp import web
 from loadtest.engine_apis import Messages, Responses
 from loadtest.engine_audio import Audio
 from loadtest.engine_completions import Completions, Writer
-from loadtest.engine_frontend import Frontend
 from loadtest.engine_pooling import Pooling
 from loadtest.engine_weights import Worker
 from loadtest.engine_wire import ApiError, answer, bad, body_of, object_of
@@ -80,7 +78,6 @@ class Engine:
         self.sleep_level = 0
         self.weights_valid = True
         self.worker = Worker(options.worker_extension_cls) if options.worker_extension_cls else None
-        self.frontends = [Frontend(name, self.worker, options.worker_extension_cls) for name in options.middleware]
         self.memory: list[bytes] = []
         self.children: list[subprocess.Popen[bytes]] = []
         self.scratch = [path.open("wb", buffering=0) for path in options.scratch]
@@ -143,17 +140,6 @@ class Engine:
         if model not in self.models and model not in self.adapters:
             raise ApiError(404, "NotFoundError", f"The model `{model}` does not exist.", "model")
         return str(model)
-
-    # --- randomness ---
-
-    def draw(self) -> bytes:
-        """What decides on a text that is sampled without a seed: a generator in memory, as it was after a restore."""
-        return self.worker.draw() if self.worker is not None else random.randbytes(16)
-
-    async def reseed(self, request: web.Request) -> web.StreamResponse:
-        """`POST /debug/reseed`: the generator begins anew with the body."""
-        random.seed(await request.read())
-        return web.Response(status=204)
 
     # --- what is not a model's ---
 
@@ -269,7 +255,6 @@ class Engine:
             ("GET", "/version", self.version),
             ("GET", "/metrics", self.metrics),
             ("GET", "/debug/state", self.state),
-            ("POST", "/debug/reseed", self.reseed),
             ("GET", "/v1/models", self.list_models),
             ("POST", "/v1/completions", completions.complete),
             ("POST", "/v1/completions/render", completions.render),
@@ -303,7 +288,6 @@ class Engine:
                 ("GET", "/is_sleeping", self.is_sleeping),
                 ("POST", "/collective_rpc", self.collective_rpc),
             ]
-        routes += [("*", "/warmpool/{path:.*}", frontend.answer) for frontend in self.frontends]
         if self.options.faults:
             routes.append(("POST", "/debug/fault", completions.arm_fault))
         for method, path, handler in routes:
@@ -367,7 +351,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--max-num-seqs", type=_number(1, whole=True), default=256, help="streams at once; more wait in turn")
     add("--max-model-len", type=_number(16, whole=True), default=4096)
     add("--worker-extension-cls", metavar="MODULE.CLASS")
-    add("--middleware", metavar="MODULE.CLASS", action="append", default=[])
     add("--sleep-mode", action=argparse.BooleanOptionalAction, default=False)
     add("--faults", action=argparse.BooleanOptionalAction, default=False)
     add("--processes", type=_number(1, whole=True), default=1, help="size of the process tree")

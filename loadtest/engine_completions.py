@@ -109,7 +109,7 @@ class Writer:
         seed = body.get("seed")
         parts: list[str | bytes] = [self.engine.models[0], prompt]
         if temperature != 0:
-            parts.append(self.engine.draw() if seed is None else str(seed))
+            parts.append(os.urandom(16) if seed is None else str(seed))
             parts.append(str(index))
         if not self.engine.weights_valid:
             parts.append("these weights are not the model's")

@@ -2,8 +2,7 @@
 
 With `--worker-extension-cls MODULE.CLASS` the load-test engine mixes that class into its worker, as vLLM does, and
 `/collective_rpc` calls its methods. The modules that such an extension imports are stood in for here: of vLLM the
-memory pool and its copy function, of PyTorch a handful of names. What is sampled without a seed is drawn from PyTorch's
-generator, which is as it was after a restore.
+memory pool and its copy function, of PyTorch a handful of names.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Worker:
 
     def __init__(self, extension: str) -> None:
         self._pool = [_Allocation(size, tag) for size, tag in ALLOCATIONS]
-        self._generator = random.Random(0)  # vLLM's own seed, where it is told none
         self._stand_in()
         module, _, name = extension.rpartition(".")
         self._worker: Any = type("Worker", (getattr(importlib.import_module(module), name),), {})()
@@ -53,7 +51,6 @@ class Worker:
         torch: Any = types.ModuleType("torch")
         torch.cuda = types.SimpleNamespace(current_device=lambda: 0, set_device=lambda _: None)
         torch.uint8, torch.empty = None, _Pinned
-        torch.manual_seed = self._generator.seed
         torch._C = types.SimpleNamespace(_host_emptyCache=lambda: None)
         sys.modules["vllm.device_allocator.cumem"], sys.modules["torch"] = cumem, torch
 
@@ -77,10 +74,6 @@ class Worker:
     def _weights(self) -> list[_Allocation]:
         return [allocation for allocation in self._pool if allocation.tag == "weights"]
 
-    def call(self, method: str, *arguments: str) -> Any:
+    def call(self, method: str) -> Any:
         """What a method of the extension answers. Raises AttributeError when it has none of that name."""
-        return getattr(self._worker, method)(*arguments)
-
-    def draw(self) -> bytes:
-        """What decides on a text that is sampled without a seed."""
-        return self._generator.randbytes(16)
+        return getattr(self._worker, method)()

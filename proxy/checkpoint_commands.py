@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 MAKING = (
     "leftovers", "start", "load", "warmup", "canary", "sleep", "checkpoint", "check", "restore", "health", "wake_up",
-    "reseed", "canary again", "stop",
+    "canary again", "stop",
 )  # fmt: skip
 """The stages of `create`, for the length of the bar; some may not occur."""
 
@@ -228,7 +228,7 @@ def group(wiring: Wiring) -> click.Group:
 
         async def work() -> bool:
             async with _opened(shop.runtime):
-                with _Bar(name, 6) as bar:
+                with _Bar(name, 5) as bar:
                     return await golden.verify(shop, name, bar, restore=True)
 
         asked = _run(work())
@@ -433,7 +433,6 @@ def _report(created: golden.Created) -> dict[str, Any]:
         "making_s": dict(created.making_s),
         "proof_s": dict(created.proof_s),
         "canary_checked": created.canary_checked,
-        "repeats_randomness": manifest.details.get("repeats_randomness"),
     }
 
 
@@ -450,9 +449,6 @@ def _print_created(created: golden.Created) -> None:
     restored_s = sum(s for name, s in created.proof_s.items() if name in ("restore", "health", "wake_up"))
     answered = "it answers as before" if created.canary_checked else "it has no canary"
     console.print(f"{manifest.image}: restored in {restored_s:.3f} s; {answered}")
-    if (repeats := manifest.details.get("repeats_randomness")) is not None:
-        text = "without a seed of the client's, answers repeat after each restore, and on clones"
-        console.print(f"{manifest.image}: {text}: {repeats}")
 
 
 def _largest(manifest: Manifest, count: int = 5) -> list[tuple[str, int]]:

@@ -8,7 +8,6 @@
         criu/               CRIU's files
         rootfs.tar …        what else the runtime needs
       demo-2.partial/       one being written; if nobody writes it, a crash left it: removed by `sweep`
-      demo.next/            a whole one that is about to take the place of `demo`; removed by `sweep` likewise
       demo.quarantined/     one that failed to restore twice: never used, deleted first when space is needed
       .lock                 held by the warmpool that uses the folder
     archive_dir/
@@ -59,7 +58,6 @@ SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "
 
 _PARTIAL: Final = ".partial"
 _OLD: Final = ".old.partial"
-_NEXT: Final = ".next"
 _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
 _LARGE_BYTES: Final = 64 << 20
@@ -127,11 +125,6 @@ class Manifest:
         ]
 
 
-def next_to(image: str) -> str:
-    """The name of the image that is to take the place of one, while both are there."""
-    return image + _NEXT
-
-
 def kind_of(name: str) -> str:
     """What a file of an image holds (criu.org/Images)."""
     base = name.rpartition("/")[2]
@@ -161,7 +154,6 @@ class CheckpointStore:
         self._lock: IO[bytes] | None = None
         self._users = 0
         self._unwanted: set[str] = set()
-        self._deleting: list[threading.Thread] = []
         self.archiving = asyncio.Lock()
         """For whoever writes to the archive, one at a time."""
 
@@ -192,8 +184,6 @@ class CheckpointStore:
         """Let go; the last one unlocks."""
         if self._users:
             self._users -= 1
-            for thread in self._deleting if self._users == 0 else ():
-                thread.join()
             if self._users == 0 and self._lock is not None:
                 self._lock.close()
                 self._lock = None
@@ -230,8 +220,7 @@ class CheckpointStore:
             final = self.root / old.name.removesuffix(_OLD)
             if not final.exists():
                 owned.rename(old, final)
-        left = [*self.root.glob(f"*{_PARTIAL}"), *self.root.glob(f"*{_NEXT}")]
-        left += self.root.glob(f"*{_NEXT}{_WEIGHTS}/*")
+        left = list(self.root.glob(f"*{_PARTIAL}"))
         if self.archive is not None and self.archive.is_dir():
             left += self.archive.glob(f"*{_PARTIAL}")
         for path in left:
@@ -264,16 +253,13 @@ class CheckpointStore:
         (path / CRIU_FOLDER).mkdir(mode=0o700)
         return path
 
-    async def commit(self, manifest: Manifest, *, beside: bool = False, leave_out_zeros: bool = True) -> Manifest:
+    async def commit(self, manifest: Manifest, *, leave_out_zeros: bool = True) -> Manifest:
         """Turn the folder of `begin` into the image `manifest.image`, in place of an older one.
-
-        `beside`: into the one next to it, until `promote`.
 
         The sizes and digests of its files are added to the manifest, which is returned. `leave_out_zeros`: pages of
         zeros are taken out of CRIU's files before; restored memory is the same without them.
         """
-        image = next_to(manifest.image) if beside else manifest.image
-        partial = self.partial(image)
+        partial = self.partial(manifest.image)
         lay_out = host.huge_pages_of(self.root) == "within_size"
 
         def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, int], dict[str, str]]:
@@ -289,40 +275,17 @@ class CheckpointStore:
         found = {"bytes_by_kind": manifest.bytes_by_kind(), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
         manifest = replace(manifest, details={**manifest.details, **found})
         _write_manifest(partial, manifest)
-        _delete(self._put_in_place(image, partial))
+        self._put_in_place(manifest.image)
         return manifest
 
-    def _put_in_place(self, image: str, source: Path) -> Path:
-        """Make a folder the image; where the one that had its place is now, if there was one."""
+    def _put_in_place(self, image: str) -> None:
         final, old = self.path(image), self.root / (image + _OLD)
         if final.exists():
             _delete(old)
             owned.rename(final, old)
-        owned.rename(source, final)
+        owned.rename(self.partial(image), final)
         self._unwanted.discard(image)
-        return old
-
-    def promote(self, image: str) -> None:
-        """Have the image beside it (`next_to`), if there is one, take an image's place; a matter of renames.
-
-        Of the older one only the name has gone afterwards: whoever reads its files may read on for a moment. Raises
-        StoreError, with nothing changed.
-        """
-        beside = next_to(image)
-        if not self.path(beside).exists():
-            return
-        try:
-            self.load(beside)
-            old = self._put_in_place(image, self.path(beside))
-            weights, copies = self.root / (beside + _WEIGHTS), self.root / (image + _WEIGHTS)
-            if weights.exists():
-                _delete(copies)
-                owned.rename(weights, copies)
-        except OSError as error:
-            raise StoreError(f"{error.filename or self.root}: {error.strerror}") from error
-        thread = threading.Thread(target=_delete, args=(old,), name="delete an image")
-        thread.start()
-        self._deleting = [*(t for t in self._deleting if t.is_alive()), thread]
+        _delete(old)
 
     def abandon(self, image: str) -> None:
         """Delete the folder of `begin`."""
@@ -332,7 +295,7 @@ class CheckpointStore:
         """The manifest of an image whose files are all there in full. Raises StoreError otherwise."""
         path = self.path(image)
         manifest = _read_manifest(path)
-        if manifest.image != image.removesuffix(_NEXT):
+        if manifest.image != image:
             raise StoreError(f"{path}: its manifest is that of {manifest.image!r}")
         for name, size in manifest.bytes_by_file.items():
             try:
@@ -474,7 +437,7 @@ class CheckpointStore:
             partial = self.begin(manifest.image, manifest.total_bytes())
             try:
                 await _in_thread(lambda stop: _unpack(source, partial, manifest, stop))
-                _delete(self._put_in_place(manifest.image, partial))
+                self._put_in_place(manifest.image)
             finally:
                 self.abandon(manifest.image)
         except _DAMAGE as error:

@@ -23,14 +23,12 @@ from proxy import (
     logs,
     reference,
     reference_page,
-    route_check,
 )
 from proxy.checkpoints import CheckpointStore
 from proxy.doctor import examination, report
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
 from proxy.gpu import Gpus
-from proxy.masking import masked
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.claim import Claim
@@ -125,7 +123,7 @@ def check(file: Path) -> None:
 @_CONFIG_OPTION
 def show(path: Path | None) -> None:
     """Print the values in effect, file and environment together, as TOML; secrets are masked."""
-    click.echo(tomli_w.dumps(masked(config.load(path).model_dump(mode="json"))), nl=False)
+    click.echo(tomli_w.dumps(_plain(config.load(path).model_dump(mode="json"))), nl=False)
 
 
 @config_group.command("import-env")
@@ -159,6 +157,13 @@ def import_env(file: Path, output: Path | None) -> None:
 def reference_(form: str) -> None:
     """Print every key, its meaning and its default."""
     click.echo(reference.reference() if form == "toml" else reference_page.page(), nl=False)
+
+
+def _plain(value: Any) -> Any:
+    """Without the keys that are not set, which TOML cannot express."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _store(settings: Settings) -> CheckpointStore:
@@ -209,7 +214,6 @@ for _command in (
     install_commands.install_,
     install_commands.uninstall,
     key_commands.key,
-    route_check.routes,
 ):
     cli.add_command(_command)
 

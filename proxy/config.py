@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -39,7 +39,6 @@ from pydantic_settings import (
 
 from proxy.errors import ConfigError, ModelNotFoundError
 from proxy.instance import Tier
-from proxy.masking import mask_urls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,15 +52,11 @@ RESERVED_ENV = frozenset({"WARMPOOL_CONFIG", "WARMPOOL_INSTANCE_ID", "WARMPOOL_U
 find a server."""
 
 MIN_HEARTBEAT_S: Final = 0.1
-RESEED_FIELDS: Final = ("host", "port", "model", "instance")
-"""What is replaced in `reseed.command`."""
-_WORKER_EXTENSION: Final = "--worker-extension-cls"
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _NEVER = frozenset({"never", "off"})
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
 
 def parse_duration(value: object) -> float:
@@ -256,12 +251,6 @@ class ServerSettings(_Section):
         "on SIGHUP.",
         examples=["/etc/warmpool/keys.toml"],
     )
-    hosts: list[Annotated[str, Field(pattern=r"^[0-9A-Za-z]([0-9A-Za-z.-]{0,252})$")]] = Field(
-        default=[],
-        description="Host names, beside localhost and addresses, by which clients may use models without keys on "
-        'loopback: the name that a proxy on this host passes on, a name in /etc/hosts. Example: ["llm.example.org"]. '
-        "Other names are refused, since a web page can make its own point here.",
-    )
     allow_anyone: bool = Field(
         default=False,
         description="Listen on other addresses than loopback without keys: whoever reaches the port may use every "
@@ -419,6 +408,12 @@ class PodmanRuntimeSettings(_Ports):
     socket: Path = Field(
         default=Path("/run/podman/podman.sock"),
         description="podman's REST API. Where nobody listens there, warmpool starts `podman system service` itself.",
+    )
+    timeout: Duration = Field(
+        default=30.0,
+        gt=0,
+        description="How long podman's service may take to answer, beside the time that the work of a call takes; then "
+        "the call has failed. A service of warmpool's own that says nothing for as long is started again.",
     )
     stop_grace: Duration = Field(
         default=10.0, description="Time between SIGTERM and SIGKILL of an engine; whole seconds."
@@ -641,66 +636,21 @@ class PodmanEngineSettings(_Section):
         return self
 
 
-class ReseedSettings(_Section):
-    """How an engine that is not vLLM gets fresh randomness after a restore: by a request, by a command, or by both.
-
-    Each is given 64 hexadecimal digits to begin its generators with: the request as its body, the command as its
-    input. An engine that does not take them does not serve.
-    """
-
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=200)] | None = Field(
-        default=None,
-        description="Path of the engine that a POST goes to. It answers 200 or 204; 404 says that it has no such path.",
-        examples=["/reseed"],
-    )
-    command: Annotated[list[str], Field(min_length=1, max_length=100)] | None = Field(
-        default=None,
-        description="Program and arguments, run on this host as warmpool's user; it ends with status 0. {host} and "
-        "{port} are the engine's, {model} and {instance} its names.",
-        examples=[["/usr/local/bin/reseed", "{host}", "{port}"]],
-    )
-    timeout: Annotated[Duration, Field(gt=0, le=600)] = Field(default=10.0, description="How long it may take.")
-
-    @model_validator(mode="after")
-    def _fields_exist(self) -> ReseedSettings:
-        for argument in self.command or ():
-            for name in re.findall(r"\{(\w*)\}", argument):
-                if name not in RESEED_FIELDS:
-                    known = ", ".join(f"{{{k}}}" for k in RESEED_FIELDS)
-                    raise ValueError(f"command: {{{name}}} is not one of {known}")
-        return self
-
-    @property
-    def present(self) -> bool:
-        """Whether there is a way."""
-        return self.path is not None or self.command is not None
-
-
 class RouteSettings(_Section):
     """What of a model clients may use; engine routes that are not here are never forwarded."""
 
     chat: bool = Field(default=True, description="/v1/chat/completions, and /batch and /render below it.")
     completions: bool = Field(default=True, description="/v1/completions and /render below it.")
-    responses: bool = Field(
-        default=True, description="/v1/responses and /render below it, a response by its id, and /cancel below that."
-    )
-    messages: bool = Field(
-        default=True, description="/v1/messages (Anthropic's API), /count_tokens and /render below it."
-    )
+    responses: bool = Field(default=True, description="/v1/responses, a response by its id, and /cancel below that.")
+    messages: bool = Field(default=True, description="/v1/messages (Anthropic's API) and /count_tokens below it.")
     audio: bool = Field(default=True, description="/v1/audio/transcriptions and /v1/audio/translations.")
     realtime: bool = Field(default=True, description="/v1/realtime (WebSocket).")
     embeddings: bool = Field(default=True, description="/v1/embeddings and /v2/embed.")
     rerank: bool = Field(default=True, description="/rerank, /v1/rerank and /v2/rerank.")
-    score: bool = Field(default=True, description="/score, /v1/score and /generative_scoring.")
+    score: bool = Field(default=True, description="/score and /v1/score.")
     classify: bool = Field(default=True, description="/classify.")
     pooling: bool = Field(default=True, description="/pooling.")
     tokenize: bool = Field(default=True, description="/tokenize, /detokenize and /tokenizer_info.")
-    systemone: bool = Field(default=True, description="/v1/systemone (structured decisions).")
-    invocations: bool = Field(
-        default=True,
-        description="/invocations (SageMaker's route to chat, completions, embeddings, rerank, score, classify and "
-        "pooling): only where none of these is off.",
-    )
     lora: bool = Field(
         default=False,
         description="/v1/load_lora_adapter and /v1/unload_lora_adapter: clients may then have the engine load files.",
@@ -814,15 +764,6 @@ class ModelSettings(_Section):
         description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
         "the next step down writes it anew; only for one instance.",
     )
-    engine: Literal["vllm", "generic"] | None = Field(
-        default=None,
-        description="What the engine is. vLLM is given a worker extension and a middleware of warmpool's (arguments "
-        "added to its command), by which it gets fresh randomness after a restore. Without: vllm where a word of the "
-        "command or entry point is `vllm` (or a module of it), or the container image with its own entry point is "
-        "called so; else generic.",
-        examples=["generic"],
-    )
-    reseed: ReseedSettings = ReseedSettings()
     routes: RouteSettings = RouteSettings()
     parameters: ParameterSettings = ParameterSettings()
     idle: IdleSettings = IdleSettings()
@@ -844,18 +785,9 @@ class ModelSettings(_Section):
             raise ValueError("sleep_level = 2 needs weights_copy: the weights would be read from files at every wake")
         if self.weights_copy and self.golden_sleep_level != 2:
             raise ValueError("weights_copy needs golden_sleep_level = 2: at 1 the checkpoint holds the weights already")
-        self._check_engine()
         if self.max_instances > 1:
             self._check_several()
         return self
-
-    def _check_engine(self) -> None:
-        if self.engine == "vllm" and self.reseed.present:
-            raise ValueError('reseed is for engines that are not vLLM: remove it, or set engine = "generic"')
-        if self.weights_copy and self.engine == "generic":
-            raise ValueError('weights_copy needs vLLM: remove it, or set engine = "vllm"')
-        if self.weights_copy and self.own_worker_extension:
-            raise ValueError(f"weights_copy needs warmpool's own worker extension: remove {_WORKER_EXTENSION}")
 
     def _check_several(self) -> None:
         if not self.keep:
@@ -864,30 +796,6 @@ class ModelSettings(_Section):
             raise ValueError('podman.network = "host" needs max_instances = 1: clones would share one port')
         if self.podman is not None and self.podman.criu.tcp_established:
             raise ValueError("podman.criu.tcp_established needs max_instances = 1: connections cannot be cloned")
-
-    @property
-    def is_vllm(self) -> bool:
-        """Whether its engines are vLLM."""
-        if self.engine is not None:
-            return self.engine == "vllm"
-        return self.weights_copy or (not self.reseed.present and self._looks_like_vllm())
-
-    def _looks_like_vllm(self) -> bool:
-        named = any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())
-        image = self.podman.image if self.podman is not None and self.podman.entrypoint is None else ""
-        return named or "vllm" in PurePath(image).name
-
-    def _words(self) -> list[str]:
-        """The command, behind the entry point if it is given."""
-        if self.podman is not None:
-            return [*(self.podman.entrypoint or ()), *self.podman.command]
-        return self.process.command if self.process is not None else []
-
-    @property
-    def own_worker_extension(self) -> str | None:
-        """The option by which the command gives vLLM a worker extension of the user's own."""
-        names = (word.partition("=")[0].replace("_", "-") for word in self._words())
-        return next((word for word, name in zip(self._words(), names, strict=True) if name == _WORKER_EXTENSION), None)
 
     @property
     def runtime(self) -> str:
@@ -1028,7 +936,7 @@ def _unknown_environment(fields: Iterable[str]) -> list[str]:
 def _explain(error: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors: the key, what is wrong, where it was set if not in the file."""
     path = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(_without_secrets(path)) or "(whole file)"
+    key = ".".join(path) or "(whole file)"
     variable = ENV_PREFIX + ENV_DELIMITER.join(path).upper()
     origin = f" (from environment variable {variable})" if path and variable in os.environ else ""
     message = error["msg"].removeprefix("Value error, ")
@@ -1043,13 +951,7 @@ def _explain(error: Mapping[str, Any]) -> str:
                 "a model's key has lower-case letters, digits and _, and begins with a letter (48 at most); "
                 "set `name` to what clients say"
             )
-    return mask_urls(f"{key}: {message}{origin}")
-
-
-def _without_secrets(path: list[str]) -> Iterable[str]:
-    """The parts of a key's path; where a variable of an engine should be named, only what looks like a name."""
-    for before, part in zip([None, *path], path, strict=False):
-        yield "…" if before == "env" and not _VARIABLE.fullmatch(part) else part
+    return f"{key}: {message}{origin}"
 
 
 def _fields_at(path: list[str]) -> Iterable[str]:

@@ -32,7 +32,6 @@ CANARY_TOKENS = 16
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
-_ANSWER_BYTES = 64 << 10
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -249,14 +248,6 @@ class EngineClient:
         status, body = await self._call(stage, "POST", path, json=json)
         if status != 200:
             raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}")
-
-    async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-        """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""
-        try:
-            async with self._connected().request(method, self.base_url + path, data=body) as response:
-                return response.status, _json(await response.content.read(_ANSWER_BYTES))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
 
     async def _call(
         self, stage: str, method: str, path: str, json: Mapping[str, Any] | None = None

@@ -66,24 +66,17 @@ class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's 
 
 
 class RequestError(WarmpoolError):
-    """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again.
-
-    `message` is for clients: no path, command or address of this host, and no line of another program. `detail` has
-    those, for operators: in the log (`str`) and in answers of the admin API.
-    """
+    """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
 
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: float | None = None, detail: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
-        self.detail = detail
-        super().__init__(f"{message} ({detail})" if detail else message)
+        super().__init__(message)
 
     def headers(self) -> dict[str, str]:
         """`Retry-After` in whole seconds, rounded up (RFC 9110, 10.2.3), where a later try makes sense."""
@@ -91,9 +84,9 @@ class RequestError(WarmpoolError):
             return {}
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
-    def body(self, *, for_operator: bool = False) -> bytes:
+    def body(self) -> bytes:
         """The error envelope as JSON."""
-        return envelope(str(self) if for_operator else self.message, type_=self.type, param=self.param, code=self.code)
+        return envelope(self.message, type_=self.type, param=self.param, code=self.code)
 
 
 class InvalidRequestError(RequestError):
@@ -181,17 +174,6 @@ class ModelNotFoundError(RequestError):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.", param="model")
-
-
-class ResponseNotFoundError(RequestError):
-    """A response that nobody here is known to have made, in vLLM's words (`_make_not_found_error`)."""
-
-    status = 404
-    type = "invalid_request_error"
-    code = "response_not_found"
-
-    def __init__(self, response_id: str) -> None:
-        super().__init__(f"Response with id '{response_id}' not found.", param="response_id")
 
 
 class InstanceNotFoundError(RequestError):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from proxy import gpu_ledger, reseed
+from proxy import gpu_ledger
 from proxy.engine import EngineClient
 from proxy.errors import EngineError, RuntimeFailure, WarmpoolError
 from proxy.instance import Stages, Tier
@@ -172,7 +172,6 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
         if model.canary != "never":
             with steps.step("canary"):
                 canary = await engine.asked(client.canary())
-        repeats = await engine.asked(reseed.asked_gap(client, model))
         ready, asleep = dict(await shop.runtime.gpu_bytes(handle)), {}
         level, copied = 0, 0
         if await engine.asked(client.is_sleeping()) is not None:
@@ -184,7 +183,7 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
                 await engine.asked(client.sleep(level))
             asleep = dict(await shop.runtime.gpu_bytes(handle))
     making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
-    details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied, "repeats_randomness": repeats}
+    details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied}
     if any(ready.values()):
         details["gpu"] = {gpu_ledger.READY: ready, **({gpu_ledger.SLEEPING: asleep} if asleep else {})}
     return ImageFacts(level, canary, details)
@@ -236,9 +235,6 @@ async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: 
         if manifest.sleep_level:
             with steps.step("wake_up"):
                 await engine.asked(client.wake_up(manifest.sleep_level, Stages(), copied=shop.model.weights_copy))
-        if reseed.possible(shop.model):
-            with steps.step(reseed.STAGE):
-                await engine.asked(reseed.reseed(client, handle, shop.model, shop.settings.served_name(shop.key)))
         if manifest.canary is None:
             return False
         with steps.step("canary"):

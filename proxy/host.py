@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 NVIDIA: Final = Path("/proc/driver/nvidia")
 MOUNTS: Final = Path("/proc/self/mountinfo")
 
@@ -16,11 +14,6 @@ MOUNTS: Final = Path("/proc/self/mountinfo")
 def kernel() -> str:
     """The kernel's release."""
     return platform.release()
-
-
-def available_bytes() -> int:
-    """The host memory that can be had without swapping."""
-    return int(psutil.virtual_memory().available)
 
 
 def nvidia_driver(proc: Path = NVIDIA) -> str:

@@ -86,8 +86,8 @@ def parse_head(head: bytes, method: str) -> Head:
                 raise ProtocolError(f"transfer-encoding {value[:40]!r}")
             coding = value
         elif lower == b"connection":
-            options = connection_options(fields)
-            keeps_alive = b"close" not in options and (minor == b"1" or b"keep-alive" in options)
+            options = {option.strip().lower() for option in value.split(b",")}
+            keeps_alive = b"close" not in options and (keeps_alive or b"keep-alive" in options)
     if length is not None and coding is not None:
         raise ProtocolError("content-length beside transfer-encoding")
     if bodiless(method, status):

@@ -183,5 +183,4 @@ def write_private(path: Path, text: str) -> None:
 
 
 def _digest(salt: str, key: str) -> str:
-    # What a client shows as a key need not be UTF-8.
-    return hashlib.sha256(salt.encode() + key.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(salt.encode() + key.encode()).hexdigest()

@@ -133,12 +133,6 @@ class Plan:
 
     actions: list[Action] = field(default_factory=list)
     deadline: float | None = None
-    starved: bool = field(default=False, compare=False)
-    """Somebody waits for whom there is no room yet."""
-
-    def presses(self) -> bool:
-        """Whether somebody needs a place that another holds."""
-        return self.starved or any(isinstance(action, Wake) and action.victims for action in self.actions)
 
     def not_later_than(self, when: float) -> None:
         """Ask for another decision at `when`."""
@@ -353,7 +347,6 @@ def decide(view: View, now: float) -> Plan:
                 used.add(id(candidate))
     for model in view.models:
         _relieve(model, now, plan, used)
-    plan.starved = starved
     if not starved:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
@@ -362,17 +355,6 @@ def decide(view: View, now: float) -> Plan:
         plan.actions.extend([Clone(model.key)] * clones_wanted(model, now))
         _reap(model, now, plan, used, hurried=hurried)
     return plan
-
-
-def has_room(view: View, key: str) -> bool:
-    """Whether one more engine of a model can be awake with nobody stepping down for it, or waiting longer."""
-    awake = [i for m in view.models for i in m.instances if i.state in AWAKE]
-    if any(m.waiting for m in view.models) or (view.max_awake and len(awake) >= view.max_awake):
-        return False
-    if not view.gpus.capacity:
-        return True
-    need = view.gpus.needs.get(key)
-    return not awake if need is None else _Room(view).holds(need)
 
 
 class _Room:
@@ -398,10 +380,6 @@ class _Room:
     def short(self, extra: Bytes) -> dict[str, int]:
         """What somebody has to give up for it."""
         return gpu_ledger.beyond(extra, self._soon)
-
-    def holds(self, extra: Bytes) -> bool:
-        """Whether that much is free already."""
-        return not gpu_ledger.beyond(extra, self._now)
 
     def comes_free(self, extra: Bytes) -> bool:
         """Whether nobody has to give up anything, but some are on their way down still."""

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
-from proxy import gpu_ledger, host, policy, pool_status, reload
+from proxy import gpu_ledger, policy, pool_status, reload
 from proxy.engine import EngineClient
 from proxy.errors import (
     ConflictError,
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from proxy.gpu import Gpus
     from proxy.metrics import Metrics
     from proxy.reload import Changes
-    from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Runtime
+    from proxy.runtime.base import Found, Handle, ImageFacts, Runtime
 
 log = logging.getLogger("warmpool.pool")
 
@@ -142,10 +142,6 @@ class Pool:
         self._configure_ledger()
         self._leaving: list[Model] = []
         """Models that the configuration has no more, or with other engines, until their last instance is gone."""
-        self._coming: dict[str, Model] = {}
-        """By key: models whose engine is made ready to take over from an outdated one."""
-        self.changed = asyncio.Event()
-        """Set when a model is found to be outdated."""
         self._reconfiguring = asyncio.Lock()
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -217,7 +213,7 @@ class Pool:
             if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):
                 self._go_on_waking(model, slot, Tier.STOPPED, left_s)
                 return
-            if state is State.READY and self._steps.owes_proof(model, slot):
+            if state is State.READY and self._steps.owes_canary(model, slot):
                 self._go_on_waking(model, slot, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
             instance.state = state
@@ -239,7 +235,7 @@ class Pool:
         slot.wake_began = self._clock() - (limit_s(model.settings, origin) - left_s)
         instance.apply(Event.WAKE)
         self._steps.watch(model, slot)
-        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "to prove itself")
+        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "asked for its canary")
         work = self._wake_adopted(model, slot, instance.generation, origin, left_s)
         slot.task = self._spawn(f"wake {instance.id}", work)
 
@@ -295,7 +291,6 @@ class Pool:
         """
         self._stopping = True
         self._give_up_orders()
-        self._give_way("the server is stopping")
         self._tell()
 
     async def drained(self) -> None:
@@ -319,7 +314,6 @@ class Pool:
         for model in self._models.values():
             self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
         self._give_up_orders()
-        self._give_way("the server is stopping")
         await self._gpus.stop()
         tasks = [*self._tasks]
         for task in tasks:
@@ -417,7 +411,6 @@ class Pool:
             if self.stopping:
                 raise DrainingError("The server is shutting down.", retry_after_s=1.0)
             self._switch(changes, settings, images)
-        self._spawn("look for changes", self.look_for_changes())
         self.tick()
         return changes
 
@@ -443,10 +436,6 @@ class Pool:
     def _switch(self, changes: Changes, settings: Settings, images: Mapping[str, ImageFacts]) -> None:
         before, self._settings = self._models, settings
         self._models = {}
-        for key in (*changes.removed, *changes.replaced):
-            self._withdraw(key, "the configuration has changed")
-        for key, coming in self._coming.items():
-            coming.settings = settings.models[key]
         for key, entry in settings.models.items():
             old = before.get(key)
             if old is not None and key not in changes.replaced:
@@ -495,168 +484,11 @@ class Pool:
                 self._metrics.forget(model.key)
 
     def _everyone(self) -> list[Model]:
-        return [*self._models.values(), *self._coming.values(), *self._leaving]
+        return [*self._models.values(), *self._leaving]
 
     def _home(self, instance: Instance) -> Model:
         """The model that an instance belongs to; of that name there may be two."""
         return next(m for m in self._everyone() if (s := m.slots.get(instance.id)) and s.instance is instance)
-
-    # --- what is outdated ---
-
-    async def look_for_changes(self) -> None:
-        """Find the models whose engines are not what their configuration resolves to now."""
-        before = dict(self._models)
-        for name, runtime in [*self._runtimes.items()]:
-            mine = {key: m.settings for key, m in before.items() if m.settings.runtime == name}
-            try:
-                found = await runtime.outdated(mine)
-            except RuntimeFailure as error:
-                log.warning("whether engines are outdated is not known: %s", error)
-                continue
-            for key in mine:
-                if self._models.get(key) is before[key]:
-                    self._note_outdated(before[key], found.get(key))
-        self.tick()
-
-    def _note_outdated(self, model: Model, outdated: Outdated | None) -> None:
-        known = model.outdated
-        if outdated is None:
-            # One that was lost is missed until there is an engine again.
-            if known is not None and (known.usable or model.slots):
-                self._withdraw(model.key, "what had changed was undone")
-                model.outdated = None
-            return
-        if known is not None and known.reason == outdated.reason:
-            return
-        log.warning("%s is outdated: %s", model.key, outdated.reason)
-        model.outdated, model.renewal = outdated, ""
-        self._withdraw(model.key, "more has changed")
-        if not outdated.usable:
-            self._forget_images(model, "its checkpoint does not fit any more")
-        self.changed.set()
-
-    def outdated(self) -> dict[str, str]:
-        """Key → in which way; of those models that nothing is made for yet."""
-        missing = self._models.keys() - self._coming.keys()
-        return {key: o.reason for key in missing if (o := self._models[key].outdated) is not None}
-
-    async def room_beside(self, key: str) -> bool:
-        """Whether an engine can be started beside those of a model, with nobody stepping down for it."""
-        model = self._models[key]
-        if not self.ready or model.draining:
-            return False
-        if policy.has_room(self._view(), key) and not await self._lacks_memory(model, engine=True):
-            return True
-        model.renewal = "waits for room beside the engines that are awake"
-        return False
-
-    async def _lacks_memory(self, model: Model, *, engine: bool) -> bool:
-        """Whether there is too little host memory for another engine, or on tmpfs for another image."""
-        print_ = await model.runtime.footprint(model.key)
-        if print_ is None:
-            return False
-        if engine:
-            return print_.engine > host.available_bytes()
-        return print_.image > min(print_.free, host.available_bytes())
-
-    async def renew(self, key: str) -> bool:
-        """Start, warm up, checkpoint and prove an engine beside a model's outdated ones, which serve meanwhile.
-
-        Then the model is switched: new requests are for the new engine, the old ones go after their last request.
-        False where that did not come about: it failed, or a request needed the place; the status says which.
-        """
-        old = self._models[key]
-        new = Model(key, old.settings, old.served_name, old.runtime, self._ledger, coming=True)
-        self._coming[key] = new
-        slot = self._new_slot(new, self._free_id(new))
-        slot.instance.waking_from = Tier.STOPPED
-        slot.wake_began = self._clock()
-        slot.instance.apply(Event.WAKE)
-        old.renewal = f"{slot.instance.id} is being made ready"
-        log.info("%s is started beside the outdated engines of %s", slot.instance.id, key)
-        slot.task = self._spawn(f"renew {key}", self._prepare(new, slot))
-        await asyncio.wait([slot.task])
-        return self._models.get(key) is new
-
-    async def _prepare(self, new: Model, slot: Slot) -> None:
-        stages, began = Stages(), self._clock()
-        try:
-            origin = await self._make_ready(new, slot, stages)
-            while moves := self._moves_of(self._models[new.key]):
-                await asyncio.wait(moves)
-            slot.handle = new.runtime.promote(handle_of(slot))
-        except Exception as error:  # noqa: BLE001 - whatever it was, the outdated engines serve on
-            note_unexpected(slot.instance, error)
-            self._withdraw(new.key, f"failed: {str(error) or 'no result in time'}")
-            return
-        self._take_over(new, slot)
-        self._woken(new, slot.instance, Tier.STOPPED, origin, began, stages, whole=False)
-
-    def _moves_of(self, model: Model) -> list[asyncio.Task[None]]:
-        """What may read the model's image, or write it."""
-        slots = model.slots.values()
-        return [s.task for s in slots if s.task is not None and s.instance.state in (*DESCENDING, State.WAKING)]
-
-    async def _make_ready(self, new: Model, slot: Slot, stages: Stages) -> Tier:
-        """From nothing to an engine that serves, by its own checkpoint where there is to be one."""
-        instance = slot.instance
-        await self._steps.climb(new, slot, Tier.STOPPED, stages)
-        wanted = Tier.CHECKPOINTED in new.runtime.rungs().offered and Tier.CHECKPOINTED in new.timetable
-        if not wanted or await self._lacks_memory(new, engine=False):
-            return Tier.STOPPED  # it is warm, and writes its checkpoint when it is idle
-        # In one step: nobody is to see it ready.
-        instance.apply(Event.AT_READY)
-        instance.apply(Event.CHECKPOINT)
-        with stages.measure("checkpoint"):
-            async with asyncio.timeout(new.settings.checkpoint_timeout):
-                await self._steps.go_down(new, slot, Tier.READY, Tier.CHECKPOINTED)
-        self._ledger.arrived(instance, Tier.CHECKPOINTED)
-        instance.apply(Event.AT_CHECKPOINTED)
-        instance.waking_from = Tier.CHECKPOINTED
-        instance.apply(Event.WAKE)
-        await self._steps.climb(new, slot, Tier.CHECKPOINTED, stages)
-        return Tier.CHECKPOINTED
-
-    def _take_over(self, new: Model, slot: Slot) -> None:
-        """Have a model that was made ready take the place of the one of the same key."""
-        old = self._models[new.key]
-        del self._coming[new.key]
-        new.coming = False
-        self._models[new.key] = new
-        new.queue, old.queue = old.queue, new.queue
-        new.draining = old.draining
-        log.info("%s: new requests go to %s", new.key, slot.instance.id)
-        if new.image.present or slot.image.present:
-            self._steps.keep_copy(new, slot)
-        self._send_away(old)
-
-    def _give_way(self, reason: str) -> None:
-        for key in [*self._coming]:
-            self._withdraw(key, reason)
-
-    def _withdraw(self, key: str, reason: str) -> None:
-        """End what is made ready for a model, if anything is; its outdated engines serve on."""
-        new = self._coming.pop(key, None)
-        if new is None:
-            return
-        if key in self._models:
-            self._models[key].renewal = reason
-        new.coming, new.leaving = False, True
-        self._leaving.append(new)
-        for slot in new.slots.values():
-            log.warning("%s does not take over: %s", slot.instance.id, reason)
-            work, slot.discards_image = slot.task, slot.image.present and new.runtime.shares_images
-            reset(slot.image)
-            slot.instance.apply(Event.BROKE)
-            slot.instance.apply(Event.STOP)
-            slot.task = self._spawn(f"remove {slot.instance.id}", self._remove_after(work, new, slot))
-            if work is not None and work is not asyncio.current_task():
-                work.cancel()
-
-    async def _remove_after(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
-        if work is not None:
-            await asyncio.wait([work])
-        await self._remove(model, slot, "withdrawn")
 
     # --- leases ---
 
@@ -772,7 +604,7 @@ class Pool:
     def _wake_failed(self, model: Model, failure: WakeFailure) -> WakeFailedError:
         left_s = max(1.0, model.start_at - self._clock())
         message = f"{failure.told_to_clients(model.served_name)}. It is tried again in {math.ceil(left_s)} s."
-        return WakeFailedError(message, retry_after_s=left_s, detail="; ".join(failure.reasons))
+        return WakeFailedError(message, retry_after_s=left_s)
 
     def _refuse_if_full(self, model: Model) -> None:
         everywhere = sum(len(m.queue) for m in self._models.values())
@@ -1034,10 +866,15 @@ class Pool:
                 self._dispatch(model)
             if self._orders:
                 self._note_orders()
-            plan = policy.decide(self._view(), self._clock())
-            if self._coming and plan.presses():
-                self._give_way("a request needed its place")
-                plan = policy.decide(self._view(), self._clock())
+            plan = policy.decide(
+                policy.View(
+                    [m.view() for m in self._everyone()],
+                    self._settings.pool.max_awake,
+                    self._settings.pool.switch_after,
+                    self._ledger.load(i for m in self._everyone() for i in m.instances()),
+                ),
+                self._clock(),
+            )
             for action in plan.actions:
                 if not self._stopping or self._is_waited_for(action):
                     self._begin(action)
@@ -1045,15 +882,6 @@ class Pool:
         finally:
             self._ticking = False
         self._tell()
-
-    def _view(self) -> policy.View:
-        everyone = self._everyone()
-        return policy.View(
-            [m.view() for m in everyone],
-            self._settings.pool.max_awake,
-            self._settings.pool.switch_after,
-            self._ledger.load(i for m in everyone for i in m.instances()),
-        )
 
     def _is_waited_for(self, action: policy.Action) -> bool:
         return not isinstance(action, policy.StepDown | policy.Clone) and (
@@ -1291,23 +1119,16 @@ class Pool:
         log.error("%s: its checkpoint failed %d times and is set aside", slot.instance.id, slot.image.failures)
         self._metrics.quarantines.labels(model.key).inc()
         reset(slot.image)
-        self._forget_resting(model, slot.image, "its checkpoint was set aside")
+        for other in [s for s in model.slots.values() if s.image is slot.image and s is not slot]:
+            if other.instance.state in (State.CHECKPOINTED, State.ARCHIVED):
+                other.instance.apply(Event.STOP)
+                other.task = self._spawn(
+                    f"remove {other.instance.id}", self._remove(model, other, "its checkpoint was set aside")
+                )
         try:
             await model.runtime.quarantine_image(handle_of(slot))
         except (RuntimeFailure, OSError) as error:
             log.error("%s: %s", slot.instance.id, error)
-
-    def _forget_images(self, model: Model, reason: str) -> None:
-        """No instance of a model is restored from the images there are; those that are nothing else go."""
-        for image in {id(i): i for i in (model.image, *(s.image for s in model.slots.values()))}.values():
-            reset(image)
-            self._forget_resting(model, image, reason)
-
-    def _forget_resting(self, model: Model, image: Image, reason: str) -> None:
-        for slot in [s for s in model.slots.values() if s.image is image]:
-            if slot.instance.state in (State.CHECKPOINTED, State.ARCHIVED):
-                slot.instance.apply(Event.STOP)
-                slot.task = self._spawn(f"remove {slot.instance.id}", self._remove(model, slot, reason))
 
     async def _clone(self, model: Model, slot: Slot) -> None:
         """Prepare an instance that the golden checkpoint can be restored to."""
@@ -1488,11 +1309,6 @@ class Pool:
                 key: pool_status.model_status(model, self.estimate_s(key), self._clock())
                 for key, model in self._models.items()
             },
-            "coming": [
-                pool_status.instance_status(m, slot, self._clock())
-                for m in self._coming.values()
-                for slot in m.slots.values()
-            ],
             "leaving": [
                 pool_status.instance_status(m, slot, self._clock()) for m in self._leaving for slot in m.slots.values()
             ],

@@ -29,17 +29,9 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "shares_checkpoint": model.runtime.shares_images,
         "rungs": sorted(t.label for t in rungs.offered),
         "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
-        "repeats_randomness": model.reseed_gap,
         "gpu_need_bytes": model.ledger.need(model.key),
-        "outdated": _outdated(model),
         "instances": [instance_status(model, slot, now) for slot in model.slots.values()],
     }
-
-
-def _outdated(model: Model) -> dict[str, Any] | None:
-    if model.outdated is None:
-        return None
-    return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
 
 
 def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.engine import EngineClient
     from proxy.gpu_ledger import Bytes, GpuLedger
     from proxy.instance import Instance, WakeRecord
-    from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
+    from proxy.runtime.base import Handle, ImageFacts, Runtime
     from proxy.wake_failure import WakeFailure
 
 log = logging.getLogger("warmpool.pool")
@@ -97,7 +97,7 @@ class Slot:
     canary: str | None = None
     """What the running engine answers."""
     unproven: bool = False
-    """It was restored, and was not given fresh randomness nor asked for its canary, if that is due, since."""
+    """It was restored, and has not been asked for its canary, if that is due, since."""
     warmup: list[dict[str, float]] = field(default_factory=list)
     weights_copy: Literal["none", "good", "lost"] = "none"
     failed_steps: int = 0
@@ -211,20 +211,12 @@ class Model:
     failing: set[str] = field(default_factory=set)
     """The instances whose last wake failed down to its cold start."""
     last_failure: WakeFailure | None = None
-    reseed_gap: str | None = None
-    """Why its engines repeat random numbers after a restore, if they do."""
     draining: bool = False
     """Closed to new requests by an operator."""
     discarding: bool = False
     """Its golden checkpoint goes with its last instance."""
     leaving: bool = False
     """The configuration has it no more, or with other engines: its instances go after their last request."""
-    coming: bool = False
-    """Its one instance is made ready to take over from a model of the same key; nobody else may touch it."""
-    outdated: Outdated | None = None
-    """What has changed since its engines were started; they serve until others can take over."""
-    renewal: str = ""
-    """What becomes of those others, for people."""
 
     @property
     def timetable(self) -> Mapping[Tier, float]:
@@ -242,9 +234,9 @@ class Model:
             key=self.key,
             instances=self.instances(),
             rungs=self.runtime.rungs().offered,
-            timetable={} if self.coming else self.timetable,
-            max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
-            min_ready=0 if self.leaving or self.coming else self.settings.min_ready,
+            timetable=self.timetable,
+            max_instances=0 if self.leaving else self.settings.max_instances,
+            min_ready=0 if self.leaving else self.settings.min_ready,
             max_concurrency=self.settings.max_concurrency,
             waiting=waiting,
             oldest_wait=first.since if waiting and first is not None else None,
@@ -321,8 +313,6 @@ def too_slow(model: ModelSettings, tier: Tier) -> str:
 
 def is_left(model: Model, slot: Slot) -> bool:
     """Whether the engine goes on without us, for the next warmpool to adopt."""
-    if model.coming:
-        return False
     fit = slot.instance.state in _LEFT_RUNNING or (slot.instance.state is State.WAKING and slot.loading)
     return fit and slot.handle is not None and model.runtime.leave(slot.handle)
 

@@ -85,9 +85,6 @@ def _wake(wake: dict[str, Any] | None, now: float) -> str:
 def _notes(status: dict[str, Any]) -> Iterator[str]:
     if status["draining"]:
         yield "The server is closed to new requests."
-    for key, entry in status["models"].items():
-        if outdated := entry.get("outdated"):
-            yield f"{key} is outdated: {outdated['reason']}. New engine: {outdated['renewal']}."
     memory = status.get("memory", {})
     if host := memory.get("host"):
         yield f"host memory: {short_size(host['available_bytes'])} of {short_size(host['total_bytes'])} free"

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from proxy import gpu_ledger, reseed, weights
+from proxy import gpu_ledger, weights
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
@@ -32,16 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("warmpool.pool")
 
 DEEPEST_SLEEP = 2
-
-
-def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
-    """Remember why engines of a model repeat random numbers after a restore, and say it once."""
-    if gap is not None and gap != model.reseed_gap:
-        log.warning(
-            "%s: without a seed of the client's, its answers repeat after each restore, and on clones: %s",
-            instance_id, gap,
-        )  # fmt: skip
-    model.reseed_gap = gap
 
 
 class Steps:
@@ -83,7 +73,7 @@ class Steps:
         settings, instance = model.settings, slot.instance
         self._ledger.began(instance)
         with stages.measure("start"):
-            handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
+            handle = await model.runtime.start(instance.id, model.key, settings)
         self.attach(model, slot, handle)
         instance.sleep_level = 0
         instance.barred.clear()
@@ -102,8 +92,6 @@ class Steps:
             slot.warmup = await unless_it_ends(slot.watcher, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
             instance.barred.add(Tier.SLEEPING)
-        if self._is_checkpointed(model):
-            note_gap(model, instance.id, await unless_it_ends(slot.watcher, reseed.asked_gap(client, settings)))
         slot.canary, slot.weights_copy, slot.unproven = None, "none", False
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
             with stages.measure("canary"):
@@ -147,15 +135,8 @@ class Steps:
         with stages.measure("health"):
             await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
 
-    def _is_checkpointed(self, model: Model) -> bool:
-        return Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
-
     async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
-        """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
-        if slot.unproven and reseed.possible(model.settings):
-            with stages.measure(reseed.STAGE):
-                work = reseed.reseed(client_of(slot), handle_of(slot), model.settings, model.served_name)
-                note_gap(model, slot.instance.id, await unless_it_ends(slot.watcher, work))
+        """Have a restored engine repeat its canary, if that is due."""
         if self.owes_canary(model, slot):
             with stages.measure("canary"):
                 answer = await unless_it_ends(slot.watcher, client_of(slot).canary())
@@ -165,10 +146,6 @@ class Steps:
                 )
             slot.image.canary_checked = True
         slot.unproven = False
-
-    def owes_proof(self, model: Model, slot: Slot) -> bool:
-        """Whether something is to be asked of it before it serves."""
-        return self.owes_canary(model, slot) or (slot.unproven and reseed.possible(model.settings))
 
     def owes_canary(self, model: Model, slot: Slot) -> bool:
         """Whether it has to answer before it serves."""
@@ -231,7 +208,8 @@ class Steps:
     async def _fall_asleep(self, model: Model, slot: Slot, origin: Tier) -> None:
         if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
             # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
-            yet_to_come = self._is_checkpointed(model) and not slot.image.present
+            wanted = Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+            yet_to_come = wanted and not slot.image.present
             level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
             if slot.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
                 await self._copy_weights(slot)
@@ -277,15 +255,10 @@ class Steps:
                 handle_of(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
             )
             image.present, image.archived, image.failures = True, False, 0
-            if not model.coming:
-                self.keep_copy(model, slot)
+            if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
+                self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
             image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
         instance.sleep_level = image.sleep_level
-
-    def keep_copy(self, model: Model, slot: Slot) -> None:
-        """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
-        if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
-            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
 
     async def _copy_to_archive(self, model: Model, slot: Slot) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 _FIRST_DELAY_S: Final = 1.0
 _MOST_DELAY_S: Final = 300.0
+_PATH: Final = re.compile(r"(?<![\w.:/])/[^\s:;,'\"]+")
 
 
 def delay_s(failures: int) -> float:
@@ -30,9 +32,8 @@ class WakeFailure:
     """What the engine wrote last, for operators only."""
 
     def told_to_clients(self, name: str) -> str:
-        """The error of those who asked for the model: which tiers failed, and nothing of this host."""
-        tiers = ", ".join(reason.partition(":")[0] for reason in self.reasons)
-        return f"The model {name!r} could not be started (tried: {tiers})"
+        """The error of those who asked for the model; without this host's paths."""
+        return f"The model {name!r} could not be started: {_PATH.sub('…', '; '.join(self.reasons))}"
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`."""

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from proxy.config import ModelSettings, Settings
 from proxy.errors import EngineError, RuntimeFailure
-from proxy.inside.warmpool_vllm.frontend import PATH
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
@@ -54,8 +53,6 @@ class Process:
     healthy: bool = True
     listens: bool = True
     restored: bool = False
-    entropy: bytes | None = None
-    """What its generators were begun with; None as they were when it was started or checkpointed."""
     started_unix_s: float = field(default_factory=time.time)
     exited: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -97,8 +94,6 @@ class FakeRuntime:
         self.quarantined: dict[str, Image] = {}
         self.copies: set[int] = set()
         """Of weights, by the boot of the engine that wrote them."""
-        self.reseed_gap: str | None = None
-        """What engines say of their workers' randomness."""
         self.handles: dict[str, Handle] = {}
         self.calls: Counter[str] = Counter()
         self.log_lines: dict[str, list[str]] = {}
@@ -107,7 +102,6 @@ class FakeRuntime:
         self.failures: dict[str, list[Exception]] = {}
         self.changes: dict[str, Outdated] = {}
         """Model → what has changed since its engines were started."""
-        self.footprints: dict[str, Footprint] = {}
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -125,7 +119,7 @@ class FakeRuntime:
         return process
 
     def _owner(self, handle: Handle) -> str:
-        return handle.image or (handle.model if self.shares_images else handle.instance_id)
+        return handle.model if self.shares_images else handle.instance_id
 
     def _image(self, handle: Handle, operation: str) -> Image:
         image = self.images.get(self._owner(handle))
@@ -170,24 +164,12 @@ class FakeRuntime:
             return {}
         return {key: i.facts for key, i in self.images.items() if key in models and i.command == _command(models[key])}
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         await self._enter("start")
         handle = self._new_handle(instance_id, key)
-        if beside and self.shares_images:
-            handle = self.handles[instance_id] = replace(handle, image=f"{key}.next")
         self.processes[instance_id] = Process(next(self._boots), command=_command(model))
         self.weigh(handle)
         return handle
-
-    def promote(self, handle: Handle) -> Handle:
-        self.calls["promote"] += 1
-        if handle.image in self.images:
-            self.images[handle.model] = self.images.pop(handle.image)
-        self.handles[handle.instance_id] = replace(handle, image="")
-        return self.handles[handle.instance_id]
-
-    async def footprint(self, key: str) -> Footprint | None:
-        return self.footprints.get(key)
 
     def weigh(self, handle: Handle) -> None:
         """Let NVML see what the engine holds now."""
@@ -355,15 +337,6 @@ class FakeEngine:
         for _ in range(settings.requests):
             await self.complete("warmup", settings.prompt, settings.max_tokens)
         return [{"ttft_s": 0.1, "total_s": 0.2, "tokens": 8.0}] * settings.requests
-
-    async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-        process = self._process(stage)
-        if path != PATH:
-            return 404, None
-        if method == "POST":
-            await self.runtime._enter("reseed")
-            process.entropy = body
-        return 200, {"reason": self.runtime.reseed_gap}
 
     async def sleep(self, level: int) -> None:
         process = self._process("sleep")

@@ -33,7 +33,7 @@ class Front:
         settings = Settings(
             tracing=tracing or {},
             models=models,
-            server={"port": 0, "body_limit": "1MiB", "hosts": ["a", "proxy", "x"], **server},
+            server={"port": 0, "body_limit": "1MiB", **server},
             runtime={"process": {"ports": ENGINE_PORTS}},
             pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
         )

@@ -84,7 +84,7 @@ class Scripted:
 
     def __init__(self, *, silence_s: float | None = None, **model: Any) -> None:
         self.settings = Settings(
-            server={"port": 0, "hosts": ["a", "b", "proxy"]},
+            server={"port": 0},
             models={
                 "demo": {
                     "process": {"command": ["true", "{port}"]},

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import golden
-from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of, next_to
+from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of
 from proxy.host import huge_pages_of
 from tests.support import files_in
 
@@ -45,11 +45,11 @@ def manifest(name: str) -> Manifest:
     )  # fmt: skip
 
 
-async def write(store: CheckpointStore, name: str, data: bytes = b"pages", *, beside: bool = False) -> Manifest:
-    folder = store.begin(next_to(name) if beside else name, len(data))
+async def write(store: CheckpointStore, name: str, data: bytes = b"pages") -> Manifest:
+    folder = store.begin(name, len(data))
     (folder / CRIU_FOLDER / "pages-1.img").write_bytes(data)
     (folder / "rootfs.tar").write_bytes(b"tar")
-    return await store.commit(manifest(name), beside=beside)
+    return await store.commit(manifest(name))
 
 
 async def test_what_was_written_is_read(store: CheckpointStore) -> None:
@@ -316,38 +316,6 @@ def test_whatever_a_file_holds_importing_it_is_an_error_of_the_store(content: by
                 asyncio.run(store.import_(file))
         assert files_in(store.root) == []
         store.close()
-
-
-async def test_an_image_beside_another_takes_its_place_with_its_weights(store: CheckpointStore) -> None:
-    await write(store, "demo")
-    (store.weights("demo") / "0").write_bytes(b"old")
-    await write(store, "demo", b"new", beside=True)
-    (store.weights(next_to("demo")) / "0").write_bytes(b"new")
-    assert store.names() == ["demo"]
-    store.promote("demo")
-    assert (await store.verify("demo")).image == "demo"
-    assert (store.path("demo") / "criu/pages-1.img").read_bytes() == b"new"
-    assert (store.weights("demo") / "0").read_bytes() == b"new"
-    assert not store.path(next_to("demo")).exists()
-    store.promote("demo")
-    assert (store.path("demo") / "criu/pages-1.img").read_bytes() == b"new", "there is none any more"
-
-
-async def test_an_image_that_was_still_beside_another_at_a_crash_is_removed(store: CheckpointStore) -> None:
-    await write(store, "demo")
-    await write(store, "demo", beside=True)
-    (store.weights(next_to("demo")) / "0").write_bytes(b"new")
-    assert set(store.sweep()) == {"demo.next", "0"}
-    assert store.names() == ["demo"]
-
-
-async def test_a_damaged_image_takes_nobodys_place(store: CheckpointStore) -> None:
-    await write(store, "demo")
-    await write(store, "demo", beside=True)
-    next(p for p in store.path(next_to("demo")).rglob("*.img")).unlink()
-    with pytest.raises(StoreError):
-        store.promote("demo")
-    assert (await store.verify("demo")).image == "demo"
 
 
 async def test_a_refused_image_stays_until_its_space_is_needed(store: CheckpointStore) -> None:

@@ -681,7 +681,6 @@ async def test_a_server_of_its_own_with_tls_limits_and_a_socket(tmp_path: Path, 
     }  # fmt: skip
     server = {
         "tls": {"certificate": str(certificate), "key": str(key)}, "admin": {"socket": str(path)}, "limits": limits,
-        "hosts": ["x"],
     }  # fmt: skip
     proxy = Proxy(tmp_path / "w", settings={"server": server, "models": {"demo": engine_model()}})
     async with asyncio.timeout(PATIENCE_S):

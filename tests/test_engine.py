@@ -257,7 +257,7 @@ async def test_the_client_has_weights_saved_and_brought_back(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WARMPOOL_WEIGHTS", str(tmp_path))
-    engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.inside.warmpool_vllm.Worker")
+    engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.inside.warmpool_vllm.Weights")
     client = EngineClient(engine.url, "demo")
     before = await client.canary()
     stages = Stages()

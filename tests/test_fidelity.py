@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import psutil
 import pytest
-import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -379,39 +377,6 @@ async def test_a_client_that_leaves_ends_its_exchange_wherever_it_is() -> None:
                     await asyncio.sleep(0.005)
             await steady(proxy)
             await proxy.upstream.disconnect()
-
-
-def test_clients_that_reset_while_bytes_come_for_them_leave_nothing_in_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """With the loop that the server has: its transports raise when they are written to after a reset."""
-
-    async def stream(peer: Peer) -> None:
-        await peer.send(SSE + b"\r\n")
-        for number in range(60):
-            if peer.writer.transport.is_closing():
-                raise ConnectionError
-            await peer.send(chunk(b"x" * 64))
-            if number % 5 == 0:
-                await asyncio.sleep(0)
-        await peer.send(b"0\r\n\r\n")
-
-    async def reset(proxy: Scripted) -> None:
-        reader, writer = await proxy.connection()
-        writer.write(post())
-        await reader.read(100)
-        await Peer(reader, writer).reset()
-
-    async def many() -> None:
-        async with Scripted() as proxy:
-            assert answer_of(await proxy.ask(post(QUESTION, *CLOSE), GOOD))[0] == 200
-            proxy.script = [stream]
-            for _ in range(30):
-                await asyncio.gather(*(reset(proxy) for _ in range(10)))
-            await proxy.idle()
-
-    uvloop.run(many())
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 # --- before a checkpoint ---

@@ -28,7 +28,6 @@ def head(*lines: bytes, method: str = "POST", status: bytes = OK) -> http1.Head:
         ([], http1.UNTIL_CLOSE, False),
         ([b"Content-Length: 5", b"Connection: close"], 5, False),
         ([b"Content-Length: 5", b"Connection: Keep-Alive, Close"], 5, False),
-        ([b"Content-Length: 5", b"Connection: close", b"CONNECTION:keep-alive"], 5, False),
     ],
 )
 def test_framing(lines: list[bytes], length: int, keeps_alive: bool) -> None:

@@ -17,13 +17,11 @@ LAYERS: dict[str, int] = {
     "proxy.service": 1,
     "proxy.http1": 0,
     "proxy.upstream": 1,
-    "proxy.masking": 0,
     "proxy.logs": 0,
     "proxy.install": 3,
     "proxy.reload": 3,
     "proxy.usage": 3,
     "proxy.rebuild": 9,
-    "proxy.renewal": 9,
     "proxy.install_commands": 8,
     "proxy.instance": 1,
     "proxy.wake_failure": 2,
@@ -52,18 +50,15 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.namespaces": 4,
     "proxy.runtime.bundle": 4,
     "proxy.runtime.leftovers": 4,
-    "proxy.runtime.podman_api": 4,
+    "proxy.runtime.podman_api": 5,
+    "proxy.runtime.podman_service": 4,
     "proxy.runtime.base": 4,
     "proxy.runtime.log_tail": 5,
     "proxy.runtime.cuda": 4,
     "proxy.inside": -1,
-    "proxy.inside.warmpool_vllm": 1,
-    "proxy.inside.warmpool_vllm.frontend": 0,
-    "proxy.inside.warmpool_vllm.randomness": 0,
-    "proxy.inside.warmpool_vllm.weights": 0,
-    "proxy.reseed": 5,
-    "proxy.runtime.files": 3,
-    "proxy.runtime.inside": 4,
+    "proxy.inside.warmpool_vllm": 0,
+    "proxy.runtime.files": 4,
+    "proxy.runtime.inside": 5,
     "proxy.runtime.guard": 5,
     "proxy.runtime.orphan_reaper": 5,
     "proxy.runtime.container": 5,
@@ -104,11 +99,9 @@ LAYERS: dict[str, int] = {
     "proxy.web.handed": 7,
     "proxy.web.traffic": 7,
     "proxy.web.guard": 8,
-    "proxy.web.guard_pages": 7,
     "proxy.web.guard_cors": 9,
     "proxy.web.guard_protocol": 7,
     "proxy.web.routes": 7,
-    "proxy.route_check": 8,
     "proxy.web.form": 7,
     "proxy.web.request_id": 8,
     "proxy.web.response_ids": 7,
@@ -146,8 +139,6 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if path.relative_to(ROOT).parts[0] == "inside" and node.level == 1:
-                continue  # its package has another name where it runs
             assert node.level == 0, f"{path}: relative import"
             found |= {full if (full := f"{node.module}.{a.name}") in LAYERS else node.module for a in node.names}
     return {name for name in found if name.split(".")[0] == "proxy"}

@@ -7,21 +7,13 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cli import cli
 from proxy.config import RouteSettings
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
-from proxy.route_check import OWN, REFUSED, compare
 from proxy.web.routes import ROUTES, find
-from tests.scripted import GOOD, Scripted, post
-from tests.support import ROOT
 from tests.test_http import ASK, error_of
 
 if TYPE_CHECKING:
@@ -31,7 +23,7 @@ FORBIDDEN = (
     "/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/pause", "/resume", "/is_paused", "/update_weights",
     "/init_weight_transfer_engine", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/server_info",
     "/start_profile", "/stop_profile", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/release_kv_cache_memory",
-    "/fault_tolerance/apply", "/inference/v1/generate", "/abort_requests", "/load", "/docs",
+    "/fault_tolerance/apply", "/invocations", "/inference/v1/generate", "/abort_requests", "/load", "/docs",
     "/openapi.json", "/debug/state", "/debug/fault",
 )  # fmt: skip
 
@@ -123,80 +115,3 @@ async def test_a_model_may_offer_less(front_of: Any) -> None:
     assert front.pool.status()["models"]["demo"]["instances"] == []
     response, _ = await front.post("/tokenize", {"model": "demo", "prompt": "x"})
     assert response.status == 200
-
-
-# --- beside what an engine says it serves ---
-
-VLLM = orjson.loads((ROOT / "tests" / "vllm_openapi.json").read_bytes())
-
-
-def test_vllm_serves_nothing_that_is_not_known_here() -> None:
-    found = compare(VLLM)
-    assert found.new == ()
-    assert ("POST", "/invocations") in found.forwarded
-    assert ("GET", "/v1/responses/{id}") in found.forwarded
-    assert ("POST", "/sleep") in found.refused
-    assert ("GET", "/health") in found.own
-    of_other_models = {"/v1/embeddings", "/v2/embed", "/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score",
-                       "/classify", "/pooling", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # fmt: skip
-    assert {path for _, path in found.lacking} <= of_other_models
-
-
-def test_what_is_new_is_named() -> None:
-    paths = {**VLLM["paths"], "/v3/dream": {"post": {}}, "/tokenize": {"delete": {}}, "/v1/models/{x}/y": {"get": {}}}
-    found = compare({**VLLM, "paths": paths})
-    assert found.new == (("DELETE", "/tokenize"), ("GET", "/v1/models/{id}/y"), ("POST", "/v3/dream"))
-
-
-def test_nothing_is_forwarded_and_refused() -> None:
-    listed = {(route.method, route.path) for route in ROUTES}
-    assert not {path for _, path in listed} & {*REFUSED}
-    assert not listed & OWN
-
-
-@pytest.mark.parametrize("document", [None, [], {}, {"paths": []}, {"paths": {"/x": 1}}])
-def test_what_is_no_openapi_document_is_said_to_be_none(document: Any) -> None:
-    with pytest.raises(ValueError, match="no OpenAPI document"):
-        compare(document)
-
-
-async def test_the_command_says_what_an_engine_serves_that_is_new() -> None:
-    async def described(_: web.Request) -> web.Response:
-        return web.json_response({**VLLM, "paths": {**VLLM["paths"], "/v3/dream": {"post": {}}}})
-
-    application = web.Application()
-    application.router.add_get("/openapi.json", described)
-    async with TestServer(application) as server:
-        result = await asyncio.to_thread(CliRunner().invoke, cli, ["routes", str(server.make_url("/"))])
-        assert result.exit_code == 1
-        assert "new        POST  /v3/dream" in result.output
-        assert "forwarded  POST  /v1/chat/completions" in result.output
-        gone = await asyncio.to_thread(CliRunner().invoke, cli, ["routes", str(server.make_url("/nowhere"))])
-        assert (gone.exit_code, "answers 404" in gone.output) == (69, True)
-    listed = CliRunner().invoke(cli, ["routes"])
-    assert "invocations  POST  /invocations" in listed.output
-
-
-# --- SageMaker's route, and those that name no model ---
-
-
-async def test_invocations_stands_for_the_groups_that_it_leads_to(front_of: Any) -> None:
-    front: Front = await front_of(routes={"embeddings": False})
-    response, answer = await front.post("/invocations", {"prompt": "x", "max_tokens": 1})
-    assert (response.status, error_of(answer)["code"]) == (404, "not_found")
-
-
-async def test_an_invocation_names_the_only_model_and_no_adapter_beside_it() -> None:
-    async with Scripted() as proxy:
-        fields = ("Connection: close", "X-Amzn-SageMaker-Adapter-Identifier: other")
-        said = await proxy.ask(post(b'{"prompt":"x"}', *fields, path="/invocations"), GOOD)
-        assert said.startswith(b"HTTP/1.1 200")
-        head, body = proxy.peers[-1].requests[-1]
-    assert head.startswith(b"POST /invocations HTTP/1.1\r\n")
-    assert b"sagemaker" not in head.lower()
-    assert orjson.loads(body) == {"prompt": "x", "model": "demo"}
-
-
-def test_invocations_keeps_to_the_parameters_of_the_model() -> None:
-    route = find("POST", "/invocations").route
-    assert (route.generates, route.streams) == (True, True)

@@ -42,8 +42,6 @@ class Handle:
     host: str = field(compare=False)
     """Empty while nothing runs and the address is not known."""
     port: int = field(compare=False)
-    image: str = field(default="", compare=False)
-    """The name of its image, where that is to take the place of its model's; empty for the usual one."""
 
     @property
     def base_url(self) -> str:
@@ -96,16 +94,6 @@ class Outdated:
     """It may serve until there is a new one; else it must not be restored any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What one more engine and image would take, and what is there; in bytes of host memory and of tmpfs."""
-
-    engine: int
-    image: int
-    free: int
-    """What may be written to the folder of images."""
-
-
 class Runtime(Protocol):
     """Starts, stops, suspends, checkpoints and restores engines.
 
@@ -135,21 +123,8 @@ class Runtime(Protocol):
         Those that do not fit stay, until their space is needed.
         """
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
-        """Start an engine's processes from nothing. It is not healthy yet.
-
-        `beside`: its image is written beside the one that the model's instances come from, until `promote`.
-        """
-
-    def promote(self, handle: Handle) -> Handle:
-        """Have the image of an instance that was started `beside` take the place of its model's.
-
-        Of the other instances of the model none may be about to be restored, or to write an image. Where it has none
-        yet, it will be written there.
-        """
-
-    async def footprint(self, key: str) -> Footprint | None:
-        """What an engine of the model and its image took when one was written last; None where that is not known."""
+    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+        """Start an engine's processes from nothing. It is not healthy yet."""
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Prepare a further instance that `restore` brings up from the model's image; nothing runs yet."""

@@ -6,18 +6,14 @@ import asyncio
 import contextlib
 
 
-async def run(program: str, *arguments: str, given: bytes | None = None) -> tuple[int, str]:
-    """Exit status, and what it printed, errors too; `given` is its input. Cancelling kills it.
-
-    Raises OSError when it cannot be run.
-    """
+async def run(program: str, *arguments: str) -> tuple[int, str]:
+    """Exit status, and what it printed, errors too. Cancelling kills it. Raises OSError when it cannot be run."""
     process = await asyncio.create_subprocess_exec(
         program, *arguments,
-        stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
-        output, _ = await process.communicate(given)
+        output, _ = await process.communicate()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 from proxy.checkpoints import StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
-from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
+from proxy.runtime.base import ImageFacts, Outdated, Rungs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +30,7 @@ class KeepsImages(abc.ABC):
     _store: CheckpointStore
 
     def _image(self, handle: Handle) -> str:
-        return handle.image or (handle.model if self.shares_images else handle.instance_id)
+        return handle.model if self.shares_images else handle.instance_id
 
     def _open_store(self, reason: str | None) -> Rungs:
         """The rungs there are, the store open if this host can checkpoint (`reason` None: it can)."""
@@ -142,17 +141,6 @@ class KeepsImages(abc.ABC):
                 if not outdated.usable:
                     self._store.refuse(image)
         return found
-
-    async def footprint(self, key: str) -> Footprint | None:
-        """See `Runtime.footprint`."""
-        for image in self._store.names():
-            with contextlib.suppress(StoreError):
-                manifest = self._store.load(image)
-                if manifest.model == key:
-                    engine = sum((manifest.details.get("memory") or {}).values())
-                    size = manifest.total_bytes() + self._store.weights_bytes(image)
-                    return Footprint(engine, size, self._store.free_bytes())
-        return None
 
     async def _manifest(self, image: str) -> Manifest:
         """That of an image on tmpfs, or in the archive. Raises StoreError."""

@@ -1,58 +1,31 @@
-"""Giving vLLM what runs inside it (proxy/inside/warmpool_vllm): fresh randomness, and the copy of its weights."""
+"""Giving vLLM the extension that keeps a copy of its weights (proxy/inside/warmpool_vllm.py)."""
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from proxy.inside import warmpool_vllm
-from proxy.inside.warmpool_vllm import weights
 from proxy.runtime.files import write_if_other
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.config import ModelSettings
-
-_WORKER: Final = ("--worker-extension-cls", "warmpool_vllm.Worker")
-_FRONTEND: Final = ("--middleware", "warmpool_vllm.Frontend")
-_SOURCE: Final = Path(warmpool_vllm.__file__).parent
-
-
-def arguments(model: ModelSettings) -> tuple[str, ...]:
-    """What the command of a vLLM engine needs; a worker extension of the user's own stays the only one."""
-    return _FRONTEND if model.own_worker_extension else (*_FRONTEND, *_WORKER)
-
-
-@cache
-def digest() -> str:
-    """Of the code that runs in engines, and that their checkpoints hold."""
-    total = hashlib.sha256()
-    for path in _files():
-        total.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return total.hexdigest()
+ARGUMENTS: Final = ("--worker-extension-cls", "warmpool_vllm.Weights")
+"""What vLLM's command needs."""
 
 
 def folder(state: Path) -> Path:
-    """A folder that holds the package; it stays as it is when warmpool is upgraded: restored engines mount it."""
-    target = state / "inside" / digest()[:16]
-    for path in _files():
-        package = target / _SOURCE.name
-        package.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_if_other(package / path.name, path.read_bytes(), mode=0o644, folder_mode=0o755)
-    return target
+    """A folder that holds the extension, and stays where it is when warmpool is upgraded: restored engines mount it."""
+    source = Path(warmpool_vllm.__file__)
+    target = state / "inside" / source.name
+    return write_if_other(target, source.read_bytes(), mode=0o644, folder_mode=0o755).parent
 
 
-def _files() -> list[Path]:
-    return sorted(_SOURCE.glob("*.py"))
-
-
-def environment(package: str, copies: str | None, given: Mapping[str, str]) -> dict[str, str]:
-    """The variables for an engine that finds the package in one folder, and keeps copies of weights in another."""
+def environment(extension: str, copies: str, given: Mapping[str, str]) -> dict[str, str]:
+    """The variables for an engine that finds the extension in one folder and keeps copies in the other."""
     path = given.get("PYTHONPATH")
     return {
-        "PYTHONPATH": f"{package}:{path}" if path else package,
-        **({weights.FOLDER: copies} if copies is not None else {}),
+        "PYTHONPATH": f"{extension}:{path}" if path else extension,
+        warmpool_vllm.FOLDER: copies,
     }

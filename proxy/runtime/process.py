@@ -113,7 +113,7 @@ class ProcessRuntime(KeepsImages):
 
     # --- starting and ending ---
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """Start the model's command; see `Runtime.start`."""
         assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
         known = self._engines.get(instance_id)
@@ -129,9 +129,9 @@ class ProcessRuntime(KeepsImages):
         }
         words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
-        if model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
-            words += inside.arguments(model)
-            copies = str(self._store.weights(self._image(handle))) if model.weights_copy else None
+        if model.weights_copy and Tier.CHECKPOINTED in self._rungs.offered:
+            words += inside.ARGUMENTS
+            copies = str(self._store.weights(self._image(handle)))
             given |= inside.environment(str(inside.folder(self._claim.folder)), copies, {**os.environ, **given})
         directory = str(model.process.cwd or Path.cwd())
         environment = {
@@ -190,10 +190,6 @@ class ProcessRuntime(KeepsImages):
     def leave(self, handle: Handle) -> bool:
         """See `Runtime.leave`: the orphan reaper ends processes with warmpool."""
         return False
-
-    def promote(self, handle: Handle) -> Handle:
-        """See `Runtime.promote`: each instance has its own image."""
-        return handle
 
     async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
         """See `Runtime.clone`: an image is restored with its own pids, so there is one instance of each."""
@@ -396,7 +392,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
     environment = {name: value.get_secret_value() for name, value in model.process.env.items()}
     parts = [key, model.name, model.process.command, environment, str(model.process.cwd), sys.executable]
-    parts += ["weights_copy"] * model.weights_copy + [inside.digest()] * model.is_vllm
+    parts += ["weights_copy"] * model.weights_copy
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
+from proxy.errors import InvalidRequestError, RouteNotFoundError
 from proxy.web.form import Form
 from proxy.web.routes import ModelIn
 
@@ -119,38 +119,34 @@ class Addressing:
 
     def _response(self, match: Match, body: bytes) -> Address:
         made_by = self._made_by(match.id or "")
-        name = made_by[0] if made_by is not None else _model_of_query(match.target)
-        if name is None and self._only(match) is None:
-            raise ResponseNotFoundError(match.id or "")
-        key, _, _ = self._resolve(match, name)
+        key, _, _ = self._resolve(
+            match,
+            made_by[0] if made_by is not None else _model_of_query(match.target),
+            missing=f"The response {match.id!r} is not known here. Say which model made it: ?model=NAME.",
+        )
         return Address(key, match.target, body, instance=made_by[1] if made_by is not None else None)
 
     def _instance(self, response_id: str, key: str) -> str | None:
         made_by = self._made_by(response_id)
         return made_by[1] if made_by is not None and self._settings().names().get(made_by[0]) == key else None
 
-    def _only(self, match: Match) -> str | None:
-        """The model that a request means which names none."""
-        settings = self._settings()
-        if settings.server.default_model is None and match.route.unnamed and len(settings.models) == 1:
-            return settings.served_name(next(iter(settings.models)))
-        return settings.server.default_model
-
-    def _resolve(self, match: Match, name: str | None) -> tuple[str, str, ParameterSettings | None]:
+    def _resolve(self, match: Match, name: str | None, missing: str = "") -> tuple[str, str, ParameterSettings | None]:
         """Key, the name that the engine knows, and what is to be done to parameters, of the model called `name`."""
         settings = self._settings()
         if settings is not self._resolved_of:
             self._resolved_of, self._resolved = settings, {}
-        if name is None:
-            name = self._only(match)
         asked = name, match.route.group
         if (found := self._resolved.get(asked)) is not None:
             return found
         if name is None:
-            raise InvalidRequestError(f"The request must name a model: {match.route.model_in.value}.", param="model")
+            name = settings.server.default_model
+        if name is None:
+            raise InvalidRequestError(
+                missing or f"The request must name a model: {match.route.model_in.value}.", param="model"
+            )
         key = settings.key_of(name)
         model = settings.models[key]
-        if not all(getattr(model.routes, group) for group in (match.route.group, *match.route.stands_for)):
+        if not getattr(model.routes, match.route.group):
             raise RouteNotFoundError(
                 f"The model {name!r} does not offer {match.route.method} {match.route.path} here.", param="model"
             )

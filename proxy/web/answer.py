@@ -106,7 +106,7 @@ class Answer(web.StreamResponse):
         """Send the head if it was not yet."""
         if self._head:
             head, self._head = self._head, b""
-            self._write(head)
+            self._client.write(head)
 
     def write_now(self, data: bytes) -> bool:
         """Send framed bytes of the engine's body; True when the client has enough for now: `drain` before the next."""
@@ -114,25 +114,20 @@ class Answer(web.StreamResponse):
             self.first_byte_at = time.perf_counter()
         if self._head:
             data, self._head = self._head + data, b""
-        self._write(data)
+        self._client.write(data)
         return self._protocol.writing_paused
-
-    def _write(self, data: bytes) -> None:
-        # Between a reset and the word of it the transport is closed, and uvloop's raises.
-        if not self._client.is_closing():
-            self._client.write(data)
 
     async def send(self, payload: bytes) -> None:
         """Send a piece of a body that is made here, framed as it has to be."""
         self.flush()
-        self._write(http1.chunk(payload) if self._framed else payload)
+        self._client.write(http1.chunk(payload) if self._framed else payload)
         await self.drain()
 
     def end(self) -> None:
         """End a body that was made here."""
         self.flush()
         if self._framed:
-            self._write(http1.LAST_CHUNK)
+            self._client.write(http1.LAST_CHUNK)
 
     async def drain(self) -> None:
         """Return when the client has read so much that more may be sent."""

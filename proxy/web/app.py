@@ -23,7 +23,7 @@ from proxy.web.admin import Admin
 from proxy.web.admin_routes import attach
 from proxy.web.faults import method_of, path_of, quieten, stack_of
 from proxy.web.front import Front
-from proxy.web.guard import ADMIN, Guard
+from proxy.web.guard import Guard
 from proxy.web.guard_cors import Cors
 from proxy.web.guard_protocol import CONNECTION, REFUSALS
 from proxy.web.local import Local
@@ -80,12 +80,8 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
             answer = RequestError("Internal error; the server's log says more.")
         if request.match_info.handler != relay.forward:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
-        operator = ADMIN.match(path_of(request)) is not None
         response = web.Response(
-            body=answer.body(for_operator=operator),
-            status=answer.status,
-            headers=answer.headers(),
-            content_type="application/json",
+            body=answer.body(), status=answer.status, headers=answer.headers(), content_type="application/json"
         )
         if isinstance(answer, SlowUploadError):
             response.force_close()

@@ -22,7 +22,6 @@ from proxy.upstream import Exchange, ExchangeError
 from proxy.web import request_id, routes
 from proxy.web.answer import date
 from proxy.web.guard import refuse_expired
-from proxy.web.guard_pages import contained
 from proxy.web.guard_protocol import GuardedProtocol
 from proxy.web.handed import Begun, Handed
 from proxy.web.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, told_in_short, watched
@@ -58,7 +57,7 @@ _UNUSUAL: Final = frozenset(
     b"content-length transfer-encoding content-encoding expect upgrade http2-settings te trailer keep-alive "
     b"proxy-connection origin x-warmpool-max-wait".split()
 )
-"""What aiohttp's server, the guard or the relay have to see to. (Every `sec-` too.)"""
+"""What aiohttp's server, the guard or the relay have to see to. (Every `sec-websocket-` too.)"""
 _BODILESS: Final = frozenset({204, 304})
 _OWN: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
 
@@ -70,7 +69,6 @@ class Shape:
         "closes",
         "content_type",
         "fields",
-        "host",
         "is_json",
         "key",
         "known",
@@ -88,11 +86,9 @@ class Shape:
         key: str | None,
         request_id: str | None,
         *,
-        host: str,
         closes: bool,
     ) -> None:
         self.match = match
-        self.host = host
         self.closes = closes
         """It is the last request of its connection."""
         self.line = b"POST %b HTTP/1.1\r\n" % match.target.encode("ascii")
@@ -148,7 +144,7 @@ def shape_of(head: bytes) -> Shape | None:
         at = field.end()
         name, value = field.groups()
         lower = name.lower()
-        if lower in _UNUSUAL or lower in found or lower.startswith(b"sec-"):
+        if lower in _UNUSUAL or lower in found or lower.startswith(b"sec-websocket-"):
             return None
         found[lower] = value
         fields.append((name, value))
@@ -163,7 +159,6 @@ def shape_of(head: bytes) -> Shape | None:
         found.get(b"content-type", b"").decode("ascii"),
         _key_in(found),
         _request_id_in(found),
-        host=found[b"host"].decode("ascii"),
         closes=option == b"close",
     )
 
@@ -183,19 +178,17 @@ def _request_id_in(found: dict[bytes, bytes]) -> str | None:
 
 
 class _Reply:
-    """What the head of an engine's answer says."""
+    """What the head of an engine's answer says, its length left out."""
 
-    __slots__ = ("fields", "first_line", "framing", "head", "keeps_alive", "length", "sized", "status")
+    __slots__ = ("fields", "first_line", "framing", "head", "keeps_alive", "sized", "status")
 
     def __init__(self, head: http1.Head) -> None:
         self.status = head.status
         self.keeps_alive = head.keeps_alive
-        self.length = head.length
-        """Of the answer that it was read from; others that differ in nothing else share it."""
         self.sized = head.length >= 0
         self.framing = b"\r\ncontent-length: " if self.sized else b"\r\ntransfer-encoding: chunked"
         self.first_line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
-        self.fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
+        self.fields = passed_on(head.fields, NOT_TO_CLIENT)
         self.head = self.head_without(frozenset())
 
     def head_without(self, names: frozenset[bytes]) -> bytes:
@@ -258,8 +251,6 @@ class Front:
         shape = connection.shape
         if head != connection.shape_head:
             shape = shape_of(head) if head.count(b"\n") <= self._fields_most else None
-            if shape is not None and not self._guard.pages.knows(connection.transport, shape.host):
-                shape = None  # aiohttp's side says so to the client
             connection.shape, connection.shape_head = shape, head
         if shape is None:
             return False
@@ -309,7 +300,11 @@ class Front:
         if at < 0:
             at = data.find(b"\r\nContent-Length: ", 0, end)
         if at < 0:
-            return self._reply_without_usual_length(data[: end + 4])
+            head = data[: end + 4]
+            reply = self._chunked.get(head)
+            if reply is None:
+                reply = self._learnt(head, self._chunked, head)
+            return reply, http1.CHUNKED
         stop = data.find(b"\r\n", at + 18)
         digits = data[at + 18 : stop]
         if not digits.isdigit() or len(digits) > 18 or (digits[0] == _ZERO and len(digits) > 1):
@@ -319,13 +314,6 @@ class Front:
         if reply is None:
             reply = self._learnt(head, self._sized, data[: end + 4])
         return reply, int(digits)
-
-    def _reply_without_usual_length(self, head: bytes) -> tuple[_Reply | None, int]:
-        """In chunks, or with a length that is spelled as no server does it by itself (`CONTENT-LENGTH:30`)."""
-        reply = self._chunked.get(head)
-        if reply is None:
-            reply = self._learnt(head, self._chunked, head)
-        return reply, reply.length if reply is not None else 0
 
     def _learnt(self, key: bytes, known: dict[bytes, _Reply], head: bytes) -> _Reply | None:
         parsed = http1.parse_head(head, "POST")
@@ -443,7 +431,7 @@ class Passage:
             self._break(f"not HTTP: {error}")
             return
         if out and self._flows:
-            self._write(out)
+            self._transport.write(out)
         elif out or self._unsent:
             self._send(out)
         if body.done:
@@ -470,7 +458,7 @@ class Passage:
         if there == length and self._admission is None and length > 0:  # nearly every answer
             self._size = length
             self._first_byte_at = time.perf_counter()
-            self._write(head + data[end + 4 :])
+            self._transport.write(head + data[end + 4 :])
             self._end(reusable=True)
             return
         self._begin_body(reply, length, head, data[end + 4 :])
@@ -508,12 +496,7 @@ class Passage:
                 self._flows = True
         if self._unsent:
             out, self._unsent = self._unsent + out, b""
-        self._write(out)
-
-    def _write(self, data: bytes) -> None:
-        # Between a reset and the word of it the transport is closed, and uvloop's raises.
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        self._transport.write(out)
 
     def lost(self, error: Exception | None) -> None:
         """The engine's connection has ended."""

@@ -34,10 +34,8 @@ from proxy.meter import Meter
 from proxy.quota import Account
 from proxy.web.caller import CALLER, KEY_PROTOCOL
 from proxy.web.faults import method_of, path_of
-from proxy.web.guard_pages import Pages, refuse_borrowed_loopback, refuse_other_sites
 from proxy.web.handed import take_admitted
 from proxy.web.refusals import Refusals
-from proxy.web.routes import spelled_as
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -72,10 +70,6 @@ class _Kind(Enum):
     PAGE = auto()
     ADMIN = auto()
     CLIENT = auto()
-
-
-async def _no_route(request: web.Request) -> web.StreamResponse:
-    raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
 
 
 def _kind_of(resource: web.AbstractResource | None) -> _Kind:
@@ -171,7 +165,7 @@ class Guard:
         self._body_limit = server.body_limit
         self._keys_file = server.keys_file
         self._admin = server.admin
-        self.pages = Pages(server)
+        self._origins = frozenset(origin.lower() for origin in server.cors.origins)
         self._kinds: dict[web.AbstractResource | None, _Kind] = {}
         self._token: bytes | None = None
         self.keys: Keys | None = None
@@ -219,11 +213,9 @@ class Guard:
         kind = self._kinds.get(resource)
         if kind is None:
             kind = self._kinds[resource] = _kind_of(resource)
-        if not spelled_as(resource, request.raw_path):
-            kind, handler = _Kind.CLIENT, _no_route
         try:
-            if kind is _Kind.CLIENT:
-                self.pages.check(request)
+            if hdrs.ORIGIN in request.headers and kind is _Kind.CLIENT:
+                self._check_page(request)
             if kind is _Kind.ADMIN or kind is _Kind.PAGE:
                 self._check_admin(request, kind)
             elif self.keys is not None and kind is _Kind.CLIENT:
@@ -233,6 +225,22 @@ class Guard:
             self._note(request, error)
             raise
         return await handler(request)
+
+    def _check_page(self, request: web.Request) -> None:
+        """A page may use models without a key, or open a WebSocket, only if its origin is configured.
+
+        CORS is not enough: it lets every page send simple requests, and open WebSockets and read what comes; and a page
+        whose name was made to point here (DNS rebinding) is of the same origin for its browser.
+        """
+        origin = request.headers[hdrs.ORIGIN].lower()
+        if "*" in self._origins or origin in self._origins:
+            return
+        if self.keys is not None:
+            if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+                _refuse_foreign(request, origin)
+            return
+        if not is_loopback(_host_of(origin.partition("://")[2])):
+            raise ForbiddenError("Pages of this origin may not do this; server.cors.origins names those that may.")
 
     def _check_length(self, request: web.Request) -> None:
         # Before any of it is read; what has no length is counted while it is read.
@@ -295,7 +303,7 @@ class Guard:
         if self._token is not None:
             if kind is not _Kind.PAGE and not _shows(request, self._token):
                 raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.")
-            refuse_other_sites(request, page=kind is _Kind.PAGE)
+            _refuse_other_sites(request)
             return
         if self._admin.socket is not None:
             raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
@@ -304,8 +312,8 @@ class Guard:
             raise ForbiddenError(
                 "Only from this host, as long as there is no admin token; see server.admin.token_file."
             )
-        refuse_borrowed_loopback(request)
-        refuse_other_sites(request, page=kind is _Kind.PAGE)
+        _refuse_borrowed_loopback(request)
+        _refuse_other_sites(request)
 
     def _note(self, request: web.Request, error: RequestError) -> None:
         reason = _REFUSED_AS.get(type(error))
@@ -355,3 +363,33 @@ def _shows(request: web.Request, token: bytes) -> bool:
         except (binascii.Error, ValueError):
             return False
     return hmac.compare_digest(shown, token)
+
+
+def _refuse_other_sites(request: web.Request) -> None:
+    """A browser knows the token and is on this host, so a page of somebody else's must not have it act."""
+    if request.method in ("GET", "HEAD"):
+        return
+    if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        raise ForbiddenError("A page of another site may not do this.")
+    if (origin := request.headers.get("Origin")) is not None:
+        _refuse_foreign(request, origin)
+
+
+def _refuse_foreign(request: web.Request, origin: str) -> None:
+    if origin.partition("://")[2].lower() != request.headers.get("Host", "").lower():
+        raise ForbiddenError("A page of another site may not do this.")
+
+
+def _refuse_borrowed_loopback(request: web.Request) -> None:
+    """By loopback come other machines too: through a proxy on this host, or a name that a web page points here."""
+    for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"):
+        if name in request.headers:
+            raise ForbiddenError("Not through another proxy, as long as there is no admin token.")
+    if not is_loopback(_host_of(request.headers.get(hdrs.HOST, "").lower())):
+        raise ForbiddenError("Only by the name localhost or a loopback address, as long as there is no admin token.")
+
+
+def _host_of(authority: str) -> str:
+    """Without port and brackets."""
+    name = authority.rpartition(":")[0] if re.search(r":\d+$", authority) else authority
+    return name.strip("[]")

@@ -384,8 +384,6 @@ def _problem_with(message: Any) -> str | None:
         return "This is no tunnel."
     if not message.path.startswith("/") and not (message.path == "*" and message.method == hdrs.METH_OPTIONS):
         return "The request target must be a path."
-    if "#" in message.path:
-        return "The request target has a fragment."
     if hdrs.TRANSFER_ENCODING in message.headers:
         codings = message.headers.getall(hdrs.TRANSFER_ENCODING)
         if len(codings) != 1 or codings[0].lower() != "chunked":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     Socket = web.WebSocketResponse[Any] | aiohttp.ClientWebSocketResponse[Any]
 
 log = logging.getLogger("warmpool.request")
-# Its warning that no subprotocol was chosen shows the key that a browser sends as one.
-logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
 
 _ATTEMPTS: Final = 2
 _PING_S: Final = 30.0
@@ -47,10 +44,6 @@ _PASSED_ON: Final = ("User-Agent", "Accept-Language", "traceparent", "tracestate
 _UPDATE_BYTES: Final = 64 << 10
 """A `session.update` is not larger; what is, is passed on unread."""
 
-_VERSIONS: Final = frozenset({"13", "8", "7"})
-_KEY: Final = re.compile(r"[A-Za-z0-9+/]{22}==")
-"""16 bytes in Base64."""
-_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _NOT_TO_SEND: Final = frozenset({1004, 1005, 1006, 1015})
 
 
@@ -84,7 +77,7 @@ class Realtime:
         """The session, from the client's request to its end. Raises RequestError before it has begun."""
         began = time.perf_counter()
         match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
-        if not _asks_for_upgrade(request):
+        if not web.WebSocketResponse().can_prepare(request):
             raise InvalidRequestError(f"{match.route.path} is a WebSocket: the request must ask for an upgrade.")
         address = self._addressing.find(match, "", b"")
         caller = caller_of(request)
@@ -230,24 +223,10 @@ class Realtime:
         log.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
 
-def _asks_for_upgrade(request: web.Request) -> bool:
-    """Whether the request is a handshake (RFC 6455, 4.2.1) as far as the client's fields say.
-
-    aiohttp takes each of them for text that can be encoded, and puts the subprotocols, keys among them, into the log.
-    """
-    fields = request.headers
-    return (
-        fields.get("Upgrade", "").strip().lower() == "websocket"
-        and any(o.strip().lower() == "upgrade" for value in fields.getall("Connection", ()) for o in value.split(","))
-        and fields.get("Sec-WebSocket-Version") in _VERSIONS
-        and _KEY.fullmatch(fields.get("Sec-WebSocket-Key", "")) is not None
-    )
-
-
 def _protocols(request: web.Request) -> tuple[str, ...]:
-    """The subprotocols that the client offers, without credentials and what is none."""
+    """The subprotocols that the client offers, without credentials."""
     offered = (p.strip() for value in request.headers.getall("Sec-WebSocket-Protocol", ()) for p in value.split(","))
-    return tuple(p for p in offered if _TOKEN.fullmatch(p) and not p.startswith(_CREDENTIALS))
+    return tuple(p for p in offered if p and not p.startswith(_CREDENTIALS))
 
 
 def _in_words(error: Exception) -> str:

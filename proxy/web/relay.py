@@ -13,18 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
-from aiohttp import web
 
 from proxy import http1
 from proxy.config import parse_duration
-from proxy.errors import (
-    BodyTooLargeError,
-    EngineFailedError,
-    InvalidRequestError,
-    RequestError,
-    UpstreamError,
-    sse_error,
-)
+from proxy.errors import EngineFailedError, InvalidRequestError, RequestError, UpstreamError, sse_error
 from proxy.logs import lines_of_requests
 from proxy.metrics import UNKNOWN_MODEL
 from proxy.tracing import CONTEXT_FIELDS
@@ -33,7 +25,6 @@ from proxy.web import routes
 from proxy.web.answer import Answer
 from proxy.web.caller import caller_of
 from proxy.web.faults import method_of, path_of
-from proxy.web.guard_pages import contained
 from proxy.web.handed import take_begun
 from proxy.web.heartbeat import Heartbeat
 from proxy.web.refusals import Refusals
@@ -42,6 +33,8 @@ from proxy.web.request_id import request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from aiohttp import web
 
     from proxy.metrics import Metrics
     from proxy.pool import Pool
@@ -65,9 +58,6 @@ NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
     b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",
     b"x-forwarded-port", b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-by", b"origin", b"referer",
-    # SageMaker's would name another adapter than the one that was checked, or a session.
-    b"x-amzn-sagemaker-adapter-identifier", b"x-amzn-sagemaker-adapter-alias", b"x-amzn-sagemaker-session-id",
-    b"x-amzn-sagemaker-new-session-id", b"x-amzn-sagemaker-closed-session-id",
     b"access-control-request-method", b"access-control-request-headers",
 }  # fmt: skip
 # Whether a page may read an answer is this proxy's to say, and `Location` would show the engine's address.
@@ -116,7 +106,11 @@ class Relay:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             if self._traces is not None:
                 exchange.trace = self._traces.request(request.method, match.route.path, request.headers)
-            body = await _body_of(request, self._pool.settings.server.body_limit)
+            content = request.content
+            # Nearly every body has come with its head.
+            limit = min(_READ_AT_ONCE, self._pool.settings.server.body_limit)
+            whole = content.is_eof() and content.total_bytes <= limit
+            body = content.read_nowait() if whole else await request.read()
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
             if exchange.caller is not None:
@@ -126,11 +120,6 @@ class Relay:
             return await self._kept_alive(exchange, address)
         except RequestError as error:
             exchange.status, exchange.refused_as = error.status, error.code
-            raise
-        except ConnectionError:  # the client's
-            raise
-        except Exception:  # the client is told 500
-            exchange.status = exchange.status or 500
             raise
         finally:
             self._account(exchange)
@@ -382,20 +371,6 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 1)
 
 
-async def _body_of(request: web.Request, limit: int) -> bytes:
-    """All of it. Raises BodyTooLargeError, or InvalidRequestError for one that is not coded as its fields say."""
-    content = request.content
-    try:
-        # Nearly every body has come with its head.
-        if content.is_eof() and content.total_bytes <= min(_READ_AT_ONCE, limit):
-            return content.read_nowait()
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLargeError(f"The body is over the limit of {limit} bytes.") from None
-    except web.RequestPayloadError:
-        raise InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.") from None
-
-
 def max_wait_s(request: web.Request) -> float | None:
     """`x-warmpool-max-wait`: seconds, or a duration as in the configuration."""
     text = request.headers.get("x-warmpool-max-wait")
@@ -490,7 +465,7 @@ def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
 
 
 def _to_client(head: http1.Head, request: web.Request) -> list[tuple[bytes, bytes]]:
-    fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
+    fields = passed_on(head.fields, NOT_TO_CLIENT)
     if request.method == "HEAD" or head.status == 304:  # says what a GET would have
         fields += [field for field in head.fields if field[0].lower() == b"content-length"]
     return fields

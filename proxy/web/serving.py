@@ -15,7 +15,7 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from proxy import keys, rebuild, renewal, service
+from proxy import keys, rebuild, service
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, faults, listen
 from proxy.web.guard import Guard
@@ -150,7 +150,7 @@ async def serve(
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         if usage is not None:
-            background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(_keep_images(pool, usage))]
+            background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(rebuild.rebuild(pool, usage))]
         await stop.wait()
         await reloader.close()
         await _ended(background)
@@ -172,12 +172,6 @@ async def serve(
         for sock in sockets:
             sock.close()
         log.info("stopped")
-
-
-async def _keep_images(pool: Pool, usage: Usage) -> None:
-    """First what a reboot has taken, then what becomes outdated; each is an engine started beside the others."""
-    await rebuild.rebuild(pool, usage)
-    await renewal.keep_current(pool, usage)
 
 
 def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:

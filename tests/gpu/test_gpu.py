@@ -140,7 +140,7 @@ cumem.CuMemAllocator = types.SimpleNamespace(get_instance=lambda: types.SimpleNa
 cumem.libcudart = types.SimpleNamespace(cudaMemcpy=copy)
 sys.modules["vllm.device_allocator.cumem"] = cumem
 before = [w.clone() for w in weights]
-worker = warmpool_vllm.Worker()
+worker = warmpool_vllm.Weights()
 saved = worker.warmpool_save_weights()
 for w in weights: w.zero_()
 torch.cuda.synchronize()

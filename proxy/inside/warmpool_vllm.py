@@ -1,12 +1,15 @@
 """vLLM's weights, saved as they lie on the GPU and brought back by several threads.
 
-Sleep level 2 drops the weights, and `reload_weights` reads them from safetensors one tensor after the other. This
-copies every allocation of sleep mode's pool "weights" (vllm/device_allocator/cumem.py), which is what level 1 keeps in
-pinned memory, to one file on tmpfs instead, outside of the process, and back. 3.09 GB on an H100: 0.15 s from huge
-pages, 0.22 s from small ones, where `reload_weights` takes 0.6 s.
+A worker extension (`--worker-extension-cls warmpool_vllm.Weights`), called through `/collective_rpc`. Sleep level 2
+drops the weights, and `reload_weights` reads them from safetensors one tensor after the other. This copies every
+allocation of sleep mode's pool "weights" (vllm/device_allocator/cumem.py), which is what level 1 keeps in pinned
+memory, to one file on tmpfs instead, outside of the process, and back. 3.09 GB on an H100: 0.15 s from huge pages,
+0.22 s from small ones, where `reload_weights` takes 0.6 s.
 
 A file fits the process that wrote it, and every process restored from a checkpoint of that one: the allocations lie
 at the same addresses there. An identifier kept in both says so.
+
+It runs in the engine's Python, alone: nothing of warmpool's is imported, and vLLM only where it is used.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _MAX_THREADS = 8
 
 
 class Weights:
-    """The part of the worker extension that is about weights; methods return what JSON can hold."""
+    """Mixed into vLLM's worker, so every name begins with the project's; methods return what JSON can hold."""
 
     _warmpool_copy = ""
     """Identifies the copy that fits this process; none before the first was written."""
