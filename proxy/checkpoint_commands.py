@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -21,8 +21,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from proxy import config, golden
-from proxy.checkpoints import SUFFIX, CheckpointStore, Compression, Manifest, StoreError
+from proxy.checkpoints import SUFFIX, CheckpointStore, Compression, StoreError
 from proxy.errors import HostError, RuntimeFailure
+from proxy.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -204,7 +205,10 @@ def group(wiring: Wiring) -> click.Group:
         settings = config.load(path)
         store = wiring.store(settings)
         manifest = _run(_manifest(store, settings, image))
-        shown = asdict(manifest) | {"bytes_by_kind": manifest.bytes_by_kind(), "total_bytes": manifest.total_bytes()}
+        shown = manifest.model_dump(mode="json") | {
+            "bytes_by_kind": manifest.bytes_by_kind(),
+            "total_bytes": manifest.total_bytes(),
+        }
         shown["canary"] = None if manifest.canary is None else f"{len(manifest.canary)} characters"
         click.echo(orjson.dumps(shown, option=orjson.OPT_INDENT_2).decode())
 

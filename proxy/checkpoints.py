@@ -22,37 +22,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import tarfile
 import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
-import orjson
 import zstandard
 
 from proxy import criu_pages, host, owned
+from proxy import manifest as manifests
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
+from proxy.manifest import Manifest, ManifestError, OtherFormatError, by_kind, kind_of
 from proxy.owned import NotOwnedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 log = logging.getLogger("warmpool.checkpoints")
 
-MANIFEST: Final = "manifest.json"
 LOCK: Final = ".lock"
-FORMAT: Final = 2
+MANIFEST: Final = manifests.NAME
 CRIU_FOLDER: Final = "criu"
 Compression = Literal["none", "gzip", "zstd"]
 SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "zstd": ".tar.zst"}
@@ -65,7 +66,8 @@ _WEIGHTS: Final = ".weights"
 _LARGE_BYTES: Final = 64 << 20
 _CHUNK_BYTES: Final = 4 << 20
 _HASHING_THREADS: Final = 4
-_MANIFEST_LIMIT_BYTES: Final = 16 << 20
+_HEADERS_BYTES: Final = 16 << 10
+"""Of a file in a tar archive, and its padding; and as much as tarfile reads ahead."""
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 
@@ -79,71 +81,13 @@ class StoreError(WarmpoolError):
     """The store cannot take or give an image; nothing that was there was harmed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What has to be known to restore an image, and to refuse it on a host where it would not work."""
-
-    image: str
-    """The name of its folder."""
-    model: str
-    runtime: str
-    spec_digest: str
-    """Of everything that shaped the engine (command, environment, container image); another digest, another engine."""
-    created_unix_s: float
-    facts: Mapping[str, str]
-    """What must be the same where it is restored: kernel, versions, GPU."""
-    sleep_level: int
-    canary: str | None
-    private: Mapping[str, Any]
-    """The runtime's own."""
-    details: Mapping[str, Any]
-    """For people: engine arguments, warm-up figures, timings, what filled the memory."""
-    bytes_by_file: Mapping[str, int] = field(default_factory=dict)
-    sha256_by_file: Mapping[str, str] = field(default_factory=dict)
-    format: int = FORMAT
-
-    def total_bytes(self) -> int:
-        """The size of the image."""
-        return sum(self.bytes_by_file.values())
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Its size by what the bytes are: memory pages, GPU data, shared memory, filesystem diff, process state."""
-        sizes = dict.fromkeys(("memory pages", "GPU data", "shared memory", "filesystem diff", "process state"), 0)
-        for name, size in self.bytes_by_file.items():
-            sizes[kind_of(name)] += size
-        return sizes
-
-    def space_by_kind(self) -> dict[str, int]:
-        """`bytes_by_kind`, without the holes of sparse files: what an image takes where it was made."""
-        holes: Mapping[str, int] = self.details.get("holes_by_kind") or {}
-        return {kind: size - holes.get(kind, 0) for kind, size in self.bytes_by_kind().items()}
-
-    def differences(self, facts: Mapping[str, str]) -> list[str]:
-        """In which facts a host is not the one it was taken on, one line each."""
-        return [
-            f"{name} was {old}, is {facts.get(name, 'missing')} here"
-            for name, old in self.facts.items()
-            if facts.get(name) != old
-        ]
+class OtherVersionError(StoreError):
+    """An image that another version of warmpool wrote."""
 
 
 def next_to(image: str) -> str:
     """The name of the image that is to take the place of one, while both are there."""
     return image + _NEXT
-
-
-def kind_of(name: str) -> str:
-    """What a file of an image holds (criu.org/Images)."""
-    base = name.rpartition("/")[2]
-    if base.startswith("pages-"):
-        return "memory pages"
-    if base.startswith(("amdgpu-", "cuda-", "nvidia-")):
-        return "GPU data"
-    if base.startswith("devshm"):
-        return "shared memory"
-    if base.startswith(("rootfs", "ghost-file", "tmpfs-", "remap")):
-        return "filesystem diff"
-    return "process state"
 
 
 class CheckpointStore:
@@ -285,9 +229,11 @@ class CheckpointStore:
             return left_out, _holes(partial, sizes), sizes, digests
 
         left_out, holes, sizes, digests = await _in_thread(measure)
-        manifest = replace(manifest, bytes_by_file=sizes, sha256_by_file=digests)
-        found = {"bytes_by_kind": manifest.bytes_by_kind(), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
-        manifest = replace(manifest, details={**manifest.details, **found})
+        found = {"bytes_by_kind": by_kind(sizes), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
+        try:
+            manifest = manifest.with_files(sizes, digests, found)
+        except ManifestError as error:
+            raise StoreError(f"{partial}: {error}") from None
         _write_manifest(partial, manifest)
         _delete(self._put_in_place(image, partial))
         return manifest
@@ -336,11 +282,13 @@ class CheckpointStore:
             raise StoreError(f"{path}: its manifest is that of {manifest.image!r}")
         for name, size in manifest.bytes_by_file.items():
             try:
-                actual = (path / name).stat().st_size
+                actual = (path / name).lstat()
             except OSError as error:
                 raise StoreError(f"{path / name}: {error.strerror}") from error
-            if actual != size:
-                raise StoreError(f"{path / name}: {actual} bytes, the manifest says {size}")
+            if not stat.S_ISREG(actual.st_mode):
+                raise StoreError(f"{path / name}: not a plain file")
+            if actual.st_size != size:
+                raise StoreError(f"{path / name}: {actual.st_size} bytes, the manifest says {size}")
         return manifest
 
     async def verify(self, image: str) -> Manifest:
@@ -469,11 +417,11 @@ class CheckpointStore:
             manifest = await asyncio.to_thread(_peek, source)
             if image is not None and manifest.image != image:
                 raise StoreError(f"{source}: holds the image {manifest.image!r}, not {image!r}")
-            if not manifest.image or manifest.image in {".", ".."} or "/" in manifest.image or "." in manifest.image:
+            if "." in manifest.image:
                 raise StoreError(f"{source}: {manifest.image!r} is not the name of an image")
             partial = self.begin(manifest.image, manifest.total_bytes())
             try:
-                await _in_thread(lambda stop: _unpack(source, partial, manifest, stop))
+                await _in_thread(lambda stop: _unpack(source, partial, manifest, stop, self.free_bytes))
                 _delete(self._put_in_place(manifest.image, partial))
             finally:
                 self.abandon(manifest.image)
@@ -493,6 +441,21 @@ class _Stoppable:
         if self._stop.is_set():
             raise OSError("cancelled")
         return self._file.read(size)
+
+
+class _Limited:
+    """A file of which no more than so many bytes are read: what is compressed may turn out to be any size."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file = file
+        self._left = most
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(errno.EFBIG, "it is larger than its manifest says")
+        return data
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:
@@ -539,33 +502,31 @@ def _delete(path: Path) -> None:
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     with (folder / MANIFEST).open("wb") as file:
-        file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        file.write(manifest.as_bytes())
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
     try:
-        return _parse_manifest((folder / MANIFEST).read_bytes(), str(folder))
+        # A pipe would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StoreError(f"{path}: not a plain file")
+            return _parsed(file.read(manifests.LIMIT_BYTES), str(folder))
     except OSError as error:
-        raise StoreError(f"{folder}: not a usable image: {error}") from error
+        raise StoreError(f"{path}: {error.strerror}") from error
 
 
-def _parse_manifest(data: bytes, where: str) -> Manifest:
+def _parsed(data: bytes, where: str) -> Manifest:
     try:
-        raw = orjson.loads(data)
-        if raw["format"] != FORMAT:
-            raise StoreError(f"{where}: format {raw['format']!r}, this version reads {FORMAT}")
-        manifest = Manifest(**raw)
-        names = [*manifest.bytes_by_file, *manifest.sha256_by_file]
-    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(f"{where}: not a usable image: {error!r}") from error
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise StoreError(f"{where}: not a usable image: file name {name!r}")
-    if set(manifest.bytes_by_file) != set(manifest.sha256_by_file):
-        raise StoreError(f"{where}: not a usable image: sizes and digests are not of the same files")
-    return manifest
+        return manifests.parse(data)
+    except OtherFormatError as error:
+        raise OtherVersionError(f"{where}: {error}") from None
+    except ManifestError as error:
+        raise StoreError(f"{where}: not a usable image: {error}") from None
 
 
 def _measure(
@@ -662,20 +623,34 @@ def _decompressing(path: Path) -> Iterator[IO[bytes]]:
             yield raw
 
 
+def _tar_of(file: IO[bytes], most_bytes: int) -> tarfile.TarFile:
+    return tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most_bytes)), mode="r|")
+
+
 def _peek(source: Path) -> Manifest:
     """The manifest at the head of an exported file."""
-    with _decompressing(source) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    most = manifests.LIMIT_BYTES + _HEADERS_BYTES
+    with (
+        _decompressing(source) as file,
+        tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most)), mode="r|") as tar,
+    ):
         member = tar.next()
         content = tar.extractfile(member) if member is not None and member.name == MANIFEST else None
         if content is None:
             raise StoreError(f"{source}: not an export of warmpool's: no {MANIFEST} at its head")
-        return _parse_manifest(content.read(_MANIFEST_LIMIT_BYTES), str(source))
+        return _parsed(content.read(manifests.LIMIT_BYTES), str(source))
 
 
-def _unpack(source: Path, target: Path, manifest: Manifest, stop: threading.Event) -> None:
-    """Extract the files that the manifest names, and nothing else, and check their digests on the way."""
+def _unpack(
+    source: Path, target: Path, manifest: Manifest, stop: threading.Event, free_bytes: Callable[[], int]
+) -> None:
+    """Extract the files that the manifest names, and nothing else, and check their sizes and digests on the way."""
     missing = dict(manifest.sha256_by_file)
-    with _decompressing(source) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    most = manifest.total_bytes() + manifests.LIMIT_BYTES + _HEADERS_BYTES * (len(missing) + 2)
+    with (
+        _decompressing(source) as file,
+        tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most)), mode="r|") as tar,
+    ):
         for member in tar:
             expected = missing.pop(member.name, None)
             content = tar.extractfile(member) if expected is not None and member.isreg() else None
@@ -683,18 +658,28 @@ def _unpack(source: Path, target: Path, manifest: Manifest, stop: threading.Even
                 if member.name == MANIFEST:
                     continue
                 raise StoreError(f"{source}: {member.name!r} is not in the manifest")
+            declared = manifest.bytes_by_file[member.name]
+            if member.size != declared:
+                raise StoreError(f"{source}: {member.name} has {member.size} bytes, the manifest says {declared}")
             path = target / member.name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            digest = hashlib.sha256()
-            stoppable = _Stoppable(content, stop)
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                 if member.size >= _LARGE_BYTES:
                     os.posix_fallocate(out.fileno(), 0, member.size)  # see _measure
-                while chunk := stoppable.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    out.write(chunk)
-            if digest.hexdigest() != expected:
+                digest = _copied(_Stoppable(content, stop), out, free_bytes, str(source))
+            if digest != expected:
                 raise StoreError(f"{source}: {member.name} is damaged (SHA-256 differs)")
     if missing:
         raise StoreError(f"{source}: {next(iter(missing))} is missing")
     _write_manifest(target, manifest)
+
+
+def _copied(content: _Stoppable, out: IO[bytes], free_bytes: Callable[[], int], source: str) -> str:
+    """The digest of what was copied, as long as there is space: others may have taken it meanwhile."""
+    digest = hashlib.sha256()
+    while chunk := content.read(_CHUNK_BYTES):
+        if free_bytes() < 0:
+            raise StoreError(f"{source}: there is no space left beyond the reserve; the import was given up")
+        digest.update(chunk)
+        out.write(chunk)
+    return digest.hexdigest()

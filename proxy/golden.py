@@ -22,8 +22,9 @@ from proxy.slots import unless_it_ends
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 
-    from proxy.checkpoints import CheckpointStore, Manifest
+    from proxy.checkpoints import CheckpointStore
     from proxy.config import ModelSettings, Settings
+    from proxy.manifest import Manifest
     from proxy.runtime.base import Handle, Runtime
 
 T = TypeVar("T")

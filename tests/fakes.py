@@ -24,10 +24,10 @@ from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.checkpoints import Manifest
     from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
     from proxy.gpu import Gpus
+    from proxy.manifest import Manifest
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
 

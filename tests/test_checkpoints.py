@@ -13,15 +13,22 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
+import orjson
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import golden
-from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, Manifest, StoreError, kind_of, next_to
+from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
+from proxy.config import ModelSettings
 from proxy.host import huge_pages_of
+from proxy.instance import Tier
+from proxy.manifest import FORMAT, Manifest, kind_of
+from proxy.runtime.base import Handle, Rungs
+from proxy.runtime.images import KeepsImages
 from tests.support import files_in
 
 if TYPE_CHECKING:
@@ -136,9 +143,9 @@ async def test_a_damaged_image_is_refused(store: CheckpointStore, damage: str) -
         case "garbage":
             (folder / MANIFEST).write_bytes(b"{")
         case "other format":
-            (folder / MANIFEST).write_bytes(text.replace(b'"format": 2', b'"format": 99'))
+            (folder / MANIFEST).write_bytes(text.replace(f'"format": {FORMAT}'.encode(), b'"format": 99'))
         case "other fields":
-            (folder / MANIFEST).write_bytes(b'{"format": 2}')
+            (folder / MANIFEST).write_bytes(f'{{"format": {FORMAT}}}'.encode())
         case "list":
             (folder / MANIFEST).write_bytes(b"[]")
         case "renamed":
@@ -264,10 +271,163 @@ async def test_an_export_under_a_bad_name_is_refused(store: CheckpointStore, tmp
     file = tmp_path / "export.tar"
     await store.export("demo", file, "none")
     file.write_bytes(file.read_bytes().replace(b'"image": "demo"', b'"image": "../d"'))
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="not a usable image: its manifest: image: "):
         await store.import_(file)
+    await store.export("demo", file, "none")
     with pytest.raises(StoreError, match="holds the image"):
         await store.import_(file, "other")
+
+
+async def crafted(store: CheckpointStore, file: Path, size: int, *, head: tarfile.TarInfo | None = None) -> None:
+    """An export whose manifest says 5 bytes of a file that has `size`, with another entry before it."""
+    await write(store, "demo")
+    text = (store.path("demo") / MANIFEST).read_bytes()
+    await store.remove("demo")
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(MANIFEST)
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+        if head is not None:
+            tar.addfile(head)
+        info = tarfile.TarInfo("criu/pages-1.img")
+        info.size = size
+        tar.addfile(info, cast("IO[bytes]", Zeros()))
+    file.write_bytes(zstandard.compress(out.getvalue()))
+
+
+class Zeros:
+    """As many as somebody reads."""
+
+    def read(self, size: int) -> bytes:
+        return bytes(size)
+
+
+async def test_an_import_writes_nothing_of_a_file_that_is_larger_than_declared(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "small.tar.zst"
+    await crafted(store, file, 80 << 20)
+    assert file.stat().st_size < 64 << 10
+    written = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *given: written.append(given))
+    with pytest.raises(StoreError, match=r"criu/pages-1.img has 83886080 bytes, the manifest says 5"):
+        await store.import_(file)
+    assert written == []
+    assert files_in(store.root) == []
+
+
+async def test_an_import_reads_no_more_than_the_manifest_accounts_for(store: CheckpointStore, tmp_path: Path) -> None:
+    file = tmp_path / "small.tar.zst"
+    head = tarfile.TarInfo("x")
+    head.pax_headers = {"comment": "x" * (64 << 20)}
+    await crafted(store, file, 5, head=head)
+    assert file.stat().st_size < 64 << 10
+    with pytest.raises(StoreError, match="larger than its manifest says"):
+        await store.import_(file)
+    assert files_in(store.root) == []
+
+
+async def test_an_import_is_given_up_when_others_take_the_space(store: CheckpointStore, tmp_path: Path) -> None:
+    await write(store, "demo", os.urandom(8 << 20))
+    await store.export("demo", tmp_path / "out.tar", "none")
+    asked = iter([1 << 40, 1 << 40, -1])
+    store.free_bytes = lambda: next(asked, -1)  # type: ignore[method-assign] # as when somebody fills the disk
+    with pytest.raises(StoreError, match="no space left beyond the reserve; the import was given up"):
+        await store.import_(tmp_path / "out.tar")
+    store.load("demo")
+    assert [p.name for p in files_in(store.root)] == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image", 5), ("model", None), ("runtime", ["fake"]), ("spec_digest", {"a": 1}), ("created_unix_s", "now"),
+        ("created_unix_s", 1e300), ("facts", ["kernel"]), ("facts", {"kernel": 6}), ("sleep_level", "1"),
+        ("sleep_level", 7), ("canary", 3), ("private", []), ("private", {"pid": "1"}), ("private", {"pid": -1}),
+        ("private", {"port": 1 << 40}), ("private", {"abstract_sockets": 5}), ("private", {"other": 1}),
+        ("details", "text"), ("details", {"gpu": [1]}), ("details", {"memory": {"heap": "1"}}),
+        ("details", {"holes_by_kind": 3}), ("details", {"warmup": [{"ttft_s": None}]}), ("bytes_by_file", []),
+        ("bytes_by_file", {"a": -1}), ("bytes_by_file", {"a": 1 << 60}), ("bytes_by_file", {"a\0b": 1}),
+        ("sha256_by_file", {"a": 1}), ("format", "3"), ("surprise", 1),
+    ],
+)  # fmt: skip
+async def test_a_manifest_of_wrong_types_is_an_error_of_the_store(
+    store: CheckpointStore, key: str, value: object
+) -> None:
+    await write(store, "demo")
+    path = store.path("demo") / MANIFEST
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), key: value}))
+    with pytest.raises(StoreError, match="not a usable image: its manifest: "):
+        store.load("demo")
+
+
+async def test_a_manifest_that_is_no_plain_file_is_an_error_of_the_store(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    await write(store, "demo")
+    path = store.path("demo") / MANIFEST
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StoreError, match="not a plain file"):
+        store.load("demo")
+    path.unlink()
+    (tmp_path / "elsewhere").write_bytes(content)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="symbolic links"):
+        store.load("demo")
+
+
+async def test_an_image_over_the_bounds_is_not_written(store: CheckpointStore) -> None:
+    folder = store.begin("demo", 0)
+    (folder / CRIU_FOLDER / ("x" * 200)).mkdir()
+    (folder / CRIU_FOLDER / ("x" * 200) / "\udcff").write_bytes(b"")
+    with pytest.raises(StoreError, match="demo.partial: "):
+        await store.commit(manifest("demo"))
+    assert store.names() == []
+
+
+async def test_an_archive_that_cannot_be_read_is_written_anew(store: CheckpointStore) -> None:
+    written = await write(store, "demo")
+    (await store.put_into_archive("demo")).write_bytes(b"damaged")
+    images = Images(store)
+    await images.copy_to_archive(Handle("demo", "demo", "", 0))
+    assert await store.archived_manifest("demo") == written
+
+
+class Images(KeepsImages):
+    """What every runtime does with images, of a runtime that does nothing else."""
+
+    name = "fake"
+    shares_images = True
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+
+    def rungs(self) -> Rungs:
+        return Rungs(frozenset({Tier.CHECKPOINTED, Tier.ARCHIVED}))
+
+    async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
+        return {"kernel": "k"}
+
+    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> None:
+        return None
+
+    def _digest(self, key: str, model: ModelSettings) -> str:
+        return "d"
+
+
+async def test_manifests_that_cannot_be_read_keep_no_other_image_from_being_found(store: CheckpointStore) -> None:
+    models = {"demo": ModelSettings(process={"command": ["engine", "{port}"]})}
+    for name in ("old", "wrong", "demo"):
+        await write(store, name)
+    for name, changed in (("old", {"format": 2}), ("wrong", {"private": {"pid": "1"}})):
+        path = store.path(name) / MANIFEST
+        path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), **changed}))
+    assert list(await Images(store).images_for(models)) == ["demo"]
+    assert store.quarantined() == ["wrong"]
+    assert store.names() == ["demo", "old"]
 
 
 async def test_the_archive_gives_back_what_was_put_there(store: CheckpointStore) -> None:

@@ -15,6 +15,7 @@ LAYERS: dict[str, int] = {
     "proxy.owned": 0,
     "proxy.metrics": 0,
     "proxy.service": 1,
+    "proxy.manifest": 1,
     "proxy.http1": 0,
     "proxy.upstream": 1,
     "proxy.masking": 0,

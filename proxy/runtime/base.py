@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from proxy.checkpoints import Manifest
     from proxy.config import ModelSettings
     from proxy.instance import Stages, Tier
+    from proxy.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)

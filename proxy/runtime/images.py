@@ -8,7 +8,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from proxy.checkpoints import StoreError
+from proxy.checkpoints import OtherVersionError, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
@@ -16,8 +16,9 @@ from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.checkpoints import CheckpointStore, Manifest
+    from proxy.checkpoints import CheckpointStore
     from proxy.config import ModelSettings
+    from proxy.manifest import Manifest
     from proxy.runtime.base import Handle
 
 log = logging.getLogger("warmpool.runtime")
@@ -79,10 +80,14 @@ class KeepsImages(abc.ABC):
         await self._store.remove(self._image(handle))
 
     async def _is_archived(self, manifest: Manifest) -> bool:
-        """Whether the archive holds this very image."""
+        """Whether the archive holds this very image, as far as its head says."""
         if manifest.image not in self._store.archived():
             return False
-        return (await self._store.archived_manifest(manifest.image)).sha256_by_file == manifest.sha256_by_file
+        try:
+            return (await self._store.archived_manifest(manifest.image)).sha256_by_file == manifest.sha256_by_file
+        except StoreError as error:
+            log.warning("archive %s cannot be used, and is written anew: %s", manifest.image, error)
+            return False
 
     async def unarchive_image(self, handle: Handle) -> None:
         """See `Runtime.unarchive_image`."""
@@ -169,8 +174,13 @@ class KeepsImages(abc.ABC):
                     continue
                 try:
                     manifest = await self._store.archived_manifest(image) if archived else self._store.load(image)
+                except OtherVersionError as error:
+                    log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, error)
+                    if not archived:
+                        self._store.refuse(image)
+                    continue
                 except StoreError as error:
-                    log.error("checkpoint %s is damaged: %s", image, error)
+                    log.error("%s %s is damaged: %s", "archive" if archived else "checkpoint", image, error)
                     if not archived:
                         await asyncio.to_thread(self._store.quarantine, image)
                     continue

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import orjson
 
 from proxy import host, owned
-from proxy.checkpoints import CheckpointStore, Manifest, StoreError, next_to
+from proxy.checkpoints import CheckpointStore, StoreError, next_to
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
+from proxy.manifest import Manifest
 from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, Manifest, StoreError
+from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, StoreError
 from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
+from proxy.manifest import Manifest
 from proxy.runtime import command, criu, inside, launch, links, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
 from proxy.runtime.cuda import Cuda
