@@ -232,7 +232,7 @@ DESTRUCTIVE = frozenset({"rmtree", "unlink", "rmdir", "removedirs", "rename", "r
 EXEMPT = {
     "owned.py": "is the place for it",
     "install.py": "removes only files whose digest it has noted when it wrote them",
-    "inside/warmpool_vllm.py": "runs in vLLM's process, in the folder that it was given",
+    "inside/warmpool_vllm/weights.py": "runs in vLLM's process, in the folder that it was given",
     "doctor/selftest.py": "puts CRIU's configuration back as it was",
 }
 
