@@ -85,6 +85,9 @@ class Engine:
         self.children: list[subprocess.Popen[bytes]] = []
         self.scratch = [path.open("wb", buffering=0) for path in options.scratch]
         self.slots = asyncio.Semaphore(options.max_num_seqs)
+        self.thaws = asyncio.Event()
+        """Not set: no token is made for anybody, as when vLLM's EngineCore hangs."""
+        self.thaws.set()
         self.failed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # --- loading ---

@@ -93,7 +93,7 @@ class Responses:
         await say("response.in_progress", response=made)
         await say("response.output_item.added", output_index=0, item={**empty, "status": "in_progress", "content": []})
         await say("response.content_part.added", **where, part=empty["content"][0])
-        async for i in self.writer.pace(job.longest):
+        async for i in self.writer.pace(job):
             if i < len(tokens):
                 await say("response.output_text.delta", **where, delta=tokens[i], logprobs=[])
         message = self.complete(made, job)
@@ -161,7 +161,7 @@ class Messages:
         tokens, reason = job.choices[0]
         await say("message_start", message={**_head(job), "content": [], "stop_reason": None, "usage": _usage(job, 0)})
         await say("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        async for i in self.writer.pace(job.longest):
+        async for i in self.writer.pace(job):
             if i < len(tokens):
                 await say("content_block_delta", index=0, delta={"type": "text_delta", "text": tokens[i]})
         await say("content_block_stop", index=0)

@@ -55,7 +55,7 @@ class Audio:
                 return answer({"text": said, "usage": {"type": "duration", "seconds": seconds}})
             response = await begin_stream(request)
             head = {"id": job.id, "object": "transcription.chunk", "created": job.created, "model": job.model}
-            async for i in self.writer.pace(job.longest):
+            async for i in self.writer.pace(job):
                 choice = {"delta": {"content": tokens[i]}, "finish_reason": None if i + 1 < job.longest else "stop"}
                 await response.write(event({**head, "choices": [choice]}))
             await response.write(b"data: [DONE]\n\n")
@@ -137,6 +137,6 @@ class _Session:
         job = self.writer.generation({"temperature": 0}, hashlib.sha256(heard).hexdigest(), None, "max_tokens")
         tokens, _ = job.choices[0]
         with contextlib.suppress(ConnectionError):
-            async for i in self.writer.pace(job.longest):
+            async for i in self.writer.pace(job):
                 await self.send("transcription.delta", delta=tokens[i])
             await self.send("transcription.done", text="".join(tokens), usage=job.usage())

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from loadtest.engine import Engine
 
-FAULTS: Final = ("refuse", "hang", "hang_mid_stream", "die_mid_stream", "garbage_http", "garbage_json", "error")
+FAULTS: Final = (
+    "refuse", "hang", "hang_engine", "hang_mid_stream", "die_mid_stream", "garbage_http", "garbage_json", "error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +149,25 @@ class Writer:
             counters.waiting -= 1
             if finished:
                 counters.served += 1
-                counters.prompt_tokens += job.prompt_tokens
-                counters.generation_tokens += job.usage()["completion_tokens"]
             else:
                 counters.aborted += 1
 
-    async def pace(self, count: int) -> AsyncIterator[int]:
-        """Token numbers, each at its moment: the first after the time to first token, no drift after it."""
+    async def pace(self, job: Generation) -> AsyncIterator[int]:
+        """Token numbers, each at its moment and counted then: the first after the time to first token, no drift."""
         loop = asyncio.get_running_loop()
         first = loop.time() + self.options.ttft
         step = 1.0 / self.options.tokens_per_second
-        for i in range(count):
+        for i in range(job.longest):
             delay = first + i * step - loop.time()
             await asyncio.sleep(max(0, delay))
+            await self.engine.thaws.wait()
+            self.counters.prompt_tokens += job.prompt_tokens if i == 0 else 0
+            self.counters.generation_tokens += sum(i < len(tokens) for tokens, _ in job.choices)
             yield i
 
     async def finish(self, job: Generation) -> None:
         """Take the time that the whole text takes."""
-        async for _ in self.pace(job.longest):
+        async for _ in self.pace(job):
             pass
 
 
@@ -232,7 +235,7 @@ class Completions:
             return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
         dies_after = int(job.fault.get("after_tokens", 3)) if job.fault is not None else -1
-        async for i in self.writer.pace(job.longest):
+        async for i in self.writer.pace(job):
             if i == 0 and job.chat:
                 for index in range(len(job.choices)):
                     await response.write(chunk([piece(index, "", None, "assistant")]))
@@ -258,7 +261,9 @@ class Completions:
             case "refuse" if transport is not None:
                 transport.abort()
                 return web.Response()
-            case "hang":
+            case "hang" | "hang_engine":
+                if fault["kind"] == "hang_engine":
+                    self.writer.engine.thaws.clear()
                 self.counters.running += 1
                 try:
                     await asyncio.Event().wait()

@@ -772,7 +772,14 @@ class ModelSettings(_Section):
     checkpoint_timeout: Duration = Field(default=300.0, description="How long writing a checkpoint may take.")
     response_timeout: OptionalDuration = Field(
         default=None,
-        description="How long an engine may be silent within an answer before it counts as broken.",
+        description="How long an engine may be silent within an answer before that answer is ended; if no other one "
+        "got a byte in that time, the engine counts as broken and is replaced.",
+    )
+    stall_after: OptionalDuration = Field(
+        default=600.0,
+        description="How long an engine with running requests may send none of them a byte before it is looked at. It "
+        "is replaced only if it answers no request for one token within wake_timeout, and its own counters of tokens "
+        "and the CPU time of its processes stand still; or if its processes were stopped or its container was paused.",
     )
     canary: Literal["first", "always", "never"] = Field(
         default="first",

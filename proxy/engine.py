@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import aiohttp
 import orjson
 
 from proxy.errors import EngineError
-from proxy.upstream import Upstream
+from proxy.upstream import SilenceError, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +35,8 @@ _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
 _ANSWER_BYTES = 64 << 10
 _JSON = {"Content-Type": "application/json"}
+# vLLM's and SGLang's counters of tokens and requests in Prometheus' text format; what was aborted is no progress.
+_PROGRESS = re.compile(rb"^(\w+:\w*(?:tokens|request)\w*_total(?:\{[^}\n]*\})?) +(\S+)", re.MULTILINE)
 
 
 class EngineClient:
@@ -143,6 +146,36 @@ class EngineClient:
         if status != 200 or not isinstance(text, str):
             raise EngineError(stage, f"POST /v1/completions answered {status} {_excerpt(body)}")
         return text
+
+    async def generates(self) -> bool:
+        """Whether a request for one token is answered, with the token or with an error of the engine's own.
+
+        One that is refused (4xx) says nothing: it may not have got as far as the engine. Bounded by the caller.
+        """
+        try:
+            status, _ = await self._call("stall", "POST", "/v1/completions", json=self._completion("Hello", 1))
+        except EngineError:
+            return False
+        return not 400 <= status < 500
+
+    async def progress(self) -> dict[str, str]:
+        """What the engine counts of its work (`/metrics`); empty where it counts nothing or does not answer."""
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                status, body = await self._call("stall", "GET", "/metrics")
+        except (EngineError, TimeoutError):
+            return {}
+        found = _PROGRESS.findall(body) if status == 200 else []
+        return {name.decode(): value.decode() for name, value in found if b"abort" not in name}
+
+    @property
+    def silent_s(self) -> float:
+        """For how long no client has got a byte, though at least one waits for some."""
+        return self.upstream.silent_s
+
+    def give_up(self, reason: str) -> None:
+        """End the requests of clients that are under way; they are not to be tried again."""
+        self.upstream.give_up(SilenceError(reason))
 
     async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
         """Send the warm-up requests, one after the other; what each took, as far as the engine offers completions.

@@ -113,6 +113,9 @@ class Metrics:
         self.engine_exits = Counter(
             "warmpool_engine_exits", "Engines that ended without being asked to.", ["model"], registry=r
         )
+        self.engine_stalls = Counter(
+            "warmpool_engine_stalls", "Engines that stood still with requests and were replaced.", ["model"], registry=r
+        )
         self.quarantines = Counter(
             "warmpool_quarantined_checkpoints", "Checkpoints set aside after failing twice.", ["model"], registry=r
         )
@@ -154,6 +157,7 @@ class Metrics:
         tiers = [*tiers]
         for model in models:
             self.engine_exits.labels(model)
+            self.engine_stalls.labels(model)
             self.quarantines.labels(model)
             for tier in tiers:
                 self.wake_failures.labels(model, tier)

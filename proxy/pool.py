@@ -66,6 +66,7 @@ from proxy.slots import (
     tier_found,
     too_slow,
 )
+from proxy.stalls import Stalls
 from proxy.steps import DEEPEST_SLEEP, Steps
 from proxy.usage import Usage
 from proxy.wake_failure import WakeFailure
@@ -127,6 +128,7 @@ class Pool:
             give_up=self._break,
             changed=self.tick,
         )
+        self._stalls = Stalls(everyone=self._everyone, give_up=self._give_up_stalled)
         self._steps = Steps(
             connect=connect or _connect,
             spawn=self._spawn,
@@ -190,6 +192,7 @@ class Pool:
                 log.info("%s: golden checkpoint adopted", key)
             await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
         await self._gpus.start()
+        self._stalls.start()
         self._open = True
         self.tick()
 
@@ -320,6 +323,7 @@ class Pool:
             self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
         self._give_up_orders()
         self._give_way("the server is stopping")
+        await self._stalls.stop()
         await self._gpus.stop()
         tasks = [*self._tasks]
         for task in tasks:
@@ -1423,11 +1427,22 @@ class Pool:
             slot.task = self._spawn(f"mend {slot.instance.id}", self._mend(model, slot))
             self.tick()
 
+    def _give_up_stalled(self, model: Model, slot: Slot, reason: str) -> None:
+        """An engine that stands still: its clients get an error, and the next request another engine."""
+        log.error("%s stands still and is replaced: %s", slot.instance.id, reason)
+        self._metrics.engine_stalls.labels(model.key).inc()
+        client_of(slot).give_up("the engine stands still")
+        self._break(model, slot)
+
     async def examine(self, slot: Slot, generation: int) -> None:
         instance = slot.instance
         if self._closed or instance.generation != generation:
             return
         model = self._home(instance)
+        most_s = model.settings.response_timeout
+        if most_s is not None and (silent_s := client_of(slot).silent_s) >= most_s:
+            self._give_up_stalled(model, slot, f"no byte for {silent_s:.0f} s, which is over response_timeout")
+            return
         healthy = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5.0):

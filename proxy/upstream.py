@@ -73,6 +73,8 @@ class Upstream:
         self._open: set[Connection] = set()
         self._connecting: set[asyncio.Timeout] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self.silent_s = 0.0
+        """For how long no exchange has brought a byte, though at least one is under way; at most a second behind."""
         self.generation = 0
         """Counts disconnects: a connection of an older one has no right to be."""
         self._point_at(base_url)
@@ -162,8 +164,7 @@ class Upstream:
         for scope in [*self._connecting]:
             scope.reschedule(0)
         closing = [*self._open]
-        for connection in closing:
-            connection.fail(ExchangeError(_DISCONNECTED))
+        self.give_up(ExchangeError(_DISCONNECTED))
         if closing:
             await asyncio.wait([connection.closed for connection in closing], timeout=_CLOSE_S)
         if overdue := [connection for connection in closing if not connection.closed.done()]:
@@ -173,6 +174,12 @@ class Upstream:
         if self._timer is not None and not self._open:
             self._timer.cancel()
             self._timer = None
+
+    def give_up(self, error: ExchangeError) -> None:
+        """End every exchange under way with an error, and every connection."""
+        self.silent_s = 0.0
+        for connection in [*self._open]:
+            connection.fail(error)
 
     # --- what connections tell ---
 
@@ -194,6 +201,9 @@ class Upstream:
     def _look(self) -> None:
         """End exchanges whose engine has been silent for too long, and connections that nobody needed."""
         self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look) if self._open else None
+        awaited = any(connection.awaited for connection in self._open)
+        spoke = sum(connection.has_spoken() for connection in self._open) > 0
+        self.silent_s = self.silent_s + self._look_s if awaited and not spoke else 0.0
         for connection in [*self._open]:
             connection.looked_at(self._look_s, self._silence_s)
 
@@ -202,8 +212,8 @@ class Connection(asyncio.Protocol):
     """One connection, with who has it."""
 
     __slots__ = (
-        "_generation", "_heard", "_quiet_s", "_reading", "_receiver", "_sending", "_transport", "_upstream", "closed",
-        "keep",
+        "_generation", "_heard", "_quiet_s", "_reading", "_receiver", "_sending", "_spoke", "_transport", "_upstream",
+        "closed", "keep",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream) -> None:
@@ -212,6 +222,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._receiver: Receiver | None = None
         self._heard = False
+        self._spoke = False
         self._quiet_s = 0.0
         self._reading = True
         self._sending = False
@@ -234,7 +245,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
+        self._heard = self._spoke = True
         receiver = self._receiver
         if receiver is None:
             self.abort()  # nobody asked
@@ -307,6 +318,16 @@ class Connection(asyncio.Protocol):
             self._heard = True
             if not self._transport.is_closing():
                 self._transport.resume_reading()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for bytes of the engine's, and would take them."""
+        return self._receiver is not None and self._reading
+
+    def has_spoken(self) -> bool:
+        """Whether bytes came since this was asked last."""
+        spoke, self._spoke = self._spoke, False
+        return spoke
 
     def looked_at(self, since_s: float, silence_s: float | None) -> None:
         """Called every `since_s`."""

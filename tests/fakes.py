@@ -18,7 +18,7 @@ from proxy.inside.warmpool_vllm.frontend import PATH
 from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs
+from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
@@ -219,6 +219,9 @@ class FakeRuntime:
         process = self.processes.get(handle.instance_id)
         return "ended" if process is None else await asyncio.shield(process.exited)
 
+    async def vitals(self, handle: Handle) -> Vitals:
+        return Vitals({}, self._process(handle, "vitals").frozen)
+
     async def log_tail(self, handle: Handle) -> list[str]:
         return [*self.log_lines.get(handle.instance_id, ())]
 
@@ -316,6 +319,7 @@ class FakeEngine:
         self.base_url = handle.base_url
         self.connected = False
         self.sleeps = True
+        self.silent_s = 0.0
         self.answer = "canary"
 
     def _process(self, stage: str) -> Process:
@@ -396,6 +400,9 @@ class FakeEngine:
 
     async def disconnect(self) -> None:
         self.connected = False
+
+    def give_up(self, reason: str) -> None:
+        self.silent_s = 0.0
 
 
 class Rig:

@@ -90,6 +90,7 @@ LAYERS: dict[str, int] = {
     "proxy.tracing": 7,
     "proxy.slots": 5,
     "proxy.gpu_watch": 6,
+    "proxy.stalls": 6,
     "proxy.pool_status": 6,
     "proxy.steps": 7,
     "proxy.pool": 8,

@@ -52,6 +52,16 @@ class Handle:
 
 
 @dataclass(frozen=True, slots=True)
+class Vitals:
+    """What an engine's processes show from outside."""
+
+    cpu_s: Mapping[int, float]
+    """Process → CPU time that it has used."""
+    stopped: bool
+    """All of them stand still: they got SIGSTOP, or the container is paused."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFacts:
     """What the pool wants to find again in a checkpoint beside the engine itself."""
 
@@ -156,6 +166,9 @@ class Runtime(Protocol):
 
     async def wait_exit(self, handle: Handle) -> str:
         """Return when the engine has ended, with a word on how (``"exit status 3"``, ``"signal 9"``)."""
+
+    async def vitals(self, handle: Handle) -> Vitals:
+        """What its processes do; for an engine that should be running. Raises RuntimeFailure."""
 
     async def log_tail(self, handle: Handle) -> Sequence[str]:
         """The last lines that the engine wrote since it was started or restored (`LogTails.read`); never raises."""

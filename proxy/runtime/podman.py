@@ -24,7 +24,7 @@ from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
-from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
 from proxy.runtime.images import KeepsImages
@@ -494,6 +494,16 @@ class PodmanRuntime(KeepsImages):
                         return f"exit status {state['ExitCode']}" + (", out of memory" if state["OOMKilled"] else "")
                     await asyncio.sleep(0.02)
         return reason
+
+    async def vitals(self, handle: Handle) -> Vitals:
+        """See `Runtime.vitals`."""
+        it = self._running(handle, "vitals")
+        try:
+            paused = await self._inspect(it) == "paused"
+        except PodmanError as error:
+            raise RuntimeFailure("vitals", str(error)) from error
+        tree = _tree(it)
+        return Vitals(processes.cpu_seconds(tree), paused or processes.all_stopped(tree))
 
     async def log_tail(self, handle: Handle) -> list[str]:
         """See `Runtime.log_tail`."""

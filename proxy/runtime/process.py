@@ -28,7 +28,7 @@ from proxy.errors import HostError, RuntimeFailure
 from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import command, criu, inside, launch, links, ports, processes
-from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages
 from proxy.runtime.log_tail import LogTails
@@ -170,6 +170,11 @@ class ProcessRuntime(KeepsImages):
         """See `Runtime.wait_exit`."""
         engine = self._engines[handle.instance_id]
         return "ended" if engine.pid is None else await processes.wait_gone(engine.pid)
+
+    async def vitals(self, handle: Handle) -> Vitals:
+        """See `Runtime.vitals`."""
+        tree = await asyncio.to_thread(self._members, self._running(handle, "vitals"))
+        return Vitals(processes.cpu_seconds(tree), processes.all_stopped(tree))
 
     async def log_tail(self, handle: Handle) -> list[str]:
         """See `Runtime.log_tail`."""

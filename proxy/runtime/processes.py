@@ -62,6 +62,26 @@ def alive_among(mark: str, sessions: Iterable[int]) -> list[int]:
     return sorted(pid for pid in found if alive(pid))
 
 
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """The CPU time that each of these processes has used."""
+    used = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            used[pid] = times.user + times.system
+    return used
+
+
+def all_stopped(pids: Iterable[int]) -> bool:
+    """Whether there are live processes among these, and each of them is stopped; not by a debugger."""
+    states = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            states.append(psutil.Process(pid).status())
+    living = [state for state in states if state not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
+    return bool(living) and all(state == psutil.STATUS_STOPPED for state in living)
+
+
 def resident_bytes(pids: Iterable[int]) -> int:
     """The memory private to these processes, about what an image of them will hold."""
     total = 0
