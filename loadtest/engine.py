@@ -313,9 +313,16 @@ class Engine:
             app.router.add_route(method, path, handler)
         return app
 
+    def knows(self, request: web.Request) -> bool:
+        """Whether a request has the engine's key, or needs none."""
+        given = request.headers.get("Authorization", "")
+        return not request.path.startswith(("/v1", "/v2")) or given == f"Bearer {self.options.api_key}"
+
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            if self.options.api_key is not None and not self.knows(request):
+                return answer({"error": "Unauthorized"}, 401)
             needs_model = NEEDS_MODEL.match(request.path) is not None
             if needs_model and not self.loaded:
                 raise ApiError(503, "ServiceUnavailableError", "the model is still loading")
@@ -371,6 +378,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--max-model-len", type=_number(16, whole=True), default=4096)
     add("--worker-extension-cls", metavar="MODULE.CLASS")
     add("--middleware", metavar="MODULE.CLASS", action="append", default=[])
+    add("--api-key", help="asked of whoever comes to /v1 and /v2, as by vLLM")
     add("--sleep-mode", action=argparse.BooleanOptionalAction, default=False)
     add("--faults", action=argparse.BooleanOptionalAction, default=False)
     add("--processes", type=_number(1, whole=True), default=1, help="size of the process tree")

@@ -829,6 +829,18 @@ class ModelSettings(_Section):
         "called so; else generic.",
         examples=["generic"],
     )
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="The API key that the engine asks for (vLLM: --api-key or VLLM_API_KEY, given to it in `env`). It "
+        "goes with every request to the engine, clients' too, whose own keys never go there.",
+        examples=["EXAMPLE-KEY"],
+    )
+    api_key_file: AbsolutePath | None = Field(
+        default=None,
+        description="A file with that key instead, which nobody else may read (mode 0600). Read when an engine is "
+        "reached for the first time.",
+        examples=["/etc/warmpool/engine-key"],
+    )
     reseed: ReseedSettings = ReseedSettings()
     routes: RouteSettings = RouteSettings()
     parameters: ParameterSettings = ParameterSettings()
@@ -857,6 +869,8 @@ class ModelSettings(_Section):
         return self
 
     def _check_engine(self) -> None:
+        if self.api_key is not None and not re.fullmatch(r"[!-~]{1,4096}", self.api_key.get_secret_value()):
+            raise ValueError("api_key must be one word of printable ASCII, at most 4096 characters")
         if self.engine == "vllm" and self.reseed.present:
             raise ValueError('reseed is for engines that are not vLLM: remove it, or set engine = "generic"')
         if self.weights_copy and self.engine == "generic":

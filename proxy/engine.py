@@ -42,9 +42,12 @@ _PROGRESS = re.compile(rb"^(\w+:\w*(?:tokens|request)\w*_total(?:\{[^}\n]*\})?) 
 class EngineClient:
     """A client of one engine. Methods raise EngineError with the stage and the reason."""
 
-    def __init__(self, base_url: str, served_name: str, *, response_timeout_s: float | None = None) -> None:
+    def __init__(
+        self, base_url: str, served_name: str, *, response_timeout_s: float | None = None, api_key: str | None = None
+    ) -> None:
         self.served_name = served_name
-        self.upstream = Upstream(base_url, response_timeout_s)
+        self._api_key = api_key
+        self.upstream = Upstream(base_url, response_timeout_s, api_key)
         """The connections that clients' requests go over."""
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
         self._session: aiohttp.ClientSession | None = None
@@ -65,6 +68,7 @@ class EngineClient:
                 timeout=self._timeout,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
+                headers={} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"},
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )
         return self._session
@@ -102,17 +106,27 @@ class EngineClient:
             await asyncio.sleep(0)  # the transports close on the loop's next turn
 
     async def wait_healthy(self, path: str, interval_s: float) -> None:
-        """Return when `path` answers 200. Bounded by the caller's time-out."""
-        while not await self.healthy(path):
+        """Return when `path` answers 200. Bounded by the caller's time-out; raises EngineError for a missing key."""
+        while (status := await self._status(path)) != 200:
+            self._check_key("health", f"GET {path}", status)
             await asyncio.sleep(interval_s)
 
     async def healthy(self, path: str) -> bool:
         """Whether `path` answers 200 now."""
+        return await self._status(path) == 200
+
+    async def _status(self, path: str) -> int | None:
         try:
             async with self._connected().get(self.base_url + path) as response:
-                return response.status == 200
+                return response.status
         except (aiohttp.ClientError, TimeoutError):
-            return False
+            return None
+
+    def _check_key(self, stage: str, what: str, status: int | None) -> None:
+        """Raise EngineError for a 401: warmpool has no key for this engine, or a wrong one."""
+        if status == 401:
+            has = "asks for an API key: set" if self._api_key is None else "does not take the API key that is set in"
+            raise EngineError(stage, f"{what} answered 401: the engine {has} the model's api_key or api_key_file")
 
     async def loads(self, path: str) -> bool:
         """Whether it looks like one that is not up yet: nobody listens, or `path` answers 503 at once."""
@@ -182,6 +196,7 @@ class EngineClient:
 
         `ttft_s`: to the first token; `total_s`; `tokens`: how many the engine says it generated.
         """
+        await self._call("warmup", "GET", "/v1/models")  # with no requests to send, a key would be missed all the same
         figures = []
         for _ in range(settings.requests):
             figure = await self._streamed("warmup", settings.prompt, settings.max_tokens)
@@ -198,6 +213,7 @@ class EngineClient:
             async with self._connected().post(
                 self.base_url + "/v1/completions", data=orjson.dumps(request), headers=_JSON
             ) as response:
+                self._check_key(stage, "POST /v1/completions", response.status)
                 if 400 <= response.status < 500:
                     return None
                 if response.status != 200:
@@ -287,6 +303,7 @@ class EngineClient:
         """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""
         try:
             async with self._connected().request(method, self.base_url + path, data=body) as response:
+                self._check_key(stage, f"{method} {path}", response.status)
                 return response.status, _json(await response.content.read(_ANSWER_BYTES))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
@@ -298,6 +315,7 @@ class EngineClient:
         headers = _JSON if data is not None else {}
         try:
             async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
+                self._check_key(stage, f"{method} {path}", response.status)
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from proxy import gpu_ledger, reseed
 from proxy.engine import EngineClient
+from proxy.engine_key import key_of
 from proxy.errors import EngineError, RuntimeFailure, WarmpoolError
 from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
@@ -83,7 +84,8 @@ class Workshop:
 
     def client(self, handle: Handle) -> EngineClient:
         """A client of a running instance."""
-        return EngineClient(handle.base_url, self.settings.served_name(self.key))
+        key = key_of(self.key, self.model)
+        return EngineClient(handle.base_url, self.settings.served_name(self.key), api_key=key)
 
 
 @dataclass(frozen=True, slots=True)

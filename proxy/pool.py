@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, host, policy, pool_status, reload
 from proxy.engine import EngineClient
+from proxy.engine_key import key_of
 from proxy.errors import (
     ConflictError,
     DrainingError,
@@ -1526,7 +1527,8 @@ def _to_move(slot: Slot, goal: Tier) -> bool:
 
 
 def _connect(handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:
-    return EngineClient(handle.base_url, served_name, response_timeout_s=model.response_timeout)
+    key = key_of(handle.model, model)
+    return EngineClient(handle.base_url, served_name, response_timeout_s=model.response_timeout, api_key=key)
 
 
 def _on_its_way_down(model: Model) -> bool:

@@ -20,7 +20,9 @@ LIVE: Final = frozenset(
 )  # fmt: skip
 """The keys beside those of models that take effect at once; the others are read at the start only."""
 
-_ENGINE: Final = frozenset({"name", "engine", "process", "podman", "weights_copy", "response_timeout"})
+_ENGINE: Final = frozenset(
+    {"name", "engine", "api_key", "api_key_file", "process", "podman", "weights_copy", "response_timeout"}
+)
 """The keys of a model that shape its engines: other values need other engines."""
 
 

@@ -62,11 +62,13 @@ class Receiver(Protocol):
 class Upstream:
     """The connections to the engine at `base_url` ("http://host:port").
 
-    `silence_s`: how long an exchange may go without a byte; None is for ever.
+    `silence_s`: how long an exchange may go without a byte; None is for ever. `api_key`: the engine's own, shown to it
+    with every request.
     """
 
-    def __init__(self, base_url: str, silence_s: float | None) -> None:
+    def __init__(self, base_url: str, silence_s: float | None, api_key: str | None = None) -> None:
         self._silence_s = silence_s
+        self._key_field = b"" if api_key is None else b"Authorization: Bearer %b\r\n" % api_key.encode("ascii")
         self._look_s = _LOOK_S if silence_s is None else min(_LOOK_S, silence_s / _LOOKS)
         self._idle: dict[Connection, None] = {}
         """The last one given back comes last."""
@@ -84,7 +86,7 @@ class Upstream:
         self.base_url = base_url
         self._host, self._port = parts.hostname or "", parts.port or 80
         self.authority = parts.netloc.encode("ascii")
-        self.host_field = b"Host: %b\r\n" % self.authority
+        self.own_fields = b"Host: %b\r\n%b" % (self.authority, self._key_field)
 
     def move(self, base_url: str) -> None:
         """The engine is at another address from now on; what is open to the old one ends after its exchange."""
@@ -114,17 +116,17 @@ class Upstream:
     ) -> Exchange:
         """Send a request; the exchange once the head of its answer is there.
 
-        `Host` and `Content-Length` are set here, every other field as given. Raises ExchangeError; the exchange is
-        closed then. Cancelling closes it too.
+        `Host`, `Content-Length` and the engine's key are set here, every other field as given. Raises ExchangeError;
+        the exchange is closed then. Cancelling closes it too.
         """
         connection = self.kept() or await self.connect()
         exchange = Exchange(method, connection)
-        head = [f"{method} {target} HTTP/1.1".encode("ascii"), b"Host: %b" % self.authority]
-        head += [b"%b: %b" % field for field in fields]
+        head = [f"{method} {target} HTTP/1.1\r\n".encode("ascii"), self.own_fields]
+        head += [b"%b: %b\r\n" % field for field in fields]
         if body is not None:
-            head.append(b"Content-Length: %d" % len(body))
+            head.append(b"Content-Length: %d\r\n" % len(body))
         head.append(b"\r\n")
-        message = b"\r\n".join(head)
+        message = b"".join(head)
         try:
             connection.begin(exchange, message + body if body else message)
             await exchange.answered()

@@ -31,6 +31,7 @@ LAYERS: dict[str, int] = {
     "proxy.config": 2,
     "proxy.gpu_ledger": 2,
     "proxy.engine": 3,
+    "proxy.engine_key": 3,
     "proxy.reference": 3,
     "proxy.reference_page": 4,
     "proxy.checkpoints": 3,

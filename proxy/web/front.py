@@ -416,7 +416,7 @@ class Passage:
     def _ask(self, upstream: Upstream, connection: Connection) -> None:
         shape, body = self._shape, self._address.body
         message = b"".join((
-            shape.line, upstream.host_field, shape.fields, self._request_id.encode("ascii"),
+            shape.line, upstream.own_fields, shape.fields, self._request_id.encode("ascii"),
             b"\r\nContent-Length: %d\r\n\r\n" % len(body), body,
         ))  # fmt: skip
         self.upstream = connection
