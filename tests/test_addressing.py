@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
@@ -15,8 +17,12 @@ from proxy.config import Settings
 from proxy.errors import InvalidRequestError, ModelNotFoundError, RequestError, ResponseNotFoundError
 from proxy.web.addressing import Address, Addressing
 from proxy.web.form import Form
+from proxy.web.json_edit import edited
 from proxy.web.routes import find
 from tests.fakes import model_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PARAMETERS = {
     "defaults": {"temperature": 0.5, "max_tokens": 100},
@@ -93,12 +99,121 @@ def test_the_default_model_fills_in(body: bytes) -> None:
         b'{"\\u006d\\u006f\\u0064\\u0065\\u006c":"b","model":"org/A"}',
     ],
 )
-def test_repeated_names_are_written_anew_as_they_were_checked(body: bytes) -> None:
+def test_every_one_of_repeated_names_says_what_was_checked(body: bytes) -> None:
     found = address(body)
     written = json.loads(found.body, object_pairs_hook=list)
-    names = [name for name, _ in written]
-    assert len(names) == len(set(names))
-    assert dict(written)["model"] == "org/A"
+    assert [value for name, value in written if name == "model"] == ["org/A"] * 2
+    assert [name for name, _ in written] == [name for name, _ in json.loads(body, object_pairs_hook=list)]
+
+
+ODD = (
+    b'"seed":123456789012345678901234567890, "x" :-0.10e+01,"x":{"model":"b","y":1,"y":2},"model_":"model"\r\n,\t"t":'
+    b'"\\ud83d\\ude00\\u0041 \\"model\\": \xc3\xa9"'
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'{"model":"gpt",%b}', b'{"model":"org/A",%b}'),
+        (b' {%b , "model" : "gpt" } ', b' {%b , "model" : "org/A" } '),
+        (b'{"model":null,%b,"model":"gpt"}', b'{"model":"org/A",%b,"model":"org/A"}'),
+        (b'{"model":{"a":["}"]},%b,"mod\\u0065l":"gpt"}', b'{"model":"org/A",%b,"mod\\u0065l":"org/A"}'),
+        (b'{"model":"b",%b,"model":"org/A"}', b'{"model":"org/A",%b,"model":"org/A"}'),
+        (b"{%b}", b'{"model":"org/A",%b}'),
+    ],
+)
+def test_only_the_bytes_of_the_name_change(before: bytes, after: bytes) -> None:
+    assert address(before % ODD, default="gpt").body == after % ODD
+
+
+def test_parameters_change_their_own_bytes_only() -> None:
+    before = (
+        b'{"logit_bias":{"a":[1]}, %b,"n":5 ,"n": 9,"logit_bias":{},"model":"b","temperature":null, "logit_bias":3}'
+    )
+    after = b'{"max_tokens":100, %b,"n":2 ,"n": 2,"model":"b","temperature":0.5}'
+    assert address(before % ODD).body == after % ODD
+    assert address(b'{"logit_bias":1,"temperature":1,"model":"b","max_tokens":1}').body == (
+        b'{"temperature":1,"model":"b","max_tokens":1}'
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"gpt","x":' + b"[" * 1000 + b"]" * 1000 + b"}",
+        b'{"model":"gpt",' + b",".join(b'"x%d":1' % n for n in range(6000)) + b',"model":"gpt"}',
+    ],
+    ids=["deep", "wide"],
+)
+def test_what_is_too_deep_or_too_wide_for_an_edit_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        address(body)
+    assert address(b'{"model":"gpt","x":' + b"[" * 300 + b"]" * 300 + b"}").model == "a"
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=6)
+    | st.sampled_from(["model", '"model"', "gpt", "\\"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["model", "n", "x", '"']), inner),
+    max_leaves=6,
+)
+_NAMES = st.sampled_from(["model", "n", "max_tokens", "logit_bias", "temperature", "x", "é", '"model"', "\\"])
+
+
+@given(st.lists(st.tuples(_NAMES, _VALUES), max_size=6), st.data())
+def test_an_edit_is_what_it_says_for_every_reader(pairs: list[tuple[str, Any]], data: st.DataObject) -> None:
+    space = st.sampled_from(["", " ", "\n", "\t "])
+    names = [json.dumps(name, ensure_ascii=data.draw(st.booleans())) for name, _ in pairs]
+    texts = [f"{data.draw(space)}{name}{data.draw(space)}:" for name in names]
+    body = ("{" + ",".join(t + json.dumps(value) for t, (_, value) in zip(texts, pairs, strict=True)) + "}").encode()
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return  # it has what is no UTF-8
+    written = edited(body, {"model": "m", "n": 2}, ["logit_bias"], ["model", "n", "max_tokens"])
+    tokens = [value for name, value in pairs if name == "max_tokens"]
+    wanted = [
+        (name, {"model": "m", "n": 2, "max_tokens": tokens[-1] if tokens else None}.get(name, value))
+        for name, value in pairs
+        if name != "logit_bias"
+    ]
+    missing = [(name, value) for name, value in (("model", "m"), ("n", 2)) if name not in dict(pairs)]
+    read: list[list[tuple[str, Any]]] = []
+
+    def note(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        read.append(found)
+        return dict(found)
+
+    json.loads(written, object_pairs_hook=note)
+    assert read[-1] == missing + wanted, "the outermost comes last"
+
+
+def _cpu_s(work: Callable[[bytes], object], body: bytes) -> float:
+    gc.disable()
+    try:
+        began = time.process_time()
+        work(body)
+        return time.process_time() - began
+    finally:
+        gc.enable()
+
+
+def test_a_second_name_costs_no_more_than_reading_the_body() -> None:
+    """By the processor's time, against reading the same body: large bodies of every shape."""
+    size = 2 << 20
+    for piece in (b'{"model":"x"},', b"[],", b'"",', b"1,", b'"model",', b'"' + b"A" * 100_000 + b'",'):
+        body = b'{"model":"b","x":[' + piece * (size // len(piece)) + b'1],"model":"gpt"}'
+        reading, finding = (
+            min(_cpu_s(orjson.loads, body) for _ in range(3)),
+            min(_cpu_s(address, body) for _ in range(3)),
+        )
+        assert finding < 10 * reading, piece[:20]
+        found = address(body)
+        assert found.body == body.replace(b'{"model":"b"', b'{"model":"org/A"', 1)[: -len(b'"gpt"}')] + b'"org/A"}'
 
 
 def test_an_escaped_name_is_still_the_name() -> None:

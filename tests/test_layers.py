@@ -113,6 +113,7 @@ LAYERS: dict[str, int] = {
     "proxy.web.routes": 7,
     "proxy.route_check": 8,
     "proxy.web.form": 7,
+    "proxy.web.json_edit": 7,
     "proxy.web.request_id": 8,
     "proxy.web.response_ids": 7,
     "proxy.web.heartbeat": 7,

@@ -1,32 +1,29 @@
 """Which model a request is for, and what its engine gets to see of it.
 
 A body goes on as the same bytes unless something has to change: an alias becomes the name that the engine knows, a
-missing model is filled in, `models.NAME.parameters` apply. What was checked here is what the engine reads: where a body
-could be read in two ways, it is written anew from what was checked (JSON) or refused (forms).
+missing model is filled in, `models.NAME.parameters` apply, and only their bytes differ then. What was checked here is
+what the engine reads: where a body could be read in two ways, both are made to say what was checked (JSON), or it is
+refused (forms).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import orjson
 
 from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
 from proxy.web.form import Form
+from proxy.web.json_edit import edited, may_repeat
 from proxy.web.routes import ModelIn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from proxy.config import ParameterSettings, Settings
     from proxy.web.routes import Match
-
-_SPELLED: Final = re.compile(rb"\\u00(?:3[0-9]|[4-7][0-9a-fA-F])")
-"""A letter, digit or underscore written as an escape: nobody does without a reason."""
 
 
 @dataclass(slots=True)
@@ -86,17 +83,15 @@ class Addressing:
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
         key, engine_name, parameters = self._resolve(match, name)
-        wanted = fields if name == engine_name else {**fields, "model": engine_name}
         route = match.route
+        changes: dict[str, Any] = {} if name == engine_name else {"model": engine_name}
+        removed, checked = list[str](), ["model"]
         if parameters is not None and route.generates:
-            wanted = _shaped(wanted, parameters)
-            if wanted is not fields or _ambiguous(body, ["model", *parameters.names()]):
-                body = orjson.dumps(wanted)
-        elif wanted is not fields or (
-            # Nearly always neither is the case, and there is no doubt.
-            (b"\\" in body or body.count(b'"model"') > 1) and _ambiguous(body, ["model"])
-        ):
-            body = orjson.dumps(wanted)
+            shaped, removed = _shaped(fields, parameters)
+            changes |= shaped
+            checked += parameters.names()
+        if changes or removed or may_repeat(body, checked):
+            body = edited(body, changes, removed, checked)
         instance = None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
             instance = self._instance(earlier, key)
@@ -169,8 +164,8 @@ def _model_of_query(target: str) -> str | None:
     return names[0] if names else None
 
 
-def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> dict[str, Any]:
-    """The fields with defaults, caps and removals applied; the same object when there is nothing to do."""
+def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> tuple[dict[str, Any], list[str]]:
+    """What defaults and caps change, and the names of what is removed."""
     changes: dict[str, Any] = {name: value for name, value in parameters.defaults.items() if fields.get(name) is None}
     for name, cap in parameters.caps.items():
         value = changes.get(name, fields.get(name))
@@ -180,28 +175,4 @@ def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> dict[str, 
             raise InvalidRequestError(f"`{name}` must be a number.", param=name)
         if value > cap:
             changes[name] = cap
-    removed = [name for name in parameters.remove if name in fields]
-    if not changes and not removed:
-        return fields
-    return {name: value for name, value in {**fields, **changes}.items() if name not in removed}
-
-
-def _ambiguous(body: bytes, names: Iterable[str]) -> bool:
-    """Whether one of the names may occur more than once in the object: parsers differ in which of them counts."""
-    if all(body.count(b'"%s"' % name.encode()) < 2 for name in names) and not _spelled(body):
-        return False
-    found: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        found[:] = [name for name, _ in pairs]  # the outermost object comes last
-
-    try:
-        json.loads(body, object_pairs_hook=note)
-    except (ValueError, RecursionError):
-        return True
-    return any(found.count(name) > 1 for name in names)
-
-
-def _spelled(body: bytes) -> bool:
-    # The first is many times faster than the second, and enough for a body that is one large picture.
-    return b"\\" in body and b"\\u00" in body and _SPELLED.search(body) is not None
+    return changes, [name for name in parameters.remove if name in fields]

@@ -7,6 +7,7 @@ Pings are each hop's own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -21,6 +22,7 @@ from proxy.errors import InvalidRequestError, RouteNotFoundError, UpstreamError
 from proxy.web import routes
 from proxy.web.caller import KEY_PROTOCOL, caller_of
 from proxy.web.faults import path_of
+from proxy.web.json_edit import edited
 from proxy.web.relay import max_wait_s
 from proxy.web.request_id import HEADER as REQUEST_ID
 from proxy.web.request_id import request_id
@@ -209,7 +211,9 @@ class Realtime:
         settings = self._pool.settings
         if name not in settings.models[model].aliases:
             return text
-        return orjson.dumps({**event, "model": settings.served_name(model)}).decode()
+        with contextlib.suppress(InvalidRequestError):
+            return edited(text.encode(), {"model": settings.served_name(model)}, [], ["model"]).decode()
+        return text
 
     def _account(self, request: web.Request, session: _Session, lease: Lease, began: float) -> None:
         model, caller = session.address.model, caller_of(request)
