@@ -337,6 +337,56 @@ def test_a_form_without_a_model_gets_the_default() -> None:
         upload(FILE + END)
 
 
+# As Apache HttpClient 4.5 sends it (MultipartEntityBuilder, strict mode, addTextBody and addBinaryBody).
+APACHE_TYPE = "multipart/form-data; boundary=Wq8f-3cXyfQ2_ev0zUz3cXyfQ2"
+APACHE = (
+    b'--Wq8f-3cXyfQ2_ev0zUz3cXyfQ2\r\nContent-Disposition: form-data; name="model"\r\n'
+    b"Content-Type: text/plain; charset=ISO-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n\r\n%b\r\n"
+    b'--Wq8f-3cXyfQ2_ev0zUz3cXyfQ2\r\nContent-Disposition: form-data; name="file"; filename="speech.wav"\r\n'
+    b"Content-Type: application/octet-stream\r\nContent-Transfer-Encoding: binary\r\n\r\nRIFF\x00\xff\r\n"
+    b"--Wq8f-3cXyfQ2_ev0zUz3cXyfQ2--\r\n"
+)
+# As Retrofit 2 sends it with OkHttp 4 (@Multipart, @Part RequestBody, @Part MultipartBody.Part).
+RETROFIT_TYPE = "multipart/form-data; boundary=5f0a1f0c-3c9b-4a0e-9a5e-0d0f3d2a7c11"
+RETROFIT = (
+    b'--5f0a1f0c-3c9b-4a0e-9a5e-0d0f3d2a7c11\r\nContent-Disposition: form-data; name="model"\r\n'
+    b"Content-Transfer-Encoding: binary\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 5\r\n\r\n%b\r\n"
+    b'--5f0a1f0c-3c9b-4a0e-9a5e-0d0f3d2a7c11\r\nContent-Disposition: form-data; name="file"; filename="a.m4a"\r\n'
+    b"Content-Type: audio/mp4\r\nContent-Length: 6\r\n\r\n\x00\x00ftyp\r\n"
+    b"--5f0a1f0c-3c9b-4a0e-9a5e-0d0f3d2a7c11--\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (APACHE, APACHE_TYPE),
+        (APACHE, APACHE_TYPE.replace(";", "; charset=ISO-8859-1;", 1)),
+        (APACHE.replace(b"8bit", b"7bit"), APACHE_TYPE + '; charset="US-ASCII"'),
+        (RETROFIT, RETROFIT_TYPE),
+        (b"\r\n" + RETROFIT, RETROFIT_TYPE),
+        (b"\r\n\r\n" + APACHE + b"\r\n", APACHE_TYPE),
+        (APACHE + b"\r\n\r\n", APACHE_TYPE + "; charset=windows-1252"),
+    ],
+)
+def test_forms_of_old_clients_are_read_and_only_the_name_changes(body: bytes, content_type: str) -> None:
+    sent = body % b"org/A"
+    found = upload(sent, content_type)
+    assert (found.model, found.body) == ("a", sent)
+    assert upload(body % b"gpt", content_type).body == sent
+    without = body.replace(b'name="model"', b'name="other"') % b"x"
+    read = Form(content_type, upload(without, content_type, default="gpt").body)
+    assert (read.text("model"), read.text("other")) == ("org/A", "x")
+
+
+def test_a_forms_charset_is_that_of_its_names_and_values() -> None:
+    form = Form(TYPE + "; charset=iso-8859-1", part("model", b"caf\xe9") + END)
+    assert form.text("model") == "café"
+    assert form.with_text("model", "é") == part("model", b"\xe9") + END
+    with pytest.raises(InvalidRequestError, match="lacks letters"):
+        form.with_text("model", "→")
+
+
 @pytest.mark.parametrize(
     ("body", "content_type"),
     [
@@ -345,6 +395,9 @@ def test_a_form_without_a_model_gets_the_default() -> None:
         (part("model", b"org/A") + END, "multipart/form-data"),
         (part("model", b"org/A") + END, "multipart/mixed; boundary=XX"),
         (part("model", b"org/A") + END, TYPE + "; charset=utf-16"),
+        (part("model", b"org/A") + END, TYPE + "; charset=utf-7"),
+        (part("model", b"org/A") + END, TYPE + "; charset=iso-8859-99"),
+        (b"\n" + part("model", b"org/A") + END, TYPE),
         (part("model", b"org/A") + part("model", b"b") + END, TYPE),
         (part("model", b"org/A") + part("Model", b"b")[:-2], TYPE),
         (part("model", b"org/A", b'; filename="m"') + END, TYPE),

@@ -1,11 +1,14 @@
 """A multipart form (RFC 7578) whose text fields can be read and replaced without touching its other bytes.
 
 The parser is python-multipart, which vLLM's web framework uses too, so both find the same parts. A form in which a
-field could be read in two ways is refused.
+field could be read in two ways is refused; what old clients add without a meaning (RFC 7578, 4.7) is not: empty lines
+around the form, a `charset` of the whole, `Content-Transfer-Encoding: 8bit`.
 """
 
 from __future__ import annotations
 
+import codecs
+import re
 from typing import Final
 
 from python_multipart import MultipartParser
@@ -16,6 +19,10 @@ from proxy.errors import InvalidRequestError
 
 _MAX_PARTS: Final = 1000
 """As in Starlette."""
+_CHARSETS: Final = re.compile(r"utf-?8|(us-)?ascii|latin-?1|iso-?8859-?\d{1,2}|(windows-|cp)125\d")
+"""Those in which ASCII is itself, and a byte a letter: read in the way that Starlette does."""
+_AS_IT_IS: Final = frozenset({b"7bit", b"8bit", b"binary"})
+"""Values of `Content-Transfer-Encoding` that say that there is none (RFC 2045, 6.2)."""
 
 
 class Form:
@@ -28,11 +35,11 @@ class Form:
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not boundary:
             raise InvalidRequestError("The body must be a form: Content-Type: multipart/form-data; boundary=….")
-        if options.get(b"charset", b"utf-8").lower() not in {b"utf-8", b"utf8"}:
-            raise InvalidRequestError("The form must be in UTF-8.")
+        self._charset = _charset(options.get(b"charset", b"utf-8"))
         self._body = body
         self._boundary = boundary
-        self._parts = _Reader(boundary, body).parts()
+        self._begins = _begin_of(body, boundary)
+        self._parts = _Reader(boundary, body, self._begins, self._charset).parts()
 
     def text(self, name: str) -> str | None:
         """The value of a text field, or None where there is none."""
@@ -40,17 +47,24 @@ class Form:
         if part is None:
             return None
         try:
-            return self._body[part.begins : part.ends].decode()
+            return self._body[part.begins : part.ends].decode(self._charset)
         except UnicodeDecodeError:
-            raise InvalidRequestError(f"The field `{name}` is not UTF-8.", param=name) from None
+            raise InvalidRequestError(f"The field `{name}` is not in {self._charset}.", param=name) from None
 
     def with_text(self, name: str, value: str) -> bytes:
         """The body with the field's value replaced, or the field put first where there is none."""
         part = self._one(name)
+        try:
+            text = value.encode(self._charset)
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                f"The form's charset, {self._charset}, lacks letters of the model's name."
+            ) from None
+        body, begins = self._body, self._begins
         if part is not None:
-            return self._body[: part.begins] + value.encode() + self._body[part.ends :]
+            return body[: part.begins] + text + body[part.ends :]
         head = b'--%s\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
-        return head % (self._boundary, name.encode(), value.encode()) + self._body
+        return body[:begins] + head % (self._boundary, name.encode(), text) + body[begins:]
 
     def _one(self, name: str) -> _Part | None:
         parts = self._parts.get(name, [])
@@ -61,6 +75,25 @@ class Form:
         return parts[0] if parts else None
 
 
+def _charset(given: bytes) -> str:
+    charset = given.decode("ascii").strip().lower()
+    try:
+        if _CHARSETS.fullmatch(charset):
+            codecs.lookup(charset)
+            return charset
+    except LookupError:
+        pass
+    raise InvalidRequestError("The form's charset must be UTF-8, ASCII, ISO-8859 or Windows-125x.")
+
+
+def _begin_of(body: bytes, boundary: bytes) -> int:
+    """Where the first boundary is; before it may be empty lines."""
+    begins = len(body) - len(body.lstrip(b"\r\n"))
+    if body.startswith(b"--" + boundary, begins) and body[:begins] == b"\r\n" * (begins // 2):
+        return begins
+    raise InvalidRequestError("The form does not begin with its boundary.")
+
+
 class _Part:
     """Where the content of a part lies in the body."""
 
@@ -69,15 +102,17 @@ class _Part:
     def __init__(self) -> None:
         self.begins = self.ends = 0
         self.plain = True
-        """No file and no transfer encoding."""
+        """No file, and its bytes are what it says."""
 
 
 class _Reader:
     """python-multipart's callbacks. The body is given to it in one piece, so its offsets are the body's."""
 
-    def __init__(self, boundary: bytes, body: bytes) -> None:
+    def __init__(self, boundary: bytes, body: bytes, begins: int, charset: str) -> None:
         self._boundary = boundary
         self._body = body
+        self._begins = begins
+        self._charset = charset
         self._found: dict[str, list[_Part]] = {}
         self._part = _Part()
         self._count = 0
@@ -110,13 +145,11 @@ class _Reader:
     def _check_boundaries(self) -> None:
         """Refuse what parsers do not agree about: a preamble, more than the dashes and a line end after a boundary."""
         line = b"--" + self._boundary
-        if not self._body.startswith(line):
-            raise InvalidRequestError("The form does not begin with its boundary.")
-        at = self._body.find(b"\r\n" + line)
+        at = self._body.find(b"\r\n" + line, self._begins)
         while at >= 0:
             rest = at + 2 + len(line)
             if self._body.startswith(b"--", rest):
-                if self._body[rest + 2 :] not in {b"", b"\r\n"}:
+                if self._body[rest + 2 :].strip(b"\r\n"):
                     raise InvalidRequestError("The form goes on after its last boundary.")
             elif not self._body.startswith(b"\r\n", rest):
                 raise InvalidRequestError("The form is malformed: a line begins with the boundary and is none.")
@@ -144,10 +177,11 @@ class _Reader:
         if kind != b"form-data" or b"name" not in options:
             raise InvalidRequestError("Each part of the form needs one Content-Disposition: form-data; name=….")
         try:
-            name = options[b"name"].decode()
+            name = options[b"name"].decode(self._charset)
         except UnicodeDecodeError:
-            raise InvalidRequestError("The name of a part is not UTF-8.") from None
-        self._part.plain = b"filename" not in options and b"content-transfer-encoding" not in self._headers
+            raise InvalidRequestError(f"The name of a part is not in {self._charset}.") from None
+        codings = {value.strip().lower() for value in self._headers.get(b"content-transfer-encoding", [])}
+        self._part.plain = b"filename" not in options and codings <= _AS_IT_IS
         self._found.setdefault(name, []).append(self._part)
 
     def _data(self, _: bytes, start: int, end: int) -> None:
