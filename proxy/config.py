@@ -420,6 +420,12 @@ class PodmanRuntimeSettings(_Ports):
         default=Path("/run/podman/podman.sock"),
         description="podman's REST API. Where nobody listens there, warmpool starts `podman system service` itself.",
     )
+    timeout: Duration = Field(
+        default=30.0,
+        gt=0,
+        description="How long podman's service may take to answer, beside the time that the work of a call takes; then "
+        "the call has failed. A service of warmpool's own that says nothing for as long is started again.",
+    )
     stop_grace: Duration = Field(
         default=10.0, description="Time between SIGTERM and SIGKILL of an engine; whole seconds."
     )

@@ -67,6 +67,12 @@ def shell(script: str, **podman_keys: Any) -> ModelSettings:
     return ModelSettings(podman={**table, "entrypoint": [str(python()), "-c"], "command": [script + "\n# {port}"]})
 
 
+def service_of(bench: PodmanBench) -> asyncio.subprocess.Process | None:
+    """podman's service, if the runtime runs it."""
+    service = bench.runtime._podman.service
+    return None if service is None else service.process
+
+
 BINDS_AS_CUDA_DOES = """
 import os, signal, socket
 name = f"warmpool-test-{os.stat('/proc/self/ns/pid').st_ino}-{os.getpid()}"
@@ -296,7 +302,7 @@ class TestPodmanRuntime(RuntimeContract):
 
     async def test_podmans_service_may_be_killed_at_any_time(self, bench: PodmanBench) -> None:
         handle, boot = await self.checkpointed(bench)
-        service = bench.runtime._podman._service
+        service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         service.kill()
@@ -304,7 +310,7 @@ class TestPodmanRuntime(RuntimeContract):
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
         await bench.runtime.suspend(handle)
-        killed = bench.runtime._podman._service
+        killed = service_of(bench)
         assert killed is not None
         killed.kill()
         await bench.runtime.resume(handle)
@@ -319,7 +325,7 @@ class TestPodmanRuntime(RuntimeContract):
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-dump": str(script)}})
         handle = await self.start(bench)
-        service = bench.runtime._podman._service
+        service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         dumping = asyncio.create_task(bench.runtime.checkpoint(handle, FACTS, Stages()))
@@ -343,7 +349,7 @@ class TestPodmanRuntime(RuntimeContract):
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-restore": str(script)}})
         handle, boot = await self.checkpointed(bench)
-        service = bench.runtime._podman._service
+        service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         hang.touch()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
 from proxy.runtime.images import KeepsImages
 from proxy.runtime.log_tail import LogTails
-from proxy.runtime.podman_api import Podman, PodmanError
+from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -46,11 +47,14 @@ log = logging.getLogger("warmpool.podman")
 T = TypeVar("T")
 
 _SETTLE_S: Final = 5.0
+_SLOWEST_BYTES_PER_S: Final = 20 << 20
+"""What a dump or a restore is given time for: a slow disk."""
 _CONTAINER_IMAGE: Final = "container image"
 """The fact of a manifest: the id of the container image that the engine was started from."""
 # In the container: what is run in vLLM, and the copies of its weights.
 _EXTENSION: Final = "/opt/warmpool"
 _WEIGHTS: Final = "/run/warmpool-weights"
+_NOWHERE: Final = Path("/nonexistent")
 _CRUN_WITH_ANNOTATION: Final = (1, 26)
 _HOST_CRIU_CONFIG: Final = Path("/etc/criu/default.conf")
 
@@ -66,7 +70,7 @@ class _Container:
     id: str = ""
     image_id: str = ""
     """Of the container image that it was made from, whatever the image's name means by now."""
-    userdata: Path = Path()
+    userdata: Path = _NOWHERE
     """Its bundle, where podman looks for the checkpoint."""
     upper: Path | None = None
     """Where what it writes to its root filesystem is."""
@@ -82,6 +86,8 @@ class _Container:
     """What it mounts has another name by now."""
     interrupted: bool = False
     """A dump or restore was given up half-way, and its helpers may still run."""
+    image_bytes: int = 0
+    """What the image that it is restored from has, last we knew."""
 
 
 class PodmanRuntime(KeepsImages):
@@ -114,7 +120,11 @@ class PodmanRuntime(KeepsImages):
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
         self._annotated = True
-        self._podman = Podman(settings.socket, self._own_socket())
+        self._podman = self._client()
+
+    def _client(self, oci_runtime: Path | None = None) -> Podman:
+        timeout_s = self._settings.timeout
+        return Podman(self._settings.socket, self._own_socket(), timeout_s=timeout_s, oci_runtime=oci_runtime)
 
     def _own_socket(self) -> Path:
         path = self._claim.folder / "podman.sock"
@@ -132,8 +142,10 @@ class PodmanRuntime(KeepsImages):
             info = await self._info()
             if self._criu_programs:
                 await self._give_containers_their_criu()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, PodmanError):
+                raise HostError(str(error)) from error
             raise
         self._rungs = self._open_store(await self._look_around(info))
 
@@ -178,7 +190,7 @@ class PodmanRuntime(KeepsImages):
             if reason is not None:
                 log.error("models with criu.program = %s cannot be checkpointed: %s", program, reason)
         await self._podman.close()
-        self._podman = Podman(self._settings.socket, self._own_socket(), oci_runtime=wrapper)
+        self._podman = self._client(wrapper)
         await self._podman.open()
 
     async def close(self) -> None:
@@ -194,7 +206,13 @@ class PodmanRuntime(KeepsImages):
         return self._rungs
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
-        """See `Runtime.recover`."""
+        """See `Runtime.recover`. Raises HostError when podman cannot be asked."""
+        try:
+            return await self._recover(models)
+        except PodmanError as error:
+            raise HostError(str(error)) from error
+
+    async def _recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         images: dict[str, ImageFacts] = {}
         made_from: dict[str, str] = {}
         if Tier.CHECKPOINTED in self._rungs.offered:
@@ -289,6 +307,7 @@ class PodmanRuntime(KeepsImages):
 
     async def _start(self, instance_id: str, key: str, model: ModelSettings, image: str) -> Handle:
         while True:
+            known = self._containers.get(instance_id)
             it = await self._create("start", instance_id, key, model, image=image)
             self._tails.begin(instance_id)
             try:
@@ -296,8 +315,8 @@ class PodmanRuntime(KeepsImages):
                 await self._inspect(it)
                 if not await self._names_as_in_another_image(it):
                     return it.handle
-            except BaseException:
-                await self._undo(it)
+            except BaseException as error:
+                await self._undo(it, known, error)
                 raise
             log.info("%s: its sockets would have the names of those in another image; once more", instance_id)
 
@@ -334,6 +353,7 @@ class PodmanRuntime(KeepsImages):
             made_from = (await self._manifest(self._image(handle))).facts.get(_CONTAINER_IMAGE)
         except StoreError as error:
             raise RuntimeFailure("clone", str(error)) from error
+        known = self._containers.get(handle.instance_id)
         it = await self._create("clone", handle.instance_id, handle.model, model, made_from, image=handle.image)
         try:
             await self._podman.post(f"/containers/{it.id}/init")
@@ -342,7 +362,7 @@ class PodmanRuntime(KeepsImages):
             it.pid = None
             await self._reset_rootfs(it)
         except BaseException as error:
-            await self._undo(it)
+            await self._undo(it, known, error)
             if isinstance(error, PodmanError | OSError):
                 raise RuntimeFailure("clone", str(error)) from error
             raise
@@ -358,39 +378,57 @@ class PodmanRuntime(KeepsImages):
         *,
         image: str = "",
     ) -> _Container:
-        """A container that is not started, in place of one that was there.
+        """A container that is not started, in place of one that was there; after a failure nothing is known of it.
 
         Made from the container image of that id, or from what the name in the configuration means now. `image`: as in
         its handle.
         """
-        known = self._containers.get(instance_id)
-        name = self._container_name(instance_id)
         try:
-            engine = container.engine_of(model)
-            if engine.network == "host":
-                port = known.handle.port if known is not None else await self._host_port(image or key)
-                handle = Handle(instance_id, key, ports.LOOPBACK, port, image)
-            else:
-                handle = Handle(instance_id, key, "", engine.container_port, image)
-            it = _Container(handle, name, model, container.spec_digest(key, model))
-            it.image_id = image_id or await self._image_named(engine.image)
-            self._containers[instance_id] = it
-            answer = await _twice(partial(self._create_anew, it))
-            it.id = answer["Id"]
-            if engine.criu.program is not None:
-                bundle.put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
+            it = await self._to_be_made(Handle(instance_id, key, "", 0, image), model, image_id)
+            answer = await self._made(it)
         except PodmanError as error:
-            hint = ""
-            if image_id is not None and await self._is_missing(f"/images/{image_id}/exists"):
-                hint = "; its checkpoint was taken from that container image, which is gone"
-            elif image_id is None and await self._is_missing(f"/images/{engine.image}/exists"):
-                hint = f"; podman pull {engine.image}, or correct models.{key}.podman.image"
+            hint = await self._hint(key, container.engine_of(model).image, image_id, error)
             raise RuntimeFailure(operation, f"{error}{hint}") from error
         except OSError as error:
             raise RuntimeFailure(operation, f"{error.filename or self._claim.folder}: {error.strerror}") from error
         for warning in answer.get("Warnings") or []:
             log.warning("%s: podman: %s", instance_id, warning)
         return it
+
+    async def _to_be_made(self, handle: Handle, model: ModelSettings, image_id: str | None) -> _Container:
+        known = self._containers.get(handle.instance_id)
+        key, engine = handle.model, container.engine_of(model)
+        image_id = image_id or await self._image_named(engine.image)
+        if engine.network == "host":
+            port = known.handle.port if known is not None else await self._host_port(handle.image or key)
+            handle = replace(handle, host=ports.LOOPBACK, port=port)
+        else:
+            handle = replace(handle, port=engine.container_port)
+        name = self._container_name(handle.instance_id)
+        return _Container(handle, name, model, container.spec_digest(key, model), image_id=image_id)
+
+    async def _made(self, it: _Container) -> Any:
+        """Have podman make the container, in place of one that was there; it is known only then."""
+        known = self._containers.get(it.handle.instance_id)
+        engine = container.engine_of(it.model)
+        try:
+            answer = await _twice(partial(self._create_anew, it))
+            it.id = answer["Id"]
+            if engine.criu.program is not None:
+                bundle.put_link(self._claim.folder / "oci" / it.id / "criu", engine.criu.program)
+        except BaseException as error:
+            await self._undo(it, known, error)
+            raise
+        self._containers[it.handle.instance_id] = it
+        return answer
+
+    async def _hint(self, key: str, image: str, image_id: str | None, error: PodmanError) -> str:
+        """What to do about a container that could not be made, where that is known."""
+        if isinstance(error, PodmanSilentError) or not await self._is_missing(f"/images/{image_id or image}/exists"):
+            return ""
+        if image_id is not None:
+            return "; its checkpoint was taken from that container image, which is gone"
+        return f"; podman pull {image}, or correct models.{key}.podman.image"
 
     async def _create_anew(self, it: _Container) -> Any:
         await self._delete(it.name)
@@ -518,6 +556,7 @@ class PodmanRuntime(KeepsImages):
             await self._stop(it)
             await self._reset_rootfs(it)
         except (PodmanError, OSError) as error:
+            await self._kill_past(it, error)
             raise RuntimeFailure("drop", str(error)) from error
 
     async def _stop(self, it: _Container) -> None:
@@ -527,20 +566,32 @@ class PodmanRuntime(KeepsImages):
             await self._forget_half_made(it)
             it.interrupted = False
         if it.paused:
-            with contextlib.suppress(PodmanError):
-                await self._podman.post(f"/containers/{it.id}/unpause")
+            await _tried(self._podman.post(f"/containers/{it.id}/unpause"))
             it.paused = False
-        try:
-            await self._podman.post(f"/containers/{it.id or it.name}/stop", repeatable=True, timeout="0")
-        except PodmanError as error:
-            if error.status != 404:
-                raise
+        await self._kill(it)
         it.pid = None
         it.off_gpu = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 while it.merged and it.merged in leftovers.mounts():
                     await asyncio.sleep(0.01)
+
+    async def _kill(self, it: _Container) -> None:
+        async def stop() -> None:
+            try:
+                await self._podman.post(f"/containers/{it.id or it.name}/stop", repeatable=True, timeout="0")
+            except PodmanError as error:
+                if error.status != 404:
+                    raise
+
+        try:
+            await stop()
+        except PodmanError as error:
+            # Paused by hand, or by a call of ours that was given up.
+            if isinstance(error, PodmanSilentError) or await self._inspect(it) != "paused":
+                raise
+            await self._podman.post(f"/containers/{it.id}/unpause")
+            await stop()
 
     async def _forget_half_made(self, it: _Container) -> None:
         """Clear what a killed OCI runtime and CRIU leave: mounts, and a record that the container exists."""
@@ -569,28 +620,53 @@ class PodmanRuntime(KeepsImages):
                     it.paused = False
                 # One that is off the GPU cannot end politely: its CUDA calls are locked.
                 grace = "0" if it.off_gpu else str(max(1, round(self._settings.stop_grace)))
-                with contextlib.suppress(PodmanError):
-                    await self._podman.post(f"/containers/{it.id}/stop", timeout=grace)
+                await _tried(self._podman.post(f"/containers/{it.id}/stop", work_s=float(grace), timeout=grace))
             await self._delete(it.id or it.name)
         except PodmanError as error:
+            await self._kill_past(it, error)
             raise RuntimeFailure("remove", str(error)) from error
         self._forget(it)
 
+    async def _kill_past(self, it: _Container, error: Exception) -> None:
+        """Where podman says nothing, end the engine without it: memory and GPU come free, the record stays."""
+        if not isinstance(error, PodmanSilentError) or it.pid is None or not it.id:
+            return
+        with contextlib.suppress(OSError, TimeoutError):
+            # Its first process ends with all others in its pid namespace; the number may be another's by now.
+            if it.id in await asyncio.to_thread(Path(f"/proc/{it.pid}/cgroup").read_text):
+                log.warning("%s: podman says nothing; its engine is killed without it", it.handle.instance_id)
+                processes.send([it.pid], signal.SIGKILL)
+                async with asyncio.timeout(_SETTLE_S):
+                    await processes.wait_gone(it.pid)
+
     async def _delete(self, name: str) -> None:
-        with contextlib.suppress(PodmanError, OSError):
+        try:
             id_ = (await self._podman.get(f"/containers/{name}/json"))["Id"]
-            await asyncio.to_thread(owned.delete_tree, self._claim.folder / "oci" / id_)
+        except PodmanError as error:
+            if isinstance(error, PodmanSilentError):
+                raise
+        else:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(owned.delete_tree, self._claim.folder / "oci" / id_)
         try:
             await self._podman.delete(f"/containers/{name}", force="true", v="true", timeout="0")
         except PodmanError as error:
             if error.status != 404:
                 raise
 
-    async def _undo(self, it: _Container) -> None:
-        """A container that could not be started is nobody's."""
-        with contextlib.suppress(PodmanError):
-            await self._delete(it.name)
-        self._forget(it)
+    async def _undo(self, it: _Container, known: _Container | None, error: BaseException) -> None:
+        """A container that could not be made or started is nobody's; one that podman makes yet, the next one replaces.
+
+        The one that it was to replace is still known, though it was deleted: it is made again for the next restore.
+        """
+        if not isinstance(error, PodmanSilentError):
+            with contextlib.suppress(PodmanError):
+                await self._delete(it.name)
+        if known is None:
+            self._forget(it)
+        else:
+            known.pid = None
+            self._containers[it.handle.instance_id] = known
 
     def _forget(self, it: _Container) -> None:
         self._containers.pop(it.handle.instance_id, None)
@@ -667,6 +743,7 @@ class PodmanRuntime(KeepsImages):
             if it.off_gpu and not was_off_gpu:
                 grown = await asyncio.to_thread(processes.resident_bytes, pids) - resident
                 memory[processes.GPU_STATE] = max(0, grown)
+            it.image_bytes = expected
             statistics = await self._dump(it, folder, stages)
             try:
                 await self._collect(it, folder, stages)
@@ -725,13 +802,15 @@ class PodmanRuntime(KeepsImages):
         try:
             answer = await self._podman.post(
                 f"/containers/{it.id}/checkpoint",
+                work_s=it.image_bytes / _SLOWEST_BYTES_PER_S,
                 keep="true",
                 tcpEstablished=_flag(engine.criu.tcp_established),
                 fileLocks=_flag(engine.criu.file_locks),
                 printStats=_flag(engine.criu.print_stats),
             )
         except PodmanError as error:
-            reason = criu.log_reason(it.userdata / "dump.log", str(error))
+            silent = isinstance(error, PodmanSilentError)
+            reason = str(error) if silent else criu.log_reason(it.userdata / "dump.log", str(error))
             raise RuntimeFailure("checkpoint", reason, alive=await self._still_runs(it)) from error
         it.interrupted = False
         it.pid = None
@@ -761,7 +840,9 @@ class PodmanRuntime(KeepsImages):
 
     async def restore(self, handle: Handle, stages: Stages) -> Handle:
         """See `Runtime.restore`."""
-        it = self._containers[handle.instance_id]
+        it = self._containers.get(handle.instance_id)
+        if it is None:
+            raise RuntimeFailure("restore", "it has no container to be restored in; a cold start makes one")
         image = self._image(handle)
         folder = self._store.path(image)
         try:
@@ -770,6 +851,7 @@ class PodmanRuntime(KeepsImages):
                 await self._stop(it)
                 await self._reset_rootfs(it)
             it = await self._made_for(it, manifest)
+            it.image_bytes = manifest.total_bytes()
             collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
         except (StoreError, PodmanError, OSError) as error:
             raise RuntimeFailure("restore", str(error)) from error
@@ -835,6 +917,8 @@ class PodmanRuntime(KeepsImages):
 
     async def _bring_up_from(self, it: _Container, folder: Path) -> Any:
         """Make an image of the store the container's own, and restore it."""
+        if not it.userdata.is_dir():
+            raise PodmanError(404, f"{it.name}: its bundle {it.userdata} is gone")
         bundle.link_image(it.userdata, folder)
         return await self._bring_up(it)
 
@@ -845,6 +929,7 @@ class PodmanRuntime(KeepsImages):
         owned.unlink(it.userdata / "restore.log")
         answer = await self._podman.post(
             f"/containers/{it.id}/restore",
+            work_s=it.image_bytes / _SLOWEST_BYTES_PER_S,
             keep="true",
             tcpEstablished=_flag(engine.criu.tcp_established),
             fileLocks=_flag(engine.criu.file_locks),
@@ -932,6 +1017,13 @@ class PodmanRuntime(KeepsImages):
     def _digest(self, key: str, model: ModelSettings) -> str:
         return container.spec_digest(key, model)
 
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        """See `Runtime.refusal`. Raises HostError when podman cannot be asked."""
+        try:
+            return await super().refusal(manifest, models)
+        except PodmanError as error:
+            raise HostError(str(error)) from error
+
     async def _host_port(self, image: str) -> int:
         """The port for a container on the host's network: the one its image was taken with, or a free one."""
         with contextlib.suppress(StoreError):
@@ -969,6 +1061,16 @@ async def _twice(work: Callable[[], Awaitable[T]]) -> T:
             raise
         log.warning("%s; once more", error)
         return await work()
+
+
+async def _tried(call: Awaitable[Any]) -> None:
+    """A call whose failure makes no difference, unless it is that podman says nothing."""
+    try:
+        await call
+    except PodmanSilentError:
+        raise
+    except PodmanError as error:
+        log.debug("%s", error)
 
 
 def _tree(it: _Container) -> list[int]:
