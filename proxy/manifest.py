@@ -78,6 +78,8 @@ class Details(BaseModel):
     making_s: Figures | None = None
     stages_s: Figures | None = None
     weights_copy_bytes: Bytes | None = None
+    repeats_randomness: Annotated[str, Field(max_length=1000)] | None = None
+    """Why engines restored from it draw the same random numbers, if they do."""
     gpu: Annotated[Mapping[Name, Sizes], Field(max_length=10)] | None = None
     engine: Annotated[Mapping[Name, Any], Field(max_length=1000)] | None = None
     memory: Sizes | None = None
