@@ -132,6 +132,14 @@ class CheckpointStore:
         except OSError as error:
             raise _trouble("checkpoint_dir", self.root, error) from error
 
+    def _ensure(self) -> None:
+        """Have the folder there, and ours, again if something removed it while it was open. Raises StoreError."""
+        self._claim()
+        if self._lock is not None and not (self.root / LOCK).exists():
+            log.warning("checkpoint_dir %s was removed while in use; it is made again", self.root)
+            self._lock.close()
+            self._lock = _locked(self.root / LOCK, self.root)
+
     def close(self) -> None:
         """Let go; the last one unlocks."""
         if self._users:
@@ -155,6 +163,7 @@ class CheckpointStore:
 
         It stays when the image goes, for containers have it mounted; its files do not.
         """
+        self._ensure()
         path = self.root / (image + _WEIGHTS)
         path.mkdir(mode=0o700, exist_ok=True)
         return path
@@ -191,7 +200,7 @@ class CheckpointStore:
 
         Where space is short, quarantined images go first, then those that do not fit this host.
         """
-        self._claim()
+        self._ensure()
         expendable = [self.root / (name + _QUARANTINED) for name in self.quarantined()]
         for path in (*expendable, *(self.path(name) for name in sorted(self._unwanted))):
             if expected_bytes > self.free_bytes():

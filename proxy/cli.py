@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from proxy.gpu import Gpus
 from proxy.masking import masked
 from proxy.metrics import Metrics
 from proxy.pool import Pool
-from proxy.runtime.claim import Claim
+from proxy.runtime.claim import Claim, of_earlier_version
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
 from proxy.usage import Usage
@@ -92,6 +93,8 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C."""
     settings = config.load(path)
     logs.to_stderr(log_format, log_level)
+    if earlier := of_earlier_version(settings.pool.state_dir.absolute(), Path.cwd()):
+        logging.getLogger("warmpool").warning(earlier)
     metrics = Metrics()
     gpus = Gpus()
     usage = Usage(settings.pool.state_dir / "usage.json")

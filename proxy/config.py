@@ -106,6 +106,16 @@ def format_size(count: int) -> str:
     return f"{count}B"
 
 
+def default_state_dir() -> Path:
+    """Where state is kept when nothing says where: the same folder whatever the working directory is."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/warmpool")
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    return home / "warmpool"
+
+
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError(f"{str(path)!r} is not an absolute path")
@@ -353,7 +363,13 @@ class PoolSettings(_Section):
         description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "
         "more and has a checkpoint ends when it is idle, and is restored from it; 0 is any amount.",
     )
-    state_dir: Path = Field(default=Path("run"), description="Folder for engine logs and records (made, mode 0700).")
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="Folder for engine logs and records (made, mode 0700). Default: $STATE_DIRECTORY, which systemd "
+        "sets; without it /var/lib/warmpool for root, and warmpool in the user's own folder for state "
+        "($XDG_STATE_HOME, ~/.local/state) for others.",
+        examples=["/var/lib/warmpool"],
+    )
     checkpoint_dir: Path = Field(
         default=Path("/mnt/checkpoint-ram"),
         description="Folder for checkpoint images, on tmpfs (made, mode 0700).",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "wp_"
 TOKEN_MIN_LENGTH: Final = 32
 PRIORITIES: Final = {"low": -1, "normal": 0, "high": 1}
+_LIMIT_CHARACTERS: Final = 64 << 20
 _KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
 _HEAD = "# Written by `warmpool key`; comments are not kept. Limits may be edited; they are in force after SIGHUP.\n\n"
 
@@ -106,9 +107,11 @@ def read(path: Path) -> Keys:
 def read_private(path: Path, advice: str) -> str:
     """The text of a file that others can neither read nor change. Raises ConfigError with `advice` where they can."""
     try:
-        with path.open(encoding="utf-8") as file:
-            facts = os.fstat(file.fileno())
-            text = file.read()
+        # A pipe would be waited for, and is refused below.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, encoding="utf-8") as file:
+            facts = os.fstat(descriptor)
+            text = file.read(_LIMIT_CHARACTERS) if stat.S_ISREG(facts.st_mode) else ""
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(str(path), [f"cannot be read: {reason}; {advice}"]) from None

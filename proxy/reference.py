@@ -65,7 +65,9 @@ def _section(path: str, section: BaseModel) -> Iterator[str]:
             lists += [(here, field.description or "", item) for item in value]
         else:
             yield from _comment(field.description or "")
-            yield from _key(name, plain[name], field.examples or [])
+            # What depends on the host is no value to write down.
+            value = None if field.default_factory is not None else plain[name]
+            yield from _key(name, value, field.examples or [])
     for here, table in tables:
         body = [*_section(here, table)]
         if body[0]:  # else it has tables only

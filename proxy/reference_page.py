@@ -74,6 +74,8 @@ def _cell(text: str) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "see there"
     value = field.get_default(call_default_factory=True)
     for serializer in field.metadata:
         if isinstance(serializer, PlainSerializer):

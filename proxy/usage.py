@@ -69,6 +69,8 @@ class Usage:
             return
         counts = dict(self._counts)
         try:
+            if not self._path.parent.is_dir():
+                owned.claim(self._path.parent)  # a cleaner removed it
             with owned.replacing(self._path) as file:
                 file.write(orjson.dumps(counts))
         except OSError as error:

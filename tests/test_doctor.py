@@ -433,7 +433,7 @@ CASES: list[tuple[Callable[[FakeHost], object], dict[str, Any], str, str, str, s
     (both(lambda h: h.path(IMAGES).rmdir(), text(IMAGES, "a file")), NO_MODEL, "checkpoint_dir", "fail",
      "is not a folder", "pool.checkpoint_dir"),
     (lambda h: os.chown(h.path(IMAGES), 1234, 1234) if os.geteuid() == 0 else setattr(h, "user", -1), NO_MODEL,
-     "checkpoint_dir", "warn", "belongs to user", "chown root:root /mnt/checkpoint-ram"),
+     "checkpoint_dir", "fail", "belongs to user", "chown root:root /mnt/checkpoint-ram"),
     # --- limits ---
     (bound("nofile", 1024), NO_MODEL, "limits", "warn", "nofile 1024", "ulimit -n 10512"),
     (bound("nofile", -1), NO_MODEL, "limits", "ok", "nofile unlimited", ""),

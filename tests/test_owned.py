@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
 from proxy import owned
+from proxy.checkpoints import CheckpointStore, StoreError
+from proxy.config import AdminSettings, PoolSettings
+from proxy.errors import HostError
 from proxy.owned import NotOwnedError
-from proxy.runtime import bundle
+from proxy.runtime import bundle, links
+from proxy.runtime.claim import Claim, of_earlier_version
+from proxy.web import listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,6 +142,178 @@ def test_what_another_user_put_into_a_folder_that_was_open_is_not_taken_over(sha
     as_nobody(lambda: (shared / "images" / "demo").mkdir())
     with pytest.raises(NotOwnedError, match="belongs to user 65534"):
         owned.claim(shared / "images", [".lock"])
+
+
+# --- the attacks of a local user with a shell, on what uses such folders ---
+
+
+@needs_root
+def test_a_checkpoint_dir_that_another_user_made_first_is_not_used(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "shadow").write_text("root's")
+
+    def plant() -> None:
+        (shared / "warmpool").mkdir()
+        (shared / "warmpool" / ".lock").symlink_to(tmp_path / "shadow")
+
+    as_nobody(plant)
+    with pytest.raises(StoreError, match=r"checkpoint_dir .*/warmpool: belongs to user 65534"):
+        CheckpointStore(shared / "warmpool", 0).open()
+    assert (tmp_path / "shadow").read_text() == "root's"
+
+
+@needs_root
+async def test_what_was_planted_in_a_checkpoint_dir_is_not_restored_from(shared: Path) -> None:
+    (shared / "warmpool").mkdir(mode=0o777)
+    (shared / "warmpool").chmod(0o777)
+
+    def plant() -> None:
+        (shared / "warmpool" / "demo").mkdir()
+        (shared / "warmpool" / "demo" / "manifest.json").write_text("{}")
+
+    as_nobody(plant)
+    with pytest.raises(StoreError, match="demo: belongs to user 65534; remove it"):
+        CheckpointStore(shared / "warmpool", 0).open()
+
+
+@needs_root
+def test_an_archive_dir_of_another_user_is_no_archive(shared: Path, tmp_path: Path) -> None:
+    as_nobody(lambda: (shared / "archive").mkdir())
+    store = CheckpointStore(tmp_path / "images", 0, shared / "archive")
+    store.open()
+    assert store.archive is None
+    assert "archive: belongs to user 65534" in (store.archive_refused or "")
+    store.close()
+
+
+@needs_root
+def test_a_state_dir_that_another_user_made_first_is_not_used(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "shadow").write_text("root's")
+
+    def plant() -> None:
+        (shared / "state" / "logs").mkdir(parents=True)
+        (shared / "state" / "lock").symlink_to(tmp_path / "shadow")
+
+    as_nobody(plant)
+    with pytest.raises(HostError, match=r"state_dir .*/state: belongs to user 65534"):
+        Claim(shared / "state").acquire()
+    assert (tmp_path / "shadow").read_text() == "root's"
+
+
+def test_a_state_dir_of_ours_is_tightened_and_a_planted_lock_or_log_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "shadow").write_text("root's")
+    (tmp_path / "state" / "logs").mkdir(parents=True)
+    (tmp_path / "state").chmod(0o755)
+    claim = Claim(tmp_path / "state")
+    claim.acquire()
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "state" / "logs").stat().st_mode & 0o777 == 0o700
+    claim.log_path("demo-1").symlink_to(tmp_path / "shadow")
+    with pytest.raises(HostError, match=r"demo-1\.log"):
+        claim.open_log("demo-1")
+    claim.release()
+    (tmp_path / "state" / "lock").unlink()
+    (tmp_path / "state" / "lock").symlink_to(tmp_path / "shadow")
+    with pytest.raises(HostError, match="state_dir"):
+        claim.acquire()
+    assert (tmp_path / "shadow").read_text() == "root's"
+
+
+@needs_root
+def test_the_admin_socket_is_not_made_where_others_could_exchange_it(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all").chmod(0o777)
+    with pytest.raises(HostError, match="others may write to"):
+        listen.admin_socket(AdminSettings(socket=tmp_path / "all" / "admin.sock"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mode": 0o4755}, {"mode": 0o2755}, {"mode": "0600"}, {"path": "/etc/passwd"}, {"path": "link_remap.1"},
+        {"uid": -1}, {"gid": 1 << 40}, {"names": ["../../etc/cron.d/evil"]}, {"names": "x"}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_an_index_of_links_makes_no_setuid_file_and_nothing_elsewhere(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
+    entry = {"path": str(tmp_path / "link_remap.7"), "mode": 0o600, "uid": os.getuid(), "gid": 0, "names": ["name"]}
+    (tmp_path / "image" / "links").mkdir(parents=True)
+    (tmp_path / "image" / "links" / "0").write_text("#!/bin/sh")
+    index = tmp_path / "image" / "links" / "index.json"
+    index.write_bytes(orjson.dumps([entry]))
+    assert links.put_back(tmp_path / "image") == [tmp_path / "link_remap.7"]
+    assert (tmp_path / "name").stat().st_mode & 0o7777 == 0o600
+    (tmp_path / "link_remap.7").unlink()
+    index.write_bytes(orjson.dumps([{**entry, **changed}]))
+    with pytest.raises(OSError, match="not an index of links"):
+        links.put_back(tmp_path / "image")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "name"]
+
+
+@needs_root
+def test_links_replace_no_file_of_another_owner(shared: Path, tmp_path: Path) -> None:
+    as_nobody(lambda: (shared / "theirs").write_text("theirs"))
+    entry = {"path": str(shared / "link_remap.7"), "mode": 0o600, "uid": 0, "gid": 0, "names": ["theirs"]}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0").write_text("ours")
+    (tmp_path / "links" / "index.json").write_bytes(orjson.dumps([entry]))
+    with pytest.raises(FileExistsError):
+        links.put_back(tmp_path)
+    assert (shared / "theirs").read_text() == "theirs"
+
+
+# --- folders that a cleaner removes ---
+
+
+def test_a_state_dir_that_a_cleaner_removed_is_made_again_and_locked(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "state")
+    claim.acquire()
+    for gone in (tmp_path / "state" / "logs", tmp_path / "state"):
+        shutil.rmtree(gone)
+        claim.ensure()
+        os.close(claim.open_log("demo-1"))
+        with pytest.raises(HostError, match="another warmpool uses"):
+            Claim(tmp_path / "state").acquire()
+    claim.release()
+
+
+async def test_a_checkpoint_dir_that_a_cleaner_removed_is_made_again_and_locked(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "images", 0)
+    store.open()
+    shutil.rmtree(store.root)
+    store.begin("demo", 0)
+    assert store.weights("demo").is_dir()
+    with pytest.raises(StoreError, match="another warmpool uses it"):
+        CheckpointStore(tmp_path / "images", 0).open()
+    store.close()
+
+
+def test_the_state_folder_of_an_earlier_version_is_found_and_named(tmp_path: Path) -> None:
+    assert of_earlier_version(tmp_path / "state", tmp_path) is None
+    earlier = Claim(tmp_path / "run")
+    earlier.acquire()
+    earlier.release()
+    said = of_earlier_version(tmp_path / "state", tmp_path)
+    assert said is not None
+    assert f'pool.state_dir = "{tmp_path}/run"' in said
+    assert earlier.owner in said
+    assert of_earlier_version(tmp_path / "run", tmp_path) is None
+
+
+def test_the_default_state_dir_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert PoolSettings().state_dir == Path("/var/lib/warmpool")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert PoolSettings().state_dir == Path("/home/alice/.local/state/warmpool")
+    monkeypatch.setenv("XDG_STATE_HOME", "/home/alice/state")
+    assert PoolSettings().state_dir == Path("/home/alice/state/warmpool")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/of-systemd:/var/lib/other")
+    assert PoolSettings().state_dir == Path("/var/lib/of-systemd")
 
 
 # --- what may be destroyed ---

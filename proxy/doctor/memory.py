@@ -159,7 +159,7 @@ def _folder(host: Host, name: str, path: Path) -> Check:
     if mode & stat.S_ISVTX:
         return Check(name, "warn", f"{path} is everybody's (mode {mode:04o})", f"set pool.{name} to a folder below it")
     if found.st_uid not in (0, host.uid()):
-        return Check(name, "warn", f"{path} belongs to user {found.st_uid}", f"chown root:root {path}")
+        return Check(name, "fail", f"{path} belongs to user {found.st_uid}", f"chown root:root {path}")
     if mode & 0o077:
         return Check(
             name, "warn", f"{path} is open to others (mode {mode:04o})", f"chmod 0700 {path}", _close_folder(here, path)

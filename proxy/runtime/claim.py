@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from typing import IO
 
 
-_MARKS: Final = ("lock", "logs", "usage.json")
-"""What a state folder of warmpool's has in it, of any version."""
+log = logging.getLogger("warmpool.runtime")
+
+_MARKS: Final = ("lock", "logs", "usage.json", "archive", "state")
+"""What a state folder of warmpool's has in it, of any version, or a folder below which it was by default."""
 
 
 class Claim:
@@ -30,6 +33,27 @@ class Claim:
         self.owner = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
         self._file: IO[bytes] | None = None
         self._holders = 0
+
+    def ensure(self) -> None:
+        """Have the folders there again if something has removed them, as cleaners of /tmp and /run do.
+
+        Raises HostError, also where another warmpool has taken the folder meanwhile.
+        """
+        if self._file is None or self._is_there():
+            return
+        log.warning("state_dir %s was removed while in use; it is made again", self.folder)
+        self._unlock()
+        self._lock()
+
+    def _is_there(self) -> bool:
+        """Whether the lock that is held is the one that others would find, and logs can be written."""
+        assert self._file is not None  # noqa: S101 - ensure saw to it
+        try:
+            return (self.folder / "logs").is_dir() and os.path.samestat(
+                (self.folder / "lock").lstat(), os.fstat(self._file.fileno())
+            )
+        except OSError:
+            return False
 
     def acquire(self) -> None:
         """Make the folder and lock it, unless it is ours already. Raises HostError."""
@@ -66,3 +90,22 @@ class Claim:
     def log_path(self, instance_id: str) -> Path:
         """Where an engine's output goes."""
         return self.folder / "logs" / f"{instance_id}.log"
+
+    def open_log(self, instance_id: str) -> int:
+        """A descriptor to append to it; it is there afterwards. Raises HostError."""
+        try:
+            return owned.open_file(self.log_path(instance_id), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise HostError(f"{error.filename or self.log_path(instance_id)}: {error.strerror}") from error
+
+
+def of_earlier_version(state_dir: Path, directory: Path) -> str | None:
+    """What to say where `directory` has the state folder of a warmpool whose default was ./run, and it is not used."""
+    earlier = directory / "run"
+    if earlier == state_dir or not (earlier / "lock").is_file() or not (earlier / "logs").is_dir():
+        return None
+    return (
+        f"{earlier} is the state folder of an earlier version; state_dir is {state_dir} now. To go on with what it "
+        f'has, set pool.state_dir = "{earlier}"; else `podman ps --all --filter label=io.warmpool.owner='
+        f"{Claim(earlier).owner}` shows its containers, remove them and the folder"
+    )

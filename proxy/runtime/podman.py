@@ -454,15 +454,6 @@ class PodmanRuntime(KeepsImages):
     def _specification(self, it: _Container, python_path: Mapping[str, str]) -> dict[str, Any]:
         engine = container.engine_of(it.model)
         key = it.handle.model
-        folder = self._claim.folder / "podman"
-        scripts = engine.criu.action_scripts
-        dispatcher = None
-        if scripts:
-            text = container.action_dispatcher(scripts)
-            dispatcher = write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
-        options = container.criu_options(engine.criu, dispatcher)
-        if not self._annotated:
-            _write_host_criu_config(options)
         environment = {processes.MARK: self._mark(it.handle.instance_id)}
         mounts: list[tuple[str, str, bool]] = []
         arguments: tuple[str, ...] = ()
@@ -490,10 +481,28 @@ class PodmanRuntime(KeepsImages):
             environment=environment,
             mounts=mounts,
             arguments=arguments,
-            criu_config=write_if_other(folder / f"{key}.criu.conf", options.encode()),
-            seccomp=container.seccomp_profile(engine, folder, self._default_seccomp),
+            criu_config=self._criu_config(it),
+            seccomp=container.seccomp_profile(engine, self._claim.folder / "podman", self._default_seccomp),
             log=self._claim.log_path(it.handle.instance_id),
         )
+
+    def _criu_config(self, it: _Container) -> Path:
+        """CRIU's options for a container, in the file that its annotation names, which a cleaner may have removed.
+
+        Raises OSError, HostError.
+        """
+        self._claim.ensure()
+        folder, key, settings = self._claim.folder / "podman", it.handle.model, container.engine_of(it.model).criu
+        dispatcher = None
+        if settings.action_scripts:
+            text = container.action_dispatcher(settings.action_scripts)
+            dispatcher = write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
+        options = container.criu_options(settings, dispatcher)
+        if not self._annotated:
+            _write_host_criu_config(options)
+        if it.model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+            inside.folder(self._claim.folder)  # mounted
+        return write_if_other(folder / f"{key}.criu.conf", options.encode())
 
     async def _inspect(self, it: _Container) -> str:
         """Learn where the container's parts are; its state."""
@@ -852,8 +861,9 @@ class PodmanRuntime(KeepsImages):
                 await self._reset_rootfs(it)
             it = await self._made_for(it, manifest)
             it.image_bytes = manifest.total_bytes()
+            await asyncio.to_thread(self._criu_config, it)
             collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
-        except (StoreError, PodmanError, OSError) as error:
+        except (HostError, StoreError, PodmanError, OSError) as error:
             raise RuntimeFailure("restore", str(error)) from error
         if collision is not None:
             raise RuntimeFailure(

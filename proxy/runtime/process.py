@@ -146,7 +146,7 @@ class ProcessRuntime(KeepsImages):
         engine.handle = handle
         self._engines[instance_id] = engine
         self._tails.begin(instance_id)
-        log = os.open(self._claim.log_path(instance_id), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        log = self._log(instance_id, "start")
         try:
             pid = os.posix_spawn(
                 sys.executable,
@@ -165,6 +165,13 @@ class ProcessRuntime(KeepsImages):
             os.close(log)
         self._runs_as(engine, pid)
         return handle
+
+    def _log(self, instance_id: str, operation: str) -> int:
+        try:
+            self._claim.ensure()
+            return self._claim.open_log(instance_id)
+        except HostError as error:
+            raise RuntimeFailure(operation, str(error)) from error
 
     async def wait_exit(self, handle: Handle) -> str:
         """See `Runtime.wait_exit`."""
@@ -332,7 +339,7 @@ class ProcessRuntime(KeepsImages):
             raise RuntimeFailure("restore", str(error)) from error
         await processes.kill_whole(mark, engine.pid)
         # The log is opened again by name; it may have been rotated away.
-        self._claim.log_path(handle.instance_id).touch(mode=0o600)
+        os.close(self._log(handle.instance_id, "restore"))
         self._tails.begin(handle.instance_id)
         image = self._store.path(handle.instance_id)
         folder = image / CRIU_FOLDER
