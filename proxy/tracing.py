@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from proxy.errors import HostError
+from proxy.masking import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +37,22 @@ def start(settings: TracingSettings) -> Tracing | None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:
         raise HostError(f"tracing.endpoint needs the extra otel (pip install 'warmpool[otel]'): {error}") from error
+    _keep_out_of_the_log(urlsplit(settings.endpoint).query)
     return Tracing(settings, OTLPSpanExporter(endpoint=settings.endpoint))
+
+
+def _keep_out_of_the_log(query: str) -> None:
+    """The exporter tells what it could not reach, query and all, where a collector may want its key."""
+    if not query:
+        return
+
+    def mask(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(query, MASK), ()
+        record.exc_info = record.exc_text = None
+        return True
+
+    for name in ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "urllib3.connectionpool"):
+        logging.getLogger(name).addFilter(mask)
 
 
 class Tracing:

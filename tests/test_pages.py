@@ -74,6 +74,14 @@ async def test_a_page_of_a_configured_origin_may(front_of: Any) -> None:
         assert response.status == 403, "without an origin nobody knows which page it was"
 
 
+async def test_a_page_at_a_configured_name_is_of_this_server(front_of: Any) -> None:
+    front: Front = await front_of(server={"hosts": ["llm.example.org"]})
+    for origin, status in (("https://llm.example.org", 200), ("https://x.llm.example.org", 403)):
+        headers = {"Host": "llm.example.org", "Origin": origin}
+        response, _ = await front.post("/v1/completions", ASK, headers=headers)
+        assert response.status == status
+
+
 async def test_another_site_may_lead_to_the_admin_page_and_ask_for_nothing_else(front: Front) -> None:
     async with front.session.get("/admin/", headers=LINK) as response:
         assert response.status == 200

@@ -166,6 +166,34 @@ async def test_a_collector_that_is_not_there_harms_no_request(tmp_path: Path) ->
     await front.close()
 
 
+async def test_a_collector_that_is_not_there_brings_no_key_of_it_into_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint = "http://user:hunter2@127.0.0.1:9/v1/traces?api-key=hunter3"
+    front = Front(tmp_path, {"demo": engine_model()}, tracing={"endpoint": endpoint})
+    await front.open()
+    response, _ = await front.post("/v1/completions", ASK)
+    assert response.status == 200
+    await front.close()
+    assert "Max retries exceeded" in caplog.text
+    assert "hunter" not in caplog.text
+
+
+async def test_what_a_client_sends_as_context_is_not_logged_and_its_path_is_no_attribute(
+    collected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(front: Front) -> None:
+        for state in ("my-secret", "my secret=1", "MY-SECRET=1,a=1,a=2"):
+            async with front.session.get(
+                "/v1/responses/resp_secret?model=demo", headers={"traceparent": CALLER, "tracestate": state}
+            ) as response:
+                assert response.status == 404
+
+    found = await collected(work)
+    assert found.named("GET /v1/responses/{id}")[0].attributes["url.path"] == "/v1/responses/{id}"
+    assert "secret" not in caplog.text.lower()
+
+
 async def test_off_the_context_passes_through_as_it_is(front: Front) -> None:
     await front.post("/v1/completions", ASK, headers={"traceparent": CALLER})
     assert (await front.engine_state())["last_traceparent"] == CALLER

@@ -72,7 +72,8 @@ class Pages:
             if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
                 _refuse_foreign(request, origin)
             return
-        if not is_loopback(_host_of(origin.partition("://")[2])):
+        page_host = _host_of(origin.partition("://")[2])
+        if not is_loopback(page_host) and page_host not in self._hosts:
             raise ForbiddenError("Pages of this origin may not do this; server.cors.origins names those that may.")
 
 
