@@ -34,7 +34,10 @@ class Audio:
         """The same text for the same bytes and the same kind of request."""
         if not request.content_type.startswith("multipart/"):
             raise bad("the body must be a form")
-        form = await request.post()
+        try:
+            form = await request.post()
+        except ValueError as error:  # aiohttp's for what is no form
+            raise bad(f"There was an error parsing the body: {error}") from error
         file = form.get("file")
         if not isinstance(file, web.FileField):
             raise bad("file must be an upload", "file")

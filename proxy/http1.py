@@ -68,7 +68,7 @@ def parse_head(head: bytes, method: str) -> Head:
     """The head of an answer to `method`: everything up to and with the empty line. Raises ProtocolError."""
     status_line = _STATUS.match(head)
     if status_line is None:
-        raise ProtocolError(f"not a status line: {head[:60]!r}")
+        raise ProtocolError("no status line")
     minor, status, reason = status_line.group(1), int(status_line.group(2)), status_line.group(3) or b""
     fields = _fields(head, status_line.end(), len(head) - 2)
     length = coding = None
@@ -83,7 +83,7 @@ def parse_head(head: bytes, method: str) -> Head:
             length = int(value)
         elif lower == b"transfer-encoding":
             if coding is not None or value.lower() != b"chunked" or minor == b"0":
-                raise ProtocolError(f"transfer-encoding {value[:40]!r}")
+                raise ProtocolError("a transfer-encoding that is not chunked alone")
             coding = value
         elif lower == b"connection":
             options = connection_options(fields)
@@ -113,7 +113,7 @@ def _fields(head: bytes, at: int, end: int) -> Fields:
     while at < end:
         field = match(head, at)
         if field is None:
-            raise ProtocolError(f"not a header field: {head[at : at + 60]!r}")
+            raise ProtocolError(f"no header field at byte {at}")
         fields.append(field.groups())
         at = field.end()
     if at != end:
@@ -270,7 +270,7 @@ class ChunkedBody(Body):
     def _size(self, line: bytes, out: list[bytes]) -> None:
         size_line = _SIZE_EXTENDED.fullmatch(line) if len(line) <= _LINE_LIMIT else None
         if size_line is None:
-            raise ProtocolError(f"not the size of a chunk: {line[:40]!r}")
+            raise ProtocolError(f"{len(line)} bytes where the size of a chunk belongs")
         size = int(size_line.group(1), 16)
         if size:
             self._left = size + 2
@@ -288,7 +288,7 @@ class ChunkedBody(Body):
         field = _FIELD.fullmatch(line)
         self._trailer_bytes += len(line)
         if field is None or self._trailer_bytes > HEAD_LIMIT:
-            raise ProtocolError(f"not a trailer field: {line[:40]!r}")
+            raise ProtocolError(f"{len(line)} bytes where a trailer field belongs")
         if field.group(1).lower() not in self._drop_trailer:
             self._trailers.append(b"%b: %b\r\n" % field.groups())
 

@@ -394,6 +394,8 @@ def test_a_forms_charset_is_that_of_its_names_and_values() -> None:
         (b"{}", "application/json"),
         (part("model", b"org/A") + END, "multipart/form-data"),
         (part("model", b"org/A") + END, "multipart/mixed; boundary=XX"),
+        (part("model", b"org/A") + END, "multipart/form-data; boundary=YY; boundary=XX"),
+        (part("model", b"org/A") + END, "multipart/form-data; boundary=YY: x; Boundary=XX"),
         (part("model", b"org/A") + END, TYPE + "; charset=utf-16"),
         (part("model", b"org/A") + END, TYPE + "; charset=utf-7"),
         (part("model", b"org/A") + END, TYPE + "; charset=iso-8859-99"),

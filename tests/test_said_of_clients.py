@@ -13,6 +13,7 @@ import pytest
 
 from proxy.web.faults import stack_of
 from proxy.web.refusals import Refusals
+from tests.scripted import QUESTION, Peer, Scripted, post
 from tests.served import Proxy
 from tests.support import engine_model
 
@@ -177,3 +178,21 @@ def test_an_unforeseen_error_is_logged_without_its_text() -> None:
     assert __file__ in said
     assert KEY not in said
     assert PROMPT not in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"%b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n%b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: %b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%b\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n%b\r\n\r\n",
+    ],
+)
+async def test_nothing_of_a_broken_answer_is_logged(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with Scripted() as proxy:
+        await proxy.ask(post(QUESTION, "Connection: close"), answer % PROMPT.encode(), Peer.close)
+    assert "demo-1" in caplog.text
+    assert PROMPT not in caplog.text

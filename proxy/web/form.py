@@ -35,6 +35,8 @@ class Form:
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not boundary:
             raise InvalidRequestError("The body must be a form: Content-Type: multipart/form-data; boundary=….")
+        if content_type.lower().count("boundary=") > 1:
+            raise InvalidRequestError("Content-Type names more than one boundary.")
         self._charset = _charset(options.get(b"charset", b"utf-8"))
         self._body = body
         self._boundary = boundary
