@@ -20,6 +20,9 @@ LIMIT_BYTES: Final = 16 << 20
 """The largest file that is read as a manifest."""
 NAME: Final = "manifest.json"
 
+MAX_INPUTS: Final = 2000
+"""How many files that an engine has read are noted."""
+
 _STRICT: Final = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -49,6 +52,9 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Text = Annotated[str, Field(max_length=16 << 10)]
 Pid = Annotated[int, Field(ge=1, le=1 << 22)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+InputPath = Annotated[str, Field(min_length=1, max_length=4096, pattern="^/")]
 
 Figures = Annotated[Mapping[Name, Seconds], Field(max_length=1000)]
 Sizes = Annotated[Mapping[Name, Bytes], Field(max_length=1000)]
@@ -99,6 +105,39 @@ def _details(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return Details.model_validate(value).model_dump(exclude_none=True)
 
 
+class Stamp(BaseModel):
+    """What differs in any file that was written since, on one host: size, times in ns, where it lies."""
+
+    model_config = _STRICT
+
+    size: Bytes
+    mtime_ns: Integer
+    ctime_ns: Integer
+    inode: Count
+    device: Count
+
+
+class FileNote(BaseModel):
+    """A file as an engine read it."""
+
+    model_config = _STRICT
+
+    stamp: Stamp
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    """Of its content, or of its size and samples of it; empty where it was written after the engine's start."""
+    whole: bool
+
+
+class Inputs(BaseModel):
+    """What an engine has read, by path on the host."""
+
+    model_config = _STRICT
+
+    files: Annotated[Mapping[InputPath, FileNote], Field(max_length=MAX_INPUTS)] = {}
+    folders: Annotated[list[InputPath], Field(max_length=MAX_INPUTS)] = []
+    """Those in which a file that is new counts too."""
+
+
 class Manifest(BaseModel):
     """What has to be known of an image."""
 
@@ -119,6 +158,8 @@ class Manifest(BaseModel):
     """See `Private`."""
     details: Annotated[Mapping[str, Any], AfterValidator(_details)]
     """See `Details`."""
+    inputs: Inputs = Inputs()
+    """The files that the engine has read."""
     bytes_by_file: Annotated[Mapping[FileName, Bytes], Field(max_length=100_000)] = {}
     sha256_by_file: Annotated[Mapping[FileName, Digest], Field(max_length=100_000)] = {}
     format: Literal[3] = FORMAT

@@ -149,6 +149,8 @@ class Pool:
         """By key: models whose engine is made ready to take over from an outdated one."""
         self.changed = asyncio.Event()
         """Set when a model is found to be outdated."""
+        self.lost: set[str] = set()
+        """Models whose checkpoint could not be used at the start, as after an upgrade."""
         self._reconfiguring = asyncio.Lock()
         self._costs = policy.Costs()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -184,6 +186,7 @@ class Pool:
         for name, runtime in self._runtimes.items():
             mine = {key: m.settings for key, m in self._models.items() if m.settings.runtime == name}
             recovered = await runtime.recover(mine)
+            self.lost |= recovered.lost
             images = {owner: image_of(facts) for owner, facts in recovered.images.items()}
             model_of = {found.handle.instance_id: found.handle.model for found in recovered.instances}
             for owner, facts in recovered.images.items():
@@ -538,7 +541,17 @@ class Pool:
         self._withdraw(model.key, "more has changed")
         if not outdated.usable:
             self._forget_images(model, "its checkpoint does not fit any more")
+            self._keep_from_reloading(model)
         self.changed.set()
+
+    def _keep_from_reloading(self, model: Model) -> None:
+        """Engines that would load their weights again at their wake go now; the others do not drop them any more."""
+        for slot in model.slots.values():
+            instance = slot.instance
+            if instance.state in (State.SLEEPING, State.SUSPENDED) and instance.sleep_level == DEEPEST_SLEEP:
+                self._give(model, slot, Order(instance.id, instance.tier, Tier.STOPPED))
+            else:
+                instance.barred.add(Tier.SLEEPING)
 
     def outdated(self) -> dict[str, str]:
         """Key → in which way; of those models that nothing is made for yet."""

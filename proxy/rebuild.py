@@ -24,9 +24,16 @@ SAVE_EVERY_S: Final = 60.0
 
 
 async def rebuild(pool: Pool, usage: Usage) -> None:
-    """Bring back the checkpoints of the `pool.prewarm` models used most; return when that is done."""
+    """Bring back the checkpoints of the `pool.prewarm` models used most, and all that were lost to an upgrade.
+
+    Returns when that is done.
+    """
     missing = set(pool.without_checkpoint())
-    wanted = [key for key in usage.ranking() if key in missing][: pool.settings.pool.prewarm]
+    ranking, prewarm = usage.ranking(), pool.settings.pool.prewarm
+    wanted = [key for key in ranking if key in missing][:prewarm]
+    if prewarm:
+        # An upgrade has made their checkpoints useless: nobody is to pay for that with a cold start.
+        wanted += [key for key in dict.fromkeys((*ranking, *missing)) if key in pool.lost & missing - {*wanted}]
     if wanted:
         log.info("no checkpoint on tmpfs: bringing back %s", ", ".join(wanted))
     for key in wanted:

@@ -108,6 +108,8 @@ class FakeRuntime:
         self.changes: dict[str, Outdated] = {}
         """Model → what has changed since its engines were started."""
         self.footprints: dict[str, Footprint] = {}
+        self.lost: set[str] = set()
+        """Models whose images are of another version."""
         self._boots = itertools.count(1)
         self._ports = itertools.count(20000)
 
@@ -162,7 +164,7 @@ class FakeRuntime:
             elif image is not None:
                 found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
         images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.items()}
-        return Recovered(found, images)
+        return Recovered(found, images, frozenset(self.lost))
 
     async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
         await self._enter("images_for")

@@ -7,7 +7,8 @@ runtime's own reason; `test_rungs_are_there_where_the_host_can` of each subclass
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -16,6 +17,8 @@ from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from proxy.config import ModelSettings
     from proxy.runtime.base import Handle, Runtime
 
@@ -326,3 +329,66 @@ class RuntimeContract:
         assert not await after.answers(handle)
         handle = await self.start(after)
         assert await after.boot_id(handle)
+
+
+class RealFilesContract:
+    """What a runtime makes of the files that its engines read; beside the contract, for those with real engines."""
+
+    async def test_an_edited_file_makes_engine_and_image_outdated_and_a_touched_one_does_not(
+        self, bench: Any, tmp_path: Path
+    ) -> None:
+        if Tier.CHECKPOINTED not in bench.runtime.rungs().offered:
+            pytest.skip("no checkpoints here")
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        template = folder / "chat_template.jinja"
+        template.write_text("hello")
+        bench.model = bench.model.model_copy(update={"weights": [folder]})
+        models = {"demo": bench.model}
+
+        async def outdated() -> str | None:
+            found = (await bench.runtime.outdated(models)).get("demo")
+            return None if found is None else found.reason
+
+        handle = await bench.runtime.start("demo-1", "demo", bench.model)
+        await bench.healthy(handle)
+        assert await outdated() is None
+        template.touch()
+        assert await outdated() is None
+        template.write_text("HELLO")
+        assert await outdated() == f"{template} was edited after the engine was started"
+        template.write_text("hello")
+        assert await outdated() is None
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        assert await outdated() is None
+        template.unlink()
+        template.write_text("hello")
+        assert await outdated() is None
+        after = await bench.successor()
+        bench.runtime = after.runtime
+        template.write_text("HELLO")
+        recovered = await after.runtime.recover(models)
+        assert [found.tier for found in recovered.instances] == [Tier.CHECKPOINTED]
+        assert await outdated() == f"{template} was edited after the engine was started"
+
+    async def test_an_engine_that_would_wake_up_with_other_weights_is_not_restored(
+        self, bench: Any, tmp_path: Path
+    ) -> None:
+        if Tier.CHECKPOINTED not in bench.runtime.rungs().offered:
+            pytest.skip("no checkpoints here")
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        weights = folder / "model.safetensors"
+        weights.write_bytes(b"old")
+        bench.model = bench.model.model_copy(update={"weights": [folder]})
+        models = {"demo": bench.model}
+        handle = await bench.runtime.start("demo-1", "demo", bench.model)
+        await bench.healthy(handle)
+        await bench.runtime.checkpoint(handle, replace(FACTS, sleep_level=2), Stages())
+        weights.write_bytes(b"new")
+        outdated = (await bench.runtime.outdated(models))["demo"]
+        assert (outdated.usable, outdated.reason) == (False, f"{weights} was edited after the engine was started")
+        assert await bench.runtime.outdated(models) == {}, "it is refused by now"
+        after = await bench.successor()
+        assert (await after.runtime.recover(models)).images == {}
+        await bench.store.remove(next(iter(bench.store.names())))

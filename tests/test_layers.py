@@ -44,6 +44,7 @@ LAYERS: dict[str, int] = {
     "proxy.runtime.links": 4,
     "proxy.gpu": 1,
     "proxy.weights": 1,
+    "proxy.inputs": 3,
     "proxy.importenv": 3,
     "proxy.runtime.launch": 4,
     "proxy.runtime.processes": 4,

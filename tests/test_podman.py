@@ -30,7 +30,7 @@ from tests.podman_bench import (
     tmpfs_folder,
     why_no_podman,
 )
-from tests.runtime_contract import FACTS, RuntimeContract
+from tests.runtime_contract import FACTS, RealFilesContract, RuntimeContract
 from tests.support import PATIENCE_S, files_in
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
     return "".join(text + "\n" * (whole == "F") for _, _, whole, text in pieces)
 
 
-class TestPodmanRuntime(RuntimeContract):
+class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     """The contract, and what only containers have."""
 
     async def test_every_rung_is_there_where_criu_works(self, bench: PodmanBench) -> None:

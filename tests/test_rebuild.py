@@ -116,6 +116,17 @@ async def test_the_models_used_most_are_checkpointed_again_and_no_others() -> No
     await rig.pool.close()
 
 
+async def test_checkpoints_that_an_upgrade_has_made_useless_are_made_anew_however_many() -> None:
+    usage = used("b")
+    rig = Rig(MODELS, shares_images=True, prewarm=1)
+    rig.pool._usage = usage
+    rig.runtime.lost = {"a", "b"}
+    await rig.pool.open()
+    await finish(rig, usage)
+    assert rig.states() == {"a-1": "checkpointed", "b-1": "checkpointed"}
+    await rig.pool.close()
+
+
 async def test_models_that_were_never_used_are_left_alone() -> None:
     rig = await rig_with(used("gone"))
     await finish(rig, used("gone"))

@@ -269,6 +269,24 @@ async def test_an_image_that_must_not_be_restored_is_not_and_is_made_anew_all_th
     await rig.pool.close()
 
 
+async def test_an_engine_that_would_load_other_weights_at_its_wake_is_not_woken() -> None:
+    rig = await rig_with({"demo": {"idle": {**SECONDS, "suspended": "never", "checkpointed": "1h"}}})
+    await use(rig)
+    await outdate(rig, Outdated("its weights are others now", usable=False))
+    await rig.pass_time(10)
+    assert rig.states() == {"demo-1": "ready"}, "it does not drop them any more"
+    await rig.pool.close()
+    rig = await rig_with({"demo": {"idle": {**SECONDS, "suspended": "never", "checkpointed": "1h"}}})
+    await use(rig)
+    await rig.pass_time(10)
+    assert rig.states() == {"demo-1": "sleeping"}
+    assert rig.runtime.processes["demo-1"].sleep_level == 2
+    await outdate(rig, Outdated("its weights are others now", usable=False))
+    await settle()
+    assert rig.runtime.processes == {}
+    await rig.pool.close()
+
+
 async def test_those_who_wait_are_served_by_the_new_engine() -> None:
     rig = await rig_with({"demo": {"idle": SECONDS, "max_concurrency": 1}})
     await use(rig)

@@ -21,7 +21,7 @@ from proxy.instance import Stages, Tier
 from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
 from tests.fakes import FakeRuntime, model_settings
-from tests.runtime_contract import FACTS, Bench, RuntimeContract
+from tests.runtime_contract import FACTS, Bench, RealFilesContract, RuntimeContract
 from tests.support import (
     PYTHON,
     ROOT,
@@ -116,7 +116,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class TestProcessRuntime(RuntimeContract):
+class TestProcessRuntime(RealFilesContract, RuntimeContract):
     """Real processes, real CRIU where this host has it."""
 
     @pytest.fixture

@@ -95,6 +95,8 @@ class Recovered:
 
     instances: Sequence[Found] = ()
     images: Mapping[str, ImageFacts] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
+    """Models, by key, that have an image which cannot be used here any more, and no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ class Outdated:
 
     reason: str
     usable: bool = True
-    """It may serve until there is a new one; else it must not be restored any more."""
+    """It may serve until there is a new one; else no image of it may be restored any more, and no engine of it may
+    load its weights again."""
 
 
 @dataclass(frozen=True, slots=True)

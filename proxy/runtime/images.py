@@ -6,22 +6,42 @@ import abc
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from proxy.checkpoints import OtherVersionError, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
+from proxy.manifest import Inputs
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from proxy.checkpoints import CheckpointStore
     from proxy.config import ModelSettings
+    from proxy.inputs import Edited, Reader
     from proxy.manifest import Manifest
     from proxy.runtime.base import Handle
 
 log = logging.getLogger("warmpool.runtime")
+
+CONTAINER_IMAGE: Final = "container image"
+"""The fact of a manifest: the id of the container image that the engine was started from."""
+_DROPS_WEIGHTS: Final = 2
+"""The sleep level."""
+
+
+@dataclass(slots=True)
+class Origin:
+    """What an engine was started from, beside its configuration."""
+
+    started_unix_s: float = field(default_factory=time.time)
+    image_id: str = ""
+    """Of the container image that its container was made from, whatever the image's name means by now."""
+    inputs: Inputs | None = None
+    """What it has read; None before that was looked at."""
 
 
 class KeepsImages(abc.ABC):
@@ -30,6 +50,7 @@ class KeepsImages(abc.ABC):
     name: str
     shares_images: bool
     _store: CheckpointStore
+    _reader: Reader
 
     def _image(self, handle: Handle) -> str:
         return handle.image or (handle.model if self.shares_images else handle.instance_id)
@@ -110,9 +131,13 @@ class KeepsImages(abc.ABC):
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> Mapping[str, str]:
         """What must be the same where this image of the model is restored."""
 
-    @abc.abstractmethod
-    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
-        """In which way an engine that is started now would be another one than that of an image that can be used."""
+    def _origins(self) -> Iterable[tuple[str, str, Origin]]:
+        """Model, digest and origin of each engine that runs and whose origin is known."""
+        return ()
+
+    async def _moved(self, model: ModelSettings, image_id: str) -> str | None:  # noqa: ARG002 - for those with images
+        """In which way an engine that is started now would have another container image than this."""
+        return None
 
     @abc.abstractmethod
     def _digest(self, key: str, model: ModelSettings) -> str:
@@ -125,10 +150,52 @@ class KeepsImages(abc.ABC):
             return f"there is no model {manifest.model!r} any more"
         if manifest.spec_digest != self._digest(manifest.model, model):
             return f"models.{manifest.model} has changed since"
-        return "; ".join(manifest.differences(await self._facts_for(model, manifest))) or None
+        return "; ".join(manifest.differences(await self._facts_for(model, manifest))) or (
+            await self._weights_edited(manifest)
+        )
+
+    async def _weights_edited(self, manifest: Manifest) -> str | None:
+        """Whether an engine that dropped its weights would wake up with others."""
+        edited = await self._edited(_origin_of(manifest)) if manifest.sleep_level == _DROPS_WEIGHTS else None
+        return edited.reason if edited is not None and edited.weights else None
 
     async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
         """See `Runtime.outdated`."""
+        found = await self._outdated_images(models)
+        for key, digest, origin in list(self._origins()):
+            model = models.get(key)
+            if model is not None and key not in found and digest == self._digest(key, model):
+                await self._learn(origin, model)
+                if (outdated := await self._since(model, origin, reloads=True)) is not None:
+                    found[key] = outdated
+        return found
+
+    async def _since(self, model: ModelSettings, origin: Origin, *, reloads: bool) -> Outdated | None:
+        """In which way an engine that is started now would be another one; `reloads`: it may load its weights again."""
+        edited = await self._edited(origin)
+        if edited is not None:
+            return Outdated(edited.reason, usable=not (edited.weights and reloads))
+        reason = await self._moved(model, origin.image_id)
+        return None if reason is None else Outdated(reason)
+
+    async def _learn(self, origin: Origin, model: ModelSettings) -> Inputs:
+        """What an engine has read, by the first look since its start."""
+        if origin.inputs is None:
+            try:
+                origin.inputs = await self._reader.note(model, origin.started_unix_s)
+            except TimeoutError as error:
+                log.warning("edits of files are not seen: %s", str(error) or "they could not be read in time")
+                return Inputs()
+        return origin.inputs
+
+    async def _edited(self, origin: Origin) -> Edited | None:
+        try:
+            return await self._reader.edited(origin.inputs or Inputs())
+        except TimeoutError as error:
+            log.warning("whether files were edited is not known: %s", str(error) or "they could not be read in time")
+            return None
+
+    async def _outdated_images(self, models: Mapping[str, ModelSettings]) -> dict[str, Outdated]:
         found: dict[str, Outdated] = {}
         if Tier.CHECKPOINTED not in self.rungs().offered:
             return found
@@ -141,7 +208,11 @@ class KeepsImages(abc.ABC):
             if model is None or manifest.runtime != self.name or self._store.refuses(image):
                 continue
             reason = await self.refusal(manifest, models)
-            outdated = Outdated(reason, usable=False) if reason else await self._since_changed(model, manifest)
+            outdated = (
+                Outdated(reason, usable=False)
+                if reason
+                else await self._since(model, _origin_of(manifest), reloads=False)
+            )
             if outdated is not None:
                 found[manifest.model] = outdated
                 if not outdated.usable:
@@ -164,6 +235,15 @@ class KeepsImages(abc.ABC):
         if image in self._store.names():
             return self._store.load(image)
         return await self._store.archived_manifest(image)
+
+    def _lost(self, models: Mapping[str, ModelSettings], usable: Iterable[str]) -> frozenset[str]:
+        """See `Recovered.lost`."""
+
+        def model_of(image: str) -> str:
+            return image if self.shares_images else image.rpartition("-")[0]
+
+        there = {model_of(image) for image in (*self._store.names(), *self._store.archived())}
+        return frozenset(there & models.keys() - {model_of(image) for image in usable})
 
     async def _usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
         """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""
@@ -196,3 +276,7 @@ class KeepsImages(abc.ABC):
                 facts = ImageFacts(manifest.sleep_level, manifest.canary, manifest.details, archived)
                 usable[image] = manifest, facts
         return usable
+
+
+def _origin_of(manifest: Manifest) -> Origin:
+    return Origin(manifest.created_unix_s, manifest.facts.get(CONTAINER_IMAGE, ""), manifest.inputs)

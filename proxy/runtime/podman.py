@@ -12,7 +12,7 @@ import contextlib
 import logging
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -22,18 +22,19 @@ import orjson
 from proxy import host, owned
 from proxy.checkpoints import CheckpointStore, StoreError, next_to
 from proxy.errors import HostError, RuntimeFailure
+from proxy.inputs import Reader
 from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
-from proxy.runtime.images import KeepsImages
+from proxy.runtime.images import CONTAINER_IMAGE, KeepsImages, Origin
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     import psutil
 
@@ -49,8 +50,6 @@ T = TypeVar("T")
 _SETTLE_S: Final = 5.0
 _SLOWEST_BYTES_PER_S: Final = 20 << 20
 """What a dump or a restore is given time for: a slow disk."""
-_CONTAINER_IMAGE: Final = "container image"
-"""The fact of a manifest: the id of the container image that the engine was started from."""
 # In the container: what is run in vLLM, and the copies of its weights.
 _EXTENSION: Final = "/opt/warmpool"
 _WEIGHTS: Final = "/run/warmpool-weights"
@@ -68,8 +67,7 @@ class _Container:
     model: ModelSettings
     spec_digest: str
     id: str = ""
-    image_id: str = ""
-    """Of the container image that it was made from, whatever the image's name means by now."""
+    origin: Origin = field(default_factory=Origin)
     userdata: Path = _NOWHERE
     """Its bundle, where podman looks for the checkpoint."""
     upper: Path | None = None
@@ -108,6 +106,7 @@ class PodmanRuntime(KeepsImages):
         self._settings = settings
         self._claim = claim
         self._store = store
+        self._reader = Reader()
         self._cuda = Cuda(gpus)
         self._criu_programs = sorted(set(criu_programs))
         self._criu_versions: dict[Path, str] = {}
@@ -215,15 +214,17 @@ class PodmanRuntime(KeepsImages):
     async def _recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         images: dict[str, ImageFacts] = {}
         made_from: dict[str, str] = {}
+        lost: frozenset[str] = frozenset()
         if Tier.CHECKPOINTED in self._rungs.offered:
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
-            made_from = {key: manifest.facts.get(_CONTAINER_IMAGE, "") for key, (manifest, _) in usable.items()}
+            lost = self._lost(models, images)
+            made_from = {key: manifest.facts.get(CONTAINER_IMAGE, "") for key, (manifest, _) in usable.items()}
         entries = await self._ours()
         helpers = await asyncio.to_thread(leftovers.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
         kept = [one for one in found if one is not None and await self._is_kept(one, models, made_from)]
-        return Recovered(kept, images)
+        return Recovered(kept, images, lost)
 
     async def _is_kept(self, one: Found, models: Mapping[str, ModelSettings], made_from: Mapping[str, str]) -> bool:
         """Whether a container that was found is of use; else it is removed.
@@ -235,12 +236,14 @@ class PodmanRuntime(KeepsImages):
         key = one.handle.model
         golden = made_from.get(key)
         if one.tier is not Tier.READY:
-            kept = it.image_id == golden
+            kept = it.origin.image_id == golden
         else:
             now = await self._image_now(models[key])
-            kept = it.image_id == now or golden != now
+            kept = it.origin.image_id == now or golden != now
         if not kept:
-            log.info("container %s was made from another container image, %s: removed", it.name, it.image_id[:12])
+            log.info(
+                "container %s was made from another container image, %s: removed", it.name, it.origin.image_id[:12]
+            )
             await self._delete(it.id)
             self._forget(it)
         return kept
@@ -284,6 +287,7 @@ class PodmanRuntime(KeepsImages):
         tier = None
         if state in ("running", "paused"):
             tier = Tier.READY
+            it.origin.started_unix_s = float(entry.get("StartedAt") or 0)
         elif state in ("exited", "stopped") and key in images:
             it.pid = None
             await self._reset_rootfs(it)
@@ -350,7 +354,7 @@ class PodmanRuntime(KeepsImages):
 
     async def _clone(self, handle: Handle, model: ModelSettings) -> _Container:
         try:
-            made_from = (await self._manifest(self._image(handle))).facts.get(_CONTAINER_IMAGE)
+            made_from = (await self._manifest(self._image(handle))).facts.get(CONTAINER_IMAGE)
         except StoreError as error:
             raise RuntimeFailure("clone", str(error)) from error
         known = self._containers.get(handle.instance_id)
@@ -405,7 +409,7 @@ class PodmanRuntime(KeepsImages):
         else:
             handle = replace(handle, port=engine.container_port)
         name = self._container_name(handle.instance_id)
-        return _Container(handle, name, model, container.spec_digest(key, model), image_id=image_id)
+        return _Container(handle, name, model, container.spec_digest(key, model), origin=Origin(image_id=image_id))
 
     async def _made(self, it: _Container) -> Any:
         """Have podman make the container, in place of one that was there; it is known only then."""
@@ -439,7 +443,7 @@ class PodmanRuntime(KeepsImages):
         engine = container.engine_of(it.model)
         if not it.model.is_vllm or "PYTHONPATH" in engine.env:
             return {name: value.get_secret_value() for name, value in engine.env.items() if name == "PYTHONPATH"}
-        image = await self._podman.get(f"/images/{it.image_id}/json")
+        image = await self._podman.get(f"/images/{it.origin.image_id}/json")
         pairs = (entry.partition("=") for entry in (image.get("Config") or {}).get("Env") or ())
         return {name: value for name, _, value in pairs if name == "PYTHONPATH"}
 
@@ -466,7 +470,7 @@ class PodmanRuntime(KeepsImages):
             arguments = inside.arguments(it.model)
         return container.specification(
             name=it.name,
-            image=it.image_id,
+            image=it.origin.image_id,
             key=key,
             model=it.model,
             host_port=it.handle.port if engine.network == "host" else None,
@@ -475,7 +479,7 @@ class PodmanRuntime(KeepsImages):
                 "instance": it.handle.instance_id,
                 "model": key,
                 "spec": it.spec_digest,
-                "image": it.image_id,
+                "image": it.origin.image_id,
                 "port": str(it.handle.port),
             },
             environment=environment,
@@ -509,7 +513,7 @@ class PodmanRuntime(KeepsImages):
         answer = await self._podman.get(f"/containers/{it.id or it.name}/json")
         try:
             it.id = answer["Id"]
-            it.image_id = answer["Image"]
+            it.origin.image_id = answer["Image"]
             it.userdata = Path(answer["StaticDir"])
             graph = answer["GraphDriver"]["Data"] or {}
             it.upper = Path(graph["UpperDir"]) if "UpperDir" in graph else None
@@ -739,7 +743,8 @@ class PodmanRuntime(KeepsImages):
             expected = resident + bundle.shared_memory_bytes(it.pid) + await self._cuda.held_bytes(pids)
             memory = await asyncio.to_thread(processes.memory_by_kind, pids)
             folder = await asyncio.to_thread(self._store.begin, image, expected)
-            host_facts = {**self._host_facts(it.model), _CONTAINER_IMAGE: it.image_id}
+            host_facts = {**self._host_facts(it.model), CONTAINER_IMAGE: it.origin.image_id}
+            read = await self._learn(it.origin, it.model)
             on_host = await self._note_names(it, pids) if _on_host_network(it) else {}
         except (StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
@@ -765,6 +770,7 @@ class PodmanRuntime(KeepsImages):
                             spec_digest=it.spec_digest,
                             created_unix_s=time.time(),
                             facts=host_facts,
+                            inputs=read,
                             sleep_level=facts.sleep_level,
                             canary=facts.canary,
                             private={"cuda": it.off_gpu, **on_host},
@@ -874,6 +880,7 @@ class PodmanRuntime(KeepsImages):
         if it.model.weights_copy:
             self._store.weights(image)  # mounted, and gone after a reboot
         self._tails.begin(handle.instance_id)
+        it.origin.inputs = manifest.inputs
         began = time.perf_counter()
         try:
             answer = await self._bring_up_from(it, folder)
@@ -905,7 +912,7 @@ class PodmanRuntime(KeepsImages):
 
     async def _made_for(self, it: _Container, manifest: Manifest) -> _Container:
         """A container to restore this image in, made from the container image that it was taken from."""
-        if it.image_id == manifest.facts.get(_CONTAINER_IMAGE) and not it.renamed:
+        if it.origin.image_id == manifest.facts.get(CONTAINER_IMAGE) and not it.renamed:
             return it
         log.info("%s: its container is made again, from the checkpoint's container image", it.handle.instance_id)
         return await self._clone(it.handle, it.model)
@@ -976,37 +983,32 @@ class PodmanRuntime(KeepsImages):
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         """The host, and the container image that the engine was started from, while podman has it."""
         facts = self._host_facts(model)
-        made_from = manifest.facts.get(_CONTAINER_IMAGE, "")
+        made_from = manifest.facts.get(CONTAINER_IMAGE, "")
         if made_from and not await self._is_missing(f"/images/{made_from}/exists"):
-            facts[_CONTAINER_IMAGE] = made_from
+            facts[CONTAINER_IMAGE] = made_from
         return facts
 
-    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
-        return await self._since_moved(model, manifest.facts.get(_CONTAINER_IMAGE, ""))
-
-    async def _since_moved(self, model: ModelSettings, made_from: str) -> Outdated | None:
+    async def _moved(self, model: ModelSettings, image_id: str) -> str | None:
         """Whether the configuration's name for the container image means another one than this by now."""
         now = await self._image_now(model)
-        if made_from == now:
+        if image_id == now:
             return None
         what = f"is {now[:12]} now" if now is not None else "is not there any more"
         name = container.engine_of(model).image
-        return Outdated(f"the container image {name} {what}, the engine was started from {made_from[:12]}")
+        return f"the container image {name} {what}, the engine was started from {image_id[:12]}"
 
     async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
         """See `Runtime.outdated`."""
         try:
-            found = dict(await super().outdated(models))
-            for it in [*self._containers.values()]:
-                model = models.get(it.handle.model)
-                if model is None or it.handle.model in found or it.spec_digest != self._digest(it.handle.model, model):
-                    continue
-                outdated = await self._since_moved(model, it.image_id)
-                if outdated is not None:
-                    found[it.handle.model] = outdated
+            return await super().outdated(models)
         except PodmanError as error:
             raise RuntimeFailure("compare", str(error), alive=True) from error
-        return found
+
+    def _origins(self) -> Iterator[tuple[str, str, Origin]]:
+        for it in self._containers.values():
+            # Of one that was adopted after its restore, the image knows.
+            if it.pid is not None and not it.handle.image and (it.origin.inputs is not None or not it.restored):
+                yield it.handle.model, it.spec_digest, it.origin
 
     async def _image_named(self, name: str) -> str:
         """The id of the container image that a name means. Raises PodmanError."""

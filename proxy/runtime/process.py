@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,17 +25,18 @@ import orjson
 
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, StoreError
 from proxy.errors import HostError, RuntimeFailure
+from proxy.inputs import Reader
 from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import command, criu, inside, launch, links, ports, processes
-from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
+from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
-from proxy.runtime.images import KeepsImages
+from proxy.runtime.images import KeepsImages, Origin
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.orphan_reaper import OrphanReaper
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from proxy.config import ModelSettings, ProcessRuntimeSettings
     from proxy.gpu import Gpus
@@ -57,6 +58,8 @@ class _Engine:
 
     handle: Handle
     spec_digest: str
+    model: ModelSettings
+    origin: Origin = field(default_factory=Origin)
     pid: int | None = None
     suspended: bool = False
     off_gpu: bool = False
@@ -73,6 +76,7 @@ class ProcessRuntime(KeepsImages):
         self, settings: ProcessRuntimeSettings, *, claim: Claim, store: CheckpointStore, gpus: Gpus | None = None
     ) -> None:
         self._settings = settings
+        self._reader = Reader()
         self._cuda = Cuda(gpus)
         self._claim = claim
         self._store = store
@@ -142,8 +146,8 @@ class ProcessRuntime(KeepsImages):
         }
         if shutil.which(words[0], path=environment.get("PATH")) is None:
             raise RuntimeFailure("start", f"no program {words[0]!r}; correct models.{key}.process.command")
-        engine = known or _Engine(handle, spec_digest(key, model))
-        engine.handle = handle
+        engine = known or _Engine(handle, spec_digest(key, model), model)
+        engine.handle, engine.model, engine.origin = handle, model, Origin()
         self._engines[instance_id] = engine
         self._tails.begin(instance_id)
         log = self._log(instance_id, "start")
@@ -269,6 +273,7 @@ class ProcessRuntime(KeepsImages):
         assert pid is not None  # noqa: S101 - _running saw to it
         mark = self._mark(handle.instance_id)
         tree = processes.members(mark, pid)
+        read = await self._learn(engine.origin, engine.model)
         try:
             resident = processes.resident_bytes(tree)
             folder = self._store.begin(handle.instance_id, resident + await self._cuda.held_bytes(tree))
@@ -312,6 +317,7 @@ class ProcessRuntime(KeepsImages):
                         spec_digest=engine.spec_digest,
                         created_unix_s=time.time(),
                         facts=self._facts(),
+                        inputs=read,
                         sleep_level=facts.sleep_level,
                         canary=facts.canary,
                         private={"pid": pid, "port": handle.port, "cuda": off_gpu},
@@ -349,6 +355,7 @@ class ProcessRuntime(KeepsImages):
             raise RuntimeFailure("restore", f"{error.filename or image}: {error.strerror or error}") from error
         self._runs_as(engine, manifest.private["pid"])
         engine.off_gpu = bool(manifest.private.get("cuda"))
+        engine.origin.inputs = manifest.inputs
         with stages.measure("criu"):
             status, output = await command.run(
                 self._settings.criu, "restore", "-D", str(folder), "-o", "restore.log", *_CRIU_COMMON, *_CRIU_RESTORE
@@ -372,10 +379,11 @@ class ProcessRuntime(KeepsImages):
         found = []
         for instance_id, (manifest, facts) in images.items():
             handle = Handle(instance_id, manifest.model, ports.LOOPBACK, manifest.private["port"])
-            self._engines[instance_id] = _Engine(handle, manifest.spec_digest)
+            self._engines[instance_id] = _Engine(handle, manifest.spec_digest, models[manifest.model])
             self._ports.hold(handle.port)
             found.append(Found(handle, Tier.ARCHIVED if facts.archived else Tier.CHECKPOINTED))
-        return Recovered(found, {instance_id: facts for instance_id, (_, facts) in images.items()})
+        facts_of = {instance_id: facts for instance_id, (_, facts) in images.items()}
+        return Recovered(found, facts_of, self._lost(models, images))
 
     # --- parts ---
 
@@ -385,8 +393,8 @@ class ProcessRuntime(KeepsImages):
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         return self._facts()
 
-    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> Outdated | None:
-        return None
+    def _origins(self) -> Iterator[tuple[str, str, Origin]]:
+        return ((e.handle.model, e.spec_digest, e.origin) for e in self._engines.values() if e.pid is not None)
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return spec_digest(key, model)
