@@ -39,7 +39,7 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 import zstandard
 
-from proxy import criu_pages, host, owned
+from proxy import cpu, criu_pages, host, owned
 from proxy import manifest as manifests
 from proxy.config import format_size
 from proxy.errors import WarmpoolError
@@ -240,7 +240,7 @@ class CheckpointStore:
         left_out, holes, sizes, digests = await _in_thread(measure)
         found = {"bytes_by_kind": by_kind(sizes), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
         try:
-            manifest = manifest.with_files(sizes, digests, found)
+            manifest = manifest.completed(sizes, digests, found, cpu.here())
         except ManifestError as error:
             raise StoreError(f"{partial}: {error}") from None
         _write_manifest(partial, manifest)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from proxy.cpu import Cpu
 from proxy.errors import WarmpoolError
 
 FORMAT: Final = 3
@@ -152,6 +153,8 @@ class Manifest(BaseModel):
     created_unix_s: Seconds
     facts: Annotated[Mapping[Name, Text], Field(max_length=100)]
     """What must be the same where it is restored: kernel, versions, GPU."""
+    cpu: Cpu | None = None
+    """What can do at least the same where it is restored."""
     sleep_level: Literal[0, 1, 2]
     canary: Annotated[str, Field(max_length=1 << 20)] | None
     private: Annotated[Mapping[str, Any], AfterValidator(_private)]
@@ -185,17 +188,20 @@ class Manifest(BaseModel):
         holes: Mapping[str, int] = self.details.get("holes_by_kind") or {}
         return {kind: size - holes.get(kind, 0) for kind, size in self.bytes_by_kind().items()}
 
-    def differences(self, facts: Mapping[str, str]) -> list[str]:
-        """In which facts a host is not the one it was taken on, one line each."""
-        return [
+    def differences(self, facts: Mapping[str, str], cpu: Cpu) -> list[str]:
+        """In which way a host is not like the one it was taken on, one line each."""
+        others = [
             f"{name} was {old}, is {facts.get(name, 'missing')} here"
             for name, old in self.facts.items()
             if facts.get(name) != old
         ]
+        return others + (self.cpu.differences(cpu) if self.cpu is not None else [])
 
-    def with_files(self, sizes: Mapping[str, int], digests: Mapping[str, str], details: Mapping[str, Any]) -> Manifest:
-        """This one with its files, and further details. Raises ManifestError where that is over a bound."""
-        found = {"bytes_by_file": sizes, "sha256_by_file": digests, "details": {**self.details, **details}}
+    def completed(
+        self, sizes: Mapping[str, int], digests: Mapping[str, str], details: Mapping[str, Any], cpu: Cpu
+    ) -> Manifest:
+        """This one with its files, further details and the CPU. Raises ManifestError where that is over a bound."""
+        found = {"bytes_by_file": sizes, "sha256_by_file": digests, "details": {**self.details, **details}, "cpu": cpu}
         try:
             return Manifest.model_validate({**self.model_dump(), **found})
         except ValidationError as error:

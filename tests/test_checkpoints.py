@@ -21,7 +21,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import golden
+from proxy import cpu, golden
 from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
 from proxy.config import ModelSettings
 from proxy.host import huge_pages_of
@@ -428,6 +428,51 @@ async def test_manifests_that_cannot_be_read_keep_no_other_image_from_being_foun
     assert list(await Images(store).images_for(models)) == ["demo"]
     assert store.quarantined() == ["wrong"]
     assert store.names() == ["demo", "old"]
+
+
+@pytest.mark.parametrize(
+    ("taken_on", "said"),
+    [
+        ({}, None),
+        ({"flags": []}, None),
+        ({"model": "another one with the same instructions"}, None),
+        ({"frame_bytes": 1}, None),
+        ({"flags": [*cpu.here().flags, "avx99", "amx_99"]}, f"is {cpu.here().model} here, which lacks amx_99, avx99"),
+        ({"vendor": "GenuineOther"}, f"CPU vendor was GenuineOther, is {cpu.here().vendor} here"),
+        ({"frame_bytes": 1 << 20}, f"took 1048576 bytes, have {cpu.here().frame_bytes} here"),
+    ],
+)
+async def test_an_image_fits_a_cpu_that_can_do_what_its_own_could(
+    store: CheckpointStore, taken_on: dict[str, object], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"demo": ModelSettings(process={"command": ["engine", "{port}"]})}
+    written = await write(store, "demo")
+    assert written.cpu == cpu.here()
+    path = store.path("demo") / MANIFEST
+    content = orjson.loads(path.read_bytes())
+    path.write_bytes(orjson.dumps({**content, "cpu": {**content["cpu"], **taken_on}}))
+    assert list(await Images(store).images_for(models)) == ([] if said else ["demo"])
+    assert said is None or said in caplog.text
+    assert store.names() == ["demo"], "it is kept, since the other CPU may come back"
+
+
+def test_the_cpu_of_several_processors_is_what_all_have(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon\n"
+        "flags\t\t: fpu avx avx2 amx_tile pti\n\nprocessor\t: 1\nflags\t\t: fpu avx avx2 pti\n\n"
+    )
+    found = cpu.read(tmp_path / "cpuinfo", tmp_path / "missing")
+    assert found == cpu.Cpu(vendor="GenuineIntel", model="Xeon (6-143)", flags=["avx", "avx2", "fpu"], frame_bytes=0)
+    (tmp_path / "cpuinfo").write_text("CPU implementer\t: 0x41\nFeatures\t: fp asimd\nCPU part\t: 0xd0c\n")
+    assert cpu.read(tmp_path / "cpuinfo", tmp_path / "missing").flags == ["asimd", "fp"]
+    assert cpu.read(tmp_path / "missing", tmp_path / "missing").flags == []
+
+
+def test_the_cpu_of_this_host_is_read() -> None:
+    found = cpu.here()
+    assert found.vendor
+    assert found.flags
+    assert found.frame_bytes > 1000 or os.uname().machine != "x86_64"
 
 
 async def test_the_archive_gives_back_what_was_put_there(store: CheckpointStore) -> None:

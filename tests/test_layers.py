@@ -15,6 +15,7 @@ LAYERS: dict[str, int] = {
     "proxy.owned": 0,
     "proxy.metrics": 0,
     "proxy.service": 1,
+    "proxy.cpu": 0,
     "proxy.manifest": 1,
     "proxy.http1": 0,
     "proxy.upstream": 1,

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from proxy import cpu
 from proxy.checkpoints import OtherVersionError, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
@@ -150,7 +151,7 @@ class KeepsImages(abc.ABC):
             return f"there is no model {manifest.model!r} any more"
         if manifest.spec_digest != self._digest(manifest.model, model):
             return f"models.{manifest.model} has changed since"
-        return "; ".join(manifest.differences(await self._facts_for(model, manifest))) or (
+        return "; ".join(manifest.differences(await self._facts_for(model, manifest), cpu.here())) or (
             await self._weights_edited(manifest)
         )
 
