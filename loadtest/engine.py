@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CHUNK_BYTES = 8 << 20
-NEEDS_MODEL: Final = re.compile(r"/v1/|/v2/|/tokenize|/detokenize|/rerank|/score|/classify|/pooling")
+NEEDS_MODEL: Final = re.compile(
+    r"/v1/|/v2/|/tokenize|/detokenize|/rerank|/score|/classify|/pooling|/generative_scoring|/invocations"
+)
 
 _CHILD = """
 import os, sys
@@ -279,11 +281,14 @@ class Engine:
             ("POST", "/v1/chat/completions", completions.complete),
             ("POST", "/v1/chat/completions/batch", completions.batch),
             ("POST", "/v1/chat/completions/render", completions.render),
+            ("POST", "/invocations", completions.complete),
             ("POST", "/v1/responses", responses.create),
+            ("POST", "/v1/responses/render", completions.render),
             ("GET", "/v1/responses/{id}", responses.retrieve),
             ("POST", "/v1/responses/{id}/cancel", responses.cancel),
             ("POST", "/v1/messages", messages.create),
             ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+            ("POST", "/v1/messages/render", completions.render),
             ("POST", "/v1/audio/transcriptions", audio.transcribe),
             ("POST", "/v1/audio/translations", audio.transcribe),
             ("GET", "/v1/realtime", audio.realtime),
@@ -293,6 +298,8 @@ class Engine:
             ("POST", "/classify", pooling.classify),
             *(("POST", path, pooling.score) for path in ("/score", "/v1/score")),
             *(("POST", path, pooling.rerank) for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+            ("POST", "/generative_scoring", pooling.score_items),
+            ("POST", "/v1/systemone", pooling.decide),
             ("POST", "/tokenize", pooling.tokenize),
             ("POST", "/detokenize", pooling.detokenize),
             ("GET", "/tokenizer_info", pooling.tokenizer_info),

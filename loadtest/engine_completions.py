@@ -179,8 +179,10 @@ class Completions:
         self.counters = writer.counters
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """`/v1/completions` and `/v1/chat/completions`."""
-        job = self.writer.parse(await object_of(request), chat=request.path == "/v1/chat/completions")
+        """`/v1/completions`, `/v1/chat/completions`, and `/invocations` for both."""
+        body = await object_of(request)
+        chat = "messages" in body if request.path == "/invocations" else request.path == "/v1/chat/completions"
+        job = self.writer.parse(body, chat=chat)
         if job.fault is not None and (odd := await self.misbehave(request, job.fault)) is not None:
             return odd
         async with self.writer.at_work(job):
@@ -200,9 +202,11 @@ class Completions:
 
     async def render(self, request: web.Request) -> web.StreamResponse:
         """`/render`: the tokens that a request would be made of."""
-        chat = request.path.startswith("/v1/chat")
+        chat = request.path.startswith(("/v1/chat", "/v1/messages"))
         job_body = await object_of(request)
         model = self.writer.engine.check_model(job_body)
+        if request.path.startswith("/v1/responses"):
+            job_body["prompt"] = job_body.get("input")
         tokens = text.tokenize(prompt_of(job_body, chat=chat))
         return answer({"model": model, "token_ids": tokens, "sampling_params": {}})
 

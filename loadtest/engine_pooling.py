@@ -67,6 +67,24 @@ class Pooling:
         data = [{"index": i, "object": "score", "score": _likeness(model, a, b)} for i, (a, b) in enumerate(pairs)]
         return self._answer("score", model, [*ones, *others], object="list", data=data)
 
+    async def score_items(self, request: web.Request) -> web.StreamResponse:
+        """`/generative_scoring`."""
+        body, model, items = await self._inputs(request, "items")
+        query = body.get("query")
+        if not isinstance(query, str):
+            raise bad("query must be a string", "query")
+        data = [{"index": i, "object": "score", "score": _likeness(model, query, item)} for i, item in enumerate(items)]
+        return self._answer("generative-scoring", model, [query, *items], object="list", data=data)
+
+    async def decide(self, request: web.Request) -> web.StreamResponse:
+        """`/v1/systemone`: an answer to each question."""
+        body = await object_of(request)
+        model, questions = self.engine.check_model(body), body.get("questions")
+        if not isinstance(questions, dict) or not questions:
+            raise bad("questions must be an object that is not empty", "questions")
+        answers = {name: {"score": _likeness(model, str(body.get("state")), name)} for name in questions}
+        return self._answer("sd", model, [*questions], object="structured_decision", answers=answers)
+
     async def rerank(self, request: web.Request) -> web.StreamResponse:
         body = await object_of(request)
         model = self.engine.check_model(body)

@@ -14,13 +14,14 @@ from proxy.instance import Tier
 from proxy.upstream import ExchangeError
 from proxy.web.routes import ROUTES
 from tests.fakes import settle
-from tests.support import PATIENCE_S
+from tests.front import Front
+from tests.support import PATIENCE_S, engine_model
 from tests.test_http import error_of
 
 if TYPE_CHECKING:
-    import pytest
+    from pathlib import Path
 
-    from tests.front import Front
+    import pytest
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
 TEXT = {"prompt": "Hello", "max_tokens": 8, "temperature": 0}
@@ -33,6 +34,11 @@ JSON_BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Hello", "max_output_tokens": 8, "temperature": 0},
     "/v1/messages": {**CHAT, "system": "Be brief."},
     "/v1/messages/count_tokens": CHAT,
+    "/v1/messages/render": CHAT,
+    "/v1/responses/render": {"input": "Hello"},
+    "/invocations": CHAT,
+    "/generative_scoring": {"query": "a", "items": ["a", "b"], "label_token_ids": [1, 2]},
+    "/v1/systemone": {"state": "a", "questions": {"b": {"type": "binary"}}},
     "/v1/embeddings": {"input": ["a", "b"]},
     "/v2/embed": {"texts": ["a", "b"], "input_type": "search_query"},
     **{path: {"query": "a", "documents": ["a", "b"], "top_n": 1} for path in ("/rerank", "/v1/rerank", "/v2/rerank")},
@@ -138,11 +144,10 @@ async def test_an_upload_is_tried_again_when_the_engine_drops_it(front: Front, m
     assert calls[0] == calls[1]
 
 
-async def test_tokenizer_info_names_its_model_in_the_query(front: Front) -> None:
-    through, direct = await both(front, "GET", "/tokenizer_info?model=demo")
-    assert through == direct
-    async with front.session.get("/tokenizer_info") as response:
-        assert (response.status, error_of(await response.read())["param"]) == (400, "model")
+async def test_tokenizer_info_names_its_model_in_the_query_or_means_the_only_one(front: Front) -> None:
+    for query in ("?model=demo", ""):
+        through, direct = await both(front, "GET", f"/tokenizer_info{query}")
+        assert through == direct
 
 
 async def test_lora_adapters_are_loaded_where_that_is_allowed(front_of: Any) -> None:
@@ -174,10 +179,22 @@ async def test_a_response_is_found_cancelled_and_followed_by_its_id(front_of: An
     assert queued["status"] == "queued"
     response, answer = await front.post(f"/v1/responses/{queued['id']}/cancel", b"")
     assert (response.status, orjson.loads(answer)["status"]) == (200, "cancelled")
-    async with front.session.get("/v1/responses/resp_unknown") as response:
-        assert (response.status, error_of(await response.read())["param"]) == (400, "model")
-    async with front.session.get("/v1/responses/resp_unknown?model=demo") as response:
-        assert response.status == 404, "the engine's own answer"
+    for query in ("", "?model=demo"):
+        async with front.session.get(f"/v1/responses/resp_unknown{query}") as response:
+            assert response.status == 404, "the engine's own answer"
+            assert error_of(await response.read())["message"] == "Response with id 'resp_unknown' not found."
+
+
+async def test_a_response_that_nobody_made_is_unknown_in_vllms_words(tmp_path: Path) -> None:
+    front = Front(tmp_path, {"demo": engine_model(), "other": engine_model()})
+    await front.open()
+    for method, path in (("GET", "/v1/responses/resp_unknown"), ("POST", "/v1/responses/resp_unknown/cancel")):
+        async with front.session.request(method, path) as response:
+            error = error_of(await response.read())
+            assert (response.status, error["message"]) == (404, "Response with id 'resp_unknown' not found.")
+            assert (error["type"], error["param"]) == ("invalid_request_error", "response_id")
+    assert front.pool.status()["models"]["demo"]["instances"] == [], "and nothing is woken"
+    await front.close()
 
 
 async def test_it_goes_to_the_instance_that_made_it(front_of: Any) -> None:
