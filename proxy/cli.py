@@ -31,6 +31,7 @@ from proxy.doctor import examination, report
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
 from proxy.gpu import Gpus
+from proxy.last_resort import LastResort
 from proxy.masking import masked
 from proxy.metrics import Metrics
 from proxy.pool import Pool
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 EXIT_HOST = 69  # EX_UNAVAILABLE
+_EXIT_S = 5.0
+"""How long the interpreter may take to end after the server has."""
 
 _CONFIG_OPTION = click.option(
     "--config", "-c", "path", type=click.Path(path_type=Path), envvar="WARMPOOL_CONFIG", help="The TOML file to use."
@@ -104,8 +107,22 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     # tenth of a request's time.
     gc.freeze()
     gc.set_threshold(5_000, 20, 100)
+    last_resort = LastResort()
+
+    async def run() -> None:
+        try:
+            await serving.serve(
+                pool, settings, metrics, load=lambda: config.load(path), usage=usage, last_resort=last_resort
+            )
+        except HostError as error:
+            last_resort.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
+            raise
+        finally:
+            # Event loop and interpreter wait for tasks and threads, which may hang.
+            last_resort.within(_EXIT_S)
+
     try:
-        uvloop.run(serving.serve(pool, settings, metrics, load=lambda: config.load(path), usage=usage))
+        uvloop.run(run())
     finally:
         gpus.close()
 

@@ -65,6 +65,17 @@ class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's 
         super().__init__(f"{operation}: {reason}")
 
 
+class OverdueError(RuntimeFailure):
+    """A runtime gave no result in the time that an operation may take.
+
+    `hangs`: nor did the operation end when it was given up. Nothing can be done with the instance until it does.
+    """
+
+    def __init__(self, operation: str, reason: str, *, hangs: bool) -> None:
+        self.hangs = hangs
+        super().__init__(operation, reason)
+
+
 class RequestError(WarmpoolError):
     """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again.
 

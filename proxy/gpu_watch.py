@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, policy
 from proxy.instance import RESTING, State, Tier
+from proxy.overdue import GIVE_UP_S
 from proxy.slots import handle_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool.pool")
 
+_LOOK_S = 30.0
+"""How long NVML may take."""
+_MAKE_SURE_S = 120.0
+"""How long a wake may wait for memory that does not come free."""
 _WEIGH_EVERY_S = 5.0
 """How often GPU memory is looked at when nothing moves: other programs come and go, engines grow."""
 
@@ -62,7 +67,7 @@ class GpuWatch:
         """No more weighing."""
         if self._weigher is not None:
             self._weigher.cancel()
-            await asyncio.gather(self._weigher, return_exceptions=True)
+            await asyncio.wait([self._weigher], timeout=GIVE_UP_S)
 
     async def _keep_weighing(self) -> None:
         while True:
@@ -77,7 +82,8 @@ class GpuWatch:
         """Write down what the GPUs and our engines hold; nothing where that cannot be learned."""
         try:
             if self._gpus is not None:
-                await self._weigh_all(self._gpus)
+                async with asyncio.timeout(_LOOK_S):
+                    await self._weigh_all(self._gpus)
         except Exception:
             log.exception("GPU memory could not be weighed")
 
@@ -127,8 +133,10 @@ class GpuWatch:
     async def make_sure(self, evictions: Evictions) -> None:
         """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
         try:
-            if evictions.needed and await self._lacking(evictions.needed):
-                await self._find_room(evictions)
+            if evictions.needed:
+                async with asyncio.timeout(_MAKE_SURE_S):
+                    if await self._lacking(evictions.needed):
+                        await self._find_room(evictions)
         except Exception:
             log.exception("GPU memory could not be looked at")
 

@@ -161,6 +161,9 @@ DESCENDING: Final = frozenset(
 )
 """On the way to a rung from which it can be woken again once it is there."""
 
+MOVING: Final = DESCENDING | {State.WAKING, State.BROKEN, State.STOPPING}
+"""On the way to another state, which some task sees to."""
+
 AWAKE: Final = frozenset(
     {State.WAKING, State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING}
 )

@@ -119,6 +119,24 @@ class Metrics:
         self.quarantines = Counter(
             "warmpool_quarantined_checkpoints", "Checkpoints set aside after failing twice.", ["model"], registry=r
         )
+        self.overdue = Counter(
+            "warmpool_overdue_operations",
+            "Operations outside of warmpool, as of podman, that gave no result in their time.",
+            ["operation"],
+            registry=r,
+        )
+        self.hanging = Gauge(
+            "warmpool_hanging_operations",
+            "Overdue operations that did not end when they were given up, and hang still.",
+            ["operation"],
+            registry=r,
+        )
+        self.written_off = Gauge(
+            "warmpool_written_off_instances",
+            "Instances that could not be ended in time and are still to be cleaned up.",
+            ["model"],
+            registry=r,
+        )
         self.gpu_memory = Gauge(
             "warmpool_gpu_memory_bytes",
             "Memory of a GPU (index), in bytes: total, used, foreign (held by none of ours), charged (held by ours).",

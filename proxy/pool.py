@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, host, policy, pool_status, reload
@@ -27,6 +28,7 @@ from proxy.errors import (
     MaxWaitError,
     ModelNotFoundError,
     NoCapacityError,
+    OverdueError,
     QueueFullError,
     RuntimeFailure,
     WakeFailedError,
@@ -38,6 +40,7 @@ from proxy.instance import (
     AWAKE,
     DESCENDING,
     DESCENT,
+    MOVING,
     RESTING,
     Event,
     Instance,
@@ -46,6 +49,8 @@ from proxy.instance import (
     Tier,
     WakeRecord,
 )
+from proxy.overdue import Overdue
+from proxy.runtime.bounded import Bounded
 from proxy.slots import (
     NO_EVICTIONS,
     Evictions,
@@ -64,6 +69,7 @@ from proxy.slots import (
     note_unexpected,
     reset,
     rungs_from,
+    stop_grace_s,
     tier_found,
     too_slow,
 )
@@ -71,6 +77,7 @@ from proxy.stalls import Stalls
 from proxy.steps import DEEPEST_SLEEP, Steps
 from proxy.usage import Usage
 from proxy.wake_failure import WakeFailure
+from proxy.written_off import WrittenOff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -88,6 +95,8 @@ MAX_IMAGE_FAILURES = 2
 _MOMENT_S = 0.05
 _ADOPT_S = 5.0
 """How long an engine that runs already may take to say that it serves."""
+_CLOSE_S = 60.0
+"""How long `close` may take where nobody says so."""
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
 """Between two tries to step down to a rung that could not be had without harm, as for want of space."""
@@ -116,8 +125,12 @@ class Pool:
         self._metrics = metrics
         self._clock = clock
         self._usage = usage or Usage()
-        self._all_runtimes = runtimes
-        self._runtimes = {m.runtime: runtimes[m.runtime] for m in settings.models.values()}
+        self._overdue = Overdue(metrics)
+        self._written_off = WrittenOff(metrics)
+        self._all_runtimes = {
+            name: Bounded(runtime, self._overdue, stop_grace_s(settings, name)) for name, runtime in runtimes.items()
+        }
+        self._runtimes = {m.runtime: self._all_runtimes[m.runtime] for m in settings.models.values()}
         self._ledger = GpuLedger(settings.pool.gpu_creep)
         self._gpus = GpuWatch(
             gpus,
@@ -209,7 +222,14 @@ class Pool:
         """Take over an instance as it is; one that runs but does not serve is ended."""
         model = self._models[found.handle.model]
         if len(model.slots) >= model.settings.max_instances:
-            await model.runtime.remove(found.handle)
+            try:
+                await model.runtime.remove(found.handle)
+            except RuntimeFailure as error:
+                log.error(
+                    "%s, of which there is one too many, stays until the next start: %s",
+                    found.handle.instance_id,
+                    error,
+                )
             return
         slot = self._new_slot(model, found.handle.instance_id)
         self._steps.attach(model, slot, found.handle)
@@ -232,7 +252,7 @@ class Pool:
             instance.state = State.CHECKPOINTED if not slot.image.archived else State.ARCHIVED
         if instance.state is State.BROKEN:
             log.warning("%s runs but does not serve: ended", instance.id)
-            await self._mend(model, slot)
+            self._move(model, slot, "mend", self._mend(model, slot))
             return
         if instance.state not in (State.CHECKPOINTED, State.ARCHIVED):
             self._steps.watch(model, slot)
@@ -247,8 +267,7 @@ class Pool:
         instance.apply(Event.WAKE)
         self._steps.watch(model, slot)
         log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "to prove itself")
-        work = self._wake_adopted(model, slot, instance.generation, origin, left_s)
-        slot.task = self._spawn(f"wake {instance.id}", work)
+        self._move(model, slot, "wake", self._wake_adopted(model, slot, instance.generation, origin, left_s))
 
     async def _wake_adopted(self, model: Model, slot: Slot, generation: int, origin: Tier, left_s: float) -> None:
         """The rest of a wake that another warmpool began; all of it once more if that fails."""
@@ -314,10 +333,11 @@ class Pool:
         while moves := self._tasks - {s.task for m in self._everyone() for s in m.slots.values() if is_left(m, s)}:
             await asyncio.wait(moves)
 
-    async def close(self) -> None:
+    async def close(self, limit_s: float = _CLOSE_S) -> None:
         """End everything: waiters get an error, moves are cancelled, engines end.
 
-        Checkpoints stay for the next start, and engines too where the runtime leaves them.
+        Checkpoints stay for the next start, and engines too where the runtime leaves them. Returns within `limit_s`;
+        what has not ended by then is named in the log and left to the next start.
         """
         self.begin_drain()
         self._closed = True
@@ -327,17 +347,22 @@ class Pool:
             self._fail_waiters(model, DrainingError("The server is shutting down.", retry_after_s=1.0))
         self._give_up_orders()
         self._give_way("the server is stopping")
-        await self._stalls.stop()
-        await self._gpus.stop()
-        tasks = [*self._tasks]
-        for task in tasks:
+        self._written_off.close()
+        clock = asyncio.get_running_loop().time
+        end = clock() + limit_s
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(self._end(m, s) for m in self._everyone() for s in list(m.slots.values())))
-        for runtime in self._runtimes.values():
-            await runtime.close()
+        # A third of the time for each: what moves, engines, runtimes; more for those that come later.
+        looks = [asyncio.create_task(watch.stop(), name="looks") for watch in (self._stalls, self._gpus)]
+        await _ended_within(end - limit_s * 2 / 3 - clock(), [*self._tasks, *looks])
+        everyone = [(m, s) for m in self._everyone() for s in m.slots.values()]
+        grace_s = max(0.0, end - limit_s * 2 / 5 - clock())
+        ends = [asyncio.create_task(self._end(m, s, grace_s), name=f"end {s.instance.id}") for m, s in everyone]
+        await _ended_within(end - limit_s / 5 - clock(), ends)
+        await _ended_within(end - clock(), [asyncio.create_task(r.close()) for r in self._runtimes.values()])
 
-    async def _end(self, model: Model, slot: Slot) -> None:
+    async def _end(self, model: Model, slot: Slot, grace_s: float) -> None:
+        """End an engine, by force after `grace_s`."""
         await self._steps.unwatch(slot)
         if slot.client is not None:
             await slot.client.disconnect()
@@ -346,10 +371,11 @@ class Pool:
         elif slot.handle is not None:
             end = model.runtime.drop if slot.image.present else model.runtime.remove
             try:
-                await end(slot.handle)
-            except RuntimeFailure as error:
-                log.error("%s: %s", slot.instance.id, error)
-                return
+                async with asyncio.timeout(grace_s):
+                    await end(slot.handle)
+            except TimeoutError:
+                log.warning("%s did not end within %.1f s: ended by force", slot.instance.id, grace_s)
+                await model.runtime.drop(slot.handle)
         del model.slots[slot.instance.id]
 
     # --- checkpoints that are not on tmpfs ---
@@ -592,8 +618,7 @@ class Pool:
         slot.instance.apply(Event.WAKE)
         old.renewal = f"{slot.instance.id} is being made ready"
         log.info("%s is started beside the outdated engines of %s", slot.instance.id, key)
-        slot.task = self._spawn(f"renew {key}", self._prepare(new, slot))
-        await asyncio.wait([slot.task])
+        await asyncio.wait([self._move(new, slot, "renew", self._prepare(new, slot))])
         return self._models.get(key) is new
 
     async def _prepare(self, new: Model, slot: Slot) -> None:
@@ -667,7 +692,7 @@ class Pool:
             reset(slot.image)
             slot.instance.apply(Event.BROKE)
             slot.instance.apply(Event.STOP)
-            slot.task = self._spawn(f"remove {slot.instance.id}", self._remove_after(work, new, slot))
+            self._move(new, slot, "remove", self._remove_after(work, new, slot))
             if work is not None and work is not asyncio.current_task():
                 work.cancel()
 
@@ -1108,7 +1133,7 @@ class Pool:
                 model = self._models[key]
                 slot = self._new_slot(model, self._free_id(model))
                 slot.instance.apply(Event.CLONE)
-                slot.task = self._spawn(f"clone {slot.instance.id}", self._clone(model, slot))
+                self._move(model, slot, "clone", self._clone(model, slot))
             case policy.Wake():
                 self._begin_wake(action)
             case policy.StepDown():
@@ -1131,7 +1156,7 @@ class Pool:
         slot.wake_began = self._clock()
         instance.apply(Event.WAKE)
         log.info("%s waking from %s", instance.id, found.label)
-        slot.task = self._spawn(f"wake {instance.id}", self._wake(model, slot, instance.generation, evictions))
+        self._move(model, slot, "wake", self._wake(model, slot, instance.generation, evictions))
 
     def _evict(self, action: policy.Wake) -> Evictions:
         held = self._ledger.charge(action.instance) if action.instance is not None else gpu_ledger.NOTHING
@@ -1168,8 +1193,7 @@ class Pool:
             if action.to is Tier.STOPPED
             else self._descend(model, slot, origin, action.to, action.reason)
         )
-        slot.task = self._spawn(f"step down {instance.id}", work)
-        return slot.task
+        return self._move(model, slot, "step down", work)
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -1182,6 +1206,31 @@ class Pool:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: %r", task.get_name(), error, exc_info=error)
         self.tick()
+
+    def _move(self, model: Model, slot: Slot, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
+        task = slot.task = self._spawn(f"{name} {slot.instance.id}", work)
+        task.add_done_callback(partial(self._moved, model, slot))
+        return task
+
+    def _moved(self, model: Model, slot: Slot, task: asyncio.Task[None]) -> None:
+        instance = slot.instance
+        if self._closed or slot.task is not task or instance.state not in MOVING:
+            return
+        error = None if task.cancelled() else task.exception()
+        reason = f"{task.get_name()} ended in state {instance.state.value}: {error!r}"
+        log.error("%s", reason)
+        if model.coming:
+            self._withdraw(model.key, reason)
+            return
+        if instance.state in (State.BROKEN, State.STOPPING):
+            self._write_off(model, slot, reason)
+            return
+        if instance.state is State.WAKING:
+            self._fail_wake(model, slot, [reason], [])
+        else:
+            instance.apply(Event.BROKE)
+        self._move(model, slot, "mend", self._mend(model, slot))
 
     def _set_timer(self, deadline: float | None) -> None:
         if deadline is not None:
@@ -1197,7 +1246,8 @@ class Pool:
 
     def _free_id(self, model: Model) -> str:
         taken = {instance_id for m in self._everyone() if m.key == model.key for instance_id in m.slots}
-        return next(i for n in itertools.count(1) if (i := f"{model.key}-{n}") not in taken)
+        ids = (f"{model.key}-{n}" for n in itertools.count(1))
+        return next(i for i in ids if i not in taken and i not in self._written_off)
 
     # --- waking ---
 
@@ -1299,7 +1349,8 @@ class Pool:
             await model.runtime.drop(slot.handle)
         except RuntimeFailure as error:
             log.error("%s: %s", slot.instance.id, error)
-        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED):
+        hangs = self._overdue.hanging(slot.instance.id)  # which is the host's fault, not the image's
+        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and not hangs:
             slot.image.failures += 1
             if slot.image.failures >= MAX_IMAGE_FAILURES and slot.image.present:
                 await self._quarantine(model, slot)
@@ -1325,7 +1376,7 @@ class Pool:
         for slot in [s for s in model.slots.values() if s.image is image]:
             if slot.instance.state in (State.CHECKPOINTED, State.ARCHIVED):
                 slot.instance.apply(Event.STOP)
-                slot.task = self._spawn(f"remove {slot.instance.id}", self._remove(model, slot, reason))
+                self._move(model, slot, "remove", self._remove(model, slot, reason))
 
     async def _clone(self, model: Model, slot: Slot) -> None:
         """Prepare an instance that the golden checkpoint can be restored to."""
@@ -1363,6 +1414,7 @@ class Pool:
             note_unexpected(instance, error)
             # No engine runs on the way to the archive, so none can break.
             harmless = to is Tier.ARCHIVED or (isinstance(error, RuntimeFailure) and error.alive)
+            harmless = harmless and not self._overdue.hanging(instance.id)
             if isinstance(error, RuntimeFailure) and error.leaked_bytes:
                 self._metrics.gpu_leaks.labels(model.key).inc()
             if harmless:
@@ -1397,7 +1449,7 @@ class Pool:
         self._gpus.due.set()
 
     async def _remove(self, model: Model, slot: Slot, reason: str) -> None:
-        """End an instance and forget it, in this order; tries again until it has ended."""
+        """End an instance and forget it, in this order; tries again until it has ended, or is written off."""
         instance = slot.instance
         await self._steps.unwatch(slot)
         if slot.client is not None:
@@ -1410,19 +1462,36 @@ class Pool:
                     await model.runtime.discard_image(slot.handle)
                 break
             except RuntimeFailure as error:
-                delay_s = _REMOVE_RETRY_S[min(attempt, len(_REMOVE_RETRY_S) - 1)]
+                if isinstance(error, OverdueError) or attempt == len(_REMOVE_RETRY_S):
+                    self._write_off(model, slot, str(error))
+                    return
+                delay_s = _REMOVE_RETRY_S[attempt]
                 attempt += 1
                 log.error("%s cannot be removed, next try in %g s: %s", instance.id, delay_s, error)
                 await asyncio.sleep(delay_s)
+        self._forget(model, slot)
+        self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
+        log.info("%s stopped", instance.id)
+
+    def _forget(self, model: Model, slot: Slot, failure: str | None = None) -> None:
+        """An instance is no more the pool's; `failure`: it has not ended."""
+        instance = slot.instance
         instance.apply(Event.WENT)
         del model.slots[instance.id]
         self._ledger.forget(instance.id)
         self._gpus.due.set()
         self._forget_if_gone(model)
         model.discarding = model.discarding and bool(model.slots)
-        self._end_order(slot)
-        self._metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
-        log.info("%s stopped", instance.id)
+        self._end_order(slot, failure)
+
+    def _write_off(self, model: Model, slot: Slot, reason: str) -> None:
+        """Nothing waits any longer for a broken or stopping instance that does not go."""
+        if slot.instance.state is State.BROKEN:
+            slot.instance.apply(Event.STOP)
+        self._forget(model, slot, f"it is written off: {reason}")
+        if slot.handle is not None:
+            self._written_off.add(model, slot, reason)
+        self.tick()
 
     # --- engines that end by themselves ---
 
@@ -1438,7 +1507,7 @@ class Pool:
         """The engine is of no use any more. During a move the move's own task finds out."""
         if slot.instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
             slot.instance.apply(Event.BROKE)
-            slot.task = self._spawn(f"mend {slot.instance.id}", self._mend(model, slot))
+            self._move(model, slot, "mend", self._mend(model, slot))
             self.tick()
 
     def _give_up_stalled(self, model: Model, slot: Slot, reason: str) -> None:
@@ -1526,7 +1595,21 @@ class Pool:
                 pool_status.instance_status(m, slot, self._clock()) for m in self._leaving for slot in m.slots.values()
             ],
             "wakes": [*self._wakes],
+            "overdue": self._overdue.status(),
+            "written_off": self._written_off.status(),
         }
+
+
+async def _ended_within(limit_s: float, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for tasks, not for longer than that; say what failed and what goes on."""
+    if tasks:
+        await asyncio.wait(tasks, timeout=max(0.0, limit_s))
+    for task in tasks:
+        if not task.done():
+            log.error("%s: it does not end, and is left to the next start", task.get_name())
+            task.cancel()
+        elif not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: %s", task.get_name(), error)
 
 
 def _height(instance: Instance) -> Tier:

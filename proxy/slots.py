@@ -13,12 +13,13 @@ from proxy import policy, wake_failure
 from proxy.errors import EngineError, OrderFailedError, RuntimeFailure
 from proxy.instance import State, Tier
 from proxy.line import Line
+from proxy.overdue import GIVE_UP_S
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
     from types import TracebackType
 
-    from proxy.config import ModelSettings
+    from proxy.config import ModelSettings, Settings
     from proxy.engine import EngineClient
     from proxy.gpu_ledger import Bytes, GpuLedger
     from proxy.instance import Instance, WakeRecord
@@ -319,6 +320,11 @@ def too_slow(model: ModelSettings, tier: Tier) -> str:
     return f"no result within {setting} ({limit_s(model, tier):g} s)"
 
 
+def stop_grace_s(settings: Settings, runtime: str) -> float:
+    """How long an engine of a runtime may take to end by itself."""
+    return settings.runtime.podman.stop_grace if runtime == "podman" else settings.runtime.process.stop_grace
+
+
 def is_left(model: Model, slot: Slot) -> bool:
     """Whether the engine goes on without us, for the next warmpool to adopt."""
     if model.coming:
@@ -349,4 +355,4 @@ async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any,
     finally:
         if not task.done():
             task.cancel()
-            await asyncio.wait([task])
+            await asyncio.wait([task], timeout=GIVE_UP_S)

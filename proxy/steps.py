@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from proxy import gpu_ledger, reseed, weights
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.instance import Stages, Tier
-from proxy.runtime.base import ImageFacts
+from proxy.overdue import GIVE_UP_S
+from proxy.runtime.base import Handle, ImageFacts
 from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from proxy.engine import EngineClient
     from proxy.gpu_ledger import GpuLedger
     from proxy.gpu_watch import GpuWatch
-    from proxy.runtime.base import Handle
     from proxy.slots import Image, Model, Slot
 
     Ended = Callable[[Model, Slot, asyncio.Task[str]], None]
@@ -82,6 +82,8 @@ class Steps:
     async def _start(self, model: Model, slot: Slot, stages: Stages) -> None:
         settings, instance = model.settings, slot.instance
         self._ledger.began(instance)
+        # Whatever is left of a start that is cut off can be removed by this.
+        slot.handle = slot.handle or Handle(instance.id, model.key, "", 0)
         with stages.measure("start"):
             handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
         self.attach(model, slot, handle)
@@ -320,4 +322,4 @@ class Steps:
         watcher, slot.watcher = slot.watcher, None
         if watcher is not None:
             watcher.cancel()
-            await asyncio.wait([watcher])
+            await asyncio.wait([watcher], timeout=GIVE_UP_S)

@@ -6,6 +6,7 @@ The fake runtime passes the same contract suite as the real ones (tests/runtime_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -77,6 +78,7 @@ class FakeRuntime:
     """Keeps processes and images in dictionaries; operations can be held, failed and counted.
 
     `gates[operation]` is awaited in it; `failures[operation]` is a list of errors to raise, one per call.
+    An operation of `hanging` never ends, cancelled or not, until `answers` is set.
     """
 
     name = "process"
@@ -105,6 +107,8 @@ class FakeRuntime:
         """Instance → what its engine wrote last."""
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
+        self.hanging: set[str] = set()
+        self.answers = asyncio.Event()
         self.changes: dict[str, Outdated] = {}
         """Model → what has changed since its engines were started."""
         self.footprints: dict[str, Footprint] = {}
@@ -115,6 +119,11 @@ class FakeRuntime:
 
     async def _enter(self, operation: str) -> None:
         self.calls[operation] += 1
+        if operation in self.hanging:
+            while not self.answers.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self.answers.wait()
+            raise RuntimeFailure(operation, "it answered at last")
         if gate := self.gates.get(operation):
             await gate.wait()
         if errors := self.failures.get(operation):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING
+import subprocess
+from typing import TYPE_CHECKING, Any
 
-from proxy.runtime import processes
+import pytest
+
+from proxy import overdue, written_off
+from proxy.errors import HostError, OrderFailedError, RequestError
+from proxy.instance import MOVING, State, Tier
+from proxy.runtime import bounded, processes
+from tests.fakes import Rig, settle
 from tests.served import Proxy
-from tests.support import PATIENCE_S, engine_model, processes_with
+from tests.support import PATIENCE_S, PYTHON, ROOT, engine_model, processes_with
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
 
@@ -47,3 +56,214 @@ async def test_an_orphan_reaper_that_is_killed_is_replaced_and_harms_no_instance
         assert await proxy.ended() == -signal.SIGKILL, "and nothing is left"
     finally:
         proxy.process.kill()
+
+
+# --- a runtime that never answers ---
+
+IDLE = {"idle": {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s", "archived": "40s"}}
+
+
+@pytest.fixture
+async def rig_of() -> AsyncIterator[Callable[..., Rig]]:
+    """Makes rigs whose runtimes answer in the end, so that nothing is left of a test."""
+    rigs: list[Rig] = []
+
+    def make(*args: Any, **options: Any) -> Rig:
+        rigs.append(Rig(*args, **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.runtime.answers.set()
+    await settle()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits that a test can wait for."""
+    monkeypatch.setattr(overdue, "GIVE_UP_S", 0.02)
+    for name in ("_OPEN_S", "_RECOVER_S", "_CLOSE_S", "_END_S", "_IMAGE_S", "_ASK_S"):
+        monkeypatch.setattr(bounded, name, 0.05)
+
+
+async def _wake(rig: Rig) -> None:
+    async with await rig.pool.lease("demo"):
+        pass
+
+
+async def _starting(rig: Rig) -> None:
+    await _ask_in_vain(rig)
+
+
+async def _resuming(rig: Rig) -> None:
+    await _down(rig, 20)
+    await _ask_in_vain(rig)
+
+
+async def _restoring(rig: Rig) -> None:
+    await _down(rig, 20, 30)
+    await _ask_in_vain(rig)
+
+
+async def _suspending(rig: Rig) -> None:
+    await _down(rig, 20)
+
+
+async def _checkpointing(rig: Rig) -> None:
+    await _down(rig, 20, 30)
+
+
+async def _archiving(rig: Rig) -> None:
+    await _down(rig, 20, 30, 40)
+
+
+async def _stopping(rig: Rig) -> None:
+    await _wake(rig)
+    rig.pool.order_down("demo", Tier.STOPPED)
+
+
+async def _broken(rig: Rig) -> None:
+    await _down(rig, 20, 30)
+    await _wake(rig)
+    rig.runtime.kill("demo-1")
+
+
+async def _down(rig: Rig, *times_s: float) -> None:
+    """Wake an instance and let it be idle for so long."""
+    await _wake(rig)
+    now = rig.clock.now
+    for at_s in times_s:
+        rig.clock.now = now + at_s
+        rig.pool.tick()
+        await _at_rest(rig)
+
+
+async def _ask_in_vain(rig: Rig) -> None:
+    with pytest.raises(RequestError, match="could not be started"):
+        await _wake(rig)
+
+
+async def _at_rest(rig: Rig) -> None:
+    """Return when no instance is on its way anywhere."""
+    moving = {state.value for state in MOVING}
+    async with asyncio.timeout(PATIENCE_S):
+        while moving & {*rig.states().values()}:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("operation", "act"),
+    [
+        ("start", _starting),
+        ("resume", _resuming),
+        ("restore", _restoring),
+        ("suspend", _suspending),
+        ("checkpoint", _checkpointing),
+        ("archive_image", _archiving),
+        ("remove", _stopping),
+        ("drop", _broken),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_runtime_that_never_answers_keeps_no_instance_no_request_and_not_the_end(
+    rig_of: Callable[..., Rig], operation: str, act: Callable[[Rig], Awaitable[None]]
+) -> None:
+    limits = dict.fromkeys(("start_timeout", "wake_timeout", "checkpoint_timeout"), "50ms")
+    rig = rig_of({"demo": {**IDLE, **limits}})
+    await rig.pool.open()
+    rig.runtime.hanging = {operation}
+    async with asyncio.timeout(PATIENCE_S):
+        await act(rig)
+        while not rig.pool.status()["overdue"]:
+            await asyncio.sleep(0.005)
+        await _at_rest(rig)
+        assert [o["operation"] for o in rig.pool.status()["overdue"]] == [operation]
+        assert f'warmpool_hanging_operations{{operation="{operation}"}} 1.0' in rig.metrics.exposition().decode()
+        # What hangs is one instance; the next one serves.
+        rig.runtime.hanging = set()
+        rig.clock.now += 1000
+        await _wake(rig)
+        assert State.READY.value in rig.states().values()
+        assert [w["id"] for w in rig.pool.status()["written_off"]] == ["demo-1"]
+        await rig.pool.close(1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("operation", ["open", "recover"])
+async def test_a_runtime_that_never_answers_at_the_start_is_an_error_of_the_host(
+    rig_of: Callable[..., Rig], operation: str
+) -> None:
+    rig = rig_of()
+    rig.runtime.hanging = {operation, "close"}
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(HostError, match="process"):
+            await rig.pool.open()
+        await rig.pool.close(1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_instance_that_was_written_off_is_removed_as_soon_as_that_works(
+    rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written_off, "_RETRY_S", (0.01,))
+    rig = rig_of()
+    await rig.pool.open()
+    await _wake(rig)
+    rig.runtime.hanging = {"remove"}
+    (order,) = rig.pool.order_down("demo", Tier.STOPPED)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(OrderFailedError, match="written off"):
+            await order.carried_out()
+        assert "demo-1" in rig.runtime.processes
+        rig.runtime.hanging = set()
+        rig.runtime.answers.set()
+        while rig.pool.status()["written_off"]:
+            await asyncio.sleep(0.005)
+    assert "demo-1" not in rig.runtime.processes
+    assert rig.pool.status()["overdue"] == []
+    await rig.pool.close()
+
+
+@pytest.mark.parametrize("operation", ["suspend", "drop", "remove", "clone", "wake_up", "restore", "start"])
+async def test_no_exception_leaves_an_instance_on_its_way(rig_of: Callable[..., Rig], operation: str) -> None:
+    rig = rig_of({"demo": {**IDLE, "max_instances": 2}}, shares_images=True)
+    await rig.pool.open()
+
+    async def fail_once(error: Exception) -> None:
+        rig.runtime.failures[operation] = [error]
+        for _ in range(3):
+            with contextlib.suppress(RequestError):
+                await _down(rig, 20, 30, 40)
+            rig.clock.now += 1000
+        with contextlib.suppress(KeyError):
+            rig.runtime.kill("demo-1")
+        for order in rig.pool.order_down("demo", Tier.STOPPED, discard=True):
+            with contextlib.suppress(OrderFailedError):
+                await order.carried_out()
+        await _at_rest(rig)
+        assert not rig.runtime.failures.pop(operation), "it came to that"
+
+    async with asyncio.timeout(PATIENCE_S):
+        await fail_once(OSError("a disk that fails"))
+        await fail_once(ValueError("a mistake in warmpool"))
+        await fail_once(BrokenPipeError("nobody there"))
+        await _wake(rig)
+    await rig.pool.close()
+
+
+# --- the last resort ---
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
+    program = """
+import threading
+from proxy import logs
+from proxy.last_resort import LastResort
+logs.to_stderr("text", "info")
+threading.Thread(target=threading.Event().wait).start()
+LastResort().within(0.1)
+"""
+    ended = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert "ended by force" in ended.stderr

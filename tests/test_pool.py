@@ -792,6 +792,7 @@ async def test_one_that_was_left_asleep_is_woken_and_one_that_does_not_serve_is_
     rig.runtime.processes["b-1"].sleep_level = 0
     rig.runtime.processes["b-1"].healthy = False
     await rig.pool.open()
+    await rig.until(b_1="gone")
     assert rig.states() == {"a-1": "sleeping"}
     assert (await use(rig, "a")).found is Tier.SLEEPING
     await rig.pool.close()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
+import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy import keys, rebuild, renewal, service
 from proxy.errors import ConfigError, HostError, RequestError
@@ -23,9 +25,10 @@ from proxy.web.guard_protocol import GuardedRunner
 from proxy.web.tls import Tls
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from proxy.config import ServerSettings, Settings
+    from proxy.last_resort import LastResort
     from proxy.metrics import Metrics
     from proxy.pool import Pool
     from proxy.service import Manager
@@ -36,8 +39,14 @@ log = logging.getLogger("warmpool")
 _CLEANUP_S: Final = 2.0
 _LINGER_S: Final = 0.25
 """How long, at the end, a connection that is open already may still bring a request."""
-_STOP_RESERVE_S: Final = 60.0
-"""What ending engines and runtimes may take beyond `drain_timeout`."""
+_STOP_RESERVE_S: Final = 10.0
+"""What ending engines and runtimes may take beyond `drain_timeout`; the process ends after it, whatever hangs."""
+_CLOSE_S: Final = 60.0
+"""The same when no signal ended the server, but an error."""
+_HURRY_S: Final = 1.0
+"""The same after a second signal."""
+_CLEANUP_RESERVE_S: Final = _CLEANUP_S + 0.5
+"""What is left of any of them for connections."""
 
 
 class Reloader:
@@ -91,6 +100,49 @@ class Reloader:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+class _End:
+    """The signals that end the server, and the time that is left then."""
+
+    def __init__(self, pool: Pool, last_resort: LastResort | None) -> None:
+        self._pool = pool
+        self._last_resort = last_resort
+        self._serves = False
+        self._end = math.inf
+        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal(self) -> None:
+        """The first or another signal to end came."""
+        if self.stop.is_set():
+            self.hurry.set()
+            self._limit(_HURRY_S)
+        else:
+            drain_s = self._pool.settings.server.drain_timeout if self._serves else 0.0
+            self._limit(drain_s + _STOP_RESERVE_S)
+        self.stop.set()
+
+    def _limit(self, limit_s: float) -> None:
+        self._end = min(self._end, time.monotonic() + limit_s)
+        if self._last_resort is not None:
+            self._last_resort.within(limit_s)
+
+    def left_s(self) -> float:
+        """How long closing the pool may take."""
+        left_s = min(self._end - time.monotonic(), _CLOSE_S)
+        return max(left_s - _CLEANUP_RESERVE_S, left_s / 2)
+
+    async def unless_stopped(self, opening: Coroutine[Any, Any, None]) -> bool:
+        """Whether it came to its end before a signal to stop did. Raises what it raises."""
+        task = asyncio.create_task(opening, name="open")
+        await _first(asyncio.wait([task]), self.stop.wait())
+        if not task.done():
+            log.info("stopping before the start has ended")
+            task.cancel()
+            return False
+        await task
+        self._serves = True
+        return True
+
+
 async def serve(
     pool: Pool,
     settings: Settings,
@@ -99,10 +151,12 @@ async def serve(
     load: Callable[[], Settings] | None = None,
     manager: Manager | None = None,
     usage: Usage | None = None,
+    last_resort: LastResort | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
 
-    A second signal ends at once. SIGHUP: the configuration is read again with `load`, and keys, admin token and
+    A second signal ends at once. `last_resort` ends the process when it has not ended 10 s after `drain_timeout`, 1 s
+    after a second signal. SIGHUP: the configuration is read again with `load`, and keys, admin token and
     certificates. `manager` holds the sockets and hears of our state; None: that of the environment. `usage` is the
     pool's, read before and kept.
 
@@ -110,17 +164,11 @@ async def serve(
     cannot work.
     """
     manager = manager if manager is not None else service.from_environment()
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            hurry.set()
-        stop.set()
-
+    end = _End(pool, last_resort)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(faults.note_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, end.on_signal)
     # Until there is something to reload, SIGHUP must not end us.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     guard = Guard(settings, metrics)
@@ -141,7 +189,8 @@ async def serve(
         if settings.server.admin.socket is not None:
             sockets = [*sockets, listen.admin_socket(settings.server.admin)]
         manager.status("adopting what an earlier process left")
-        await pool.open()
+        if not await end.unless_stopped(pool.open()):
+            return
         context = tls.context if tls is not None else None
         sites = [listen.site(runner, sock, settings.server, context) for sock in sockets]
         for site in sites:
@@ -151,7 +200,7 @@ async def serve(
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         if usage is not None:
             background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(_keep_images(pool, usage))]
-        await stop.wait()
+        await end.stop.wait()
         await reloader.close()
         await _ended(background)
         limit_s = pool.settings.server.drain_timeout
@@ -163,11 +212,11 @@ async def serve(
         pool.begin_stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await _first(_all(traffic.ended(_LINGER_S), pool.settled()), hurry.wait())
+                await _first(_all(traffic.ended(_LINGER_S), pool.settled()), end.hurry.wait())
     finally:
         await _ended([watchdog, *background])
         await reloader.close()
-        await pool.close()
+        await pool.close(end.left_s())
         await runner.cleanup()
         for sock in sockets:
             sock.close()
