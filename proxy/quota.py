@@ -75,11 +75,10 @@ class Account:
         self.tokens = _changed(self.tokens, tokens_per_minute, now)
         self.concurrency = concurrency
 
-    def begin(self, expected_tokens: int, now: float) -> Refusal | None:
+    def begin(self, now: float) -> Refusal | None:
         """Take up a request, or say why not.
 
-        The tokens expected are taken at once; `end` puts that right. A request may begin as long as there is one token
-        left, so that a large one is not refused for ever.
+        A request may begin as long as there is one token left, so that a large one is not refused for ever.
         """
         if self.concurrency is not None and self.running >= self.concurrency:
             return Refusal("requests at once", self.concurrency, None)
@@ -89,10 +88,13 @@ class Account:
             return Refusal("tokens per minute", self.tokens.limit, wait_s)
         if self.requests is not None:
             self.requests.take(1.0, now)
-        if self.tokens is not None:
-            self.tokens.take(expected_tokens, now)
         self.running += 1
         return None
+
+    def expect(self, tokens: int, now: float) -> None:
+        """Take what a request that was begun may cost; `end` puts that right."""
+        if self.tokens is not None:
+            self.tokens.take(tokens, now)
 
     def end(self, expected_tokens: int, used_tokens: int, now: float) -> None:
         """A request that was begun is over."""

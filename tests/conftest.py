@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from proxy.web import front as below
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As of a job in the background. What is started from here would ignore it too, and some tests interrupt it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("warmpool", deadline=None)
+hypothesis.settings.load_profile("warmpool")
 
 CONTAINERS = frozenset({"podman", "criu", "vllm"})
 

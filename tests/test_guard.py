@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import anthropic
 import openai
+import orjson
 import pytest
 
 from proxy import keys
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.metrics import REFUSALS, Metrics
+from proxy.prompt_tokens import IMAGE_TOKENS
 from tests.front import Front
 from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model
@@ -220,6 +222,29 @@ async def test_tokens_by_the_minute(keyed_of: Any, usage: bool, monkeypatch: pyt
         assert used == said
     else:
         assert 50 <= used <= 100
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["a stream without usage", "usage"])
+async def test_a_picture_costs_its_tokens_and_not_its_length(
+    keyed_of: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed: Keyed = await keyed_of({"team": {"tokens_per_minute": 5000}}, "--max-model-len", "1000000")
+    now = time.monotonic()
+    monkeypatch.setattr(keyed.front.guard, "_clock", lambda: now)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 600_000}}
+    content = [{"type": "text", "text": "What is it?"}, picture]
+    ask = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "stream": stream}
+    response, answer = await keyed.front.post("/v1/chat/completions", ask, headers=keyed["team"])
+    assert response.status == 200
+    expected = 5000 - int(response.headers["x-ratelimit-remaining-tokens"])
+    assert IMAGE_TOKENS < expected < IMAGE_TOKENS + 50
+    async with keyed.front.session.get("/v1/models", headers=keyed["team"]) as looked:
+        used = 5000 - int(looked.headers["x-ratelimit-remaining-tokens"])
+    if stream:
+        assert expected < used < expected + 20
+        assert (await keyed.ask("team"))[0].status == 200
+    else:
+        assert used == min(5000, orjson.loads(answer)["usage"]["total_tokens"]), "what the engine says counts"
 
 
 async def test_who_has_used_up_its_tokens_waits(keyed_of: Any) -> None:

@@ -17,6 +17,7 @@ from proxy import keys
 from proxy.cli import cli
 from proxy.errors import ConfigError
 from proxy.meter import Meter
+from proxy.prompt_tokens import AUDIO_TOKENS, FILE_TOKENS, IMAGE_TOKENS, prompt_tokens
 from proxy.quota import Account, Bucket
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def test_no_window_gets_more_than_two_minutes_worth(steps: list[tuple[float, int
     for wait_s, tries in steps:
         now += wait_s
         for _ in range(tries):
-            if account.begin(0, now) is None:
+            if account.begin(now) is None:
                 taken += 1
                 account.end(0, 0, now)
     assert taken <= limit + limit * now / 60 + 1e-6
@@ -248,18 +249,21 @@ def test_no_window_gets_more_than_two_minutes_worth(steps: list[tuple[float, int
 def test_an_account_takes_what_was_expected_and_settles() -> None:
     account = Account()
     account.set_limits(None, 100, 2, 0.0)
-    assert account.begin(90, 0.0) is None
+    assert account.begin(0.0) is None
+    account.expect(90, 0.0)
     assert account.headers(0.0)["x-ratelimit-remaining-tokens"] == "10"
-    assert account.begin(50, 0.0) is None, "as long as one is left"
-    refusal = account.begin(1, 0.0)
+    assert account.begin(0.0) is None, "as long as one is left"
+    account.expect(50, 0.0)
+    refusal = account.begin(0.0)
     assert refusal is not None
     assert refusal.what == "requests at once"
     account.end(90, 10, 0.0)
-    refusal = account.begin(1, 0.0)
+    refusal = account.begin(0.0)
     assert refusal is None
+    account.expect(1, 0.0)
     account.end(1, 0, 0.0)
     account.end(50, 200, 0.0)
-    refusal = account.begin(1, 0.0)
+    refusal = account.begin(0.0)
     assert refusal is not None
     assert (refusal.what, refusal.limit) == ("tokens per minute", 100)
     assert refusal.retry_after_s == pytest.approx(111 / 100 * 60)
@@ -270,7 +274,7 @@ def test_a_changed_limit_keeps_what_was_used() -> None:
     account = Account()
     account.set_limits(10, None, None, 0.0)
     for _ in range(8):
-        account.begin(0, 0.0)
+        account.begin(0.0)
     account.set_limits(20, None, None, 0.0)
     assert account.headers(0.0)["x-ratelimit-remaining-requests"] == "12"
     account.set_limits(None, None, None, 0.0)
@@ -297,32 +301,155 @@ ANTHROPIC = (
     b'event: message_start\ndata: {"message":{"usage":{"input_tokens":5,"output_tokens":1}}}\n\n'
     b'event: message_delta\ndata: {"usage":{"output_tokens":7}}\n\n'
 )
+_PIECE = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"a"}}\n\n'
+)
+ANTHROPIC_CUT = (
+    b'event: message_start\ndata: {"message":{"usage":{"input_tokens":5,"output_tokens":1}}}\n\n'
+    b'event: content_block_start\ndata: {"type":"content_block_start"}\n\nevent: ping\ndata: {"type":"ping"}\n\n'
+) + _PIECE * 7
+_DELTA = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"data:"}\n\n'
+RESPONSES_CUT = (
+    b'event: response.created\ndata: {"response":{"usage":null}}\n\nevent: response.in_progress\ndata: {}\n\n'
+    b"event: response.output_item.added\ndata: {}\n\n"
+) + _DELTA * 7
+RESPONSES = RESPONSES_CUT + (
+    b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":3,"input_tokens_details":'
+    b'{"cached_tokens":0},"output_tokens":9,"total_tokens":12}}}\n\n'
+)
+QUOTING = b'data: {"choices":[{"delta":{"content":"data: data:"}}]}\n\n' * 7 + b"data: [DONE]\n\n"
 WITHOUT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n' * 7 + b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(
-    ("body", "request_bytes"),
-    [(COMPLETION, 0), (SPACED, 0), (STREAM, 0), (CONTINUOUS, 0), (ANTHROPIC, 0), (WITHOUT, 20)],
-    ids=["completion", "spaced", "stream", "continuous", "anthropic", "estimated"],
-)
+    ("body", "expected"),
+    [
+        (COMPLETION, 0), (SPACED, 0), (STREAM, 0), (CONTINUOUS, 0), (ANTHROPIC, 0), (ANTHROPIC_CUT, 0), (RESPONSES, 0),
+        (RESPONSES_CUT, 5), (WITHOUT, 5), (QUOTING, 5),
+    ],
+    ids=[
+        "completion", "spaced", "stream", "continuous", "anthropic", "anthropic, cut off", "responses",
+        "responses, cut off", "estimated", "quoting",
+    ],
+)  # fmt: skip
 @given(data=st.data())
-def test_tokens_are_the_same_however_the_answer_is_cut(body: bytes, request_bytes: int, data: st.DataObject) -> None:
+def test_tokens_are_the_same_however_the_answer_is_cut(body: bytes, expected: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=20)))
-    meter = Meter(request_bytes)
+    meter = Meter(expected)
     for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True):
         meter.feed(body[start:end])
     assert meter.tokens() == 12
 
 
 def test_what_was_not_answered_costs_nothing_and_what_says_nothing_is_estimated() -> None:
-    assert Meter(4000).tokens() == 0
-    meter = Meter(40)
+    assert Meter(1000).tokens() == 0
+    meter = Meter(10)
     meter.feed(b"x" * 80)
     assert meter.tokens() == 30
 
 
+PICTURE = "data:image/png;base64," + "A" * 3_000_000
+WORDS = "How many people are in it?"
+
+
+@pytest.mark.parametrize(
+    ("request_", "tokens"),
+    [
+        ({"prompt": "x" * 400}, 100),
+        ({"prompt": ["é" * 200, "x" * 400]}, 200),
+        ({"prompt": [17, 4, 12]}, 3),
+        ({"prompt": [[17, 4], [12]]}, 3),
+        ({"messages": [{"role": "user", "content": "x" * 400}]}, 100),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": WORDS},
+                            {"type": "image_url", "image_url": {"url": PICTURE, "detail": "high"}},
+                            {"image_url": {"url": PICTURE}},
+                            {"image_url": "https://example.com/a.png"},
+                            {"type": "input_audio", "input_audio": {"data": "A" * 1_000_000, "format": "wav"}},
+                            {"type": "file", "file": {"filename": "a.pdf", "file_data": "A" * 1_000_000}},
+                        ],
+                    }
+                ]
+            },
+            2 * IMAGE_TOKENS + AUDIO_TOKENS + FILE_TOKENS,
+        ),
+        (
+            {
+                "instructions": WORDS,
+                "input": [
+                    {"role": "user", "content": [{"type": "input_image", "image_url": PICTURE}]},
+                    {"type": "function_call_output", "output": [{"type": "input_file", "file_data": "A" * 1_000_000}]},
+                    {"type": "image_generation_call", "result": "A" * 1_000_000},
+                ],
+            },
+            2 * IMAGE_TOKENS + FILE_TOKENS,
+        ),
+        (
+            {
+                "system": [{"type": "text", "text": WORDS}],
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image",
+                                "source": {"type": "base64", "media_type": "image/png", "data": "A" * 1_000_000},
+                            },
+                            {"type": "document", "source": {"type": "base64", "data": "A" * 1_000_000}},
+                            {"type": "document", "source": {"type": "text", "data": "x" * 4000}},
+                            {
+                                "type": "tool_result",
+                                "content": [{"type": "image", "source": {"type": "url", "url": "https://example.com/"}}],
+                            },
+                        ],
+                    }
+                ],
+            },
+            2 * IMAGE_TOKENS + FILE_TOKENS + 1000,
+        ),
+        ({"prompt_embeds": ["A" * 1_000_000], "prompt": None}, FILE_TOKENS),
+        (None, 0),
+    ],
+    ids=[
+        "text", "texts", "tokens", "lists of tokens", "chat", "chat with parts", "responses", "messages", "tensors",
+        "nothing",
+    ],
+)  # fmt: skip
+def test_a_request_is_counted_by_the_kind_of_its_parts(request_: object, tokens: int) -> None:
+    found = prompt_tokens(request_)
+    assert tokens <= found <= tokens * 1.02 + 100
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda v: st.lists(v) | st.dictionaries(st.text() | st.just("type") | st.just("source"), v),
+    )
+)
+def test_whatever_is_asked_has_a_cost(request_: object) -> None:
+    assert prompt_tokens(request_) >= 0
+
+
+def test_a_request_of_very_many_values_is_not_looked_at_for_long() -> None:
+    steps = 0
+
+    class Counted(list[object]):
+        def __bool__(self) -> bool:
+            nonlocal steps
+            steps += 1
+            return False
+
+    assert prompt_tokens([Counted() for _ in range(1_000_000)]) == 0
+    assert steps < 50_000
+
+
 def test_a_meter_keeps_little_of_a_large_answer() -> None:
-    meter = Meter(0)
+    meter = Meter()
     for _ in range(100):
         meter.feed(b'{"usage":null}' * 1000)
     assert len(meter._tail) <= 1024

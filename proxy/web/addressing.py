@@ -39,6 +39,8 @@ class Address:
     """The client asked for server-sent events."""
     instance: str | None = None
     """The instance that should answer, if it can: it has what the request refers to."""
+    asked: object = None
+    """What is asked, as JSON has it; of a form its recording only. For who counts it, and let go of then."""
 
 
 class Addressing:
@@ -95,7 +97,7 @@ class Addressing:
         instance = None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
             instance = self._instance(earlier, key)
-        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance)
+        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, fields)
 
     def _form(self, match: Match, content_type: str, body: bytes) -> Address:
         form = Form(content_type, body)
@@ -106,7 +108,7 @@ class Addressing:
         if name != engine_name:
             body = form.with_text("model", engine_name)
         streams = (form.text("stream") or "").lower() in {"true", "1", "on", "yes", "y", "t"}
-        return Address(key, match.target, body, streams=match.route.streams and streams)
+        return Address(key, match.target, body, streams=match.route.streams and streams, asked={"type": "audio"})
 
     def _query(self, match: Match, body: bytes) -> Address:
         key, _, _ = self._resolve(match, _model_of_query(match.target))

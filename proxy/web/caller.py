@@ -1,8 +1,8 @@
 """Who a request comes from, as far as it was asked: attached by the guard, used by whoever answers.
 
-Whatever forwards a request has three duties towards its caller: `check_model` once the model is known, `priority` for
-the lease, and the `meter` to be fed with every piece of the answer's body. Without keys there is no caller, and nothing
-to do.
+Whatever forwards a request has four duties towards its caller: `check_model` once the model is known, `expect` once the
+request is read, `priority` for the lease, and the `meter` to be fed with every piece of the answer's body. Without keys
+there is no caller, and nothing to do.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Caller(Protocol):
     @property
     def meter(self) -> Feed | None:
         """Counts the answer, where the key's tokens are limited."""
+
+    def expect(self, request: object) -> None:
+        """Count what a request, as JSON has it, may cost, where the key's tokens are limited; once."""
 
     def may_use(self, model: str) -> bool:
         """Whether the key is good for a model, by the model's key."""

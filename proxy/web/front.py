@@ -68,10 +68,8 @@ class Shape:
 
     __slots__ = (
         "closes",
-        "content_type",
         "fields",
         "host",
-        "is_json",
         "key",
         "known",
         "known_of",
@@ -84,7 +82,6 @@ class Shape:
         self,
         match: routes.Match,
         fields: bytes,
-        content_type: str,
         key: str | None,
         request_id: str | None,
         *,
@@ -98,8 +95,6 @@ class Shape:
         self.line = b"POST %b HTTP/1.1\r\n" % match.target.encode("ascii")
         self.fields = fields
         """Those for the engine, and the beginning of the request's id."""
-        self.content_type = content_type
-        self.is_json = content_type.partition(";")[0].strip().lower().endswith("json")
         self.key = key
         """The API key."""
         self.request_id = request_id
@@ -160,7 +155,6 @@ def shape_of(head: bytes) -> Shape | None:
     return Shape(
         match,
         b"".join(b"%b: %b\r\n" % field for field in passed_on(fields, NOT_TO_ENGINE)) + b"X-Request-Id: ",
-        found.get(b"content-type", b"").decode("ascii"),
         _key_in(found),
         _request_id_in(found),
         host=found[b"host"].decode("ascii"),
@@ -278,12 +272,14 @@ class Front:
             if address.streams and self._heartbeat:
                 return False
             if known is not None:
-                admission = self._guard.admit(known, len(body) if shape.is_json else 0)
+                admission = self._guard.admit(known)
                 admission.holder.check_model(address.model)
+                admission.holder.expect(address.asked)
         except RequestError:  # aiohttp's side says so to the client
             if admission is not None:
                 admission.undo()
             return False
+        address.asked = None
         lease = self.pool.try_lease(address.model)
         if lease is None:
             if admission is not None:

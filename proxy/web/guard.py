@@ -31,6 +31,7 @@ from proxy.errors import (
     RouteNotFoundError,
 )
 from proxy.meter import Meter
+from proxy.prompt_tokens import prompt_tokens
 from proxy.quota import Account
 from proxy.web.caller import CALLER, KEY_PROTOCOL
 from proxy.web.faults import method_of, path_of
@@ -90,14 +91,21 @@ def _kind_of(resource: web.AbstractResource | None) -> _Kind:
 class Holder:
     """The holder of a key, in one request; a `proxy.web.caller.Caller`."""
 
-    __slots__ = ("_allowed", "account", "meter", "name", "priority")
+    __slots__ = ("_allowed", "_clock", "account", "meter", "name", "priority")
 
-    def __init__(self, known: Known, meter: Meter | None) -> None:
+    def __init__(self, known: Known, clock: Callable[[], float]) -> None:
         self._allowed = known.models
+        self._clock = clock
         self.account = known.account
-        self.meter = meter
+        self.meter = Meter() if known.account.tokens is not None else None
         self.name = known.entry.name
         self.priority = keys.PRIORITIES[known.entry.priority]
+
+    def expect(self, request: object) -> None:
+        """Count what a request, as JSON has it, may cost, where the key's tokens are limited; once."""
+        if self.meter is not None and not self.meter.prompt_tokens:
+            self.meter.prompt_tokens = prompt_tokens(request)
+            self.account.expect(self.meter.prompt_tokens, self._clock())
 
     def may_use(self, model: str) -> bool:
         """Whether the key is good for a model, by the model's key."""
@@ -131,12 +139,11 @@ class Known:
 class Admission:
     """A request of a key's holder that was let in. `end` or `undo` it, once."""
 
-    __slots__ = ("_account", "_clock", "_expected", "holder")
+    __slots__ = ("_account", "_clock", "holder")
 
-    def __init__(self, holder: Holder, expected_tokens: int, clock: Callable[[], float]) -> None:
+    def __init__(self, holder: Holder, clock: Callable[[], float]) -> None:
         self.holder = holder
         self._account = holder.account
-        self._expected = expected_tokens
         self._clock = clock
 
     def end(self, status: int) -> None:
@@ -144,6 +151,10 @@ class Admission:
         # An answer that says what is wrong costs no tokens; one that a client left does.
         used = self.holder.meter.tokens() if self.holder.meter is not None and status < 400 else 0
         self._account.end(self._expected, used, self._clock())
+
+    @property
+    def _expected(self) -> int:
+        return self.holder.meter.prompt_tokens if self.holder.meter is not None else 0
 
     def limits(self) -> dict[str, str]:
         """Header fields: what is left of the key's limits."""
@@ -243,13 +254,11 @@ class Guard:
     async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         known = self.identify(_presented(request))
         self._check_length(request)
-        plain = request.content_type.endswith("json")
-        length = (request.content_length or 0) if plain else 0
         # Those who only look pay nothing; a WebSocket is more than a look.
         if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
-            request[CALLER] = Holder(known, _meter(known, length))
+            request[CALLER] = Holder(known, self._clock)
             return await handler(request)
-        admission = take_admitted(request) or self.admit(known, length)
+        admission = take_admitted(request) or self.admit(known)
         status = 0
         try:
             request[CALLER] = admission.holder
@@ -259,19 +268,17 @@ class Guard:
         finally:
             admission.end(status)
 
-    def admit(self, known: Known, length: int) -> Admission:
-        """Let in a request of a key's holder that is not only a look; `length` of its JSON. Raises RateLimitError."""
-        meter = _meter(known, length)
-        expected = meter.prompt_tokens if meter is not None else 0
+    def admit(self, known: Known) -> Admission:
+        """Let in a request of a key's holder that is not only a look. Raises RateLimitError."""
         now = self._clock()
-        refusal = known.account.begin(expected, now)
+        refusal = known.account.begin(now)
         if refusal is not None:
             raise RateLimitError(
                 f"This API key is limited to {refusal.limit} {refusal.what}.",
                 retry_after_s=refusal.retry_after_s if refusal.retry_after_s is not None else 1.0,
                 extra=known.account.headers(now),
             )
-        return Admission(Holder(known, meter), expected, self._clock)
+        return Admission(Holder(known, self._clock), self._clock)
 
     def identify(self, key: str | None) -> Known:
         """What is known of the key that a request presents. Raises AuthenticationError."""
@@ -319,10 +326,6 @@ class Guard:
         holder = request.get(CALLER)
         if isinstance(holder, Holder):
             response.headers.update(holder.limits(self._clock()))
-
-
-def _meter(known: Known, length: int) -> Meter | None:
-    return Meter(length) if known.account.tokens is not None else None
 
 
 def refuse_expired(entry: Entry) -> None:

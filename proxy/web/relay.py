@@ -121,6 +121,8 @@ class Relay:
             exchange.model = address.model
             if exchange.caller is not None:
                 exchange.caller.check_model(exchange.model)
+                exchange.caller.expect(address.asked)
+            address.asked = None
             exchange.max_wait_s = max_wait_s(request)
             exchange.makes_response = match.route.path == "/v1/responses"
             return await self._kept_alive(exchange, address)
