@@ -155,6 +155,8 @@ class Manifest(BaseModel):
     """What must be the same where it is restored: kernel, versions, GPU."""
     cpu: Cpu | None = None
     """What can do at least the same where it is restored."""
+    extension: Digest | None = None
+    """Of the code of warmpool's that runs inside the engine, and so is in its memory; None where there is none."""
     sleep_level: Literal[0, 1, 2]
     canary: Annotated[str, Field(max_length=1 << 20)] | None
     private: Annotated[Mapping[str, Any], AfterValidator(_private)]

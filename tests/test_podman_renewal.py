@@ -7,8 +7,10 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
+from proxy.runtime import inside
 from tests.podman_bench import moving_tag, podman, tmpfs_folder, why_no_podman
 from tests.podman_host import AWAKE, Host, host_of_test
 from tests.support import PATIENCE_S, get_json
@@ -132,3 +134,27 @@ async def test_a_renewal_that_is_cut_off_by_a_crash_leaves_the_old_checkpoint(ho
     assert await proxy.ask() != ("stopped", text)
     await until_renewed_to(host, proxy, tag.ids[1])
     assert (await proxy.ask())[1] == text
+
+
+async def test_an_upgrade_that_changes_what_runs_inside_vllm_costs_no_client_a_cold_start(host: Host) -> None:
+    proxy = await host.serve(engine="vllm")
+    await proxy.ask()
+    await proxy.until("checkpointed")
+    proxy.process.send_signal(signal.SIGTERM)
+    await proxy.session.close()
+    await asyncio.to_thread(proxy.process.wait, PATIENCE_S)
+    manifest = host.images / "demo" / "manifest.json"
+    written = orjson.loads(manifest.read_bytes())
+    assert written["extension"] == inside.digest()
+    manifest.write_bytes(orjson.dumps({**written, "extension": "0" * 64}))
+    proxy = await host.serve(engine="vllm")
+    async with busy(proxy) as found:
+        async with asyncio.timeout(PATIENCE_S):
+            while "new requests go to" not in proxy.log.read_text():
+                await asyncio.sleep(0.05)
+        await proxy.ask()
+    assert "stopped" not in found
+    assert "demo is outdated: it has in it what another version of warmpool runs inside vLLM" in proxy.log.read_text()
+    await proxy.until("checkpointed")
+    assert orjson.loads(manifest.read_bytes())["extension"] == inside.digest()
+    assert (await proxy.ask())[0] == "checkpointed"

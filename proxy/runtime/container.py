@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from proxy.runtime import inside
 from proxy.runtime.files import write_if_other
 from proxy.runtime.ports import LOOPBACK
 
@@ -46,7 +45,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     plain = engine.model_dump(mode="json", exclude={"env", "criu"})
     environment = {name: value.get_secret_value() for name, value in engine.env.items()}
     parts = [key, model.name, plain, environment, *(["weights_copy"] * model.weights_copy)]
-    parts += [inside.digest()] * model.is_vllm
+    parts += ["vllm"] * model.is_vllm
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

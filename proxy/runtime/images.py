@@ -15,6 +15,7 @@ from proxy.checkpoints import OtherVersionError, StoreError
 from proxy.errors import RuntimeFailure
 from proxy.instance import Tier
 from proxy.manifest import Inputs
+from proxy.runtime import inside
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Origin:
     started_unix_s: float = field(default_factory=time.time)
     image_id: str = ""
     """Of the container image that its container was made from, whatever the image's name means by now."""
+    extension: str | None = None
+    """The digest of the code of ours that is in it, which may come from an earlier version."""
     inputs: Inputs | None = None
     """What it has read; None before that was looked at."""
 
@@ -176,7 +179,7 @@ class KeepsImages(abc.ABC):
         edited = await self._edited(origin)
         if edited is not None:
             return Outdated(edited.reason, usable=not (edited.weights and reloads))
-        reason = await self._moved(model, origin.image_id)
+        reason = await self._moved(model, origin.image_id) or inside.upgraded(model, origin.extension)
         return None if reason is None else Outdated(reason)
 
     async def _learn(self, origin: Origin, model: ModelSettings) -> Inputs:
@@ -280,4 +283,5 @@ class KeepsImages(abc.ABC):
 
 
 def _origin_of(manifest: Manifest) -> Origin:
-    return Origin(manifest.created_unix_s, manifest.facts.get(CONTAINER_IMAGE, ""), manifest.inputs)
+    image_id = manifest.facts.get(CONTAINER_IMAGE, "")
+    return Origin(manifest.created_unix_s, image_id, manifest.extension, manifest.inputs)

@@ -26,9 +26,19 @@ def arguments(model: ModelSettings) -> tuple[str, ...]:
     return _FRONTEND if model.own_worker_extension else (*_FRONTEND, *_WORKER)
 
 
+def extension(model: ModelSettings) -> str | None:
+    """The digest of the code that engines of a model are given, and that is in their memory from then on."""
+    return digest() if model.is_vllm else None
+
+
+def upgraded(model: ModelSettings, has: str | None) -> str | None:
+    """Whether an engine that was given the code of that digest would be given other code now, in words."""
+    return None if has == extension(model) else "it has in it what another version of warmpool runs inside vLLM"
+
+
 @cache
 def digest() -> str:
-    """Of the code that runs in engines, and that their checkpoints hold."""
+    """Of the code that runs inside vLLM."""
     total = hashlib.sha256()
     for path in _files():
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())

@@ -270,6 +270,7 @@ class PodmanRuntime(KeepsImages):
             await self._delete(entry["Id"])
             return None
         it = _Container(Handle(instance_id, key, "", 0), self._container_name(instance_id), known, labels["spec"])
+        it.origin.extension = labels.get("extension") or None
         try:
             state = await self._inspect(it)
             if interrupted:
@@ -354,11 +355,11 @@ class PodmanRuntime(KeepsImages):
 
     async def _clone(self, handle: Handle, model: ModelSettings) -> _Container:
         try:
-            made_from = (await self._manifest(self._image(handle))).facts.get(CONTAINER_IMAGE)
+            golden = await self._manifest(self._image(handle))
         except StoreError as error:
             raise RuntimeFailure("clone", str(error)) from error
         known = self._containers.get(handle.instance_id)
-        it = await self._create("clone", handle.instance_id, handle.model, model, made_from, image=handle.image)
+        it = await self._create("clone", handle.instance_id, handle.model, model, golden, image=handle.image)
         try:
             await self._podman.post(f"/containers/{it.id}/init")
             await self._stop(it)
@@ -378,17 +379,19 @@ class PodmanRuntime(KeepsImages):
         instance_id: str,
         key: str,
         model: ModelSettings,
-        image_id: str | None = None,
+        golden: Manifest | None = None,
         *,
         image: str = "",
     ) -> _Container:
         """A container that is not started, in place of one that was there; after a failure nothing is known of it.
 
-        Made from the container image of that id, or from what the name in the configuration means now. `image`: as in
-        its handle.
+        For an engine that is restored from `golden`, made from what that was taken from; else from what the
+        configuration means now. `image`: as in its handle.
         """
+        image_id = golden.facts.get(CONTAINER_IMAGE) if golden is not None else None
         try:
             it = await self._to_be_made(Handle(instance_id, key, "", 0, image), model, image_id)
+            it.origin.extension = golden.extension if golden is not None else inside.extension(model)
             answer = await self._made(it)
         except PodmanError as error:
             hint = await self._hint(key, container.engine_of(model).image, image_id, error)
@@ -480,6 +483,7 @@ class PodmanRuntime(KeepsImages):
                 "model": key,
                 "spec": it.spec_digest,
                 "image": it.origin.image_id,
+                "extension": it.origin.extension or "",
                 "port": str(it.handle.port),
             },
             environment=environment,
@@ -768,6 +772,7 @@ class PodmanRuntime(KeepsImages):
                             model=handle.model,
                             runtime=self.name,
                             spec_digest=it.spec_digest,
+                            extension=it.origin.extension,
                             created_unix_s=time.time(),
                             facts=host_facts,
                             inputs=read,
@@ -912,9 +917,10 @@ class PodmanRuntime(KeepsImages):
 
     async def _made_for(self, it: _Container, manifest: Manifest) -> _Container:
         """A container to restore this image in, made from the container image that it was taken from."""
-        if it.origin.image_id == manifest.facts.get(CONTAINER_IMAGE) and not it.renamed:
+        made_from = (manifest.facts.get(CONTAINER_IMAGE), manifest.extension)
+        if (it.origin.image_id, it.origin.extension) == made_from and not it.renamed:
             return it
-        log.info("%s: its container is made again, from the checkpoint's container image", it.handle.instance_id)
+        log.info("%s: its container is made again, from what its checkpoint was taken from", it.handle.instance_id)
         return await self._clone(it.handle, it.model)
 
     async def _clear_for_another_try(self, it: _Container, error: Exception) -> _Container:

@@ -147,7 +147,8 @@ class ProcessRuntime(KeepsImages):
         if shutil.which(words[0], path=environment.get("PATH")) is None:
             raise RuntimeFailure("start", f"no program {words[0]!r}; correct models.{key}.process.command")
         engine = known or _Engine(handle, spec_digest(key, model), model)
-        engine.handle, engine.model, engine.origin = handle, model, Origin()
+        engine.handle, engine.model = handle, model
+        engine.origin = Origin(extension=inside.extension(model))
         self._engines[instance_id] = engine
         self._tails.begin(instance_id)
         log = self._log(instance_id, "start")
@@ -315,6 +316,7 @@ class ProcessRuntime(KeepsImages):
                         model=handle.model,
                         runtime=self.name,
                         spec_digest=engine.spec_digest,
+                        extension=engine.origin.extension,
                         created_unix_s=time.time(),
                         facts=self._facts(),
                         inputs=read,
@@ -355,7 +357,7 @@ class ProcessRuntime(KeepsImages):
             raise RuntimeFailure("restore", f"{error.filename or image}: {error.strerror or error}") from error
         self._runs_as(engine, manifest.private["pid"])
         engine.off_gpu = bool(manifest.private.get("cuda"))
-        engine.origin.inputs = manifest.inputs
+        engine.origin.extension, engine.origin.inputs = manifest.extension, manifest.inputs
         with stages.measure("criu"):
             status, output = await command.run(
                 self._settings.criu, "restore", "-D", str(folder), "-o", "restore.log", *_CRIU_COMMON, *_CRIU_RESTORE
@@ -417,7 +419,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
     environment = {name: value.get_secret_value() for name, value in model.process.env.items()}
     parts = [key, model.name, model.process.command, environment, str(model.process.cwd), sys.executable]
-    parts += ["weights_copy"] * model.weights_copy + [inside.digest()] * model.is_vllm
+    parts += ["weights_copy"] * model.weights_copy + ["vllm"] * model.is_vllm
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
