@@ -393,10 +393,13 @@ async def _states(wiring: Wiring, settings: Settings, manifests: Iterable[Manife
         mine = [m for m in manifests if m.runtime == name]
         try:
             async with _opened(runtime) if mine else nullcontext():
+                models = {key: model for key, model in settings.models.items() if model.runtime == name}
+                outdated = await runtime.outdated(models) if mine else {}
                 for manifest in mine:
                     reason = await runtime.refusal(manifest, settings.models)
-                    states[id(manifest)] = "good" if reason is None else f"refused: {reason}"
-        except HostError as error:
+                    state = f"outdated: {outdated[manifest.model].reason}" if manifest.model in outdated else "good"
+                    states[id(manifest)] = state if reason is None else f"refused: {reason}"
+        except (HostError, RuntimeFailure) as error:
             states |= {id(m): f"not checked against this host: {error}" for m in mine}
     return states
 

@@ -543,7 +543,7 @@ class Pool:
         for name, runtime in [*self._runtimes.items()]:
             mine = {key: m.settings for key, m in before.items() if m.settings.runtime == name}
             try:
-                found = await runtime.outdated(mine)
+                found = await runtime.outdated(mine, {i for key in mine for i in before[key].slots})
             except RuntimeFailure as error:
                 log.warning("whether engines are outdated is not known: %s", error)
                 continue

@@ -23,7 +23,7 @@ from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, R
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
@@ -304,7 +304,9 @@ class FakeRuntime:
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
         return None
 
-    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
         await self._enter("outdated")
         return {key: entry for key, entry in self.changes.items() if key in models}
 

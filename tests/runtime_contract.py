@@ -357,6 +357,7 @@ class RealFilesContract:
         assert await outdated() is None
         template.write_text("HELLO")
         assert await outdated() == f"{template} was edited after the engine was started"
+        assert await bench.runtime.outdated(models, {"demo-2"}) == {}, "it is on its way out"
         template.write_text("hello")
         assert await outdated() is None
         await bench.runtime.checkpoint(handle, FACTS, Stages())

@@ -17,6 +17,7 @@ from tests.support import PATIENCE_S, get_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from tests.podman_bench import Tag
     from tests.served import Proxy
@@ -130,6 +131,8 @@ async def test_a_renewal_that_is_cut_off_by_a_crash_leaves_the_old_checkpoint(ho
             await asyncio.sleep(0.005)
     proxy.process.kill()
     proxy.process.wait()
+    listed = host.command("ls", "--json", settings=host.settings("--load-seconds", "2", podman_keys=keys))
+    assert f"outdated: the container image {tag.name} is" in listed.stdout
     proxy = await host.serve("--load-seconds", "2", podman_keys=keys)
     assert await proxy.ask() != ("stopped", text)
     await until_renewed_to(host, proxy, tag.ids[1])
@@ -158,3 +161,27 @@ async def test_an_upgrade_that_changes_what_runs_inside_vllm_costs_no_client_a_c
     await proxy.until("checkpointed")
     assert orjson.loads(manifest.read_bytes())["extension"] == inside.digest()
     assert (await proxy.ask())[0] == "checkpointed"
+
+
+async def test_a_template_that_is_edited_costs_no_client_a_cold_start_and_one_that_is_touched_nothing(
+    host: Host, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("hello")
+    keys = {"volumes": [{"source": str(template), "target": "/template.jinja"}]}
+    proxy = await host.serve("--load-seconds", "2", podman_keys=keys)
+    await proxy.ask()
+    await proxy.until("checkpointed")
+    proxy.process.kill()
+    proxy.process.wait()
+    template.touch()
+    proxy = await host.serve("--load-seconds", "2", podman_keys=keys)
+    assert (await proxy.ask())[0] == "checkpointed"
+    template.write_text("HELLO")
+    async with busy(proxy) as found:
+        proxy.process.send_signal(signal.SIGHUP)
+        await until_renewed(host, proxy, "demo-2")
+    assert "stopped" not in found
+    log = proxy.log.read_text()
+    assert log.count("demo is outdated: ") == 1
+    assert f"demo is outdated: {template} was edited after the engine was started" in log

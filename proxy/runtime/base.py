@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from proxy.config import ModelSettings
     from proxy.instance import Stages, Tier
@@ -224,8 +224,13 @@ class Runtime(Protocol):
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
         """Why an image of this runtime cannot be used with this configuration on this host; None when it can."""
 
-    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
-        """Of these models, all of the runtime's, those with an image or an engine that is outdated, by their key."""
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
+        """Of these models, all of the runtime's, those with an image or an engine that is outdated, by their key.
+
+        `instances`: those that count, where not all do; others are on their way out.
+        """
 
     async def remove(self, handle: Handle) -> None:
         """End the processes politely, then by force, and delete records; the image too, unless it is shared.

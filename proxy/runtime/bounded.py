@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from proxy.errors import HostError, OverdueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 
     from proxy.config import ModelSettings
     from proxy.instance import Stages
@@ -95,8 +95,11 @@ class Bounded:
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
         return await self._runtime.refusal(manifest, models)
 
-    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
-        return await self._overdue.within(_IMAGE_S, "outdated", self.name, self._runtime.outdated(models))
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
+        work = self._runtime.outdated(models, instances)
+        return await self._overdue.within(_IMAGE_S, "outdated", self.name, work)
 
     async def footprint(self, key: str) -> Footprint | None:
         return await self._overdue.within(_ASK_S, "footprint", self.name, self._runtime.footprint(key))

@@ -19,7 +19,7 @@ from proxy.runtime import inside
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from proxy.checkpoints import CheckpointStore
     from proxy.config import ModelSettings
@@ -135,8 +135,8 @@ class KeepsImages(abc.ABC):
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> Mapping[str, str]:
         """What must be the same where this image of the model is restored."""
 
-    def _origins(self) -> Iterable[tuple[str, str, Origin]]:
-        """Model, digest and origin of each engine that runs and whose origin is known."""
+    def _origins(self) -> Iterable[tuple[Handle, str, Origin]]:
+        """Handle, digest and origin of each engine that runs and whose origin is known."""
         return ()
 
     async def _moved(self, model: ModelSettings, image_id: str) -> str | None:  # noqa: ARG002 - for those with images
@@ -163,11 +163,14 @@ class KeepsImages(abc.ABC):
         edited = await self._edited(_origin_of(manifest)) if manifest.sleep_level == _DROPS_WEIGHTS else None
         return edited.reason if edited is not None and edited.weights else None
 
-    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
         """See `Runtime.outdated`."""
-        found = await self._outdated_images(models)
-        for key, digest, origin in list(self._origins()):
-            model = models.get(key)
+        found = await self._outdated_images(models, instances)
+        for handle, digest, origin in list(self._origins()):
+            key = handle.model
+            model = models.get(key) if instances is None or handle.instance_id in instances else None
             if model is not None and key not in found and digest == self._digest(key, model):
                 await self._learn(origin, model)
                 if (outdated := await self._since(model, origin, reloads=True)) is not None:
@@ -199,11 +202,15 @@ class KeepsImages(abc.ABC):
             log.warning("whether files were edited is not known: %s", str(error) or "they could not be read in time")
             return None
 
-    async def _outdated_images(self, models: Mapping[str, ModelSettings]) -> dict[str, Outdated]:
+    async def _outdated_images(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None
+    ) -> dict[str, Outdated]:
         found: dict[str, Outdated] = {}
         if Tier.CHECKPOINTED not in self.rungs().offered:
             return found
         for image in sorted({*self._store.names(), *self._store.archived()}):
+            if not self.shares_images and instances is not None and image not in instances:
+                continue
             try:
                 manifest = await self._manifest(image)
             except StoreError:

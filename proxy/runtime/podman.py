@@ -34,7 +34,7 @@ from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
 
     import psutil
 
@@ -1003,18 +1003,20 @@ class PodmanRuntime(KeepsImages):
         name = container.engine_of(model).image
         return f"the container image {name} {what}, the engine was started from {image_id[:12]}"
 
-    async def outdated(self, models: Mapping[str, ModelSettings]) -> Mapping[str, Outdated]:
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
         """See `Runtime.outdated`."""
         try:
-            return await super().outdated(models)
+            return await super().outdated(models, instances)
         except PodmanError as error:
             raise RuntimeFailure("compare", str(error), alive=True) from error
 
-    def _origins(self) -> Iterator[tuple[str, str, Origin]]:
+    def _origins(self) -> Iterator[tuple[Handle, str, Origin]]:
         for it in self._containers.values():
             # Of one that was adopted after its restore, the image knows.
             if it.pid is not None and not it.handle.image and (it.origin.inputs is not None or not it.restored):
-                yield it.handle.model, it.spec_digest, it.origin
+                yield it.handle, it.spec_digest, it.origin
 
     async def _image_named(self, name: str) -> str:
         """The id of the container image that a name means. Raises PodmanError."""

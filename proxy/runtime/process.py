@@ -395,8 +395,8 @@ class ProcessRuntime(KeepsImages):
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         return self._facts()
 
-    def _origins(self) -> Iterator[tuple[str, str, Origin]]:
-        return ((e.handle.model, e.spec_digest, e.origin) for e in self._engines.values() if e.pid is not None)
+    def _origins(self) -> Iterator[tuple[Handle, str, Origin]]:
+        return ((e.handle, e.spec_digest, e.origin) for e in self._engines.values() if e.pid is not None)
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return spec_digest(key, model)
