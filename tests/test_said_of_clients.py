@@ -148,6 +148,18 @@ async def test_refusals_of_one_address_are_summed_up(tmp_path: Path) -> None:
     assert "refused 127.0.0.1 98 times more within 60 s: invalid_request 49, malformed 49" in text
 
 
+async def test_peers_of_unix_sockets_are_one_address(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    refusals = Refusals()
+    for peer in (None, "", "/tmp/my-socket"):
+        refusals.note(peer, "malformed", "text")
+    refusals.sum_up()
+    assert caplog.messages == [
+        "refused a unix socket: text",
+        "refused a unix socket 2 times more within 60 s: malformed 2",
+    ]
+
+
 async def test_a_table_of_addresses_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     refusals = Refusals(most_addresses=3)

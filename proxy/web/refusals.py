@@ -76,4 +76,7 @@ def network_of(host: str) -> str:
 
 
 def _name(address: str | None) -> str:
-    return "a unix socket" if not address else network_of(address)
+    try:
+        return network_of(address or "")
+    except ValueError:  # the peer of a unix socket has no name, or any
+        return "a unix socket"
