@@ -15,6 +15,7 @@ import orjson
 
 from proxy import keys
 from proxy.errors import HostError, WarmpoolError
+from proxy.masking import mask_urls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -48,7 +49,7 @@ class Address:
     @property
     def shown(self) -> str:
         """For people."""
-        return str(self.socket) if self.socket is not None else self.url
+        return str(self.socket) if self.socket is not None else mask_urls(self.url)
 
 
 def address_of(server: ServerSettings) -> Address:
@@ -148,7 +149,7 @@ async def _object(response: aiohttp.ClientResponse) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         answer = None
     if not isinstance(answer, dict):
-        raise ControlError(f"{response.url} answered something that is not of warmpool")
+        raise ControlError(f"{mask_urls(str(response.url))} answered something that is not of warmpool")
     return answer
 
 

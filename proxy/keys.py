@@ -63,6 +63,10 @@ class Entry(BaseModel):
         return hmac.compare_digest(_digest(self.salt, key), self.sha256)
 
 
+_NO_SECRET_CHARACTERS: Final = 12
+"""No key or token is so short."""
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -98,10 +102,15 @@ def read(path: Path) -> Keys:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), [f"is not TOML: {error}"]) from None
     except ValidationError as error:
-        # pydantic's message only: the input may be a secret that was pasted into the wrong place
+        # pydantic's message only, and no long name that is none of ours: either may be a secret in the wrong place
         raise ConfigError(
-            str(path), [f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
+            str(path), [f"{'.'.join(map(_name_in, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
         ) from None
+
+
+def _name_in(part: int | str) -> str:
+    text = str(part)
+    return text if text in Entry.model_fields or len(text) <= _NO_SECRET_CHARACTERS else "…"
 
 
 def read_private(path: Path, advice: str) -> str:

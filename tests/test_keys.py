@@ -176,6 +176,9 @@ def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
         ("[keys.short]\nname='x'", "keys.short"),
         ("[keys.aaaaaaaa]\nname='x'\n", "keys.aaaaaaaa.salt: Field required"),
         ("[other]\n", "other: Extra inputs"),
+        ("[pasted-secret]\n", "…: Extra inputs"),
+        ("[keys.pasted-secret]\n", "keys.…"),
+        ("[keys.aaaaaaaa]\npasted-secret=1\n", "keys.aaaaaaaa.…: Extra inputs"),
     ],
 )
 def test_a_broken_file_says_where_and_never_shows_its_values(file: Path, text: str, problem: str) -> None:

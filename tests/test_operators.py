@@ -110,6 +110,13 @@ def test_no_error_of_the_environment_shows_a_secret(tmp_path: Path, monkeypatch:
         assert SECRET not in str(raised.value), name
 
 
+def test_the_commands_show_no_password_of_a_servers_url() -> None:
+    url = f"http://user:{SECRET}@127.0.0.1:9"
+    result = CliRunner().invoke(cli, ["status", "--url", url])
+    assert result.exit_code == 69
+    assert SECRET not in result.output
+
+
 def test_an_error_about_a_variable_still_names_it(tmp_path: Path) -> None:
     process = {"command": ["x"], "env": {"HF_TOKEN": 1}}
     with pytest.raises(ConfigError, match=r"models\.demo\.process\.env\.HF_TOKEN: "):
