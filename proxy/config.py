@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -1044,7 +1045,10 @@ def load(path: Path | None) -> Settings:
 
 def _check_syntax(path: Path) -> None:
     try:
-        with path.open("rb") as file:
+        # A pipe would be waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(str(path), ["is not a plain file"])
             tomllib.load(file)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None

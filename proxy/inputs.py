@@ -17,11 +17,11 @@ import logging
 import os
 import re
 import stat
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from proxy import daemon_thread
 from proxy.manifest import MAX_INPUTS, FileNote, Inputs, Stamp
 
 if TYPE_CHECKING:
@@ -256,30 +256,11 @@ class Reader:
             return await self._begin(work)
 
     async def _begin(self, work: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-
-        def deliver(value: T | None, error: Exception | None) -> None:
-            if result.done():
-                return
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(value)  # type: ignore[arg-type]
-
-        def run() -> None:
-            value, failure = None, None
+        def run() -> T:
             try:
-                value = work()
-            except Exception as error:  # noqa: BLE001 - handed to who waits
-                failure = error
-            self._busy = False
-            try:
-                loop.call_soon_threadsafe(deliver, value, failure)
-            except RuntimeError:
-                return  # the loop has ended meanwhile
+                return work()
+            finally:
+                self._busy = False
 
         self._busy = True
-        threading.Thread(target=run, name="inputs", daemon=True).start()
-        async with asyncio.timeout(self._limit_s):
-            return await result
+        return await daemon_thread.run(run, self._limit_s, "inputs")

@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
     "proxy.metrics": 0,
     "proxy.overdue": 1,
     "proxy.last_resort": 0,
+    "proxy.daemon_thread": 0,
     "proxy.service": 1,
     "proxy.cpu": 0,
     "proxy.manifest": 1,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 import tomli_w
 
-from proxy import config, reload
+from proxy import config, daemon_thread, reload
 from proxy.config import ModelSettings, Settings
 from proxy.errors import ConfigError, HostError, ModelNotFoundError, RuntimeFailure
 from proxy.instance import Tier
@@ -286,6 +288,46 @@ async def test_sighup_takes_a_new_file_on_and_a_bad_one_changes_nothing(tmp_path
             proxy.process.kill()
         proxy.process.wait()
         manager.close()
+
+
+async def test_a_configuration_file_that_is_a_pipe_is_refused_and_harms_no_later_reload(tmp_path: Path) -> None:
+    manager = ServiceManager(tmp_path)
+    settings = {"models": {"demo": engine_model()}}
+    proxy = await Proxy(tmp_path / "w", settings=settings, manager=manager).listening()
+    path = tmp_path / "w" / "warmpool.toml"
+    good = path.read_text()
+
+    async def hup() -> str:
+        manager.forget()
+        proxy.process.send_signal(signal.SIGHUP)
+        await manager.until("READY")
+        return next(m["STATUS"] for m in manager.said if "READY" in m)
+
+    try:
+        await manager.until("READY")
+        path.unlink()
+        os.mkfifo(path)
+        assert "is not a plain file" in await hup()
+        path.unlink()
+        path.write_text(good)
+        assert "reloaded: nothing changed" in await hup()
+        proxy.process.terminate()
+        assert await proxy.ended() == 0
+    finally:
+        await proxy.session.close()
+        proxy.process.kill()
+        proxy.process.wait()
+        manager.close()
+
+
+async def test_work_that_hangs_is_waited_for_no_longer_than_it_may_take() -> None:
+    hanging = threading.Event()
+    with pytest.raises(TimeoutError):
+        await daemon_thread.run(hanging.wait, 0.01, "hang")
+    hanging.set()
+    assert await daemon_thread.run(lambda: 1, PATIENCE_S, "work") == 1
+    with pytest.raises(ZeroDivisionError):
+        await daemon_thread.run(lambda: 1 // 0, PATIENCE_S, "fail")
 
 
 def test_what_config_load_raises_names_the_key(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from proxy.web.refusals import Refusals
 from proxy.web.routes import spelled_as
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from proxy.config import Settings
     from proxy.keys import Entry, Keys
@@ -197,11 +197,18 @@ class Guard:
 
         `settings`: where the models have changed too. Which files there are stays as it was.
         """
-        if settings is not None:
-            self._names = settings.names()
+        self.take(self.read(), self._names if settings is None else settings.names())
+
+    def read(self) -> tuple[bytes | None, keys.Keys | None]:
+        """What token and keys the files have, in any thread. Raises ConfigError."""
         token = keys.read_token(self._admin.token_file) if self._admin.token_file is not None else None
         found = keys.read(self._keys_file) if self._keys_file is not None else None
-        self._token = token
+        return token, found
+
+    def take(self, read: tuple[bytes | None, keys.Keys | None], names: Mapping[str, str]) -> None:
+        """Have what was read in force; what is in use stays counted. `names`: of the models there are now."""
+        self._names = names
+        self._token, found = read
         if found is None:
             return
         now = self._clock()

@@ -15,9 +15,9 @@ import signal
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from proxy import keys, rebuild, renewal, service
+from proxy import daemon_thread, keys, rebuild, renewal, service
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, faults, listen
 from proxy.web.guard import Guard
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool")
 
+T = TypeVar("T")
+
 _CLEANUP_S: Final = 2.0
+_READ_S: Final = 10.0
 _LINGER_S: Final = 0.25
 """How long, at the end, a connection that is open already may still bring a request."""
 _STOP_RESERVE_S: Final = 10.0
@@ -53,11 +56,15 @@ class Reloader:
     """Takes another configuration on at SIGHUP, one at a time; a bad one changes nothing.
 
     `load` reads the configuration anew; `also` read what else comes from files, whether it was good or not, so that a
-    key is revoked all the same, and return what they could not read.
+    key is revoked all the same, and return what they could not read. No file is waited for longer than `_READ_S`.
     """
 
     def __init__(
-        self, pool: Pool, manager: Manager, load: Callable[[], Settings], also: Sequence[Callable[[], str]] = ()
+        self,
+        pool: Pool,
+        manager: Manager,
+        load: Callable[[], Settings],
+        also: Sequence[Callable[[], Awaitable[str]]] = (),
     ) -> None:
         self._pool = pool
         self._manager = manager
@@ -77,7 +84,7 @@ class Reloader:
             self._manager.reloading()
             said = f"serving {len(self._pool.settings.models)} models"
             try:
-                settings = await asyncio.to_thread(self._load)
+                settings = await _read("the configuration", self._load)
                 changes = await self._pool.reconfigure(settings)
             except (ConfigError, HostError, RequestError) as error:
                 for line in str(error).splitlines():
@@ -91,7 +98,8 @@ class Reloader:
                 if changes.pending:
                     log.warning("reload: takes effect after a restart only: %s", ", ".join(changes.pending))
                 said = f"serving {len(self._pool.settings.models)} models; reloaded: {changes}"
-            self._manager.ready("; ".join((said, *filter(None, (read() for read in self._also)))))
+            unread = [await read() for read in self._also]
+            self._manager.ready("; ".join((said, *filter(None, unread))))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -167,15 +175,18 @@ async def serve(
     end = _End(pool, last_resort)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(faults.note_loop_error)
+    # Before the handlers: while files are read here, which may hang, signals end the process as they do by default.
+    guard = Guard(settings, metrics)
+    tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end.on_signal)
     # Until there is something to reload, SIGHUP must not end us.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    guard = Guard(settings, metrics)
-    tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
-    files: list[Callable[[], str]] = [partial(_read_again, "keys and admin token", lambda: guard.reload(pool.settings))]
+    files: list[Callable[[], Awaitable[str]]] = [
+        partial(_read_again, "keys and admin token", guard.read, lambda found: guard.take(found, pool.settings.names()))
+    ]
     if tls is not None:
-        files.append(partial(_read_again, "certificates", tls.reload))
+        files.append(partial(_read_again, "certificates", tls.read, tls.take))
     reloader = Reloader(pool, manager, load or (lambda: settings), files)
     application = app.build(pool, settings, metrics, guard)
     traffic = application[app.TRAFFIC]
@@ -257,10 +268,18 @@ def check_files(server: ServerSettings) -> None:
         raise ConfigError("server", problems)
 
 
-def _read_again(what: str, read: Callable[[], None]) -> str:
+async def _read(what: str, read: Callable[[], T]) -> T:
+    """What a file says. Raises ConfigError, also where it does not come."""
+    try:
+        return await daemon_thread.run(read, _READ_S, f"read {what}")
+    except TimeoutError:
+        raise ConfigError(what, [f"cannot be read within {_READ_S:g} s: its file system does not answer"]) from None
+
+
+async def _read_again(what: str, read: Callable[[], T], take: Callable[[T], None]) -> str:
     """Read files again; what cannot be used is logged and returned, and the old ones stay in force."""
     try:
-        read()
+        take(await _read(what, read))
     except ConfigError as error:
         log.error("%s are not read again: %s", what, error)
         return f"{what} are not read again: {error}"

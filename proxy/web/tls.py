@@ -33,7 +33,15 @@ class Tls:
 
     def reload(self) -> None:
         """Read the files again, for new connections. Raises ConfigError and changes nothing."""
-        self._current = _load(self._settings)
+        self.take(self.read())
+
+    def read(self) -> ssl.SSLContext:
+        """What the files have now, in any thread. Raises ConfigError."""
+        return _load(self._settings)
+
+    def take(self, context: ssl.SSLContext) -> None:
+        """Have what was read in force, for new connections."""
+        self._current = context
 
 
 def _load(settings: TlsSettings) -> ssl.SSLContext:
@@ -41,6 +49,9 @@ def _load(settings: TlsSettings) -> ssl.SSLContext:
     assert certificate is not None  # noqa: S101 - Tls is for settings that have one
     assert key is not None  # noqa: S101
     _check_private(key)
+    for path in filter(None, (certificate, key, settings.client_ca)):
+        if path.exists() and not path.is_file():
+            raise ConfigError("server.tls", [f"{path} is not a plain file"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _VERSIONS[settings.minimum_version]
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
