@@ -176,7 +176,6 @@ async def test_models_are_listed_without_waking_any(front_of: Any) -> None:
         ("POST", "/sleep?level=1", 404, "not_found"),
         ("POST", "/wake_up", 404, "not_found"),
         ("POST", "/collective_rpc", 404, "not_found"),
-        ("POST", "/invocations", 404, "not_found"),
         ("GET", "/debug/state", 404, "not_found"),
         ("POST", "/v1/completions/", 404, "not_found"),
         ("POST", "/v1//completions", 404, "not_found"),
