@@ -250,6 +250,7 @@ def checkpoint_now(
 @_INSTANCE
 @_WHEN_BUSY
 @click.option("--discard-golden-checkpoint", is_flag=True, help="The checkpoint that its instances share goes too.")
+@click.option("--force", is_flag=True, help="At once, whatever they do: answers under way break off.")
 @_NO_WAIT
 def stop(
     model: str,
@@ -259,12 +260,15 @@ def stop(
     instance: str | None,
     when_busy: str,
     discard_golden_checkpoint: bool,
+    force: bool,
     no_wait: bool,
 ) -> None:
     """End the instances of MODEL, and their own checkpoints."""
     body = _body(instance, when_busy, no_wait)
     if discard_golden_checkpoint:
         body["golden_checkpoint"] = "discard"
+    if force:
+        body["force"] = True
     _down("stop", _address(path, url, token_file), model, body)
 
 

@@ -42,6 +42,7 @@ from proxy.instance import (
     DESCENT,
     MOVING,
     RESTING,
+    TRANSITIONS,
     Event,
     Instance,
     Stages,
@@ -49,7 +50,7 @@ from proxy.instance import (
     Tier,
     WakeRecord,
 )
-from proxy.overdue import Overdue
+from proxy.overdue import GIVE_UP_S, Overdue
 from proxy.runtime.bounded import Bounded
 from proxy.slots import (
     NO_EVICTIONS,
@@ -941,8 +942,7 @@ class Pool:
         model = self._models[key]
         slots = [slot for slot in model.slots.values() if instance_id in (None, slot.instance.id)]
         if instance_id is not None and not slots:
-            there = ", ".join(model.slots) or "none"
-            raise InstanceNotFoundError(f"{key!r} has no instance {instance_id!r}; there are: {there}.")
+            raise self._not_found(model, instance_id)
         goals = {slot.instance.id: self._goal(model, slot, to) for slot in slots}
         moving = [slot for slot in slots if _to_move(slot, goals[slot.instance.id])]
         if moving:
@@ -959,6 +959,59 @@ class Pool:
             orders.append(order)
         self.tick()
         return orders
+
+    def force_stop(self, key: str, *, instance_id: str | None = None, discard: bool = False) -> list[Order]:
+        """End the instances of a model, or one of them, at once and whatever they do: answers are cut off.
+
+        One that cannot be ended is written off, which fails its order. `discard`: a golden checkpoint goes too.
+        Raises InstanceNotFoundError or DrainingError, with nothing changed.
+        """
+        if self.stopping or not self._open:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        self._withdraw(key, "an operator stopped the model by force")
+        slots = [(m, s) for m in self._everyone() if m.key == key for s in m.slots.values()]
+        chosen = [(m, s) for m, s in slots if instance_id in (None, s.instance.id)]
+        if instance_id is not None and not chosen:
+            raise self._not_found(self._models[key], instance_id)
+        orders = []
+        for model, slot in chosen:
+            orders.append(Order(slot.instance.id, _height(slot.instance), Tier.STOPPED))
+            self._give(model, slot, orders[-1])
+            if discard and model.runtime.shares_images and instance_id is None and slot.image.present:
+                reset(slot.image)
+                slot.discards_image = True
+            self._force(model, slot)
+        self.tick()
+        return orders
+
+    def _force(self, model: Model, slot: Slot) -> None:
+        instance, work = slot.instance, slot.task
+        log.warning("%s is stopped by force in state %s", instance.id, instance.state.value)
+        if slot.client is not None:
+            slot.client.give_up("an operator stopped the engine")
+        if (instance.state, Event.BROKE) in TRANSITIONS:
+            instance.apply(Event.BROKE)
+        if instance.state is not State.STOPPING:
+            instance.apply(Event.STOP)
+        self._move(model, slot, "force", self._force_down(work, model, slot))
+        if work is not None:
+            work.cancel()
+
+    async def _force_down(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
+        if work is not None:
+            await asyncio.wait([work], timeout=2 * GIVE_UP_S)
+        await self._steps.unwatch(slot)
+        if slot.handle is not None:
+            try:
+                await model.runtime.drop(slot.handle)
+            except RuntimeFailure as error:
+                log.error("%s: %s", slot.instance.id, error)
+        await self._remove(model, slot, "force")
+
+    @staticmethod
+    def _not_found(model: Model, instance_id: str) -> InstanceNotFoundError:
+        there = ", ".join(model.slots) or "none"
+        return InstanceNotFoundError(f"{model.key!r} has no instance {instance_id!r}; there are: {there}.")
 
     def _goal(self, model: Model, slot: Slot, to: Tier) -> Tier:
         """The rung that an order means for an instance. Raises ConflictError when it has none."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 
 from proxy import overdue, written_off
@@ -16,7 +17,7 @@ from proxy.errors import HostError, OrderFailedError, RequestError
 from proxy.instance import MOVING, State, Tier
 from proxy.runtime import bounded, processes
 from tests.fakes import Rig, settle
-from tests.served import Proxy
+from tests.served import ASK, Proxy
 from tests.support import PATIENCE_S, PYTHON, ROOT, engine_model, processes_with
 
 if TYPE_CHECKING:
@@ -250,6 +251,73 @@ async def test_no_exception_leaves_an_instance_on_its_way(rig_of: Callable[..., 
         await fail_once(BrokenPipeError("nobody there"))
         await _wake(rig)
     await rig.pool.close()
+
+
+# --- an operator who has waited long enough ---
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "gate", ["start", "health", "suspend", "checkpoint", "restore", "archive_image", "remove", None]
+)
+async def test_force_ends_an_instance_in_every_state(rig_of: Callable[..., Rig], gate: str | None) -> None:
+    rig = rig_of({"demo": IDLE})
+    await rig.pool.open()
+    if gate in ("start", "health"):
+        rig.runtime.gates[gate] = asyncio.Event()
+        waiting = [asyncio.create_task(_wake(rig))]
+    else:
+        waiting = []
+        await _down(rig, *{"restore": (20, 30)}.get(gate or "", ()))
+    if gate is not None:
+        rig.runtime.gates[gate] = asyncio.Event()
+    if gate == "restore":
+        waiting = [asyncio.create_task(_wake(rig))]
+    elif gate == "remove":
+        rig.pool.order_down("demo", Tier.STOPPED)
+    elif gate in ("suspend", "checkpoint", "archive_image"):
+        for _ in range(3):
+            await rig.pass_time(20)
+    while gate is not None and not rig.runtime.calls[gate]:
+        await asyncio.sleep(0.005)
+    lease = await rig.pool.lease("demo") if gate is None else None
+    (order,) = rig.pool.force_stop("demo")
+    for task in waiting:
+        task.cancel()
+    rig.runtime.gates.pop("remove", None)
+    async with asyncio.timeout(PATIENCE_S):
+        await order.carried_out()
+    if lease is not None:
+        lease.release()
+    assert rig.states() == {}
+    assert rig.runtime.processes == {}
+    rig.runtime.gates.clear()
+    await _wake(rig)
+    await rig.pool.close()
+
+
+async def test_force_cuts_a_stream_off_and_the_next_request_gets_another_engine(tmp_path: Path) -> None:
+    engine = engine_model("--tokens-per-second", "10")
+    proxy = await Proxy(tmp_path, settings={"models": {"demo": engine}}).listening()
+    try:
+        body = {**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+        async with proxy.session.post("/v1/completions", json=body) as stream:
+            await stream.content.readany()
+            async with proxy.session.post("/admin/models/demo/stop", json={}) as answer:
+                assert answer.status == 409
+            command = [PYTHON, "-m", "proxy", "stop", "demo", "--force", "--url", proxy.url]
+            ended = await asyncio.to_thread(
+                subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+            )
+            assert ended.stdout == "demo-1: ready -> stopped\n", ended.stderr
+            with pytest.raises(aiohttp.ClientError):
+                await stream.read()
+        assert await proxy.instance() is None
+        assert (await proxy.ask())[0] == "stopped"
+        proxy.process.terminate()
+        assert await proxy.ended() == 0
+    finally:
+        proxy.process.kill()
 
 
 # --- the last resort ---

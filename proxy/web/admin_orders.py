@@ -1,7 +1,7 @@
 """Orders of operators: wake, suspend, checkpoint, stop, drain, admit.
 
-Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No order cuts off
-an answer that is being given, and a client that leaves does not take its order back.
+Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No order but
+`stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its order back.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class _Down(_Body):
 
 class _Stop(_Down):
     golden_checkpoint: Literal["keep", "discard"] = "keep"
+    force: bool = False
 
 
 class Orders:
@@ -93,13 +94,13 @@ class Orders:
 
     async def _down(self, request: web.Request, key: str, order: str) -> web.Response:
         body = await _body(request, _Stop if order == "stop" else _Down)
-        given = self._pool.order_down(
-            key,
-            DOWN[order],
-            instance_id=body.instance,
-            wait=body.when_busy == "wait",
-            discard=isinstance(body, _Stop) and body.golden_checkpoint == "discard",
-        )
+        discard = isinstance(body, _Stop) and body.golden_checkpoint == "discard"
+        if isinstance(body, _Stop) and body.force:
+            given = self._pool.force_stop(key, instance_id=body.instance, discard=discard)
+        else:
+            given = self._pool.order_down(
+                key, DOWN[order], instance_id=body.instance, wait=body.when_busy == "wait", discard=discard
+            )
         if body.wait:
             for one in given:
                 await one.carried_out()

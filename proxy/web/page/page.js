@@ -182,7 +182,8 @@ async function order(model, name) {
   byId("confirm-busy").hidden = !(going && running);
   byId("confirm-busy-text").textContent = `${plural(running, "request")} about: take no new ones, and go after the last. Without this it is refused.`;
   byId("confirm-golden").hidden = !(name === "stop" && entry && entry.shares_checkpoint && entry.instances.some((i) => i.has_checkpoint));
-  byId("confirm-wait").checked = byId("confirm-discard").checked = false;
+  byId("confirm-by-force").hidden = name !== "stop";
+  byId("confirm-wait").checked = byId("confirm-discard").checked = byId("confirm-force").checked = false;
   const dialog = byId("confirm"), focused = document.activeElement;
   dialog.returnValue = "no";
   dialog.showModal();
@@ -192,6 +193,7 @@ async function order(model, name) {
   if (dialog.returnValue !== "yes") return;
   const body = { wait: false };
   if (going && byId("confirm-wait").checked) body.when_busy = "wait";
+  if (byId("confirm-force").checked) body.force = true;
   if (byId("confirm-discard").checked) body.golden_checkpoint = "discard";
   const path = model === null ? name : `models/${encodeURIComponent(model)}/${name}`;
   try {
