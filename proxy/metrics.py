@@ -6,6 +6,7 @@ words of this project. Each `Metrics` has a registry of its own, so that two pro
 
 from __future__ import annotations
 
+import asyncio
 import math
 from bisect import bisect_left
 from collections import deque
@@ -19,6 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from proxy import __version__
+from proxy.turns import in_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,16 +60,22 @@ _SECONDS = (
 )
 
 
-class _Refresh(Collector):
-    """Collected first, and has nothing to tell: it brings the gauges up to date that nobody sets in between."""
+_TURN = 10
+"""How many models, or times of one, are looked at in one turn of the event loop while the metrics are read."""
 
-    def __init__(self) -> None:
-        self.callbacks: list[Callable[[], None]] = []
+
+class _Whole(Collector):
+    """All metrics, after everything was brought up to date that nobody sets in between."""
+
+    def __init__(self, metrics: CollectorRegistry) -> None:
+        self._metrics = metrics
+        self.refreshes: list[Callable[[], Iterable[None]]] = []
 
     def collect(self) -> Iterable[Metric]:
-        for callback in self.callbacks:
-            callback()
-        return ()
+        for refresh in self.refreshes:
+            for _ in refresh():
+                pass
+        yield from self._metrics.collect()
 
 
 class Metrics:
@@ -76,14 +84,16 @@ class Metrics:
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self) -> None:
+        r = CollectorRegistry()
+        self._whole = _Whole(r)
+        self._as_they_are = r
         self.registry = CollectorRegistry()
+        """For whoever reads them in one piece; `scrape` does not hold the event loop."""
+        self.registry.register(self._whole)
         # Requests have no time for locks and labels: what they count is given to the registry when it is read.
         self._counted: dict[tuple[str, int], int] = {}
         self._times: dict[tuple[str, str], _Times] = {}
-        self._refresh = _Refresh()
-        self.registry.register(self._refresh)
         self.before_collecting(self._give_counts)
-        r = self.registry
         self.requests = Counter(
             "warmpool_requests",
             "Requests answered, by model and HTTP status.",
@@ -195,10 +205,11 @@ class Metrics:
         key = model, status
         self._counted[key] = self._counted.get(key, 0) + 1
 
-    def _give_counts(self) -> None:
-        for (model, status), count in self._counted.items():
+    def _give_counts(self) -> Iterable[None]:
+        counted, self._counted = self._counted, {}
+        for (model, status), count in counted.items():
             self.requests.labels(model, str(status)).inc(count)
-        self._counted.clear()
+            yield
 
     def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
         """Note the time from a request's arrival to the first byte of its answer."""
@@ -208,18 +219,28 @@ class Metrics:
             times = self._times[key] = _Times()
         times.note(seconds)
 
-    def before_collecting(self, refresh: Callable[[], None]) -> None:
-        """Have `refresh` called each time the metrics are read, before they are."""
-        self._refresh.callbacks.append(refresh)
+    def before_collecting(self, refresh: Callable[[], Iterable[None]]) -> None:
+        """Have `refresh` called each time the metrics are read, before they are; it yields after each small step."""
+        self._whole.refreshes.append(refresh)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format 0.0.4."""
         return generate_latest(self.registry)
 
-    def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+    async def scrape(self) -> bytes:
+        """The same, without holding the event loop: brought up to date in turns, written down by another thread.
+
+        Python lets threads take turns too (5 ms, `sys.getswitchinterval`).
+        """
+        for refresh in self._whole.refreshes:
+            async for _ in in_turns(refresh(), _TURN):
+                pass
+        return await asyncio.to_thread(generate_latest, self._as_they_are)
+
+    async def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
         summary: dict[str, dict[str, dict[str, Any]]] = {}
-        for (model, tier), times in self._times.items():
+        async for (model, tier), times in in_turns([*self._times.items()], _TURN):
             if not times.recent:
                 continue
             ordered = sorted(times.recent)
@@ -268,7 +289,7 @@ class _Ttft(Collector):
             labels=["model", "tier"],
         )
         bounds = [*map(repr, _SECONDS), "+Inf"]
-        for labels, times in self._times.items():
+        for labels, times in [*self._times.items()]:  # a copy at once: it may be another thread that asks
             buckets = list(zip(bounds, accumulate(times.buckets), strict=True))
             family.add_metric(labels, buckets, times.total_s)
         return (family,)

@@ -76,12 +76,13 @@ from proxy.slots import (
 )
 from proxy.stalls import Stalls
 from proxy.steps import DEEPEST_SLEEP, Steps
+from proxy.turns import in_turns
 from proxy.usage import Usage
 from proxy.wake_failure import WakeFailure
 from proxy.written_off import WrittenOff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from proxy.config import ModelSettings, Settings
     from proxy.gpu import Gpus
@@ -94,6 +95,8 @@ log = logging.getLogger("warmpool.pool")
 MAX_IMAGE_FAILURES = 2
 """An image that failed to restore this often in a row is set aside."""
 _MOMENT_S = 0.05
+_MODELS_A_TURN = 10
+"""How many models `/admin/status` looks at in one turn of the event loop."""
 _ADOPT_S = 5.0
 """How long an engine that runs already may take to say that it serves."""
 _CLOSE_S = 60.0
@@ -1610,8 +1613,8 @@ class Pool:
 
     # --- seeing ---
 
-    def _publish(self) -> None:
-        """Bring the gauges up to date; asked for when they are read, since requests have no time for it."""
+    def _publish(self) -> Iterator[None]:
+        """Bring the gauges up to date, a model a step; asked for when they are read: requests have no time for it."""
         models: dict[str, list[Model]] = {}
         for model in self._everyone():
             models.setdefault(model.key, []).append(model)
@@ -1623,22 +1626,34 @@ class Pool:
                     self._metrics.instances.labels(key, state.value).set(states[state])
             self._metrics.queue_depth.labels(key).set(sum(len(m.queue) for m in same))
             self._metrics.leases.labels(key).set(sum(i.leases for i in instances))
+            yield
 
-    def tiers(self) -> dict[str, Tier]:
-        """Model key → the rung a request would find."""
-        return {m.key: tier_found(m.slots.values()) for m in (*self._leaving, *self._models.values())}
+    def tier(self, key: str) -> Tier:
+        """The rung that a request for the model would find."""
+        return tier_found(self._models[key].slots.values())
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""
+        return self._status({key: self._model_status(key) for key in self._models})
+
+    async def status_in_turns(self) -> dict[str, Any]:
+        """The same, without holding the event loop: what it says of one model may be older than of the next."""
+        models = {}
+        async for key in in_turns([*self._models], _MODELS_A_TURN):
+            if key in self._models:  # still
+                models[key] = self._model_status(key)
+        return self._status(models)
+
+    def _model_status(self, key: str) -> dict[str, Any]:
+        return pool_status.model_status(self._models[key], self.estimate_s(key), self._clock())
+
+    def _status(self, models: dict[str, Any]) -> dict[str, Any]:
         return {
             "ready": self.ready,
             "draining": self._draining or self._shut,
             "leases": self._open_leases,
             "gpus": self._gpus.status(),
-            "models": {
-                key: pool_status.model_status(model, self.estimate_s(key), self._clock())
-                for key, model in self._models.items()
-            },
+            "models": models,
             "coming": [
                 pool_status.instance_status(m, slot, self._clock())
                 for m in self._coming.values()

@@ -237,7 +237,7 @@ async def test_a_status_that_cannot_be_read_ends_the_streams_and_the_next_one_wo
     async with front.session.get("/admin/events") as response, asyncio.timeout(PATIENCE_S):
         stream = events(response)
         await anext(stream)
-        monkeypatch.setattr(front.pool, "status", broken)
+        monkeypatch.setattr(front.pool, "status_in_turns", broken)
         front.pool.tick()
         async for _ in stream:
             pass

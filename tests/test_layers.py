@@ -13,6 +13,7 @@ LAYERS: dict[str, int] = {
     "proxy": -1,
     "proxy.errors": 0,
     "proxy.owned": 0,
+    "proxy.turns": -1,
     "proxy.metrics": 0,
     "proxy.overdue": 1,
     "proxy.last_resort": 0,

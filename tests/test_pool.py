@@ -722,7 +722,7 @@ async def test_a_request_that_finds_an_instance_just_broken_is_told_where_it_is_
     rig.runtime.kill("demo-1")
     await settle()
     assert rig.states() == {"demo-1": "broken"}
-    assert rig.pool.tiers() == {"demo": Tier.CHECKPOINTED}
+    assert rig.pool.tier("demo") is Tier.CHECKPOINTED
     asked = asyncio.create_task(use(rig))
     await settle()
     rig.runtime.gates.pop("drop").set()

@@ -37,7 +37,7 @@ class Admin:
         size, free = await self._ledger.checkpoint_space()
         self._metrics.checkpoint_dir_size.set(size)
         self._metrics.checkpoint_dir_free.set(free)
-        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": self._metrics.content_type})
+        return web.Response(body=await self._metrics.scrape(), headers={"Content-Type": self._metrics.content_type})
 
     async def status(self, _: web.Request) -> web.StreamResponse:
         """Models, instances, leases, queues, the last wakes, memory; the fields are in docs/api.md."""
@@ -49,7 +49,7 @@ class Admin:
         return {
             "version": __version__,
             "log_dir": str(self._pool.settings.pool.state_dir.absolute() / "logs"),
-            **self._pool.status(),
-            "ttft": self._metrics.ttft_summary(),
+            **await self._pool.status_in_turns(),
+            "ttft": await self._metrics.ttft_summary(),
             "memory": memory,
         }

@@ -25,20 +25,26 @@ class Local:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """Every name that the client may use."""
-        caller = caller_of(request)
-        names = [n for n, key in self._pool.settings.names().items() if caller is None or caller.may_use(key)]
-        return _json({"object": "list", "data": [self._model(name) for name in names]})
+        caller, settings = caller_of(request), self._pool.settings
+        models = {key: self._state(key) for key in settings.models if caller is None or caller.may_use(key)}
+        names = settings.names().items()
+        return _json(
+            {"object": "list", "data": [self._model(n, key, models[key]) for n, key in names if key in models]}
+        )
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         """One of them."""
         name, caller = request.match_info["id"], caller_of(request)
-        if caller is not None and not caller.may_use(self._pool.settings.key_of(name)):
+        key = self._pool.settings.key_of(name)
+        if caller is not None and not caller.may_use(key):
             raise ModelNotFoundError(name)
-        return _json(self._model(name))
+        return _json(self._model(name, key, self._state(key)))
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _state(self, key: str) -> dict[str, Any]:
+        return {"tier": self._pool.tier(key).label, "expected_wait_s": round(self._pool.estimate_s(key), 3)}
+
+    def _model(self, name: str, key: str, state: dict[str, Any]) -> dict[str, Any]:
         settings = self._pool.settings
-        key = settings.key_of(name)
         served = settings.served_name(key)
         return {
             "id": name,
@@ -47,8 +53,7 @@ class Local:
             "owned_by": "warmpool",
             "root": served,
             "parent": served if name in settings.models[key].adapters else None,
-            "tier": self._pool.tiers()[key].label,
-            "expected_wait_s": round(self._pool.estimate_s(key), 3),
+            **state,
         }
 
     async def version(self, _: web.Request) -> web.StreamResponse:

@@ -153,7 +153,7 @@ class Relay:
                 return await _end_with(begun, error.body())
 
     def _found(self, model: str) -> dict[str, str]:
-        return {"x-warmpool-tier": self._pool.tiers()[model].label}
+        return {"x-warmpool-tier": self._pool.tier(model).label}
 
     async def _exchange(self, exchange: _Exchange, address: Address) -> web.StreamResponse:
         for attempt in range(1, _ATTEMPTS + 1):
