@@ -172,7 +172,7 @@ def _is_handler(task: asyncio.Task[Any]) -> bool:
 @pytest.mark.parametrize(
     ("path", "status", "code"),
     [
-        ("/v1/realtime", 400, "invalid_request"),
+        ("/v1/realtime?model=", 400, "invalid_request"),
         ("/v1/realtime?model=other", 404, "model_not_found"),
         ("/v1/realtime/?model=demo", 404, "not_found"),
     ],
