@@ -187,7 +187,7 @@ def _store(settings: Settings) -> CheckpointStore:
 
 
 def _runtimes(settings: Settings, gpus: Gpus | None = None) -> dict[str, Runtime]:
-    store, claim = _store(settings), Claim(settings.pool.state_dir)
+    store, claim = _store(settings), Claim(settings.pool.state_dir, log_size=settings.pool.engine_log_size)
     programs = [m.podman.criu.program for m in settings.models.values() if m.podman and m.podman.criu.program]
     gpus = gpus or Gpus()
     return {

@@ -364,6 +364,12 @@ class PoolSettings(_Section):
         description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "
         "more and has a checkpoint ends when it is idle, and is restored from it; 0 is any amount.",
     )
+    engine_log_size: Size = Field(
+        default=ByteSize(64 << 20),
+        ge=64 << 10,
+        description="How large an engine's log may grow; then its older half goes (of a container: all of it). "
+        "A container keeps the limit that it was made with.",
+    )
     state_dir: Path = Field(
         default_factory=default_state_dir,
         description="Folder for engine logs and records (made, mode 0700). Default: $STATE_DIRECTORY, which systemd "
@@ -438,7 +444,7 @@ class PodmanRuntimeSettings(_Ports):
         description="podman's REST API. Where nobody listens there, warmpool starts `podman system service` itself.",
     )
     timeout: Duration = Field(
-        default=30.0,
+        default=20.0,
         gt=0,
         description="How long podman's service may take to answer, beside the time that the work of a call takes; then "
         "the call has failed. A service of warmpool's own that says nothing for as long is started again.",

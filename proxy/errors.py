@@ -76,6 +76,13 @@ class OverdueError(RuntimeFailure):
         super().__init__(operation, reason)
 
 
+class PortTakenError(RuntimeFailure):
+    """The port of an engine has gone to another program, which is sent nothing; its image is as good as before."""
+
+    def __init__(self, operation: str, port: int, owner: str) -> None:
+        super().__init__(operation, f"port {port} of the engine is listened on by {owner}")
+
+
 class RequestError(WarmpoolError):
     """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again.
 

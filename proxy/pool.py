@@ -29,6 +29,7 @@ from proxy.errors import (
     ModelNotFoundError,
     NoCapacityError,
     OverdueError,
+    PortTakenError,
     QueueFullError,
     RuntimeFailure,
     WakeFailedError,
@@ -284,7 +285,7 @@ class Pool:
             note_unexpected(instance, error)
             reason = str(error) or too_slow(model.settings, origin)
             log.warning("%s was adopted and did not come up: %s", instance.id, reason)
-            await self._clear_away(model, slot, origin)
+            await self._clear_away(model, slot, origin, error)
             await self._wake(model, slot, generation, NO_EVICTIONS)
             return
         if instance.generation == generation and instance.state is State.WAKING:
@@ -292,8 +293,10 @@ class Pool:
 
     async def _state_of_running(self, model: Model, slot: Slot) -> State:
         client = client_of(slot)
-        with contextlib.suppress(EngineError, TimeoutError):
+        with contextlib.suppress(EngineError, RuntimeFailure, TimeoutError):
             async with asyncio.timeout(_ADOPT_S):
+                if not await model.runtime.listens(handle_of(slot)):
+                    return State.BROKEN
                 asleep = await client.is_sleeping()
                 if asleep:
                     slot.instance.sleep_level = DEEPEST_SLEEP  # which one is not to be learned: wake it thoroughly
@@ -1329,7 +1332,7 @@ class Pool:
                 log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
                 self._metrics.wake_failures.labels(model.key, tier.label).inc()
                 log_lines = await self._last_log_lines(model, slot)
-                await self._clear_away(model, slot, tier)
+                await self._clear_away(model, slot, tier, error)
                 continue
             if instance.generation != generation or instance.state is not State.WAKING:
                 return
@@ -1393,7 +1396,7 @@ class Pool:
             return
         self._fail_waiters(model, self._wake_failed(model, failure))
 
-    async def _clear_away(self, model: Model, slot: Slot, tier: Tier) -> None:
+    async def _clear_away(self, model: Model, slot: Slot, tier: Tier, cause: Exception) -> None:
         """After a failed attempt: no process is left, and an image that failed too often is gone."""
         slot.loading = False
         await self._steps.unwatch(slot)
@@ -1406,7 +1409,8 @@ class Pool:
         except RuntimeFailure as error:
             log.error("%s: %s", slot.instance.id, error)
         hangs = self._overdue.hanging(slot.instance.id)  # which is the host's fault, not the image's
-        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and not hangs:
+        blamed = not hangs and not isinstance(cause, PortTakenError)
+        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and blamed:
             slot.image.failures += 1
             if slot.image.failures >= MAX_IMAGE_FAILURES and slot.image.present:
                 await self._quarantine(model, slot)

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, reseed, weights
-from proxy.errors import EngineError, RuntimeFailure
+from proxy.errors import EngineError, PortTakenError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.overdue import GIVE_UP_S
 from proxy.runtime.base import Handle, ImageFacts
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("warmpool.pool")
 
 DEEPEST_SLEEP = 2
+_PORTS_TRIED = 3
 
 
 def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
@@ -84,20 +85,30 @@ class Steps:
         self._ledger.began(instance)
         # Whatever is left of a start that is cut off can be removed by this.
         slot.handle = slot.handle or Handle(instance.id, model.key, "", 0)
-        with stages.measure("start"):
-            handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
-        self.attach(model, slot, handle)
-        instance.sleep_level = 0
-        instance.barred.clear()
-        instance.postponed.clear()
-        self.watch(model, slot)
-        await self.load(model, slot, stages)
+        for others_left in reversed(range(_PORTS_TRIED)):
+            with stages.measure("start"):
+                handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
+            self.attach(model, slot, handle)
+            instance.sleep_level = 0
+            instance.barred.clear()
+            instance.postponed.clear()
+            self.watch(model, slot)
+            try:
+                await self.load(model, slot, stages)
+                return
+            except PortTakenError as error:
+                if not others_left:
+                    raise
+                log.warning("%s: %s; it is started on another port", instance.id, error)
+                await self.unwatch(slot)
+                await model.runtime.drop(handle)
 
     async def load(self, model: Model, slot: Slot, stages: Stages) -> None:
         """From an engine that was started to one that serves and is known."""
         settings, instance, client = model.settings, slot.instance, client_of(slot)
         slot.loading = True
         with stages.measure("load"):
+            await self._listens(model, slot)
             await unless_it_ends(slot.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
         slot.loading = False
         with stages.measure("warmup"):
@@ -147,10 +158,29 @@ class Steps:
     async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
         health = model.settings.health
         with stages.measure("health"):
+            await self._listens(model, slot)
             await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
         return Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+
+    async def _listens(self, model: Model, slot: Slot) -> None:
+        """Return when the engine itself listens on its port; nothing is sent there before.
+
+        Raises PortTakenError where another program does, also if that is why the engine has ended.
+        """
+
+        async def listens() -> None:
+            while not await model.runtime.listens(handle_of(slot)):
+                await asyncio.sleep(model.settings.health.interval)
+
+        try:
+            await unless_it_ends(slot.watcher, listens())
+        except PortTakenError:
+            raise
+        except RuntimeFailure:
+            await model.runtime.listens(handle_of(slot))
+            raise
 
     async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""

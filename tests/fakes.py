@@ -233,6 +233,9 @@ class FakeRuntime:
     async def vitals(self, handle: Handle) -> Vitals:
         return Vitals({}, self._process(handle, "vitals").frozen)
 
+    async def listens(self, handle: Handle) -> bool:
+        return True
+
     async def log_tail(self, handle: Handle) -> list[str]:
         return [*self.log_lines.get(handle.instance_id, ())]
 

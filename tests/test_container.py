@@ -24,6 +24,7 @@ def specification(settings: ModelSettings, host_port: int | None = None) -> dict
     return container.specification(
         name="c", image="0123", key="demo", model=settings, host_port=host_port, labels={"owner": "o"},
         environment={"MARK": "m"}, criu_config=Path("/run/c.conf"), seccomp=Path("/run/s.json"), log=Path("/run/c.log"),
+        log_size=1 << 20,
     )  # fmt: skip
 
 

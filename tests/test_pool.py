@@ -13,6 +13,7 @@ from proxy.errors import (
     EngineError,
     ModelNotFoundError,
     NoCapacityError,
+    PortTakenError,
     QueueFullError,
     RuntimeFailure,
     WakeFailedError,
@@ -657,6 +658,21 @@ async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it
     text = rig.metrics.exposition().decode()
     assert 'warmpool_quarantined_checkpoints_total{model="demo"} 1.0' in text
     assert 'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 2.0' in text
+
+
+async def test_an_image_whose_port_another_program_has_is_not_blamed(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    for _ in range(3):
+        rig.runtime.failures["restore"] = [PortTakenError("restore", 8000, "another program")]
+        lease = await use(rig)
+        assert lease.wake is not None
+        assert lease.wake.reached_from is Tier.STOPPED
+        for _ in range(3):
+            await rig.pass_time(10)
+    assert list(rig.runtime.quarantined) == []
+    lease = await use(rig)
+    assert lease.wake is not None
+    assert lease.wake.reached_from is Tier.CHECKPOINTED
 
 
 async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:

@@ -173,6 +173,12 @@ class Runtime(Protocol):
     async def vitals(self, handle: Handle) -> Vitals:
         """What its processes do; for an engine that should be running. Raises RuntimeFailure."""
 
+    async def listens(self, handle: Handle) -> bool:
+        """Whether the engine that runs listens where its handle says; False while nobody does.
+
+        Raises PortTakenError where another program does: nothing may be sent there.
+        """
+
     async def log_tail(self, handle: Handle) -> Sequence[str]:
         """The last lines that the engine wrote since it was started or restored (`LogTails.read`); never raises."""
 

@@ -123,6 +123,9 @@ class Bounded:
     async def wait_exit(self, handle: Handle) -> str:
         return await self._runtime.wait_exit(handle)
 
+    async def listens(self, handle: Handle) -> bool:
+        return await self._look(handle, "listens", lambda: self._runtime.listens(handle))
+
     async def log_tail(self, handle: Handle) -> Sequence[str]:
         with contextlib.suppress(OverdueError):
             return await self._look(handle, "log_tail", lambda: self._runtime.log_tail(handle))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool.runtime")
 
+LOG_SIZE: Final = 64 << 20
 _MARKS: Final = ("lock", "logs", "usage.json", "archive", "state")
 """What a state folder of warmpool's has in it, of any version, or a folder below which it was by default."""
 
@@ -28,9 +29,11 @@ class Claim:
     `owner` marks everything that belongs to it, so that two proxies with different folders leave each other's alone.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, *, log_size: int = LOG_SIZE) -> None:
+        """`log_size`: how many bytes an engine's log may have."""
         self.folder = state_dir.absolute()
         self.owner = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
+        self.log_size = log_size
         self._file: IO[bytes] | None = None
         self._holders = 0
 

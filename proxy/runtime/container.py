@@ -61,6 +61,7 @@ def specification(
     criu_config: Path,
     seccomp: Path | None,
     log: Path,
+    log_size: int,
     mounts: Iterable[tuple[str, str, bool]] = (),
     arguments: Iterable[str] = (),
 ) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def specification(
         "r_limits": _ulimits(engine.ulimits),
         "resource_limits": {"pids": {"limit": engine.pids_limit}},
         "privileged": engine.privileged,
-        "log_configuration": {"driver": "k8s-file", "path": str(log), "options": {"max-size": "100mb"}},
+        "log_configuration": {"driver": "k8s-file", "path": str(log), "size": log_size},
         "healthconfig": {"Test": ["NONE"]},
         "restart_policy": "no",
     }
@@ -114,6 +115,8 @@ def specification(
         spec["netns"] = {"nsmode": "host"}
     else:
         spec["netns"] = {"nsmode": "bridge"}
+        # A restored engine has the hostname of the one whose image it is; podman writes it to each one's /etc/hosts.
+        spec["hostname"] = hostname(key)
         if engine.network != "bridge":
             spec["Networks"] = {engine.network: {}}
     for option in engine.security_options:
@@ -180,6 +183,11 @@ def engine_of(model: ModelSettings) -> PodmanEngineSettings:
     """The `podman` table of a model that has one."""
     assert model.podman is not None  # noqa: S101 - the configuration says which runtime a model has
     return model.podman
+
+
+def hostname(key: str) -> str:
+    """The same for all engines of a model: letters, digits and hyphens (RFC 1123)."""
+    return re.sub("[^a-z0-9-]+", "-", f"warmpool-{key.lower()}")[:63].strip("-")
 
 
 def _mount(source: str, target: Path, writable: bool) -> dict[str, Any]:

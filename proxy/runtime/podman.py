@@ -21,11 +21,23 @@ import orjson
 
 from proxy import host, owned
 from proxy.checkpoints import CheckpointStore, StoreError, next_to
-from proxy.errors import HostError, RuntimeFailure
+from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.inputs import Reader
 from proxy.instance import Tier
 from proxy.manifest import Manifest
-from proxy.runtime import bundle, command, container, criu, inside, leftovers, namespaces, ports, processes
+from proxy.runtime import (
+    bridges,
+    bundle,
+    command,
+    container,
+    criu,
+    inside,
+    leftovers,
+    listeners,
+    namespaces,
+    ports,
+    processes,
+)
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
@@ -118,6 +130,8 @@ class PodmanRuntime(KeepsImages):
         self._facts: dict[str, str] = {}
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
+        self._bridges: dict[str, str] = {}
+        """Network → its bridge's device; empty for a network of another kind."""
         self._annotated = True
         self._podman = self._client()
 
@@ -402,12 +416,13 @@ class PodmanRuntime(KeepsImages):
             log.warning("%s: podman: %s", instance_id, warning)
         return it
 
-    async def _to_be_made(self, handle: Handle, model: ModelSettings, image_id: str | None) -> _Container:
+    async def _to_be_made(self, handle: Handle, model: ModelSettings, made_from: str | None) -> _Container:
+        """`made_from`: the container image of the checkpoint that is to be restored in it."""
         known = self._containers.get(handle.instance_id)
         key, engine = handle.model, container.engine_of(model)
-        image_id = image_id or await self._image_named(engine.image)
+        image_id = made_from or await self._image_named(engine.image)
         if engine.network == "host":
-            port = known.handle.port if known is not None else await self._host_port(handle.image or key)
+            port = await self._host_port(handle.image or key, known, its_own=made_from is not None)
             handle = replace(handle, host=ports.LOOPBACK, port=port)
         else:
             handle = replace(handle, port=engine.container_port)
@@ -492,6 +507,7 @@ class PodmanRuntime(KeepsImages):
             criu_config=self._criu_config(it),
             seccomp=container.seccomp_profile(engine, self._claim.folder / "podman", self._default_seccomp),
             log=self._claim.log_path(it.handle.instance_id),
+            log_size=self._claim.log_size,
         )
 
     def _criu_config(self, it: _Container) -> Path:
@@ -528,11 +544,32 @@ class PodmanRuntime(KeepsImages):
             it.pid = answer["State"]["Pid"] or None
             it.restored = bool(answer["State"].get("Restored"))
             it.handle = _addressed(it, answer)
+            if it.pid is not None:
+                await self._hold_bridges(answer["NetworkSettings"].get("Networks") or {})
             return str(answer["State"]["Status"])
         except (KeyError, TypeError, ValueError) as error:
             raise PodmanError(0, f"{it.name}: inspect answers what this version does not understand: {error}") from None
         except OSError as error:
             raise PodmanError(409, f"{it.name}: {error.filename}: {error.strerror}") from error
+
+    async def _hold_bridges(self, networks: Iterable[str]) -> None:
+        """See proxy/runtime/bridges.py; before the engine is spoken to."""
+        for network in networks:
+            if network not in self._bridges:
+                facts = await self._podman.get(f"/networks/{network}/json")
+                self._bridges[network] = facts.get("network_interface", "") if facts.get("driver") == "bridge" else ""
+            try:
+                if bridges.hold_address(self._bridges[network]):
+                    log.info("the MAC address of %s is held from now on", self._bridges[network])
+            except OSError as error:
+                log.warning("the MAC address of %s cannot be held: %s", self._bridges[network], error.strerror)
+
+    async def listens(self, handle: Handle) -> bool:
+        """See `Runtime.listens`: on podman's bridge nobody else has the address of a container."""
+        it = self._containers.get(handle.instance_id)
+        if it is None or not _on_host_network(it):
+            return True
+        return await listeners.check(handle.port, it.pid, partial(_tree, it))
 
     async def wait_exit(self, handle: Handle) -> str:
         """See `Runtime.wait_exit`."""
@@ -626,9 +663,10 @@ class PodmanRuntime(KeepsImages):
     async def remove(self, handle: Handle) -> None:
         """See `Runtime.remove`."""
         it = self._containers.get(handle.instance_id)
-        if it is None:
-            return
         try:
+            if it is None:  # of a start that was cut off
+                await self._delete(self._container_name(handle.instance_id))
+                return
             if it.interrupted:
                 await self._stop(it)
             elif it.pid is not None:
@@ -640,7 +678,8 @@ class PodmanRuntime(KeepsImages):
                 await _tried(self._podman.post(f"/containers/{it.id}/stop", work_s=float(grace), timeout=grace))
             await self._delete(it.id or it.name)
         except PodmanError as error:
-            await self._kill_past(it, error)
+            if it is not None:
+                await self._kill_past(it, error)
             raise RuntimeFailure("remove", str(error)) from error
         self._forget(it)
 
@@ -871,6 +910,7 @@ class PodmanRuntime(KeepsImages):
                 await self._stop(it)
                 await self._reset_rootfs(it)
             it = await self._made_for(it, manifest)
+            self._have_port(it)
             it.image_bytes = manifest.total_bytes()
             await asyncio.to_thread(self._criu_config, it)
             collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
@@ -903,6 +943,11 @@ class PodmanRuntime(KeepsImages):
             it.off_gpu = False
         return it.handle
 
+    def _have_port(self, it: _Container) -> None:
+        """Raises PortTakenError where the port of an engine that is not running has gone to another program."""
+        if _on_host_network(it) and self._ports.taken_by_others(it.handle.port):
+            raise PortTakenError("restore", it.handle.port, listeners.owner(it.handle.port))
+
     def promote(self, handle: Handle) -> Handle:
         """See `Runtime.promote`."""
         it = self._containers[handle.instance_id]
@@ -918,9 +963,10 @@ class PodmanRuntime(KeepsImages):
     async def _made_for(self, it: _Container, manifest: Manifest) -> _Container:
         """A container to restore this image in, made from the container image that it was taken from."""
         made_from = (manifest.facts.get(CONTAINER_IMAGE), manifest.extension)
-        if (it.origin.image_id, it.origin.extension) == made_from and not it.renamed:
+        fits = not _on_host_network(it) or it.handle.port == manifest.private.get("host_port")
+        if fits and (it.origin.image_id, it.origin.extension) == made_from and not it.renamed:
             return it
-        log.info("%s: its container is made again, from what its checkpoint was taken from", it.handle.instance_id)
+        log.info("%s: its container is made again, as its checkpoint needs it", it.handle.instance_id)
         return await self._clone(it.handle, it.model)
 
     async def _clear_for_another_try(self, it: _Container, error: Exception) -> _Container:
@@ -936,6 +982,7 @@ class PodmanRuntime(KeepsImages):
                 return it
         except (PodmanError, OSError) as again:
             raise RuntimeFailure("restore", str(again)) from again
+        self._have_port(it)  # somebody may have been quicker
         raise RuntimeFailure("restore", criu.log_reason(it.userdata / "restore.log", str(error))) from error
 
     async def _bring_up_from(self, it: _Container, folder: Path) -> Any:
@@ -1044,13 +1091,17 @@ class PodmanRuntime(KeepsImages):
         except PodmanError as error:
             raise HostError(str(error)) from error
 
-    async def _host_port(self, image: str) -> int:
-        """The port for a container on the host's network: the one its image was taken with, or a free one."""
+    async def _host_port(self, image: str, known: _Container | None, *, its_own: bool) -> int:
+        """The port for a container on the host's network: the one its image was taken with, or a free one.
+
+        `its_own`: the image is to be restored there, and can only have its own.
+        """
+        port = known.handle.port if known is not None else None
         with contextlib.suppress(StoreError):
-            port = self._store.load(image).private.get("host_port")
-            if isinstance(port, int):
-                self._ports.hold(port)
-                return port
+            noted = self._store.load(image).private.get("host_port")
+            port = noted if isinstance(noted, int) else port
+        if port is not None and (not self._ports.taken_by_others(port) or its_own):
+            return port
         taken = set()
         labelled = orjson.dumps({"label": [f"{container.LABEL}port"]}).decode()
         for entry in await self._podman.get("/containers/json", all="true", filters=labelled):

@@ -31,7 +31,7 @@ class Ports:
         for port in self._range:
             if port in taken or port in self._held or not self.hold(port):
                 continue
-            if not _listened_on(port):
+            if not listened_on(port):
                 return port
             self.release(port)
         raise RuntimeFailure(
@@ -50,6 +50,10 @@ class Ports:
             self._held[port] = mark
         return True
 
+    def taken_by_others(self, port: int) -> bool:
+        """Whether the port of an engine of ours, which is not running, has gone to others meanwhile; held if not."""
+        return not self.hold(port) or listened_on(port)
+
     def release(self, port: int) -> None:
         """Others may have it now."""
         if (mark := self._held.pop(port, None)) is not None:
@@ -61,7 +65,8 @@ class Ports:
             self.release(port)
 
 
-def _listened_on(port: int) -> bool:
+def listened_on(port: int) -> bool:
+    """Whether somebody has the port on loopback."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, StoreError
-from proxy.errors import HostError, RuntimeFailure
+from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.inputs import Reader
 from proxy.instance import Tier
 from proxy.manifest import Manifest
-from proxy.runtime import command, criu, inside, launch, links, ports, processes
+from proxy.runtime import command, criu, inside, launch, links, listeners, log_size, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages, Origin
@@ -86,6 +86,7 @@ class ProcessRuntime(KeepsImages):
         self._rungs = Rungs(frozenset())
         self._criu_version = ""
         self._reaper = OrphanReaper()
+        self._cutter: asyncio.Task[None] | None = None
 
     # --- the host ---
 
@@ -102,11 +103,14 @@ class ProcessRuntime(KeepsImages):
             self._reaper.open(f"{self._claim.owner}:")
         except OSError as error:
             raise HostError(f"the orphan reaper cannot be started: {error}") from error
+        self._cutter = asyncio.create_task(log_size.keep_small(self._logs, self._claim.log_size), name="engine logs")
         self._criu_version, reason = await criu.why_not(self._settings.criu)
         self._rungs = self._open_store(reason)
 
     async def close(self) -> None:
         """Dismiss the orphan reaper and give up the claim."""
+        if self._cutter is not None:
+            self._cutter.cancel()
         await self._reaper.close()
         self._ports.close()
         self._store.close()
@@ -122,9 +126,9 @@ class ProcessRuntime(KeepsImages):
         """Start the model's command; see `Runtime.start`."""
         assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
         known = self._engines.get(instance_id)
-        if known is not None and self._ports.hold(known.handle.port):
-            handle = known.handle
-        else:
+        handle = known.handle if known is not None else None
+        if handle is None or self._ports.taken_by_others(handle.port):
+            # The one of its image stays held: it is listened on again when the image is restored.
             handle = Handle(instance_id, key, ports.LOOPBACK, self._ports.take())
         values = {
             "host": handle.host,
@@ -346,6 +350,7 @@ class ProcessRuntime(KeepsImages):
         except StoreError as error:
             raise RuntimeFailure("restore", str(error)) from error
         await processes.kill_whole(mark, engine.pid)
+        self._have_port(engine, manifest.private["port"])
         # The log is opened again by name; it may have been rotated away.
         os.close(self._log(handle.instance_id, "restore"))
         self._tails.begin(handle.instance_id)
@@ -366,12 +371,26 @@ class ProcessRuntime(KeepsImages):
             reason = criu.log_reason(folder / "restore.log", output)
             links.use_up(used)
             await self.drop(handle)
+            self._have_port(engine, engine.handle.port)  # somebody may have been quicker
             raise RuntimeFailure("restore", reason)
         if engine.off_gpu:
             with stages.measure("cuda"):
                 await self._cuda.resume("restore", self._members(engine))
             engine.off_gpu = False
         return engine.handle
+
+    def _have_port(self, engine: _Engine, port: int) -> None:
+        """Make the port of its image the engine's. Raises PortTakenError where another program has it."""
+        if self._ports.taken_by_others(port):
+            raise PortTakenError("restore", port, listeners.owner(port))
+        if engine.handle.port != port:
+            self._ports.release(engine.handle.port)
+            engine.handle = replace(engine.handle, port=port)
+
+    async def listens(self, handle: Handle) -> bool:
+        """See `Runtime.listens`."""
+        engine = self._engines[handle.instance_id]
+        return await listeners.check(handle.port, engine.pid, partial(self._members, engine))
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """See `Runtime.recover`."""
@@ -388,6 +407,9 @@ class ProcessRuntime(KeepsImages):
         return Recovered(found, facts_of, self._lost(models, images))
 
     # --- parts ---
+
+    def _logs(self) -> list[Path]:
+        return [self._claim.log_path(instance_id) for instance_id in self._engines]
 
     def _mark(self, instance_id: str) -> str:
         return f"{self._claim.owner}:{instance_id};"

@@ -1,0 +1,143 @@
+"""A container's network and log: the bridge's address, names in a clone, whose the port is. Real podman and CRIU."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from loadtest.image import python
+from proxy.config import ModelSettings
+from proxy.errors import PortTakenError
+from proxy.instance import Stages
+from tests.podman_bench import (
+    PodmanBench,
+    engine_image,
+    engine_table,
+    model_of,
+    podman,
+    tmpfs_folder,
+    why_no_podman,
+)
+from tests.runtime_contract import FACTS
+from tests.support import PATIENCE_S
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from proxy.runtime.base import Handle
+
+pytestmark = [
+    pytest.mark.podman,
+    pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
+]
+
+images = pytest.fixture(tmpfs_folder)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
+    engine_image()
+    made = PodmanBench(tmp_path, images)
+    await made.runtime.open()
+    yield made
+    await made.clear()
+    assert made.remains() == []
+
+
+async def ready(bench: PodmanBench, number: int = 1) -> Handle:
+    handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
+    await bench.healthy(handle)
+    return handle
+
+
+def inside(bench: PodmanBench, handle: Handle, script: str) -> str:
+    """What Python code prints in the engine's container."""
+    return podman("exec", bench.container(handle), str(python()), "-c", script)
+
+
+@pytest.fixture
+async def network() -> AsyncIterator[str]:
+    """A network of the user's own, whose bridge is made for the first container."""
+    name = "warmpool-test-mac"
+    podman("network", "create", name)
+    yield name
+    podman("network", "rm", "--force", name)
+
+
+async def test_the_address_of_the_bridge_stays_while_containers_come_and_go(bench: PodmanBench, network: str) -> None:
+    bench.model = model_of(network=network)
+    await ready(bench)
+    device = Path("/sys/class/net") / podman("network", "inspect", "--format", "{{.NetworkInterface}}", network)
+    assert (device / "addr_assign_type").read_text().strip() == "3", "the kernel leaves it alone"
+    address = (device / "address").read_text()
+    for number in (2, 3, 4):
+        other = await ready(bench, number)
+        assert (device / "address").read_text() == address
+        await bench.runtime.remove(other)
+        assert (device / "address").read_text() == address
+
+
+async def test_a_clone_finds_the_address_of_its_own_hostname(bench: PodmanBench) -> None:
+    golden = await ready(bench)
+    await bench.runtime.checkpoint(golden, FACTS, Stages())
+    golden = await bench.runtime.restore(golden, Stages())
+    clone = await bench.runtime.clone("demo-2", "demo", bench.model)
+    clone = await bench.runtime.restore(clone, Stages())
+    for handle in (golden, clone):
+        await bench.healthy(handle)
+        asked = inside(bench, handle, "import socket; print(socket.gethostbyname(socket.gethostname()))")
+        assert asked == handle.host
+
+
+async def test_a_port_on_the_hosts_network_that_another_program_has_costs_neither_the_image_nor_the_wake(
+    bench: PodmanBench,
+) -> None:
+    bench.model = model_of(network="host")
+    handle = await ready(bench)
+    boot = await bench.boot_id(handle)
+    assert await bench.runtime.listens(handle) is True
+    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    with socket.socket() as another:
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        another.bind((handle.host, handle.port))
+        another.listen()
+        with pytest.raises(PortTakenError, match=f"port {handle.port} .*process"):
+            await bench.runtime.restore(handle, Stages())
+        await bench.runtime.drop(handle)
+        elsewhere = await ready(bench)
+        assert elsewhere.port != handle.port
+        await bench.runtime.drop(elsewhere)
+    restored = await bench.runtime.restore(elsewhere, Stages())
+    assert restored.port == handle.port
+    await bench.healthy(restored)
+    assert await bench.boot_id(restored) == boot
+
+
+async def test_on_the_hosts_network_another_programs_listener_is_not_the_engine(bench: PodmanBench) -> None:
+    table = engine_table(network="host")
+    sleeps = ModelSettings(
+        podman={**table, "entrypoint": [str(python()), "-c"], "command": ["import time; time.sleep(1000)\n# {port}"]}
+    )
+    handle = await bench.runtime.start("demo-1", "demo", sleeps)
+    assert await bench.runtime.listens(handle) is False
+    with socket.create_server((handle.host, handle.port)), pytest.raises(PortTakenError):
+        await bench.runtime.listens(handle)
+    await bench.runtime.drop(handle)
+
+
+async def test_the_log_of_a_container_that_writes_without_end_stays_small(bench: PodmanBench) -> None:
+    bench.claim.log_size = 64 << 10
+    table = engine_table()
+    script = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)\nwhile True: print('x' * 1000)\n# {port}"
+    chatty = ModelSettings(podman={**table, "entrypoint": [str(python()), "-c"], "command": [script]})
+    await bench.runtime.start("demo-1", "demo", chatty)
+    path, most = bench.claim.log_path("demo-1"), 0
+    async with asyncio.timeout(PATIENCE_S):
+        while path.stat().st_size >= most:
+            most = path.stat().st_size
+            await asyncio.sleep(0.001)
+    assert most < 1 << 20
