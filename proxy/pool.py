@@ -1667,6 +1667,7 @@ class Pool:
                 pool_status.instance_status(m, slot, self._clock()) for m in self._leaving for slot in m.slots.values()
             ],
             "wakes": [*self._wakes],
+            "strays": [line for runtime in self._runtimes.values() for line in runtime.strays()],
             "overdue": self._overdue.status(),
             "written_off": self._written_off.status(),
         }

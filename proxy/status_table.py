@@ -88,6 +88,7 @@ def _notes(status: dict[str, Any]) -> Iterator[str]:
     for key, entry in status["models"].items():
         if outdated := entry.get("outdated"):
             yield f"{key} is outdated: {outdated['reason']}. New engine: {outdated['renewal']}."
+    yield from status.get("strays", ())
     memory = status.get("memory", {})
     if host := memory.get("host"):
         yield f"host memory: {short_size(host['available_bytes'])} of {short_size(host['total_bytes'])} free"

@@ -160,6 +160,9 @@ class FakeRuntime:
     async def close(self) -> None:
         await self._enter("close")
 
+    def strays(self) -> list[str]:
+        return []
+
     def rungs(self) -> Rungs:
         return Rungs(self.offered, self.missing)
 

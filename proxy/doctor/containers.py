@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from proxy.doctor.report import Check, Repair
+from proxy.runtime import strays
+from proxy.runtime.claim import Claim
+from proxy.runtime.container import LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -176,6 +179,19 @@ def _get_image(image: str, keys: Iterable[str]) -> str:
     if image.startswith("localhost/"):
         return f"build {image}, or correct {', '.join(f'models.{key}.podman.image' for key in keys)}"
     return f"podman pull {image}"
+
+
+async def others(it: Situation) -> list[Check]:
+    """Containers of other state folders that no warmpool holds."""
+    if not it.needs.uses_podman or it.podman.reason or it.host.which("podman") is None:
+        return []
+    ran = await it.host.run("podman", "ps", "--all", "--format", "json", "--filter", f"label={LABEL}owner")
+    try:
+        entries = orjson.loads(ran.output) if ran.status == 0 else []
+        found = await asyncio.to_thread(strays.among, entries, Claim(it.needs.pool.state_dir).owner)
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        return []
+    return [Check("other containers", "warn", stray.found, stray.removal) for stray in found]
 
 
 async def io_uring(it: Situation) -> list[Check]:

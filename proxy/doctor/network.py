@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from proxy.doctor.report import Check
+from proxy.runtime import bridges
 
 if TYPE_CHECKING:
     from proxy.doctor.needs import Situation
@@ -97,3 +98,24 @@ async def networks(it: Situation) -> list[Check]:
         fix = "\n".join(f"podman network create {network}" for network in missing)
         return [Check("networks", "fail", f"missing: {', '.join(missing)}", fix)]
     return [Check("networks", "ok", ", ".join(named))]
+
+
+async def bridge_addresses(it: Situation) -> list[Check]:
+    """Whether bridges that are there keep their MAC address, see proxy/runtime/bridges.py."""
+    used = sorted({"podman" if e.network == "bridge" else e.network for e in it.needs.podman.values()} - {"host"})
+    if not used or it.podman.reason or it.host.which("podman") is None:
+        return []
+    ran = await it.host.run("podman", "network", "inspect", *used)
+    try:
+        devices = [n.get("network_interface", "") for n in orjson.loads(ran.output) if n.get("driver") == "bridge"]
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        return []
+    moving = [d for d in devices if d and bridges.follows_its_ports(d, it.host.path("/sys/class/net"))]
+    if moving:
+        found = (
+            f"{', '.join(moving)}: the address changes as containers come and go, and engines are out of reach for "
+            "seconds; warmpool holds it when it starts or restores one there"
+        )
+        fix = "\n".join(f"ip link set dev {d} address $(cat /sys/class/net/{d}/address)" for d in moving)
+        return [Check("bridge address", "warn", found, fix)]
+    return [Check("bridge address", "ok", "kept, or held by warmpool when the first container comes")]

@@ -136,6 +136,9 @@ class Runtime(Protocol):
     async def close(self) -> None:
         """Let go of the host; instances were removed, dropped or left before."""
 
+    def strays(self) -> Sequence[str]:
+        """What is there of other warmpools that have ended, a line each; as of `recover`."""
+
     def rungs(self) -> Rungs:
         """What this host offers; valid after `open`."""
 

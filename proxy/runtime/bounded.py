@@ -75,6 +75,9 @@ class Bounded:
     async def close(self) -> None:
         await self._overdue.within(_CLOSE_S, "close", self.name, self._runtime.close())
 
+    def strays(self) -> Sequence[str]:
+        return self._runtime.strays()
+
     def rungs(self) -> Rungs:
         return self._runtime.rungs()
 

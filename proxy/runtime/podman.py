@@ -37,6 +37,7 @@ from proxy.runtime import (
     namespaces,
     ports,
     processes,
+    strays,
 )
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
@@ -46,7 +47,7 @@ from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     import psutil
 
@@ -130,6 +131,7 @@ class PodmanRuntime(KeepsImages):
         self._facts: dict[str, str] = {}
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
+        self._strays: Sequence[str] = ()
         self._bridges: dict[str, str] = {}
         """Network → its bridge's device; empty for a network of another kind."""
         self._annotated = True
@@ -234,6 +236,7 @@ class PodmanRuntime(KeepsImages):
             images = {key: image for key, (_, image) in usable.items()}
             lost = self._lost(models, images)
             made_from = {key: manifest.facts.get(CONTAINER_IMAGE, "") for key, (manifest, _) in usable.items()}
+        await self._look_for_strays()
         entries = await self._ours()
         helpers = await asyncio.to_thread(leftovers.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
@@ -261,6 +264,18 @@ class PodmanRuntime(KeepsImages):
             await self._delete(it.id)
             self._forget(it)
         return kept
+
+    def strays(self) -> Sequence[str]:
+        """See `Runtime.strays`."""
+        return self._strays
+
+    async def _look_for_strays(self) -> None:
+        """Those of other state folders that nobody holds: said here, and shown by the status."""
+        labelled = orjson.dumps({"label": [f"{container.LABEL}owner"]}).decode()
+        entries = await self._podman.get("/containers/json", all="true", filters=labelled)
+        self._strays = [*map(str, await asyncio.to_thread(strays.among, entries, self._claim.owner))]
+        for line in self._strays:
+            log.warning("%s", line)
 
     async def _ours(self) -> list[dict[str, Any]]:
         owned = orjson.dumps({"label": [f"{container.LABEL}owner={self._claim.owner}"]}).decode()
@@ -494,6 +509,7 @@ class PodmanRuntime(KeepsImages):
             host_port=it.handle.port if engine.network == "host" else None,
             labels={
                 "owner": self._claim.owner,
+                "state-dir": str(self._claim.folder),
                 "instance": it.handle.instance_id,
                 "model": key,
                 "spec": it.spec_digest,

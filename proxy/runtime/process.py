@@ -36,7 +36,7 @@ from proxy.runtime.log_tail import LogTails
 from proxy.runtime.orphan_reaper import OrphanReaper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from proxy.config import ModelSettings, ProcessRuntimeSettings
     from proxy.gpu import Gpus
@@ -115,6 +115,10 @@ class ProcessRuntime(KeepsImages):
         self._ports.close()
         self._store.close()
         self._claim.release()
+
+    def strays(self) -> Sequence[str]:
+        """See `Runtime.strays`: none, the orphan reaper ends processes with their warmpool."""
+        return ()
 
     def rungs(self) -> Rungs:
         """What `open` found."""
