@@ -916,6 +916,33 @@ async def test_this_machine_is_examined_without_an_exception(tmp_path: Path) -> 
     assert str(tmp_path) in found["tmpfs"].found
 
 
+async def test_containers_of_folders_that_nobody_holds_are_one_row(tmp_path: Path, host: FakeHost) -> None:
+    entries = [
+        {"Names": [f"c{n}"], "Labels": {"io.warmpool.owner": f"{n:012}", "io.warmpool.state-dir": f"{tmp_path}/{n}"}}
+        for n in (1, 2)
+    ]
+    host.answers["podman ps --all --format json"] = (0, orjson.dumps(entries).decode())
+    row = (await rows(host, None))["other containers"]
+    assert row.status == "warn"
+    assert f"1 container of state_dir {tmp_path}/2, which no warmpool holds: c2" in row.found
+    assert row.fix.count("podman rm --force") == 2
+    host.answers["podman ps --all --format json"] = (0, "[]")
+    assert "other containers" not in await rows(host, None)
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_bridge_whose_address_changes_is_said(tmp_path: Path, host: FakeHost, held: bool) -> None:
+    device = host.path("/sys/class/net/podman0")
+    (device / "bridge").mkdir(parents=True)
+    (device / "addr_assign_type").write_text("3\n" if held else "1\n")
+    inspected = [{"name": "podman", "driver": "bridge", "network_interface": "podman0"}]
+    host.answers["podman network inspect podman"] = (0, orjson.dumps(inspected).decode())
+    settings = settings_of(tmp_path, demo={"podman": {"image": "x", "command": ["{port}"]}})
+    row = (await rows(host, settings))["bridge address"]
+    assert row.status == ("ok" if held else "warn")
+    assert held or row.fix == "ip link set dev podman0 address $(cat /sys/class/net/podman0/address)"
+
+
 async def test_a_command_that_hangs_or_is_not_there_is_an_answer() -> None:
     ran = await Host().run("sleep", "60", timeout_s=0.05)
     assert ran.status is None

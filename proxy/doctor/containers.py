@@ -191,7 +191,10 @@ async def others(it: Situation) -> list[Check]:
         found = await asyncio.to_thread(strays.among, entries, Claim(it.needs.pool.state_dir).owner)
     except (orjson.JSONDecodeError, AttributeError, TypeError):
         return []
-    return [Check("other containers", "warn", stray.found, stray.removal) for stray in found]
+    if not found:
+        return []
+    lines = "; ".join(stray.found for stray in found)
+    return [Check("other containers", "warn", lines, "\n".join(stray.removal for stray in found))]
 
 
 async def io_uring(it: Situation) -> list[Check]:
