@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from proxy.web.faults import stack_of
+from proxy.web.faults import note_loop_error, quieten, stack_of
 from proxy.web.refusals import Refusals
 from tests.scripted import QUESTION, Peer, Scripted, post
 from tests.served import Proxy
@@ -208,3 +208,21 @@ async def test_nothing_of_a_broken_answer_is_logged(answer: bytes, caplog: pytes
         await proxy.ask(post(QUESTION, "Connection: close"), answer % PROMPT.encode(), Peer.close)
     assert "demo-1" in caplog.text
     assert PROMPT not in caplog.text
+
+
+async def test_what_the_event_loop_and_aiohttp_say_of_an_error_quotes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    quieten()
+    loop = asyncio.get_running_loop()
+    message = f"Exception in callback Client.data_received(b'{PROMPT}')"
+    note_loop_error(loop, {"message": message, "exception": ValueError(KEY), "protocol": PROMPT})
+    note_loop_error(loop, {"message": "Task was destroyed but it is pending!", "task": PROMPT})
+    server = logging.getLogger("aiohttp.server")
+    try:
+        raise ValueError(KEY)
+    except ValueError:
+        server.exception("Error handling request from %s", PROMPT)
+    assert "Exception in callback Client.data" in caplog.text
+    assert caplog.text.count(": ValueError") == 2
+    assert "Task was destroyed but it is pending" in caplog.text
+    assert PROMPT not in caplog.text
+    assert KEY not in caplog.text
