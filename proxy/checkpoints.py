@@ -81,6 +81,10 @@ class StoreError(WarmpoolError):
     """The store cannot take or give an image; nothing that was there was harmed."""
 
 
+class DamagedError(StoreError):
+    """An image or an archive that is not what was written: a fact about its content, not about the moment."""
+
+
 class OtherVersionError(StoreError):
     """An image that another version of warmpool wrote."""
 
@@ -288,16 +292,18 @@ class CheckpointStore:
         path = self.path(image)
         manifest = _read_manifest(path)
         if manifest.image != image.removesuffix(_NEXT):
-            raise StoreError(f"{path}: its manifest is that of {manifest.image!r}")
+            raise DamagedError(f"{path}: its manifest is that of {manifest.image!r}")
         for name, size in manifest.bytes_by_file.items():
             try:
                 actual = (path / name).lstat()
+            except FileNotFoundError as error:
+                raise DamagedError(f"{path / name}: {error.strerror}") from error
             except OSError as error:
                 raise StoreError(f"{path / name}: {error.strerror}") from error
             if not stat.S_ISREG(actual.st_mode):
-                raise StoreError(f"{path / name}: not a plain file")
+                raise DamagedError(f"{path / name}: not a plain file")
             if actual.st_size != size:
-                raise StoreError(f"{path / name}: {actual.st_size} bytes, the manifest says {size}")
+                raise DamagedError(f"{path / name}: {actual.st_size} bytes, the manifest says {size}")
         return manifest
 
     async def verify(self, image: str) -> Manifest:
@@ -371,7 +377,7 @@ class CheckpointStore:
         try:
             manifest = await asyncio.to_thread(_peek, path)
         except _DAMAGE as error:
-            raise StoreError(f"{path}: not a usable export: {error}") from error
+            raise _unusable(path, error) from error
         if manifest.image != image:
             raise StoreError(f"{path}: holds the image {manifest.image!r}")
         return manifest
@@ -410,7 +416,10 @@ class CheckpointStore:
                 for name in (MANIFEST, *manifest.bytes_by_file):
                     info = tar.gettarinfo(source / name, name)
                     with (source / name).open("rb") as content:
-                        tar.addfile(info, cast("IO[bytes]", _Stoppable(content, stop)))
+                        read = _Hashing(_Stoppable(content, stop))
+                        tar.addfile(info, cast("IO[bytes]", read))
+                    if manifest.sha256_by_file.get(name, read.digest()) != read.digest():
+                        raise DamagedError(_differs(source / name))
 
         try:
             await _in_thread(pack)
@@ -435,8 +444,14 @@ class CheckpointStore:
             finally:
                 self.abandon(manifest.image)
         except _DAMAGE as error:
-            raise StoreError(f"{source}: not a usable export: {error}") from error
+            raise _unusable(source, error) from error
         return manifest
+
+
+def _unusable(source: Path, error: Exception) -> StoreError:
+    """What could not be read: damaged, unless the kernel says that it could not be opened, read or written now."""
+    kind = StoreError if isinstance(error, OSError) and error.errno not in (None, errno.EFBIG) else DamagedError
+    return kind(f"{source}: not a usable export: {error}")
 
 
 class _Stoppable:
@@ -450,6 +465,22 @@ class _Stoppable:
         if self._stop.is_set():
             raise OSError("cancelled")
         return self._file.read(size)
+
+
+class _Hashing:
+    """A file whose digest is taken as it is read."""
+
+    def __init__(self, file: _Stoppable) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
 
 
 class _Limited:
@@ -523,7 +554,7 @@ def _read_manifest(folder: Path) -> Manifest:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise StoreError(f"{path}: not a plain file")
+                raise DamagedError(f"{path}: not a plain file")
             return _parsed(file.read(manifests.LIMIT_BYTES), str(folder))
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
@@ -535,7 +566,7 @@ def _parsed(data: bytes, where: str) -> Manifest:
     except OtherFormatError as error:
         raise OtherVersionError(f"{where}: {error}") from None
     except ManifestError as error:
-        raise StoreError(f"{where}: not a usable image: {error}") from None
+        raise DamagedError(f"{where}: not a usable image: {error}") from None
 
 
 def _measure(
@@ -601,7 +632,11 @@ def _sha256(path: Path, stop: threading.Event) -> str:
 def _check_digests(folder: Path, manifest: Manifest, stop: threading.Event) -> None:
     for name, expected in manifest.sha256_by_file.items():
         if _sha256(folder / name, stop) != expected:
-            raise StoreError(f"{folder / name}: its content is not what was written (SHA-256 differs)")
+            raise DamagedError(_differs(folder / name))
+
+
+def _differs(path: Path) -> str:
+    return f"{path}: its content is not what was written (SHA-256 differs)"
 
 
 @contextlib.contextmanager
@@ -646,7 +681,7 @@ def _peek(source: Path) -> Manifest:
         member = tar.next()
         content = tar.extractfile(member) if member is not None and member.name == MANIFEST else None
         if content is None:
-            raise StoreError(f"{source}: not an export of warmpool's: no {MANIFEST} at its head")
+            raise DamagedError(f"{source}: not an export of warmpool's: no {MANIFEST} at its head")
         return _parsed(content.read(manifests.LIMIT_BYTES), str(source))
 
 
@@ -666,10 +701,10 @@ def _unpack(
             if content is None:
                 if member.name == MANIFEST:
                     continue
-                raise StoreError(f"{source}: {member.name!r} is not in the manifest")
+                raise DamagedError(f"{source}: {member.name!r} is not in the manifest")
             declared = manifest.bytes_by_file[member.name]
             if member.size != declared:
-                raise StoreError(f"{source}: {member.name} has {member.size} bytes, the manifest says {declared}")
+                raise DamagedError(f"{source}: {member.name} has {member.size} bytes, the manifest says {declared}")
             path = target / member.name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
@@ -677,9 +712,9 @@ def _unpack(
                     os.posix_fallocate(out.fileno(), 0, member.size)  # see _measure
                 digest = _copied(_Stoppable(content, stop), out, free_bytes, str(source))
             if digest != expected:
-                raise StoreError(f"{source}: {member.name} is damaged (SHA-256 differs)")
+                raise DamagedError(f"{source}: {member.name} is damaged (SHA-256 differs)")
     if missing:
-        raise StoreError(f"{source}: {next(iter(missing))} is missing")
+        raise DamagedError(f"{source}: {next(iter(missing))} is missing")
     _write_manifest(target, manifest)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from proxy.errors import EngineError
+from proxy.errors import EngineError, Fault
 from proxy.upstream import SilenceError, Upstream
 
 if TYPE_CHECKING:
@@ -257,12 +257,12 @@ class EngineClient:
         answer = _json(body)
         results = answer.get("results") if isinstance(answer, dict) else None
         if status != 200 or not isinstance(results, list) or not results:
-            raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}")
+            raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
         total = 0
         for result in results:
             if not isinstance(result, dict) or not isinstance(result.get("bytes"), int):
                 reason = result.get("error") if isinstance(result, dict) else result
-                raise EngineError(stage, f"{method}: {str(reason)[:300]}")
+                raise EngineError(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
             total += result["bytes"]
         return total
 
@@ -297,7 +297,7 @@ class EngineClient:
     async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
         status, body = await self._call(stage, "POST", path, json=json)
         if status != 200:
-            raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}")
+            raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
 
     async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
         """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""

@@ -11,6 +11,7 @@ The envelope is the one of OpenAI's API reference ("Error codes"), as vLLM answe
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,12 +42,24 @@ class IllegalTransitionError(WarmpoolError):
     """An event that an instance's state does not know; a bug in the pool, and nothing was changed."""
 
 
+class Fault(enum.Enum):
+    """What a failure says of the checkpoint that an engine came from, or was to come from."""
+
+    HOST = "host"
+    """Nothing: of what the host could not do, of time, of us."""
+    IMAGE = "image"
+    """Something is wrong with it, probably."""
+    DAMAGE = "damage"
+    """It is not what was written: a file is missing, or has another size or digest."""
+
+
 class EngineError(WarmpoolError):
     """An engine answered wrongly, too late or not at all; `stage` names what was asked of it."""
 
-    def __init__(self, stage: str, reason: str) -> None:
+    def __init__(self, stage: str, reason: str, *, fault: Fault = Fault.HOST) -> None:
         self.stage = stage
         self.reason = reason
+        self.fault = fault
         super().__init__(f"{stage}: {reason}")
 
 
@@ -57,11 +70,14 @@ class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's 
     `leaked_bytes`: GPU memory that should have come free and did not, if that is the failure.
     """
 
-    def __init__(self, operation: str, reason: str, *, alive: bool = False, leaked_bytes: int = 0) -> None:
+    def __init__(
+        self, operation: str, reason: str, *, alive: bool = False, leaked_bytes: int = 0, fault: Fault = Fault.HOST
+    ) -> None:
         self.operation = operation
         self.reason = reason
         self.alive = alive
         self.leaked_bytes = leaked_bytes
+        self.fault = fault
         super().__init__(f"{operation}: {reason}")
 
 
@@ -81,6 +97,11 @@ class PortTakenError(RuntimeFailure):
 
     def __init__(self, operation: str, port: int, owner: str) -> None:
         super().__init__(operation, f"port {port} of the engine is listened on by {owner}")
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What a failed restore says of the image; anything that is not known for it says nothing."""
+    return error.fault if isinstance(error, EngineError | RuntimeFailure) else Fault.HOST
 
 
 class RequestError(WarmpoolError):

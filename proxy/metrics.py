@@ -127,7 +127,10 @@ class Metrics:
             "warmpool_engine_stalls", "Engines that stood still with requests and were replaced.", ["model"], registry=r
         )
         self.quarantines = Counter(
-            "warmpool_quarantined_checkpoints", "Checkpoints set aside after failing twice.", ["model"], registry=r
+            "warmpool_quarantined_checkpoints",
+            "Checkpoints set aside: damaged, or evidence against them twice in a row.",
+            ["model"],
+            registry=r,
         )
         self.overdue = Counter(
             "warmpool_overdue_operations",

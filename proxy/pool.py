@@ -24,15 +24,16 @@ from proxy.errors import (
     ConflictError,
     DrainingError,
     EngineError,
+    Fault,
     InstanceNotFoundError,
     MaxWaitError,
     ModelNotFoundError,
     NoCapacityError,
     OverdueError,
-    PortTakenError,
     QueueFullError,
     RuntimeFailure,
     WakeFailedError,
+    fault_of,
 )
 from proxy.gpu_ledger import GpuLedger
 from proxy.gpu_watch import GpuWatch
@@ -52,6 +53,7 @@ from proxy.instance import (
     WakeRecord,
 )
 from proxy.overdue import GIVE_UP_S, Overdue
+from proxy.runtime.base import Handle
 from proxy.runtime.bounded import Bounded
 from proxy.slots import (
     NO_EVICTIONS,
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
     from proxy.gpu import Gpus
     from proxy.metrics import Metrics
     from proxy.reload import Changes
-    from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Runtime
+    from proxy.runtime.base import Found, ImageFacts, Outdated, Runtime
 
 log = logging.getLogger("warmpool.pool")
 
@@ -155,6 +157,7 @@ class Pool:
             ledger=self._ledger,
             gpus=self._gpus,
             archives=lambda: self._settings.pool.archive_copies,
+            damaged=self._quarantine,
         )
         self._models = {
             key: Model(key, model, settings.served_name(key), self._runtimes[model.runtime], self._ledger)
@@ -1397,7 +1400,7 @@ class Pool:
         self._fail_waiters(model, self._wake_failed(model, failure))
 
     async def _clear_away(self, model: Model, slot: Slot, tier: Tier, cause: Exception) -> None:
-        """After a failed attempt: no process is left, and an image that failed too often is gone."""
+        """After a failed attempt: no process is left, and an image that there is evidence against is gone."""
         slot.loading = False
         await self._steps.unwatch(slot)
         if slot.client is not None:
@@ -1409,20 +1412,46 @@ class Pool:
         except RuntimeFailure as error:
             log.error("%s: %s", slot.instance.id, error)
         hangs = self._overdue.hanging(slot.instance.id)  # which is the host's fault, not the image's
-        blamed = not hangs and not isinstance(cause, PortTakenError)
-        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and blamed:
-            slot.image.failures += 1
-            if slot.image.failures >= MAX_IMAGE_FAILURES and slot.image.present:
-                await self._quarantine(model, slot)
+        if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and not hangs:
+            await self._judge(model, slot, fault_of(cause))
 
-    async def _quarantine(self, model: Model, slot: Slot) -> None:
+    async def _judge(self, model: Model, slot: Slot, fault: Fault) -> None:
+        """What becomes of an image that could not be restored."""
+        image = slot.image
+        image.failures += fault is not Fault.HOST
+        if not image.present:
+            return
+        if fault is Fault.DAMAGE:
+            await self._quarantine(model, slot, "it is damaged")
+        elif image.failures >= MAX_IMAGE_FAILURES:
+            await self._quarantine(model, slot, f"it failed {image.failures} times")
+        elif image.verification is None or image.verification.done():
+            work = self._verify(model, slot)
+            image.verification = self._spawn(f"verify the checkpoint of {slot.instance.id}", work)
+
+    async def _verify(self, model: Model, slot: Slot) -> None:
+        """Read all of an image, so that one that is damaged does not cost every wake a cold start."""
+        image = slot.image
+        try:
+            async with image.lock, asyncio.timeout(model.settings.checkpoint_timeout):
+                if image.present and not image.archived:
+                    await model.runtime.verify_image(handle_of(slot), whole=True)
+        except RuntimeFailure as error:
+            log.warning("%s: %s", slot.instance.id, error)
+            if error.fault is Fault.DAMAGE and image.present:
+                await self._quarantine(model, slot, error.reason)
+        except TimeoutError:
+            log.warning("%s: its checkpoint was not read within checkpoint_timeout", slot.instance.id)
+
+    async def _quarantine(self, model: Model, slot: Slot, reason: str) -> None:
         """Set the image aside; instances that are nothing but this image go with it."""
-        log.error("%s: its checkpoint failed %d times and is set aside", slot.instance.id, slot.image.failures)
+        log.error("%s: its checkpoint is set aside: %s", slot.instance.id, reason)
         self._metrics.quarantines.labels(model.key).inc()
         reset(slot.image)
         self._forget_resting(model, slot.image, "its checkpoint was set aside")
         try:
-            await model.runtime.quarantine_image(handle_of(slot))
+            # A clone that could not be made has none yet.
+            await model.runtime.quarantine_image(slot.handle or Handle(slot.instance.id, model.key, "", 0))
         except (RuntimeFailure, OSError) as error:
             log.error("%s: %s", slot.instance.id, error)
 
@@ -1446,7 +1475,10 @@ class Pool:
         except (RuntimeFailure, TimeoutError) as error:
             reason = str(error) or too_slow(model.settings, Tier.CHECKPOINTED)
             log.warning("%s cannot be prepared: %s", slot.instance.id, reason)
-            model.back_off(self._clock())
+            if fault_of(error) is Fault.DAMAGE and slot.image.present:
+                await self._quarantine(model, slot, reason)
+            else:
+                model.back_off(self._clock())
             slot.instance.apply(Event.BROKE)
             await self._mend(model, slot)
             return
@@ -1464,6 +1496,7 @@ class Pool:
     async def _descend(self, model: Model, slot: Slot, origin: Tier, to: Tier, reason: str) -> None:
         """Take an idle instance down; a failure without harm leaves it where it is, any other breaks it."""
         instance, client, settings = slot.instance, client_of(slot), model.settings
+        damage: str | None = None
         try:
             limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
             async with asyncio.timeout(limit_s):
@@ -1472,6 +1505,7 @@ class Pool:
             setting = "checkpoint_timeout" if to is Tier.CHECKPOINTED else "wake_timeout"
             text = str(error) or f"no result within {setting} ({limit_s:g} s)"
             note_unexpected(instance, error)
+            damage = text if fault_of(error) is Fault.DAMAGE else None
             # No engine runs on the way to the archive, so none can break.
             harmless = to is Tier.ARCHIVED or (isinstance(error, RuntimeFailure) and error.alive)
             harmless = harmless and not self._overdue.hanging(instance.id)
@@ -1507,6 +1541,8 @@ class Pool:
         if arrived is not Tier.READY:
             self._ledger.arrived(instance, arrived)
         self._gpus.due.set()
+        if damage is not None:
+            await self._quarantine(model, slot, damage)
 
     async def _remove(self, model: Model, slot: Slot, reason: str) -> None:
         """End an instance and forget it, in this order; tries again until it has ended, or is written off."""

@@ -7,10 +7,10 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
 
 from proxy import policy, wake_failure
-from proxy.errors import EngineError, OrderFailedError, RuntimeFailure
+from proxy.errors import EngineError, Fault, OrderFailedError, RuntimeFailure
 from proxy.instance import State, Tier
 from proxy.line import Line
 from proxy.overdue import GIVE_UP_S
@@ -50,6 +50,8 @@ class Image:
     """Held by whoever writes it or moves it."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever writes the copy of the weights."""
+    verification: asyncio.Task[None] | None = None
+    """Its files are read after a restore that failed."""
 
 
 class Order:
@@ -343,6 +345,10 @@ def client_of(slot: Slot) -> EngineClient:
     return slot.client
 
 
+_KILLED: Final = ("signal 9", "exit status 137", "out of memory")
+"""How the end of an engine is told that others ended."""
+
+
 async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, or RuntimeFailure at once when the engine ends before, which its watcher learns."""
     task = asyncio.ensure_future(work)
@@ -351,7 +357,11 @@ async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any,
         if task.done():
             return task.result()
         assert watcher is not None  # noqa: S101 - else the task would be done
-        raise RuntimeFailure("start", f"the engine ended: {watcher.result()}")
+        how = watcher.result()
+        # Only others kill: the kernel for want of memory, or somebody by hand.
+        killed = any(word in how for word in _KILLED)
+        fault = Fault.HOST if killed else Fault.IMAGE
+        raise RuntimeFailure("start", f"the engine ended: {how}", fault=fault)
     finally:
         if not task.done():
             task.cancel()

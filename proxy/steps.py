@@ -11,14 +11,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, reseed, weights
-from proxy.errors import EngineError, PortTakenError, RuntimeFailure
+from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.overdue import GIVE_UP_S
 from proxy.runtime.base import Handle, ImageFacts
 from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from proxy.config import ModelSettings
     from proxy.engine import EngineClient
@@ -57,9 +57,12 @@ class Steps:
         ledger: GpuLedger,
         gpus: GpuWatch,
         archives: Callable[[], bool],
+        damaged: Callable[[Model, Slot, str], Awaitable[None]],
     ) -> None:
         self._connect, self._spawn, self._ended = connect, spawn, ended
         self._ledger, self._gpus = ledger, gpus
+        self._damaged = damaged
+        """To be told of an image that is not what was written."""
         self._archives = archives
         """Whether a copy of a new checkpoint goes to the archive."""
 
@@ -193,7 +196,9 @@ class Steps:
                 answer = await unless_it_ends(slot.watcher, client_of(slot).canary())
             if answer != slot.image.canary:
                 raise EngineError(
-                    "canary", "the restored engine answers differently from the one that was checkpointed"
+                    "canary",
+                    "the restored engine answers differently from the one that was checkpointed",
+                    fault=Fault.IMAGE,
                 )
             slot.image.canary_checked = True
         slot.unproven = False
@@ -288,6 +293,8 @@ class Steps:
     async def _to_image(self, model: Model, slot: Slot, origin: Tier) -> None:
         """End the processes; where there is no image yet, write one before."""
         instance, image, client = slot.instance, slot.image, client_of(slot)
+        if image.present and not await self._still_there(model, slot):
+            reset(image)
         if image.present:
             await self.unwatch(slot)
             await client.disconnect()
@@ -314,6 +321,17 @@ class Steps:
             image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
         instance.sleep_level = image.sleep_level
 
+    async def _still_there(self, model: Model, slot: Slot) -> bool:
+        """Whether the image of an engine that runs can be restored once more, as far as the sizes of its files say."""
+        try:
+            await model.runtime.verify_image(handle_of(slot), whole=False)
+        except OverdueError:
+            return True  # nor could another one be written now
+        except RuntimeFailure as error:
+            log.error("%s: its checkpoint is written anew: %s", slot.instance.id, error.reason)
+            return False
+        return True
+
     def keep_copy(self, model: Model, slot: Slot) -> None:
         """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
         if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
@@ -324,6 +342,8 @@ class Steps:
             await model.runtime.copy_to_archive(handle_of(slot))
         except RuntimeFailure as error:
             log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
+            if error.fault is Fault.DAMAGE:
+                await self._damaged(model, slot, error.reason)
         else:
             log.info("%s: a copy of its checkpoint is in the archive", model.key)
 

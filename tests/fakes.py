@@ -289,6 +289,9 @@ class FakeRuntime:
         await self._enter("discard_image")
         self.images.pop(self._owner(handle), None)
 
+    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
+        await self._enter("verify_image" if whole else "look_at_image")
+
     async def quarantine_image(self, handle: Handle) -> None:
         await self._enter("quarantine_image")
         image = self.images.pop(self._owner(handle), None)

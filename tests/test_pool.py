@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pytest
 from proxy.errors import (
     DrainingError,
     EngineError,
+    Fault,
     ModelNotFoundError,
     NoCapacityError,
     PortTakenError,
@@ -406,7 +408,7 @@ async def test_a_failed_rung_falls_through_to_the_next(rig: Rig) -> None:
 
 async def test_an_image_is_tried_twice_then_removed(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
-    rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no")] * 2
+    rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no", fault=Fault.IMAGE)] * 2
     await use(rig)
     assert rig.runtime.images, "one failure may have been chance"
     await down_to(rig, Tier.CHECKPOINTED)
@@ -645,7 +647,7 @@ async def test_stepping_down_again_writes_no_second_image(rig_of: Any) -> None:
 async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it(rig_of: Any) -> None:
     rig = await golden(rig_of)
     for attempt in (1, 2):
-        rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no")]
+        rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no", fault=Fault.IMAGE)]
         lease = await use(rig)
         assert lease.wake is not None
         assert lease.wake.reached_from is Tier.STOPPED
@@ -660,19 +662,92 @@ async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it
     assert 'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 2.0' in text
 
 
-async def test_an_image_whose_port_another_program_has_is_not_blamed(rig_of: Any) -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOENT, "No such file or directory"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EMFILE, "Too many open files"),
+        PortTakenError("restore", 8000, "another program"),
+        RuntimeFailure("restore", "podman's service cannot be reached"),
+        EngineError("health", "GET /health: ConnectionRefusedError"),
+        TimeoutError(),
+        KeyError("pid"),
+    ],
+    ids=["ENOENT", "ENOSPC", "EMFILE", "port", "podman", "connection", "time", "bug"],
+)
+async def test_no_fault_of_the_host_is_held_against_an_image(rig_of: Any, failure: Exception) -> None:
     rig = await golden(rig_of)
-    for _ in range(3):
-        rig.runtime.failures["restore"] = [PortTakenError("restore", 8000, "another program")]
+    for _ in range(5):
+        rig.runtime.failures["restore"] = [failure]
         lease = await use(rig)
         assert lease.wake is not None
         assert lease.wake.reached_from is Tier.STOPPED
         for _ in range(3):
             await rig.pass_time(10)
-    assert list(rig.runtime.quarantined) == []
-    lease = await use(rig)
-    assert lease.wake is not None
-    assert lease.wake.reached_from is Tier.CHECKPOINTED
+        await settle()
+    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == (["demo"], [])
+    assert rig.runtime.calls["checkpoint"] == 1
+    assert rig.runtime.calls["verify_image"] == 5, "whether it is damaged is looked up"
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+
+
+async def damage_leads_to_a_new_image(rig: Rig) -> None:
+    await settle()
+    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == ([], ["demo"])
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await settle()
+    assert (list(rig.runtime.images), rig.runtime.calls["checkpoint"]) == (["demo"], 2)
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+
+
+def damaged(operation: str) -> RuntimeFailure:
+    return RuntimeFailure(operation, "pages-1.img: 5 bytes", alive=True, fault=Fault.DAMAGE)
+
+
+async def test_a_damaged_image_that_is_restored_from_is_set_aside_at_once(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    rig.runtime.failures["restore"] = [damaged("restore")]
+    await use(rig)
+    await damage_leads_to_a_new_image(rig)
+
+
+async def test_damage_that_is_found_after_a_failed_restore_sets_the_image_aside(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    rig.runtime.failures |= {"restore": [OSError(errno.ENOENT, "no")], "verify_image": [damaged("verify")]}
+    await use(rig)
+    await damage_leads_to_a_new_image(rig)
+
+
+async def test_an_engine_whose_image_is_damaged_writes_a_new_one_when_it_steps_down(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    await use(rig)
+    rig.runtime.failures["look_at_image"] = [damaged("verify")]
+    for _ in range(3):
+        await rig.pass_time(10)
+    await settle()
+    assert rig.runtime.calls["checkpoint"] == 2
+    rig.runtime.failures["start"] = [RuntimeFailure("start", "not to be needed")]
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+
+
+async def test_damage_that_a_clone_finds_sets_the_image_aside(rig_of: Any) -> None:
+    rig: Rig = await rig_of(SHARED, shares_images=True)
+    rig.runtime.failures["clone"] = [damaged("clone")]
+    await use(rig)
+    for _ in range(3):
+        await rig.pass_time(10)
+    await damage_leads_to_a_new_image(rig)
+
+
+async def test_damage_that_is_found_on_the_way_to_the_archive_sets_the_image_aside(rig_of: Any) -> None:
+    rig: Rig = await rig_of({"demo": {"idle": {**SECONDS, "archived": "40s"}}}, shares_images=True)
+    await down_to(rig, Tier.CHECKPOINTED)
+    rig.runtime.failures["archive_image"] = [damaged("archive")]
+    await rig.pass_time(10)
+    await damage_leads_to_a_new_image(rig)
 
 
 async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import pytest
 
 from proxy.checkpoints import CheckpointStore
 from proxy.config import ModelSettings, ProcessRuntimeSettings
-from proxy.errors import HostError, RuntimeFailure
+from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
@@ -194,6 +195,70 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         assert all(path.exists() for path in others)
         await bench.runtime.remove(handle)
         assert not any(path.exists() for path in others)
+
+    async def test_damage_is_told_from_what_the_host_could_not_do(self, bench: ProcessBench, checkpoints: None) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await bench.runtime.verify_image(handle, whole=True)
+
+        async def fault_of_a_restore() -> Fault:
+            with pytest.raises(RuntimeFailure) as failure:
+                await bench.runtime.restore(handle, Stages())
+            return failure.value.fault
+
+        with socket.create_server(("127.0.0.1", handle.port)):
+            assert await fault_of_a_restore() is Fault.HOST
+        folder = bench.store.path("demo-1") / "criu"
+        logs = bench.claim.folder / "logs"
+        logs.rename(bench.folder / "logs-elsewhere")
+        handle = await bench.runtime.restore(handle, Stages())
+        await until_healthy(handle.base_url)
+        await bench.runtime.drop(handle)
+
+        changed = max(folder.glob("core-*.img"))
+        content = changed.read_bytes()
+        changed.write_bytes(b"\0\0\0\0" + content[4:])
+        assert await fault_of_a_restore() is Fault.IMAGE, "CRIU cannot read it"
+        await bench.runtime.verify_image(handle, whole=False)
+        with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
+            await bench.runtime.verify_image(handle, whole=True)
+        assert failure.value.fault is Fault.DAMAGE
+        with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
+            await bench.runtime.copy_to_archive(handle)
+        assert (failure.value.fault, failure.value.alive) == (Fault.DAMAGE, True)
+        assert bench.store.archived() == []
+
+        changed.write_bytes(content[:-1])
+        assert await fault_of_a_restore() is Fault.DAMAGE
+        with pytest.raises(RuntimeFailure) as failure:
+            await bench.runtime.verify_image(handle, whole=False)
+        assert failure.value.fault is Fault.DAMAGE
+
+        changed.write_bytes(content)
+        handle = await bench.runtime.restore(handle, Stages())
+        await until_healthy(handle.base_url)
+
+    async def test_a_damaged_archive_is_told_from_one_that_cannot_be_opened(
+        self, bench: ProcessBench, checkpoints: None
+    ) -> None:
+        handle = await self.start(bench)
+        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await bench.runtime.archive_image(handle)
+        archive = bench.store.archive_path("demo-1")
+        content = archive.read_bytes()
+        archive.rename(archive.with_name("elsewhere"))
+        with pytest.raises(RuntimeFailure) as failure:
+            await bench.runtime.unarchive_image(handle)
+        assert failure.value.fault is Fault.HOST
+        for damage in (content[:-100], content[:1000], b"text"):
+            archive.write_bytes(damage)
+            with pytest.raises(RuntimeFailure) as failure:
+                await bench.runtime.unarchive_image(handle)
+            assert failure.value.fault is Fault.DAMAGE
+        archive.write_bytes(content)
+        archive.with_name("elsewhere").unlink()
+        await bench.runtime.unarchive_image(handle)
+        await until_healthy((await bench.runtime.restore(handle, Stages())).base_url)
 
     async def test_a_child_that_left_the_session_is_ended_too(self, bench: ProcessBench, tmp_path: Path) -> None:
         script = "setsid -f sleep 1000; exec sleep 1000 # {port}"

@@ -218,6 +218,12 @@ class Runtime(Protocol):
     async def discard_image(self, handle: Handle) -> None:
         """Delete the image, on tmpfs and in the archive; running processes stay."""
 
+    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
+        """Raise RuntimeFailure where the image on tmpfs is not what was written; its `fault` says whether that is sure.
+
+        `whole`: by every digest, which reads all of it; else by the sizes of its files.
+        """
+
     async def quarantine_image(self, handle: Handle) -> None:
         """Set an image aside that failed to restore: it is kept for inspection and never used."""
 

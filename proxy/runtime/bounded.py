@@ -163,6 +163,11 @@ class Bounded:
     async def quarantine_image(self, handle: Handle) -> None:
         await self._on(handle, "quarantine_image", _IMAGE_S, lambda: self._runtime.quarantine_image(handle))
 
+    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
+        # Beside whatever else is done with the instance, as below.
+        subject, work = f"the checkpoint of {handle.model}", self._runtime.verify_image(handle, whole=whole)
+        await self._overdue.within(_ARCHIVE_S if whole else _ASK_S, "verify_image", subject, work)
+
     async def copy_to_archive(self, handle: Handle) -> None:
         # Beside whatever else is done with the instance, which an archive that hangs does not concern.
         subject, work = f"the checkpoint of {handle.model}", self._runtime.copy_to_archive(handle)

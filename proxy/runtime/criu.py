@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from typing import TYPE_CHECKING, Final
 
+from proxy.errors import Fault
 from proxy.runtime import command
 
 if TYPE_CHECKING:
@@ -41,6 +43,21 @@ async def why_not(program: str) -> tuple[str, str | None]:
         return found, f"CRIU is {found or 'unknown'}, 4.2 or later is needed (make host)"
     status, output = await command.run(program, "check")
     return found, None if status == 0 else f"criu check fails: {_last_line(output)}"
+
+
+_HOSTS: Final = tuple(
+    os.strerror(number)
+    for number in (
+        errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY,
+        errno.EEXIST, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, errno.EPERM, errno.ENODEV, errno.EROFS,
+    )
+)  # fmt: skip
+"""What the kernel says when the host is not as it was or has too little of something; CRIU only logs it."""
+
+
+def fault(reason: str) -> Fault:
+    """What CRIU's first error says of the image. It has one exit status for all, so its words have to be read."""
+    return Fault.HOST if any(words in reason for words in _HOSTS) or "killed" in reason else Fault.IMAGE
 
 
 def log_reason(log: Path, output: str) -> str:

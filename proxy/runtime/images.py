@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from proxy import cpu
-from proxy.checkpoints import OtherVersionError, StoreError
-from proxy.errors import RuntimeFailure
+from proxy.checkpoints import DamagedError, OtherVersionError, StoreError
+from proxy.errors import Fault, RuntimeFailure
 from proxy.instance import Tier
 from proxy.manifest import Inputs
 from proxy.runtime import inside
@@ -46,6 +46,12 @@ class Origin:
     """The digest of the code of ours that is in it, which may come from an earlier version."""
     inputs: Inputs | None = None
     """What it has read; None before that was looked at."""
+
+
+def failure(operation: str, error: Exception, *, alive: bool = False) -> RuntimeFailure:
+    """A failure of the store's or of the kernel's, with what it says of the image."""
+    fault = Fault.DAMAGE if isinstance(error, DamagedError) else Fault.HOST
+    return RuntimeFailure(operation, str(error), alive=alive, fault=fault)
 
 
 class KeepsImages(abc.ABC):
@@ -83,6 +89,17 @@ class KeepsImages(abc.ABC):
         await self._store.remove(image)
         await self._store.remove_archive(image)
 
+    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
+        """See `Runtime.verify_image`."""
+        image = self._image(handle)
+        try:
+            if whole:
+                await self._store.verify(image)
+            else:
+                await asyncio.to_thread(self._store.load, image)
+        except (StoreError, OSError) as error:
+            raise failure("verify", error, alive=True) from error
+
     async def quarantine_image(self, handle: Handle) -> None:
         """See `Runtime.quarantine_image`."""
         image = self._image(handle)
@@ -97,7 +114,7 @@ class KeepsImages(abc.ABC):
                 if not await self._is_archived(self._store.load(image)):
                     await self._store.put_into_archive(image)
         except StoreError as error:
-            raise RuntimeFailure("archive", str(error), alive=True) from error
+            raise failure("archive", error, alive=True) from error
 
     async def archive_image(self, handle: Handle) -> None:
         """See `Runtime.archive_image`."""
@@ -119,7 +136,7 @@ class KeepsImages(abc.ABC):
         try:
             await self._store.take_from_archive(self._image(handle))
         except StoreError as error:
-            raise RuntimeFailure("unarchive", str(error)) from error
+            raise failure("unarchive", error) from error
 
     @abc.abstractmethod
     def rungs(self) -> Rungs:

@@ -9,7 +9,6 @@ same file, by which further processes find it, are kept too.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from proxy import criu_images, owned
+from proxy.checkpoints import DamagedError
 from proxy.criu_images import UnknownFormatError, fields
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _index_of(image: Path) -> list[_Link]:
         with index.open("rb") as file:
             return _Index.validate_json(file.read(_LIMIT_BYTES))
     except ValidationError as error:
-        raise OSError(errno.EINVAL, f"not an index of links: {error.errors()[0]['msg']}", str(index)) from None
+        raise DamagedError(f"{index}: not an index of links: {error.errors()[0]['msg']}") from None
 
 
 def _same(path: Path, as_what: os.stat_result) -> bool:

@@ -21,7 +21,7 @@ import orjson
 
 from proxy import host, owned
 from proxy.checkpoints import CheckpointStore, StoreError, next_to
-from proxy.errors import HostError, PortTakenError, RuntimeFailure
+from proxy.errors import Fault, HostError, PortTakenError, RuntimeFailure
 from proxy.inputs import Reader
 from proxy.instance import Tier
 from proxy.manifest import Manifest
@@ -42,7 +42,7 @@ from proxy.runtime import (
 from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.files import write_if_other
-from proxy.runtime.images import CONTAINER_IMAGE, KeepsImages, Origin
+from proxy.runtime.images import CONTAINER_IMAGE, KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
 
@@ -386,7 +386,7 @@ class PodmanRuntime(KeepsImages):
         try:
             golden = await self._manifest(self._image(handle))
         except StoreError as error:
-            raise RuntimeFailure("clone", str(error)) from error
+            raise failure("clone", error) from error
         known = self._containers.get(handle.instance_id)
         it = await self._create("clone", handle.instance_id, handle.model, model, golden, image=handle.image)
         try:
@@ -931,7 +931,7 @@ class PodmanRuntime(KeepsImages):
             await asyncio.to_thread(self._criu_config, it)
             collision = namespaces.taken(manifest.private.get("abstract_sockets", []))
         except (HostError, StoreError, PodmanError, OSError) as error:
-            raise RuntimeFailure("restore", str(error)) from error
+            raise failure("restore", error) from error
         if collision is not None:
             raise RuntimeFailure(
                 "restore",
@@ -999,7 +999,11 @@ class PodmanRuntime(KeepsImages):
         except (PodmanError, OSError) as again:
             raise RuntimeFailure("restore", str(again)) from again
         self._have_port(it)  # somebody may have been quicker
-        raise RuntimeFailure("restore", criu.log_reason(it.userdata / "restore.log", str(error))) from error
+        log_file = it.userdata / "restore.log"
+        reason = criu.log_reason(log_file, str(error))
+        # Without a log CRIU was not even started.
+        fault = criu.fault(reason) if log_file.exists() else Fault.HOST
+        raise RuntimeFailure("restore", reason, fault=fault) from error
 
     async def _bring_up_from(self, it: _Container, folder: Path) -> Any:
         """Make an image of the store the container's own, and restore it."""

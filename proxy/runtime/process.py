@@ -31,7 +31,7 @@ from proxy.manifest import Manifest
 from proxy.runtime import command, criu, inside, launch, links, listeners, log_size, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs, Vitals
 from proxy.runtime.cuda import Cuda
-from proxy.runtime.images import KeepsImages, Origin
+from proxy.runtime.images import KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.orphan_reaper import OrphanReaper
 
@@ -239,7 +239,7 @@ class ProcessRuntime(KeepsImages):
                 async with asyncio.timeout(self._settings.stop_grace):
                     await processes.wait_gone(engine.pid)
         await self.drop(handle)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             await asyncio.to_thread(links.forget, self._store.path(handle.instance_id))
         await self.discard_image(handle)
         self._engines.pop(handle.instance_id, None)
@@ -352,7 +352,7 @@ class ProcessRuntime(KeepsImages):
         try:
             manifest = self._store.load(handle.instance_id)
         except StoreError as error:
-            raise RuntimeFailure("restore", str(error)) from error
+            raise failure("restore", error) from error
         await processes.kill_whole(mark, engine.pid)
         self._have_port(engine, manifest.private["port"])
         # The log is opened again by name; it may have been rotated away.
@@ -362,6 +362,8 @@ class ProcessRuntime(KeepsImages):
         folder = image / CRIU_FOLDER
         try:
             used = await asyncio.to_thread(links.put_back, image)
+        except StoreError as error:
+            raise failure("restore", error) from error
         except OSError as error:
             raise RuntimeFailure("restore", f"{error.filename or image}: {error.strerror or error}") from error
         self._runs_as(engine, manifest.private["pid"])
@@ -376,7 +378,7 @@ class ProcessRuntime(KeepsImages):
             links.use_up(used)
             await self.drop(handle)
             self._have_port(engine, engine.handle.port)  # somebody may have been quicker
-            raise RuntimeFailure("restore", reason)
+            raise RuntimeFailure("restore", reason, fault=criu.fault(reason))
         if engine.off_gpu:
             with stages.measure("cuda"):
                 await self._cuda.resume("restore", self._members(engine))
