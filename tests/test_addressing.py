@@ -127,6 +127,18 @@ def test_only_the_bytes_of_the_name_change(before: bytes, after: bytes) -> None:
     assert address(before % ODD, default="gpt").body == after % ODD
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"y":{"m":"\\"model\\": \\\\"},"seed":123456789012345678901234567890 , "model" : %b,"x":1,"x":2}',
+        b'{"model":%b}',
+    ],
+)
+@pytest.mark.parametrize("name", [b'"gpt"', b'"g\\u0070t"', b'"\\u0067pt"'])
+def test_a_name_that_occurs_once_is_replaced_where_it_is(body: bytes, name: bytes) -> None:
+    assert address(body % name).body == body % b'"org/A"'
+
+
 def test_parameters_change_their_own_bytes_only() -> None:
     before = (
         b'{"logit_bias":{"a":[1]}, %b,"n":5 ,"n": 9,"logit_bias":{},"model":"b","temperature":null, "logit_bias":3}'
@@ -141,15 +153,20 @@ def test_parameters_change_their_own_bytes_only() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"model":"gpt","x":' + b"[" * 1000 + b"]" * 1000 + b"}",
+        b'{"model":null,"x":' + b"[" * 1000 + b"]" * 1000 + b"}",
         b'{"model":"gpt",' + b",".join(b'"x%d":1' % n for n in range(6000)) + b',"model":"gpt"}',
     ],
     ids=["deep", "wide"],
 )
 def test_what_is_too_deep_or_too_wide_for_an_edit_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequestError):
-        address(body)
-    assert address(b'{"model":"gpt","x":' + b"[" * 300 + b"]" * 300 + b"}").model == "a"
+        address(body, default="gpt")
+
+
+@pytest.mark.parametrize("deep", [300, 1000])
+def test_an_alias_in_a_deep_body_is_replaced(deep: int) -> None:
+    body = b'{"model":"%b","x":' + b"[" * deep + b"]" * deep + b"}"
+    assert address(body.replace(b"%b", b"gpt")).body == body.replace(b"%b", b"org/A")
 
 
 _VALUES = st.recursive(

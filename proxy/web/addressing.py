@@ -16,7 +16,7 @@ import orjson
 
 from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
 from proxy.web.form import Form
-from proxy.web.json_edit import edited, may_repeat
+from proxy.web.json_edit import edited, may_repeat, replaced
 from proxy.web.routes import ModelIn
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ class Addressing:
             shaped, removed = _shaped(fields, parameters)
             changes |= shaped
             checked += parameters.names()
-        if changes or removed or may_repeat(body, checked):
+        repeated = may_repeat(body, checked)
+        if name and changes.keys() == {"model"} and not removed and not repeated:
+            body = replaced(body, "model", engine_name)
+        elif changes or removed or repeated:
             body = edited(body, changes, removed, checked)
         instance = None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):

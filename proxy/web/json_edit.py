@@ -23,6 +23,7 @@ _MOST_PAIRS: Final = 5000
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 # Python's scanner says where a value ends, and is written in C; what it makes of numbers is of no use here.
 _SCAN: Final = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+_STRING: Final = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
 _SPELLED: Final = re.compile(rb"\\u00(?:3[0-9]|[4-7][0-9a-fA-F])")
 """A letter, digit or underscore written as an escape: nobody does without a reason."""
 
@@ -39,6 +40,16 @@ class _Pair:
 def may_repeat(body: bytes, names: Collection[str]) -> bool:
     """Whether the text of an object may have one of the names more than once; quickly, and without saying where."""
     return any(body.count(b'"%b"' % name.encode()) > 1 for name in names) or _spelled(body)
+
+
+def replaced(body: bytes, name: str, value: str) -> bytes:
+    """The body with another string in the pair `name` of the outermost object, which has a string there.
+
+    For a name that may not repeat: the only text like it is that pair's. Many times faster than `edited`.
+    """
+    match = _STRING.match(body, body.index(b'"%b"' % name.encode()) + len(name.encode()) + 2)
+    assert match is not None  # noqa: S101 - there is one
+    return body[: match.start(1)] + orjson.dumps(value) + body[match.end() :]
 
 
 def edited(body: bytes, values: Mapping[str, Any], removed: Collection[str], unified: Collection[str]) -> bytes:
