@@ -145,7 +145,7 @@ async def test_refusals_of_one_address_are_summed_up(tmp_path: Path) -> None:
     text = proxy.log.read_text()
     assert text.count("refused 127.0.0.1: a malformed request (400 bad_http, ") == 1
     assert text.count("status=400") == 1
-    assert "refused 127.0.0.1 98 times more within 60 s: invalid_request 49, malformed 49" in text
+    assert "refused 127.0.0.1 98 more times within 60 s: invalid_request 49, malformed 49" in text
 
 
 async def test_peers_of_unix_sockets_are_one_address(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,7 @@ async def test_peers_of_unix_sockets_are_one_address(caplog: pytest.LogCaptureFi
     refusals.sum_up()
     assert caplog.messages == [
         "refused a unix socket: text",
-        "refused a unix socket 2 times more within 60 s: malformed 2",
+        "refused a unix socket 2 more times within 60 s: malformed 2",
     ]
 
 
@@ -169,8 +169,8 @@ async def test_a_table_of_addresses_has_an_end(caplog: pytest.LogCaptureFixture)
     assert len(caplog.messages) == 4
     refusals.sum_up()
     assert caplog.messages[4:] == [
-        "refused 2001:db8::/64 99 times more within 60 s: malformed 99",
-        "refused other addresses 97 times more within 60 s: malformed 97",
+        "refused 2001:db8::/64 99 more times within 60 s: malformed 99",
+        "refused other addresses 97 more times within 60 s: malformed 97",
     ]
     refusals.note("192.0.2.1", "malformed", "text")
     assert len(caplog.messages) == 7, "a new interval"

@@ -76,7 +76,8 @@ class _Kind(Enum):
 
 
 async def _no_route(request: web.Request) -> web.StreamResponse:
-    raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
+    spelled = request.raw_path.partition("?")[0]
+    raise RouteNotFoundError(f"There is no route {request.method} {spelled}; a path counts in its exact spelling.")
 
 
 def _kind_of(resource: web.AbstractResource | None) -> _Kind:

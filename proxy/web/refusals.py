@@ -59,7 +59,7 @@ class Refusals:
             if more:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(more.items()))
                 log.info(
-                    "refused %s %d times more within %g s: %s", address, sum(more.values()), self._every_s, reasons
+                    "refused %s %d more times within %g s: %s", address, sum(more.values()), self._every_s, reasons
                 )
 
 
