@@ -22,6 +22,8 @@ from rich.table import Table
 
 from proxy import config, golden
 from proxy.checkpoints import SUFFIX, CheckpointStore, Compression, StoreError
+from proxy.doctor import preflight
+from proxy.doctor.view import Host
 from proxy.errors import HostError, RuntimeFailure
 from proxy.manifest import Manifest
 
@@ -170,6 +172,8 @@ def group(wiring: Wiring) -> click.Group:
         shop = _shop(wiring, settings, key)
 
         async def work() -> golden.Created:
+            if found := await preflight.problems(settings, Host(), key):
+                raise golden.GoldenError(f"nothing was started, for its checkpoint would fail: {'; '.join(found)}")
             async with _opened(shop.runtime):
                 with _Bar(key, len(MAKING)) as bar:
                     return await golden.create(shop, bar)

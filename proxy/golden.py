@@ -112,6 +112,7 @@ async def create(shop: Workshop, watcher: Watcher) -> Created:
     try:
         with steps.step("leftovers"):
             await _clear(shop)
+        await _need_room(shop)
         async with asyncio.timeout(model.start_timeout):
             with steps.step("start"):
                 handle = await runtime.start(f"{shop.key}-1", shop.key, model)
@@ -145,6 +146,21 @@ def _need_checkpoints(runtime: Runtime) -> None:
     rungs = runtime.rungs()
     if Tier.CHECKPOINTED not in rungs.offered:
         raise GoldenError(f"this host cannot checkpoint: {rungs.missing[Tier.CHECKPOINTED]}")
+
+
+async def _need_room(shop: Workshop) -> None:
+    """Raise GoldenError where an image as large as the one that is there, and stays until then, would not fit."""
+    there = await shop.runtime.footprint(shop.key)
+    if there is None or there.image <= there.free:
+        return
+    images = [name for name in shop.store.names() if shop.store.load(name).model == shop.key]
+    refused = [await shop.runtime.refusal(shop.store.load(name), shop.settings.models) for name in images]
+    if not all(refused):  # else its space is free when it is needed
+        raise GoldenError(
+            f"nothing was started, for its checkpoint would not fit: the one that is there takes "
+            f"{short_size(there.image)}, {short_size(max(0, there.free))} are free in pool.checkpoint_dir beyond the "
+            f"reserve; `warmpool checkpoint archive {shop.key}` or `rm` makes room"
+        )
 
 
 async def _clear(shop: Workshop) -> None:

@@ -187,7 +187,9 @@ def _lacking(it: Situation, path: Path, text: str) -> list[_Problem]:
     if not wanted:
         return []
     fix = f"add to {path}, or install crun 1.26 or later: {'; '.join(wanted)}"
-    return [_Problem("warn", f"{path} is not warmpool's and lacks {', '.join(wanted)}", fix)]
+    # Without it, one connection that is open is enough for a dump to fail.
+    status: Status = "fail" if {"tcp-close", "tcp-established"} & {*wanted} else "warn"
+    return [_Problem(status, f"{path} is not warmpool's and lacks {', '.join(wanted)}", fix)]
 
 
 async def tools(it: Situation) -> list[Check]:

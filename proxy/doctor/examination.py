@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from proxy.doctor import containers, dumps, gpus, memory, network, selftest
+from proxy.doctor.named_files import named_files
 from proxy.doctor.needs import Needs, PodmanFacts, Situation
+from proxy.doctor.randomness import randomness
 from proxy.doctor.report import Check, exit_status
 from proxy.errors import WarmpoolError
 
@@ -49,6 +51,8 @@ _CHECKS: Final[tuple[Examine, ...]] = (
     memory.folders,
     memory.limits,
     gpus.nvidia,
+    named_files,
+    randomness,
 )
 
 
@@ -89,14 +93,14 @@ async def diagnose(
     return Diagnosis(checks, result)
 
 
-async def examine(settings: Settings | None, host: Host) -> list[Check]:
-    """Every check's rows. Raises nothing: a check that breaks becomes a row."""
+async def examine(settings: Settings | None, host: Host, checks: Sequence[Examine] = _CHECKS) -> list[Check]:
+    """The rows of all checks, or of these. Raises nothing: a check that breaks becomes a row."""
     needs = Needs.of(settings)
     podman = PodmanFacts()
     if needs.uses_podman and host.which("podman"):
         podman = PodmanFacts.of(await host.run("podman", "info", "--format", "json"))
     it = Situation(needs, host, podman)
-    return [row for check in _CHECKS for row in await _guarded(check, it)]
+    return [row for check in checks for row in await _guarded(check, it)]
 
 
 async def _guarded(check: Examine, it: Situation) -> list[Check]:

@@ -18,6 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from proxy import daemon_thread, keys, rebuild, renewal, service
+from proxy.doctor import preflight
+from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.web import app, faults, listen
 from proxy.web.guard import Guard
@@ -209,6 +211,7 @@ async def serve(
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
+        background.append(asyncio.create_task(_say_what_is_in_the_way(settings), name="preflight"))
         if usage is not None:
             background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(_keep_images(pool, usage))]
         await end.stop.wait()
@@ -232,6 +235,12 @@ async def serve(
         for sock in sockets:
             sock.close()
         log.info("stopped")
+
+
+async def _say_what_is_in_the_way(settings: Settings) -> None:
+    """What would keep checkpoints from being written, said before the first engine has been started for one."""
+    for problem in await preflight.problems(settings, Host()):
+        log.error("checkpoints will fail: %s", problem)
 
 
 async def _keep_images(pool: Pool, usage: Usage) -> None:
