@@ -102,7 +102,8 @@ class Scripted:
         self.received = b""
         self.metrics = Metrics()
         self.upstreams: list[Upstream] = []
-        self.pool = Pool(self.settings, {"process": FakeRuntime()}, self.metrics, connect=self._connect)
+        self.runtime = FakeRuntime()
+        self.pool = Pool(self.settings, {"process": self.runtime}, self.metrics, connect=self._connect)
         self.runner = GuardedRunner(
             app.build(self.pool, self.settings, self.metrics, Guard(self.settings, self.metrics)),
             self.settings,
@@ -111,7 +112,7 @@ class Scripted:
         )
 
     def _connect(self, handle: Handle, _: str, __: ModelSettings) -> EngineClient:
-        engine = _Engine(cast("FakeRuntime", self.pool._runtimes["process"]), handle)
+        engine = _Engine(self.runtime, handle)
         engine.upstream = Upstream(f"http://127.0.0.1:{self.engine_port}", self.silence_s)
         self.upstreams.append(engine.upstream)
         return cast("EngineClient", engine)
