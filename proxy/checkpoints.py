@@ -209,6 +209,11 @@ class CheckpointStore:
         for path in (*expendable, *(self.path(name) for name in sorted(self._unwanted))):
             if expected_bytes > self.free_bytes():
                 _delete(path)
+        if expected_bytes > (available := host.available_bytes()) and host.huge_pages_of(self.root):  # on tmpfs
+            raise StoreError(
+                f"checkpoint_dir {self.root}: the image needs about {format_size(expected_bytes)} of host memory, "
+                f"{format_size(available)} are available; give warmpool more memory, or end something else"
+            )
         free = self.free_bytes()
         if expected_bytes > free:
             raise StoreError(

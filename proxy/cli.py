@@ -18,6 +18,7 @@ from proxy import (
     checkpoint_commands,
     config,
     control_commands,
+    host,
     importenv,
     install_commands,
     key_commands,
@@ -102,7 +103,7 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
     gpus = Gpus()
     usage = Usage(settings.pool.state_dir / "usage.json")
     usage.load()
-    pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus, usage=usage)
+    pool = Pool(settings, _runtimes(settings, gpus), metrics, gpus=gpus, usage=usage, memory=host.memory)
     # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
     # tenth of a request's time.
     gc.freeze()

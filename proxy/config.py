@@ -390,6 +390,14 @@ class PoolSettings(_Section):
         default=ByteSize(256 << 20),
         description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",
     )
+    memory_reserve: Size = Field(
+        default=ByteSize(256 << 20),
+        description="Host memory to leave free, of the host or of the smallest cgroup that warmpool is in: a wake that "
+        "would go below makes others step down, or is refused.",
+    )
+    memory_check: bool = Field(
+        default=True, description="Keep account of host memory; without, the kernel's OOM killer decides."
+    )
     archive_copies: bool = Field(
         default=True,
         description="With archive_dir: keep a copy of every golden checkpoint there, written in the background, which "
@@ -841,6 +849,11 @@ class ModelSettings(_Section):
         description="GPU memory that one engine takes on each of `gpus` when it is ready. Only used until it was "
         "measured: here, or for the checkpoint.",
         examples=["72GiB"],
+    )
+    host_memory: Annotated[Size, Field(ge=1)] | None = Field(
+        default=None,
+        description="Host memory that one engine's processes take when it is ready. Only used until it was measured.",
+        examples=["6GiB"],
     )
     gpus: Annotated[list[Count], Field(min_length=1)] = Field(
         default=[0], description="The GPUs that gpu_memory is about, by the driver's index."

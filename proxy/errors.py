@@ -287,6 +287,13 @@ class NoCapacityError(RequestError):
     code = "no_capacity"
 
 
+class NoMemoryError(RequestError):
+    """There is not enough host memory for another engine, and nobody who could give it up."""
+
+    status = 503
+    code = "insufficient_memory"
+
+
 class MaxWaitError(RequestError):
     """An instance is not to be had within the time that the client would wait."""
 

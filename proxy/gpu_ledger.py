@@ -26,6 +26,8 @@ Bytes: TypeAlias = "Mapping[str, int]"
 """UUID of a GPU → bytes of its memory."""
 
 NOTHING: Final[Bytes] = {}
+HOST: Final = "host memory"
+"""Among the GPUs' UUIDs: the host's own memory, which `memory_ledger` adds."""
 READY: Final = "ready"
 SLEEPING: Final = "sleeping"
 _KINDS: Final = {State.READY: READY, State.RETIRING: READY, State.SLEEPING: SLEEPING}
@@ -66,9 +68,23 @@ class GpuLoad:
     """Model → what an instance holds when it sleeps; likewise."""
     suspending_frees: bool = True
     """False where suspended engines stay on the GPU."""
+    host_left: Mapping[tuple[str, Tier], int] = field(default_factory=dict)
+    """Instance and colder tier → what it would hold of host memory there; below 0 where its image goes too."""
+    host_short: int = 0
+    """How much less host memory is free than is to be left, as it was read; below 0 where there is more."""
+    guessed: frozenset[str] = frozenset()
+    """Models whose need of host memory is a guess."""
 
     def held_on(self, tier: Tier, instance: Instance) -> Bytes | None:
         """What a resting instance would hold on a colder rung; None where that is not known."""
+        gpus = self._held_of_gpus(tier, instance)
+        if gpus is None or HOST not in self.capacity:
+            return gpus
+        return {**gpus, HOST: self.host_left[instance.id, tier]}
+
+    def _held_of_gpus(self, tier: Tier, instance: Instance) -> Bytes | None:
+        if self.capacity.keys() == {HOST}:
+            return NOTHING
         if tier <= Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
             return self.asleep.get(instance.model)
         return NOTHING

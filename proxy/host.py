@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import psutil
+
+from proxy import cgroups
 
 NVIDIA: Final = Path("/proc/driver/nvidia")
 MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -18,9 +21,27 @@ def kernel() -> str:
     return platform.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory of this host, or what the smallest cgroup leaves of it, in bytes."""
+
+    total_bytes: int
+    available_bytes: int
+    """What can be had without swapping, and before the OOM killer comes."""
+
+
+def memory() -> Memory:
+    """As it is now; cgroups that this process is in count."""
+    whole, limits = psutil.virtual_memory(), cgroups.memory_limits()
+    return Memory(
+        min([int(whole.total), *(limit.limit_bytes for limit in limits)]),
+        min([int(whole.available), *(limit.available_bytes for limit in limits)]),
+    )
+
+
 def available_bytes() -> int:
-    """The host memory that can be had without swapping."""
-    return int(psutil.virtual_memory().available)
+    """The memory that can be had now."""
+    return memory().available_bytes
 
 
 def nvidia_driver(proc: Path = NVIDIA) -> str:

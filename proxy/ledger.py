@@ -6,8 +6,7 @@ import asyncio
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from proxy import host
 from proxy.checkpoints import MANIFEST, CheckpointStore, StoreError
 
 if TYPE_CHECKING:
@@ -33,9 +32,9 @@ class Ledger:
         return usage.get("total_bytes", 0), usage.get("free_bytes", 0)
 
     def _read(self) -> dict[str, Any]:
-        memory = psutil.virtual_memory()
+        memory = host.memory()
         ledger: dict[str, Any] = {
-            "host": {"total_bytes": memory.total, "available_bytes": memory.available},
+            "host": {"total_bytes": memory.total_bytes, "available_bytes": memory.available_bytes},
             "checkpoints": {
                 **_usage(self._store.root),
                 "reserve_bytes": int(self._store.reserve_bytes),

@@ -162,6 +162,18 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.host_memory = Gauge(
+            "warmpool_host_memory_bytes",
+            "Memory of the host, or of the smallest cgroup that warmpool is in, in bytes: total, available.",
+            ["kind"],
+            registry=r,
+        )
+        self.instance_host = Gauge(
+            "warmpool_instance_host_bytes",
+            "Host memory that the processes of a model's instances hold, in bytes.",
+            ["model"],
+            registry=r,
+        )
         self.gpu_leaks = Counter(
             "warmpool_gpu_leaks", "Instances that kept GPU memory which should have come free.", ["model"], registry=r
         )
@@ -198,7 +210,7 @@ class Metrics:
         for (name, _), times in self._times.items():
             if name == model:
                 times.forget()
-        for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu):
+        for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu, self.instance_host):
             for sample in [s for family in gauge.collect() for s in family.samples]:
                 if sample.labels["model"] == model:
                     gauge.remove(*sample.labels.values())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from proxy import gpu_ledger
+from proxy.gpu_ledger import HOST
 from proxy.instance import AWAKE, DESCENDING, RESTING, State, Tier
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ _WITH_ENGINE: Final = frozenset(
 
 _OF_USE: Final = frozenset({*RESTING, *DESCENDING, State.RETIRING, State.WAKING}) - {State.NEW}
 """The states in which an instance answers requests, or can be brought to do so."""
+
+_MAY_GO: Final = frozenset({State.SLEEPING, State.SUSPENDED, State.CHECKPOINTED})
+"""Beside the awake ones, those that hold host memory, with their processes or their image."""
 
 RECYCLE_AFTER_S: Final = 10.0
 """How long an instance of `min_ready` that no other can stand in for is idle before it is gone for a restore."""
@@ -118,13 +122,22 @@ class Retire:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell those who wait for a model that there is not enough host memory for it."""
+
+    model: str
+    needed_bytes: int
+    missing_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Readmit:
     """Open a retiring instance again: nobody needs its place any more."""
 
     instance: Instance
 
 
-Action = Wake | StepDown | Retire | Readmit | Clone
+Action = Wake | StepDown | Retire | Readmit | Clone | Refuse
 
 
 @dataclass(slots=True)
@@ -339,10 +352,14 @@ def decide(view: View, now: float) -> Plan:
             if not full and room.comes_free(extra):
                 room.promise(extra)
                 break
-            choice = _choose(view, model, candidate, room.short(extra), now, used, full=full)
+            choice = _choose(view, model, candidate, room.balance(extra), now, used, full=full)
             if not choice.enough and (choice.may_come or model.oldest_wait is None):
                 starved = starved or model.oldest_wait is not None
                 _ask_for_room(view, model, candidate, now, plan, used, choice.missing)
+                break
+            # What is missing of a GPU may be wrong, and costs this engine only; the OOM killer takes any.
+            if HOST in choice.missing and model.key not in view.gpus.guessed:
+                plan.actions.append(Refuse(model.key, extra[HOST], choice.missing[HOST]))
                 break
             used.update(id(victim.instance) for victim in choice.victims)
             room.take(extra, choice.freed)
@@ -354,6 +371,8 @@ def decide(view: View, now: float) -> Plan:
     for model in view.models:
         _relieve(model, now, plan, used)
     plan.starved = starved
+    if HOST in view.gpus.capacity:
+        _relieve_host(view, now, plan, used)
     if not starved:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
@@ -369,7 +388,7 @@ def has_room(view: View, key: str) -> bool:
     awake = [i for m in view.models for i in m.instances if i.state in AWAKE]
     if any(m.waiting for m in view.models) or (view.max_awake and len(awake) >= view.max_awake):
         return False
-    if not view.gpus.capacity:
+    if not view.gpus.capacity.keys() - {HOST} and key not in view.gpus.needs:
         return True
     need = view.gpus.needs.get(key)
     return not awake if need is None else _Room(view).holds(need)
@@ -402,6 +421,11 @@ class _Room:
     def holds(self, extra: Bytes) -> bool:
         """Whether that much is free already."""
         return not gpu_ledger.beyond(extra, self._now)
+
+    def balance(self, extra: Bytes) -> dict[str, int]:
+        """What somebody has to give up for it; below 0 where more host memory is free."""
+        places = extra.keys() | (self._load.capacity.keys() & {HOST})
+        return {place: extra.get(place, 0) - self._soon.get(place, 0) for place in places}
 
     def comes_free(self, extra: Bytes) -> bool:
         """Whether nobody has to give up anything, but some are on their way down still."""
@@ -452,7 +476,12 @@ class _Option:
 def _freed(load: GpuLoad, instance: Instance, to: Tier) -> dict[str, int]:
     left = load.held_on(to, instance)
     held = load.after.get(instance.id, gpu_ledger.NOTHING)
-    return gpu_ledger.beyond(held, left) if left is not None else {}
+    if left is None:
+        return {}
+    freed = gpu_ledger.beyond(held, left)
+    if HOST in load.capacity:
+        freed[HOST] = held.get(HOST, 0) - left.get(HOST, 0)  # a colder tier may take more
+    return freed
 
 
 def _option(instance: Instance, model: ModelView, load: GpuLoad, now: float) -> _Option:
@@ -468,9 +497,9 @@ def _option(instance: Instance, model: ModelView, load: GpuLoad, now: float) -> 
 
 
 def _choose(
-    view: View, needy: ModelView, candidate: Instance | None, short: Bytes, now: float, used: set[int], *, full: bool
+    view: View, needy: ModelView, candidate: Instance | None, balance: Bytes, now: float, used: set[int], *, full: bool
 ) -> _Choice:
-    """Who steps down so that `short` comes free, and, where as many are awake as may be (`full`), one of these."""
+    """Who steps down so that nothing of `balance` is above 0, and one of those awake where no more may be (`full`)."""
     load = view.gpus
     awake, asleep = _idle(view, needy, candidate, now, used)
     if full and not awake:
@@ -479,16 +508,18 @@ def _choose(
     rungs = {id(o): o.rungs[-1] for o in chosen}
 
     def missing(options: Iterable[_Option]) -> dict[str, int]:
-        left = dict(short)
+        left = dict(balance)
         for option in options:
-            left = gpu_ledger.beyond(left, option.freed(load, rungs[id(option)]))
-        return left
+            for place, count in option.freed(load, rungs[id(option)]).items():
+                left[place] = left.get(place, 0) - count
+        return {place: count for place, count in left.items() if count > 0}
 
     everyone = sorted([*awake, *asleep], key=lambda o: _dispensable(o.instance))
     for option in everyone:
         rungs.setdefault(id(option), option.rungs[-1])
         lacking = missing(chosen)
-        if option not in chosen and lacking.keys() & option.freed(load, option.rungs[-1]).keys():
+        freed_last = option.freed(load, option.rungs[-1])
+        if option not in chosen and any(freed_last.get(place, 0) > 0 for place in lacking):
             chosen.append(option)
     lacking = missing(chosen)
     if not lacking:
@@ -501,12 +532,24 @@ def _choose(
                 rungs[id(option)] = rung
                 if not missing(chosen):
                     break
+    else:
+        for option in chosen:
+            rungs[id(option)] = _warmest_as_good(option, load, lacking)
     freed: Bytes = {}
     for option in chosen:
         freed = gpu_ledger.plus(freed, option.freed(load, rungs[id(option)]))
     victims = tuple(StepDown(o.instance, rungs[id(o)], "recycle" if o.recycle else "evict") for o in chosen)
     may_come = bool(lacking) and not gpu_ledger.beyond(lacking, _busy_bytes(view, needy, used))
     return _Choice(victims, freed, not lacking, lacking, may_come)
+
+
+def _warmest_as_good(option: _Option, load: GpuLoad, lacking: Bytes) -> Tier:
+    """The warmest tier that frees as much of what is lacking as the coldest."""
+
+    def freed(tier: Tier) -> list[int]:
+        return [option.freed(load, tier).get(place, 0) for place in lacking]
+
+    return next(tier for tier in option.rungs if freed(tier) == freed(option.rungs[-1]))
 
 
 def _dispensable(instance: Instance) -> tuple[bool, float]:
@@ -523,7 +566,8 @@ def _idle(
     for model in view.models:
         spare = _spare_for(needy, candidate, model)
         awake += [_option(i, model, view.gpus, now) for i in spare if i.leases == 0 and id(i) not in used]
-        sleeping = [i for i in model.instances if i.state is State.SLEEPING and i is not candidate]
+        resting = _MAY_GO if HOST in view.gpus.capacity else {State.SLEEPING}
+        sleeping = [i for i in model.instances if i.state in resting and i is not candidate and i.ordered is None]
         asleep += [_option(i, model, view.gpus, now) for i in sleeping if id(i) not in used]
     return sorted(awake, key=lambda o: _dispensable(o.instance)), asleep
 
@@ -614,6 +658,31 @@ def _relieve(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
             plan.actions.append(Retire(instance, "it has grown, and is replaced"))
     if not going:
         _recycle_in_place([i for i in ready if not i.leases], model, now, plan, used)
+
+
+def _relieve_host(view: View, now: float, plan: Plan, used: set[int]) -> None:
+    """Where less host memory is free than is to be left, idle instances give some up, longest idle first."""
+    short = view.gpus.host_short - _coming_free(view, plan)
+    resting = [(i, m) for m in view.models for i in m.instances if i.state in _MAY_GO and i.ordered is None]
+    spare = [(i, m) for m in view.models for i in _spare(m) if not i.leases]
+    for instance, model in sorted([*resting, *spare], key=lambda pair: _dispensable(pair[0])):
+        option = _option(instance, model, view.gpus, now)
+        if short <= 0 or id(instance) in used or not option.rungs:
+            continue
+        freed = {tier: option.freed(view.gpus, tier).get(HOST, 0) for tier in option.rungs}
+        to = next((tier for tier in option.rungs if freed[tier] >= short), max(freed, key=lambda tier: freed[tier]))
+        if freed[to] > 0:
+            plan.actions.append(StepDown(instance, to, "evict"))
+            used.add(id(instance))
+            short -= freed[to]
+
+
+def _coming_free(view: View, plan: Plan) -> int:
+    """The host memory that those free who are on their way down, or are about to go."""
+    load = view.gpus
+    moving = sum(max(0, load.now[i].get(HOST, 0) - load.after[i].get(HOST, 0)) for i in load.now)
+    planned = [s for a in plan.actions for s in ((a,) if isinstance(a, StepDown) else getattr(a, "victims", ()))]
+    return moving + sum(_freed(load, step.instance, step.to).get(HOST, 0) for step in planned)
 
 
 def _recycle_in_place(idle: Sequence[Instance], model: ModelView, now: float, plan: Plan, used: set[int]) -> None:

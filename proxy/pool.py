@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, host, policy, pool_status, reload
+from proxy.config import format_size
 from proxy.engine import EngineClient
 from proxy.engine_key import key_of
 from proxy.errors import (
@@ -29,6 +30,7 @@ from proxy.errors import (
     MaxWaitError,
     ModelNotFoundError,
     NoCapacityError,
+    NoMemoryError,
     OverdueError,
     QueueFullError,
     RuntimeFailure,
@@ -52,6 +54,8 @@ from proxy.instance import (
     Tier,
     WakeRecord,
 )
+from proxy.memory_ledger import MemoryLedger
+from proxy.memory_watch import MemoryWatch
 from proxy.overdue import GIVE_UP_S, Overdue
 from proxy.runtime.base import Handle
 from proxy.runtime.bounded import Bounded
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
 
     from proxy.config import ModelSettings, Settings
     from proxy.gpu import Gpus
+    from proxy.host import Memory
     from proxy.metrics import Metrics
     from proxy.reload import Changes
     from proxy.runtime.base import Found, ImageFacts, Outdated, Runtime
@@ -108,6 +113,8 @@ _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
 """Between two tries to step down to a rung that could not be had without harm, as for want of space."""
 _WAKES_KEPT = 50
+_MEMORY_RETRY_S = 10.0
+"""When one may ask again who was refused for want of host memory."""
 
 
 class Pool:
@@ -115,6 +122,7 @@ class Pool:
 
     `runtimes` by name; `clock` is monotonic, in seconds, and may be a test's; `connect` makes the client of an engine.
     `gpus`: whose memory is kept account of; opened by the runtimes. Without, it plays no part in any decision.
+    `memory` reads the host's; likewise.
     """
 
     def __init__(
@@ -127,6 +135,7 @@ class Pool:
         connect: Callable[[Handle, str, ModelSettings], EngineClient] | None = None,
         usage: Usage | None = None,
         gpus: Gpus | None = None,
+        memory: Callable[[], Memory] | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -149,6 +158,14 @@ class Pool:
             give_up=self._break,
             changed=self.tick,
         )
+        self._memory = MemoryLedger()
+        self._memory_watch = MemoryWatch(
+            memory if settings.pool.memory_check else None,
+            self._memory,
+            metrics,
+            everyone=self._everyone,
+            changed=self.tick,
+        )
         self._stalls = Stalls(everyone=self._everyone, give_up=self._give_up_stalled)
         self._steps = Steps(
             connect=connect or _connect,
@@ -160,7 +177,7 @@ class Pool:
             damaged=self._quarantine,
         )
         self._models = {
-            key: Model(key, model, settings.served_name(key), self._runtimes[model.runtime], self._ledger)
+            key: Model(key, model, settings.served_name(key), self._runtimes[model.runtime], self._ledger, self._memory)
             for key, model in settings.models.items()
         }
         self._configure_ledger()
@@ -217,6 +234,7 @@ class Pool:
                 log.info("%s: golden checkpoint adopted", key)
             await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
         await self._gpus.start()
+        await self._memory_watch.start()
         self._stalls.start()
         self._open = True
         self.tick()
@@ -363,7 +381,9 @@ class Pool:
         for task in self._tasks:
             task.cancel()
         # A third of the time for each: what moves, engines, runtimes; more for those that come later.
-        looks = [asyncio.create_task(watch.stop(), name="looks") for watch in (self._stalls, self._gpus)]
+        looks = [
+            asyncio.create_task(watch.stop(), name="looks") for watch in (self._stalls, self._memory_watch, self._gpus)
+        ]
         await _ended_within(end - limit_s * 2 / 3 - clock(), [*self._tasks, *looks])
         everyone = [(m, s) for m in self._everyone() for s in m.slots.values()]
         grace_s = max(0.0, end - limit_s * 2 / 5 - clock())
@@ -436,6 +456,8 @@ class Pool:
     def _configure_ledger(self) -> None:
         for key, model in self._settings.models.items():
             self._ledger.configure(key, model.gpu_memory, model.gpus)
+            self._memory.configure(key, model.host_memory)
+        self._memory.reserve_bytes = int(self._settings.pool.memory_reserve)
 
     async def reconfigure(self, wanted: Settings) -> Changes:
         """Take another configuration on, as far as it can be had without a restart; what came of it.
@@ -499,7 +521,9 @@ class Pool:
                 self._models[key] = old
                 self._shrink(old)
                 continue
-            model = Model(key, entry, settings.served_name(key), self._runtimes[entry.runtime], self._ledger)
+            model = Model(
+                key, entry, settings.served_name(key), self._runtimes[entry.runtime], self._ledger, self._memory
+            )
             if key in images:
                 model.image = image_of(images[key])
             self._models[key] = model
@@ -508,6 +532,7 @@ class Pool:
                 model.draining = old.draining
         for key in (*changes.removed, *changes.replaced):
             self._ledger.unlearn(key)
+            self._memory.unlearn(key)
             self._send_away(before[key])
         for key, facts in images.items():
             self._ledger.learn(key, facts.details.get("gpu"))
@@ -620,7 +645,7 @@ class Pool:
         False where that did not come about: it failed, or a request needed the place; the status says which.
         """
         old = self._models[key]
-        new = Model(key, old.settings, old.served_name, old.runtime, self._ledger, coming=True)
+        new = Model(key, old.settings, old.served_name, old.runtime, self._ledger, self._memory, coming=True)
         self._coming[key] = new
         slot = self._new_slot(new, self._free_id(new))
         slot.instance.waking_from = Tier.STOPPED
@@ -1157,7 +1182,11 @@ class Pool:
             [m.view() for m in everyone],
             self._settings.pool.max_awake,
             self._settings.pool.switch_after,
-            self._ledger.load(i for m in everyone for i in m.instances()),
+            self._memory.load(
+                self._ledger.load(i for m in everyone for i in m.instances()),
+                (i for m in everyone for i in m.instances()),
+                {i: (s.image.present, not m.runtime.shares_images) for m in everyone for i, s in m.slots.items()},
+            ),
         )
 
     def _is_waited_for(self, action: policy.Action) -> bool:
@@ -1200,12 +1229,22 @@ class Pool:
                 self._begin_wake(action)
             case policy.StepDown():
                 self._begin_step_down(action)
+            case policy.Refuse(key, needed_bytes, missing_bytes):
+                self._refuse_for_memory(self._models[key], needed_bytes, missing_bytes)
             case policy.Retire(instance, reason):
                 instance.apply(Event.RETIRE)
                 log.info("%s retiring: %s", instance.id, reason)
             case policy.Readmit(instance):
                 instance.apply(Event.READMIT)
                 log.info("%s readmitted", instance.id)
+
+    def _refuse_for_memory(self, model: Model, needed_bytes: int, missing_bytes: int) -> None:
+        text = (
+            f"There is not enough host memory for {model.served_name!r}: it needs {format_size(needed_bytes)}, "
+            f"{format_size(missing_bytes)} more than can be made free."
+        )
+        log.error("%s: no wake: %s", model.key, text)
+        self._fail_waiters(model, NoMemoryError(text, retry_after_s=_MEMORY_RETRY_S))
 
     def _begin_wake(self, action: policy.Wake) -> None:
         evictions = self._evict(action) if action.victims else NO_EVICTIONS
@@ -1256,6 +1295,10 @@ class Pool:
             else self._descend(model, slot, origin, action.to, action.reason)
         )
         return self._move(model, slot, "step down", work)
+
+    def _note_moved(self) -> None:
+        self._gpus.due.set()
+        self._memory_watch.due.set()
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -1327,6 +1370,8 @@ class Pool:
                 await self._gpus.make_sure(evictions)
         for tier in rungs_from(found, slot):
             try:
+                if tier >= Tier.CHECKPOINTED:
+                    await self._check_memory(instance)
                 await self._steps.climb(model, slot, tier, stages)
             except Exception as error:  # noqa: BLE001 - whatever it was, a colder rung may work and nobody may be left waiting
                 reason = str(error) or too_slow(model.settings, tier)
@@ -1364,7 +1409,7 @@ class Pool:
         instance.idle_since = now
         if tier in (Tier.SLEEPING, Tier.SUSPENDED):
             self._ledger.woke(instance)
-        self._gpus.due.set()
+        self._note_moved()
         record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
         instance.last_wake = record
         self._wakes.appendleft(pool_status.wake_status(record) | {"model": model.key, "instance": instance.id})
@@ -1375,6 +1420,14 @@ class Pool:
         detail = " ".join(f"{name}={value * 1000:.0f}ms" for name, value in stages.seconds.items())
         log.info("%s ready from %s in %.3f s: %s", instance.id, tier.label, seconds, detail)
         self.tick()
+
+    async def _check_memory(self, instance: Instance) -> None:
+        """Fail rather than have the OOM killer choose, where what was to be made free is not."""
+        if not self._memory.lacking(instance):
+            return
+        await self._memory_watch.weigh()
+        if missing := self._memory.lacking(instance):
+            raise RuntimeFailure("memory", f"{format_size(missing)} of host memory are missing for it")
 
     async def _last_log_lines(self, model: Model, slot: Slot) -> list[str]:
         """What the engine wrote last, which goes to the log too."""
@@ -1540,7 +1593,7 @@ class Pool:
         instance.apply(ARRIVAL[arrived])
         if arrived is not Tier.READY:
             self._ledger.arrived(instance, arrived)
-        self._gpus.due.set()
+        self._note_moved()
         if damage is not None:
             await self._quarantine(model, slot, damage)
 
@@ -1575,7 +1628,8 @@ class Pool:
         instance.apply(Event.WENT)
         del model.slots[instance.id]
         self._ledger.forget(instance.id)
-        self._gpus.due.set()
+        self._memory.forget(instance.id)
+        self._note_moved()
         self._forget_if_gone(model)
         model.discarding = model.discarding and bool(model.slots)
         self._end_order(slot, failure)
@@ -1603,6 +1657,7 @@ class Pool:
         """The engine is of no use any more. During a move the move's own task finds out."""
         if slot.instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
             slot.instance.apply(Event.BROKE)
+            self._memory.broke(model.key)
             self._move(model, slot, "mend", self._mend(model, slot))
             self.tick()
 
@@ -1646,7 +1701,7 @@ class Pool:
                 instance.idle_since = self._clock()
                 instance.apply(Event.AT_CHECKPOINTED)
                 self._ledger.arrived(instance, Tier.CHECKPOINTED)
-                self._gpus.due.set()
+                self._note_moved()
                 return
         instance.apply(Event.STOP)
         await self._remove(model, slot, "broken")

@@ -31,6 +31,7 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
         "repeats_randomness": model.reseed_gap,
         "gpu_need_bytes": model.ledger.need(model.key),
+        "host_need_bytes": model.memory.need(model.key),
         "outdated": _outdated(model),
         "instances": [instance_status(model, slot, now) for slot in model.slots.values()],
     }
@@ -55,6 +56,7 @@ def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:
         "generation": instance.generation,
         "has_checkpoint": slot.image.present,
         "gpu_bytes": model.ledger.charge(instance),
+        "host_bytes": model.memory.held(instance),
         "gpu_growth_bytes": model.ledger.growth_bytes(instance),
         "cycles": model.ledger.cycles(instance),
         "ordered": instance.ordered.label if instance.ordered is not None else None,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from proxy.engine import EngineClient
     from proxy.gpu_ledger import Bytes, GpuLedger
     from proxy.instance import Instance, WakeRecord
+    from proxy.memory_ledger import MemoryLedger
     from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
     from proxy.wake_failure import WakeFailure
 
@@ -199,6 +200,7 @@ class Model:
     served_name: str
     runtime: Runtime
     ledger: GpuLedger
+    memory: MemoryLedger
     slots: dict[str, Slot] = field(default_factory=dict)
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""

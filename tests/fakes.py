@@ -23,11 +23,12 @@ from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, R
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Callable, Container, Mapping
 
     from proxy.config import WarmupSettings
     from proxy.engine import EngineClient
     from proxy.gpu import Gpus
+    from proxy.host import Memory
     from proxy.manifest import Manifest
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
@@ -89,6 +90,8 @@ class FakeRuntime:
         self.nvml = nvml or FakeNvml()
         self.takes: dict[str, tuple[int, int]] = {}
         """Model → bytes of GPU memory that an engine of it holds when it is awake, and asleep."""
+        self.host_takes: dict[str, int] = {}
+        """Model → bytes of host memory that an engine of it holds."""
         self.leaks: dict[str, int] = {}
         """Instance → bytes of GPU memory that its processes hold in addition, whatever they do."""
         self.leaves = False
@@ -232,6 +235,9 @@ class FakeRuntime:
     async def wait_exit(self, handle: Handle) -> str:
         process = self.processes.get(handle.instance_id)
         return "ended" if process is None else await asyncio.shield(process.exited)
+
+    async def host_bytes(self, handle: Handle) -> int:
+        return self.host_takes.get(handle.model, 0) if handle.instance_id in self.processes else 0
 
     async def vitals(self, handle: Handle) -> Vitals:
         return Vitals({}, self._process(handle, "vitals").frozen)
@@ -439,6 +445,7 @@ class Rig:
         *,
         shares_images: bool = False,
         takes: dict[str, tuple[int, int]] | None = None,
+        memory: Callable[[], Memory] | None = None,
         **pool: Any,
     ) -> None:
         entries = models or {"demo": {}}
@@ -462,6 +469,7 @@ class Rig:
             clock=self.clock,
             connect=self._connect,
             gpus=self.gpus if takes is not None else None,
+            memory=memory,
         )
 
     def _connect(self, handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from proxy import host
 from proxy.checkpoints import CheckpointStore
 from proxy.config import Settings
 from proxy.metrics import Metrics
@@ -43,7 +44,7 @@ class Front:
             claim=Claim(settings.pool.state_dir),
             store=CheckpointStore(settings.pool.checkpoint_dir, 0),
         )
-        self.pool = Pool(settings, {"process": runtime}, self.metrics)
+        self.pool = Pool(settings, {"process": runtime}, self.metrics, memory=host.memory)
         self.settings = settings
         self.guard = Guard(settings, self.metrics)
         self.tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None

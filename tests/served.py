@@ -71,6 +71,7 @@ class Proxy:
         settings: dict[str, Any],
         manager: ServiceManager | None = None,
         crash: str | None = None,
+        cgroup: Path | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -89,6 +90,8 @@ class Proxy:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
         program = ["proxy"] if crash is None else ["tests.crashing", crash]
         command = [PYTHON, "-m", *program, "serve", "-c", str(folder / "warmpool.toml"), *options]
+        if cgroup is not None:
+            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 manager.handing_over(command) if manager is not None else command,

@@ -552,7 +552,8 @@ def assert_memory_is_respected(view: View, made: Plan) -> None:
     wakes = [a for a in made.actions if isinstance(a, Wake) and a.model in load.needs]
     if not wakes or free < 0:
         return
-    touched = {id(v.instance) for w in wakes for v in w.victims} | {id(w.instance) for w in wakes}
+    everyone = [a for a in made.actions if isinstance(a, Wake)]
+    touched = {id(v.instance) for w in everyone for v in w.victims} | {id(w.instance) for w in everyone}
     for wake in wakes:
         held = load.now[wake.instance.id].get(GPU, 0) if wake.instance is not None else 0
         free -= max(0, load.needs[wake.model][GPU] - held)

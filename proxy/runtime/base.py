@@ -173,6 +173,9 @@ class Runtime(Protocol):
     async def wait_exit(self, handle: Handle) -> str:
         """Return when the engine has ended, with a word on how (``"exit status 3"``, ``"signal 9"``)."""
 
+    async def host_bytes(self, handle: Handle) -> int:
+        """The host memory that the engine's processes hold, shared memory once; 0 where nothing runs. Never raises."""
+
     async def vitals(self, handle: Handle) -> Vitals:
         """What its processes do; for an engine that should be running. Raises RuntimeFailure."""
 

@@ -145,6 +145,11 @@ class Bounded:
             return await self._look(handle, "gpu_bytes", lambda: self._runtime.gpu_bytes(handle))
         return {}
 
+    async def host_bytes(self, handle: Handle) -> int:
+        with contextlib.suppress(OverdueError):
+            return await self._look(handle, "host_bytes", lambda: self._runtime.host_bytes(handle))
+        return 0
+
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         await self._on(handle, "checkpoint", None, lambda: self._runtime.checkpoint(handle, facts, stages))
 

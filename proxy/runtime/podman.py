@@ -603,6 +603,13 @@ class PodmanRuntime(KeepsImages):
                     await asyncio.sleep(0.02)
         return reason
 
+    async def host_bytes(self, handle: Handle) -> int:
+        """See `Runtime.host_bytes`."""
+        it = self._containers.get(handle.instance_id)
+        if it is None or it.pid is None:
+            return 0
+        return await asyncio.to_thread(lambda: processes.held_bytes(_tree(it)))
+
     async def vitals(self, handle: Handle) -> Vitals:
         """See `Runtime.vitals`."""
         it = self._running(handle, "vitals")

@@ -191,6 +191,12 @@ class ProcessRuntime(KeepsImages):
         engine = self._engines[handle.instance_id]
         return "ended" if engine.pid is None else await processes.wait_gone(engine.pid)
 
+    async def host_bytes(self, handle: Handle) -> int:
+        """See `Runtime.host_bytes`."""
+        engine = self._engines.get(handle.instance_id)
+        pid = engine.pid if engine is not None else None
+        return 0 if pid is None else await asyncio.to_thread(lambda: processes.held_bytes(processes.tree(pid)))
+
     async def vitals(self, handle: Handle) -> Vitals:
         """See `Runtime.vitals`."""
         tree = await asyncio.to_thread(self._members, self._running(handle, "vitals"))

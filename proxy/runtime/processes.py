@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,16 @@ def resident_bytes(pids: Iterable[int]) -> int:
     for pid in pids:
         with contextlib.suppress(psutil.Error):
             total += psutil.Process(pid).memory_full_info().uss
+    return total
+
+
+def held_bytes(pids: Iterable[int]) -> int:
+    """The memory that would come free with these processes: anonymous and shared, not of files (smaps_rollup, PSS)."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += sum(int(kib) << 10 for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB$", text, re.MULTILINE))
     return total
 
 
