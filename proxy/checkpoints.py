@@ -555,14 +555,10 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        # A pipe would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DamagedError(f"{path}: not a plain file")
-            return _parsed(file.read(manifests.LIMIT_BYTES), str(folder))
+        return _parsed(owned.read_plain(path, manifests.LIMIT_BYTES), str(folder))
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from error
+        kind = DamagedError if error.errno in (errno.EINVAL, errno.ELOOP) else StoreError
+        raise kind(f"{path}: {error.strerror}") from error
 
 
 def _parsed(data: bytes, where: str) -> Manifest:

@@ -176,6 +176,15 @@ def unlink_beside(folder: Path, name: str, owner: int) -> None:
         os.close(descriptor)
 
 
+def read_plain(path: Path, most_bytes: int) -> bytes:
+    """What is in a plain file, up to so much of it: no link is followed, and no pipe waited for. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a plain file", str(path))
+        return file.read(most_bytes)
+
+
 @contextlib.contextmanager
 def replacing(target: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `target` when the block has ended without an error, synced. Raises OSError.

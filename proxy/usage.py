@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool.usage")
 
+_LIMIT_BYTES: Final = 16 << 20
 HALF_LIFE_S: Final = 7 * 86400.0
 
 
@@ -54,7 +55,7 @@ class Usage:
         if self._path is None:
             return
         try:
-            found = orjson.loads(self._path.read_bytes())
+            found = orjson.loads(owned.read_plain(self._path, _LIMIT_BYTES))
             self._counts = {str(model): (float(entry[0]), float(entry[1])) for model, entry in found.items()}
         except FileNotFoundError:
             return

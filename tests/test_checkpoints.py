@@ -370,7 +370,7 @@ async def test_a_manifest_that_is_no_plain_file_is_an_error_of_the_store(
     content = path.read_bytes()
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(StoreError, match="not a plain file"):
+    with pytest.raises(StoreError, match="is not a plain file"):
         store.load("demo")
     path.unlink()
     (tmp_path / "elsewhere").write_bytes(content)

@@ -19,6 +19,7 @@ from proxy.errors import HostError
 from proxy.owned import NotOwnedError
 from proxy.runtime import bundle, links
 from proxy.runtime.claim import Claim, of_earlier_version
+from proxy.usage import Usage
 from proxy.web import listen
 
 if TYPE_CHECKING:
@@ -389,6 +390,16 @@ def test_a_planted_lock_is_neither_followed_nor_truncated(shared: Path, tmp_path
     with pytest.raises(OSError, match="symbolic links"):
         owned.open_file(shared / "images" / ".lock", os.O_RDWR | os.O_CREAT)
     assert (tmp_path / "shadow").read_text() == "root's"
+
+
+def test_counts_that_are_a_pipe_or_a_link_are_not_waited_for_nor_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text('{"demo": [5, 0]}')
+    for plant in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "other")):
+        (tmp_path / "usage.json").unlink(missing_ok=True)
+        plant(tmp_path / "usage.json")
+        usage = Usage(tmp_path / "usage.json")
+        usage.load()
+        assert usage.ranking() == []
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from loadtest.image import python
 from proxy.checkpoints import MANIFEST, SUFFIX, StoreError
 from proxy.config import ModelSettings
-from proxy.errors import HostError, RuntimeFailure
+from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.runtime import namespaces
 from tests.podman_bench import (
@@ -277,12 +277,27 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
                 file.unlink()
             case "overwritten":
                 file.write_bytes(os.urandom(file.stat().st_size))
-        with pytest.raises(RuntimeFailure, match="restore"):
+        with pytest.raises(RuntimeFailure, match="restore") as failure:
             await bench.runtime.restore(handle, Stages())
+        assert failure.value.fault is (Fault.IMAGE if damage == "overwritten" else Fault.DAMAGE)
         with pytest.raises(StoreError):
             await bench.store.verify("demo")
+        with pytest.raises(RuntimeFailure) as failure:
+            await bench.runtime.verify_image(handle, whole=True)
+        assert failure.value.fault is Fault.DAMAGE
         await bench.runtime.drop(handle)
         assert await self.start(bench) == handle
+
+    async def test_what_a_cleaner_removed_from_the_state_folder_is_made_again(self, bench: PodmanBench) -> None:
+        handle, boot = await self.checkpointed(bench)
+        for gone in ("podman", "logs"):
+            shutil.rmtree(bench.folder / "state" / gone)
+            handle = await bench.runtime.restore(handle, Stages())
+            await bench.healthy(handle)
+            assert await bench.boot_id(handle) == boot
+            shutil.rmtree(bench.folder / "state" / gone)
+            await bench.runtime.discard_image(handle)
+            await bench.runtime.checkpoint(handle, FACTS, Stages())
 
     async def test_a_container_that_somebody_removed_is_made_again(self, bench: PodmanBench) -> None:
         handle, boot = await self.checkpointed(bench)

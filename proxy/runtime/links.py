@@ -70,7 +70,7 @@ def take(images: Path, image: Path) -> None:
 
 
 def put_back(image: Path) -> list[Path]:
-    """Have everything there for a restore, which uses it up; what was made. Raises OSError."""
+    """Have everything there for a restore, which uses it up; what was made. Raises OSError, DamagedError."""
     source = image / FOLDER
     made = []
     for number, link in enumerate(_index_of(image)):
@@ -97,7 +97,7 @@ def use_up(made: Iterable[Path]) -> None:
 
 
 def forget(image: Path) -> None:
-    """Remove the other names: nothing of the image runs any more, and nothing will. Raises OSError."""
+    """Remove the other names: nothing of the image runs any more, and nothing will. Raises OSError, DamagedError."""
     for link in _index_of(image):
         for name in link.names:
             _remove_name(Path(link.path).parent, name, link)

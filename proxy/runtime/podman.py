@@ -812,7 +812,8 @@ class PodmanRuntime(KeepsImages):
             host_facts = {**self._host_facts(it.model), CONTAINER_IMAGE: it.origin.image_id}
             read = await self._learn(it.origin, it.model)
             on_host = await self._note_names(it, pids) if _on_host_network(it) else {}
-        except (StoreError, OSError, PodmanError) as error:
+            await asyncio.to_thread(self._criu_config, it)
+        except (HostError, StoreError, OSError, PodmanError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         was_paused, was_off_gpu = it.paused, it.off_gpu
         try:
