@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 import pytest
@@ -316,6 +316,75 @@ async def test_force_cuts_a_stream_off_and_the_next_request_gets_another_engine(
         assert (await proxy.ask())[0] == "stopped"
         proxy.process.terminate()
         assert await proxy.ended() == 0
+    finally:
+        proxy.process.kill()
+
+
+# --- signals ---
+
+
+class Deaf:
+    """A socket of podman's where everything is accepted and nothing answered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "podman.sock"
+        self.asked = asyncio.Event()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._hear, self.path)
+        return self
+
+    async def _hear(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        self.asked.set()
+
+    async def __aexit__(self, *_: object) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._server.close()
+
+
+async def test_sigterm_ends_a_start_that_waits_for_a_podman_that_does_not_answer(tmp_path: Path) -> None:
+    async with Deaf(tmp_path) as deaf, asyncio.timeout(PATIENCE_S):
+        settings = {
+            "models": {"demo": {"podman": {"image": "localhost/none:1", "command": ["x", "{port}"]}}},
+            "runtime": {"podman": {"socket": str(deaf.path)}},
+        }
+        proxy = Proxy(tmp_path / "w", settings=settings)
+        try:
+            await deaf.asked.wait()
+            proxy.process.terminate()
+            assert await asyncio.to_thread(proxy.process.wait) in (0, 1), proxy.log.read_text()
+            assert "stopping before the start has ended" in proxy.log.read_text()
+        finally:
+            proxy.process.kill()
+
+
+async def test_a_second_signal_ends_at_once_what_would_have_gone_on_for_long(tmp_path: Path) -> None:
+    settings = {
+        "models": {"demo": engine_model("--tokens-per-second", "10")},
+        "server": {"drain_timeout": "1h"},
+        "runtime": {"process": {"stop_grace": "1h"}},
+    }
+    proxy = await Proxy(tmp_path, settings=settings).listening()
+    try:
+        body = {**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+        async with asyncio.timeout(PATIENCE_S), proxy.session.post("/v1/completions", json=body) as stream:
+            await stream.content.readany()
+            engine = (await proxy.instance())["id"]
+            assert engine == "demo-1"
+            for pid in processes_with("loadtest.engine"):
+                if pid in processes.tree(proxy.process.pid):
+                    os.kill(pid, signal.SIGSTOP)  # it will not end by itself
+            proxy.process.terminate()
+            while "stopping: up to" not in proxy.log.read_text():
+                await asyncio.sleep(0.02)
+            assert proxy.process.poll() is None
+            proxy.process.terminate()
+            with contextlib.suppress(aiohttp.ClientError):
+                await stream.read()
+            assert await proxy.ended() in (0, 1), "and nothing is left"
     finally:
         proxy.process.kill()
 
