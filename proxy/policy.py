@@ -342,7 +342,7 @@ def decide(view: View, now: float) -> Plan:
         if model.waiting and now < model.start_at:
             plan.not_later_than(model.start_at)
         # One that has to step down for another is woken again when it has arrived.
-        given_up = sum(i.state is State.SLEEPING and i.ordered is None and id(i) in used for i in model.instances)
+        given_up = sum(i.state in _MAY_GO and i.ordered is None and id(i) in used for i in model.instances)
         free = [c for c in candidates(model, now) if c is None or id(c) not in used]
         for candidate in free[: max(0, wakes_wanted(model, now) - given_up)]:
             if candidate is not None and id(candidate) in used:
@@ -358,7 +358,7 @@ def decide(view: View, now: float) -> Plan:
                 _ask_for_room(view, model, candidate, now, plan, used, choice.missing)
                 break
             # What is missing of a GPU may be wrong, and costs this engine only; the OOM killer takes any.
-            if HOST in choice.missing and model.key not in view.gpus.guessed:
+            if HOST in choice.missing.keys() & extra.keys() and model.key not in view.gpus.guessed:
                 plan.actions.append(Refuse(model.key, extra[HOST], choice.missing[HOST]))
                 break
             used.update(id(victim.instance) for victim in choice.victims)
@@ -424,8 +424,10 @@ class _Room:
 
     def balance(self, extra: Bytes) -> dict[str, int]:
         """What somebody has to give up for it; below 0 where more host memory is free."""
-        places = extra.keys() | (self._load.capacity.keys() & {HOST})
-        return {place: extra.get(place, 0) - self._soon.get(place, 0) for place in places}
+        balance = {place: count - self._soon.get(place, 0) for place, count in extra.items()}
+        if HOST in self._load.capacity and HOST not in extra:
+            balance[HOST] = min(0, -self._soon[HOST])  # what is short already is not for this one to make good
+        return balance
 
     def comes_free(self, extra: Bytes) -> bool:
         """Whether nobody has to give up anything, but some are on their way down still."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.gpu_ledger import EMPTY, GpuLoad
+from proxy.gpu_ledger import EMPTY, HOST, GpuLoad
 from proxy.instance import AWAKE, RESTING, Instance, State, Tier
 from proxy.policy import (
+    STEPS,
     TYPICAL_S,
     Costs,
     ModelView,
     Plan,
     Readmit,
+    Refuse,
     Retire,
     StepDown,
     View,
@@ -542,7 +545,48 @@ def views(draw: st.DrawFn) -> View:
     needs = {m.key: draw(st.integers(0, 90)) for m in models}
     asleep = {m.key: draw(st.integers(1, 10)) for m in models if draw(st.booleans())}
     load = gpus(*everyone, needs=needs, asleep=asleep, capacity=draw(st.integers(1, 100)))
-    return View(models, draw(st.integers(0, 4)), 10.0, load if draw(st.booleans()) else EMPTY)
+    load = load if draw(st.booleans()) else EMPTY
+    return View(models, draw(st.integers(0, 4)), 10.0, draw(with_host(models, load)) if draw(st.booleans()) else load)
+
+
+@st.composite
+def with_host(draw: st.DrawFn, models: list[ModelView], load: GpuLoad) -> GpuLoad:
+    """The same with some host memory, as `MemoryLedger` adds it."""
+    everyone = [i for m in models for i in m.instances]
+    held = {i.id: draw(st.integers(0, 50)) for i in everyone}
+    needs = {m.key: draw(st.integers(1, 90)) for m in models if draw(st.booleans())}
+    left = st.integers(-20, 60)
+    return replace(
+        load,
+        capacity={**load.capacity, HOST: draw(st.integers(0, 200))},
+        now={i.id: {**load.now.get(i.id, {}), HOST: held[i.id]} for i in everyone},
+        after={i.id: {**load.after.get(i.id, {}), HOST: draw(st.integers(0, held[i.id]))} for i in everyone},
+        needs={
+            m.key: {**load.needs.get(m.key, {}), **({HOST: needs[m.key]} if m.key in needs else {})} for m in models
+        },
+        host_left={(i.id, tier): draw(left) for i in everyone for tier in STEPS},
+        host_short=draw(st.integers(-50, 50)),
+        guessed=frozenset(m.key for m in models if draw(st.integers(0, 3)) == 0),
+    )
+
+
+def assert_host_memory_is_respected(view: View, made: Plan) -> None:
+    """Nothing is woken that is known not to fit; who is refused is not woken too, and sends nobody down."""
+    load = view.gpus
+    refused = {a.model for a in made.actions if isinstance(a, Refuse)}
+    assert not refused & load.guessed
+    for key in refused:
+        assert HOST in load.needs[key]
+    free = load.capacity[HOST] - sum(held[HOST] for held in load.after.values())
+    for action in made.actions:
+        if not isinstance(action, Wake):
+            continue
+        held = load.now[action.instance.id][HOST] if action.instance is not None else 0
+        extra = max(0, load.needs.get(action.model, {}).get(HOST, 0) - held)
+        for victim in action.victims:
+            free += load.after[victim.instance.id][HOST] - load.host_left[victim.instance.id, victim.to]
+        free -= extra
+        assert free >= 0 or not extra or action.model in load.guessed or made.actions.index(action) > 0
 
 
 def assert_memory_is_respected(view: View, made: Plan) -> None:
@@ -599,7 +643,10 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     for m in view.models:
         assert len(m.instances) + new[m.key] <= m.max_instances
     assert made.deadline is None or made.deadline > now
-    assert_memory_is_respected(view, made)
+    if HOST in view.gpus.capacity:
+        assert_host_memory_is_respected(view, made)
+    else:
+        assert_memory_is_respected(view, made)
     assert decide(view, now) == made, "deciding changes nothing"
 
 
