@@ -59,6 +59,7 @@ def claim(folder: Path, marks: Collection[str] = ()) -> None:
             )
         if stat.S_IMODE(facts.st_mode) & 0o077 or facts.st_mode & stat.S_ISVTX:
             _tighten(folder, descriptor, facts, marks)
+        _refuse_what_others_put_there(folder, descriptor)
     _roots.add(folder)
 
 
@@ -73,11 +74,16 @@ def _tighten(folder: Path, descriptor: int, facts: os.stat_result, marks: Collec
             f"is for others too (mode {stat.S_IMODE(facts.st_mode):04o}), and what is in it is not warmpool's; "
             f"name a folder of warmpool's own, or chmod 700 {folder}",
         )
-    for name in there:
-        owner = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid
-        if owner != os.geteuid():
-            raise NotOwnedError(folder / name, f"belongs to user {owner}; remove it, others could write to {folder}")
     os.fchmod(descriptor, 0o700)
+
+
+def _refuse_what_others_put_there(folder: Path, descriptor: int) -> None:
+    """Nobody else can add to it any more; what was added while others could is not to be used."""
+    for name in os.listdir(descriptor):
+        with contextlib.suppress(FileNotFoundError):
+            owner = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid
+            if owner != os.geteuid():
+                raise NotOwnedError(folder / name, f"belongs to user {owner}, who could write to {folder}; remove it")
 
 
 def register(folder: Path) -> None:
