@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from proxy import gpu_ledger, reseed
 from proxy.engine import EngineClient
 from proxy.engine_key import key_of
-from proxy.errors import EngineError, RuntimeFailure, WarmpoolError
+from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
 from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
-from proxy.slots import unless_it_ends
+from proxy.slots import unless_it_ends, until_it_listens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
@@ -184,6 +184,7 @@ async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
     async with _engine(shop, handle) as engine:
         client = engine.client
         with steps.step("load"):
+            await engine.listens(shop.runtime, handle, model.health.interval)
             await engine.asked(client.wait_healthy(model.health.path, model.health.interval))
         with steps.step("warmup"):
             warmup = await engine.asked(client.warm_up(model.warmup))
@@ -220,6 +221,10 @@ class _Engine:
         """The result of what its client is asked for, or RuntimeFailure when the engine ends before."""
         return await unless_it_ends(self._watcher, work)
 
+    async def listens(self, runtime: Runtime, handle: Handle, interval_s: float) -> None:
+        """See `until_it_listens`."""
+        await until_it_listens(runtime, handle, self._watcher, interval_s)
+
 
 @contextlib.asynccontextmanager
 async def _engine(shop: Workshop, handle: Handle) -> AsyncIterator[_Engine]:
@@ -235,10 +240,12 @@ async def _engine(shop: Workshop, handle: Handle) -> AsyncIterator[_Engine]:
 
 
 async def _prove(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Steps) -> bool:
-    """Restore an image and compare its answer with the canary. Raises GoldenError, the image set aside."""
+    """Restore an image and compare its answer with the canary. Raises GoldenError, the image set aside if it failed."""
     try:
         async with asyncio.timeout(shop.model.wake_timeout):
             return await _answer_of(shop, handle, manifest, steps)
+    except PortTakenError as error:
+        raise GoldenError(f"the checkpoint is kept, and was not proven: {error}") from error
     except (RuntimeFailure, EngineError, GoldenError, TimeoutError) as error:
         await shop.runtime.quarantine_image(handle)
         reason = str(error) or f"no result within wake_timeout ({shop.model.wake_timeout:g} s)"
@@ -251,6 +258,7 @@ async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: 
     async with _engine(shop, handle) as engine:
         client = engine.client
         with steps.step("health"):
+            await engine.listens(shop.runtime, handle, shop.model.health.interval)
             await engine.asked(client.wait_healthy(shop.model.health.path, shop.model.health.interval))
         if manifest.sleep_level:
             with steps.step("wake_up"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
 
 from proxy import policy, wake_failure
-from proxy.errors import EngineError, Fault, OrderFailedError, RuntimeFailure
+from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure
 from proxy.instance import State, Tier
 from proxy.line import Line
 from proxy.overdue import GIVE_UP_S
@@ -368,3 +368,24 @@ async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any,
         if not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=GIVE_UP_S)
+
+
+async def until_it_listens(
+    runtime: Runtime, handle: Handle, watcher: asyncio.Task[str] | None, interval_s: float
+) -> None:
+    """Return when the engine itself listens on its port; nothing is sent there before.
+
+    Raises PortTakenError where another program does, also if that is why the engine has ended.
+    """
+
+    async def listens() -> None:
+        while not await runtime.listens(handle):
+            await asyncio.sleep(interval_s)
+
+    try:
+        await unless_it_ends(watcher, listens())
+    except PortTakenError:
+        raise
+    except RuntimeFailure:
+        await runtime.listens(handle)
+        raise

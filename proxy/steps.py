@@ -15,7 +15,7 @@ from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, Runti
 from proxy.instance import Stages, Tier
 from proxy.overdue import GIVE_UP_S
 from proxy.runtime.base import Handle, ImageFacts
-from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends
+from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends, until_it_listens
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -111,7 +111,7 @@ class Steps:
         settings, instance, client = model.settings, slot.instance, client_of(slot)
         slot.loading = True
         with stages.measure("load"):
-            await self._listens(model, slot)
+            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, settings.health.interval)
             await unless_it_ends(slot.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
         slot.loading = False
         with stages.measure("warmup"):
@@ -161,29 +161,11 @@ class Steps:
     async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
         health = model.settings.health
         with stages.measure("health"):
-            await self._listens(model, slot)
+            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, health.interval)
             await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
         return Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
-
-    async def _listens(self, model: Model, slot: Slot) -> None:
-        """Return when the engine itself listens on its port; nothing is sent there before.
-
-        Raises PortTakenError where another program does, also if that is why the engine has ended.
-        """
-
-        async def listens() -> None:
-            while not await model.runtime.listens(handle_of(slot)):
-                await asyncio.sleep(model.settings.health.interval)
-
-        try:
-            await unless_it_ends(slot.watcher, listens())
-        except PortTakenError:
-            raise
-        except RuntimeFailure:
-            await model.runtime.listens(handle_of(slot))
-            raise
 
     async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
