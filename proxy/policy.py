@@ -528,30 +528,18 @@ def _choose(
         for option in chosen[1:] if full else list(chosen):
             if not missing(o for o in chosen if o is not option):
                 chosen.remove(option)
-        # Who was used last stays as warm as can be.
-        for option in reversed(chosen):
-            for rung in option.rungs:
-                rungs[id(option)] = rung
-                if not missing(chosen):
-                    break
-    else:
-        for option in chosen:
-            rungs[id(option)] = _warmest_as_good(option, load, lacking)
+    # Who was used last stays as warm as can be.
+    for option in reversed(chosen):
+        for rung in option.rungs:
+            rungs[id(option)] = rung
+            if missing(chosen) == lacking:
+                break
     freed: Bytes = {}
     for option in chosen:
         freed = gpu_ledger.plus(freed, option.freed(load, rungs[id(option)]))
     victims = tuple(StepDown(o.instance, rungs[id(o)], "recycle" if o.recycle else "evict") for o in chosen)
     may_come = bool(lacking) and not gpu_ledger.beyond(lacking, _busy_bytes(view, needy, used))
     return _Choice(victims, freed, not lacking, lacking, may_come)
-
-
-def _warmest_as_good(option: _Option, load: GpuLoad, lacking: Bytes) -> Tier:
-    """The warmest tier that frees as much of what is lacking as the coldest."""
-
-    def freed(tier: Tier) -> list[int]:
-        return [option.freed(load, tier).get(place, 0) for place in lacking]
-
-    return next(tier for tier in option.rungs if freed(tier) == freed(option.rungs[-1]))
 
 
 def _dispensable(instance: Instance) -> tuple[bool, float]:
