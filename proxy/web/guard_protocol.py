@@ -289,8 +289,9 @@ class GuardedProtocol(RequestHandler):
         """Answer outside of any request, and close."""
         self._head_began = self._body = None
         self._doors.has_paid(self)
-        if self.transport is not None and self._current_request is None:
-            self.transport.write(_raw(status, message, code))
+        transport = self.transport
+        if transport is not None and not transport.is_closing() and self._current_request is None:
+            transport.write(_raw(status, message, code))
         self.force_close()
 
     def handle_error(
