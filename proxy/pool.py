@@ -630,8 +630,12 @@ class Pool:
         return False
 
     async def _lacks_memory(self, model: Model, *, engine: bool) -> bool:
-        """Whether there is too little host memory for another engine, or on tmpfs for another image."""
-        print_ = await model.runtime.footprint(model.key)
+        """Whether there is too little host memory for another engine, or on tmpfs for an image, or none can say."""
+        try:
+            print_ = await model.runtime.footprint(model.key)
+        except OverdueError as error:
+            log.warning("%s: how much memory it needs is not known: %s", model.key, error)
+            return True
         if print_ is None:
             return False
         if engine:

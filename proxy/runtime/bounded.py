@@ -179,10 +179,10 @@ class Bounded:
         await self._overdue.within(_ARCHIVE_S, "copy_to_archive", subject, work)
 
     async def archive_image(self, handle: Handle) -> None:
-        await self._on(handle, "archive_image", None, lambda: self._runtime.archive_image(handle))
+        await self._on(handle, "archive_image", _ARCHIVE_S, lambda: self._runtime.archive_image(handle))
 
     async def unarchive_image(self, handle: Handle) -> None:
-        await self._on(handle, "unarchive_image", None, lambda: self._runtime.unarchive_image(handle))
+        await self._on(handle, "unarchive_image", _ARCHIVE_S, lambda: self._runtime.unarchive_image(handle))
 
     async def remove(self, handle: Handle) -> None:
         await self._on(handle, "remove", self._stop_grace_s + _END_S, lambda: self._runtime.remove(handle))
