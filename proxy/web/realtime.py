@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     Socket = web.WebSocketResponse[Any] | aiohttp.ClientWebSocketResponse[Any]
 
 log = logging.getLogger("warmpool.request")
-# Its warning that no subprotocol was chosen shows the key that a browser sends as one.
-logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
 
 _ATTEMPTS: Final = 2
 _PING_S: Final = 30.0
