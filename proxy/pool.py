@@ -987,6 +987,7 @@ class Pool:
             self._refuse_order(model, moving, wait=wait)
         if discard and to is Tier.STOPPED and instance_id is None:
             model.discarding = bool(model.slots)
+            self._withdraw(key, "the model was stopped")
         orders = []
         for slot in slots:
             order = slot.order

@@ -203,6 +203,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         newer = await after.runtime.start("demo-2", "demo", after.model)
         await after.healthy(newer)
         await after.runtime.checkpoint(newer, FACTS, Stages())
+        # As one that was being made ready to take over.
+        await after.runtime.start("demo-3", "demo", after.model)
         last = await after.successor()
         last.model = bench.model
         recovered = await last.runtime.recover({"demo": last.model})

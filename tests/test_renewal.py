@@ -321,6 +321,22 @@ async def test_another_configuration_ends_what_was_made_for_the_old_one() -> Non
     await rig.pool.close()
 
 
+async def test_a_model_that_an_operator_stops_is_not_brought_back_by_its_renewal() -> None:
+    rig = await rig_with()
+    await checkpointed(rig)
+    rig.runtime.gates["health"] = asyncio.Event()
+    await outdate(rig)
+    work = asyncio.create_task(rig.pool.renew("demo"))
+    await settle()
+    rig.pool.order_down("demo", Tier.STOPPED, discard=True)
+    assert not await work
+    await settle()
+    assert rig.states() == {}
+    assert rig.runtime.processes == {}
+    assert rig.runtime.images == {}
+    await rig.pool.close()
+
+
 async def test_stopping_ends_it_at_once_and_leaves_nothing() -> None:
     rig = await rig_with()
     old = await checkpointed(rig)

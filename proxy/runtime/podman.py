@@ -229,41 +229,36 @@ class PodmanRuntime(KeepsImages):
 
     async def _recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         images: dict[str, ImageFacts] = {}
-        made_from: dict[str, str] = {}
+        golden: dict[str, Manifest] = {}
         lost: frozenset[str] = frozenset()
         if Tier.CHECKPOINTED in self._rungs.offered:
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
             lost = self._lost(models, images)
-            made_from = {key: manifest.facts.get(CONTAINER_IMAGE, "") for key, (manifest, _) in usable.items()}
+            golden = {key: manifest for key, (manifest, _) in usable.items()}
         await self._look_for_strays()
         entries = await self._ours()
         helpers = await asyncio.to_thread(leftovers.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
-        kept = [one for one in found if one is not None and await self._is_kept(one, models, made_from)]
+        kept = [one for one in found if one is not None and await self._is_kept(one, golden.get(one.handle.model))]
         return Recovered(kept, images, lost)
 
-    async def _is_kept(self, one: Found, models: Mapping[str, ModelSettings], made_from: Mapping[str, str]) -> bool:
+    async def _is_kept(self, one: Found, golden: Manifest | None) -> bool:
         """Whether a container that was found is of use; else it is removed.
 
-        One that rests has to be made from what its image was taken from. One that runs and is outdated serves only
-        where there is nothing newer to restore.
+        Where there is a golden checkpoint that can be used, those that come from it are: one that runs was on its way
+        out when the last warmpool ended, or was being made ready to take over, if it did not.
         """
         it = self._containers[one.handle.instance_id]
-        key = one.handle.model
-        golden = made_from.get(key)
-        if one.tier is not Tier.READY:
-            kept = it.origin.image_id == golden
-        else:
-            now = await self._image_now(models[key])
-            kept = it.origin.image_id == now or golden != now
-        if not kept:
-            log.info(
-                "container %s was made from another container image, %s: removed", it.name, it.origin.image_id[:12]
-            )
-            await self._delete(it.id)
-            self._forget(it)
-        return kept
+        if golden is None or (
+            it.origin.image_id == golden.facts.get(CONTAINER_IMAGE)
+            and (one.tier is not Tier.READY or (one.restored and _is_later(one.started_unix_s, golden)))
+        ):
+            return True
+        log.info("container %s does not come from the checkpoint that there is now: removed", it.name)
+        await self._delete(it.id)
+        self._forget(it)
+        return False
 
     def strays(self) -> Sequence[str]:
         """See `Runtime.strays`."""
@@ -1174,6 +1169,11 @@ async def _tried(call: Awaitable[Any]) -> None:
 
 def _tree(it: _Container) -> list[int]:
     return processes.tree(it.pid) if it.pid is not None else []
+
+
+def _is_later(started_unix_s: float | None, golden: Manifest) -> bool:
+    """Whether an engine was started after an image was written; podman tells whole seconds."""
+    return (started_unix_s or 0.0) + 1.0 >= golden.created_unix_s
 
 
 def _on_host_network(it: _Container) -> bool:

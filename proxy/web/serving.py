@@ -213,7 +213,8 @@ async def serve(
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         background.append(asyncio.create_task(_say_what_is_in_the_way(settings), name="preflight"))
         if usage is not None:
-            background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(_keep_images(pool, usage))]
+            background += [asyncio.create_task(rebuild.keep(usage)), asyncio.create_task(rebuild.rebuild(pool, usage))]
+            background.append(asyncio.create_task(renewal.keep_current(pool, usage)))
         await end.stop.wait()
         await reloader.close()
         await _ended(background)
@@ -241,12 +242,6 @@ async def _say_what_is_in_the_way(settings: Settings) -> None:
     """What would keep checkpoints from being written, said before the first engine has been started for one."""
     for problem in await preflight.problems(settings, Host()):
         log.error("checkpoints will fail: %s", problem)
-
-
-async def _keep_images(pool: Pool, usage: Usage) -> None:
-    """First what a reboot has taken, then what becomes outdated; each is an engine started beside the others."""
-    await rebuild.rebuild(pool, usage)
-    await renewal.keep_current(pool, usage)
 
 
 def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:
