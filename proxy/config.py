@@ -346,7 +346,7 @@ class PoolSettings(_Section):
     prewarm: Count = Field(
         default=4,
         description="After a start, as after a reboot: the checkpoints of how many models are brought back to tmpfs in "
-        "the background if they are not there, those used most first; 0: none.",
+        "the background if they are not there, those used most first; and all that an upgrade made useless. 0: none.",
     )
     max_queue: PositiveInt = Field(default=10_000, description="How many requests may wait at once, over all models.")
     priority_head_start: Duration = Field(
