@@ -109,8 +109,13 @@ def _below(root: Path) -> Iterator[Path]:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if not name.startswith(".") and _is_text(name) and path.is_file():
                 yield path
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be in a manifest: a file's may be any bytes."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _listed(roots: Iterable[Path], limit: int) -> list[Path] | None:
@@ -208,11 +213,11 @@ class Reader:
         """A thread reads, one that was left behind perhaps."""
 
     async def note(self, model: ModelSettings, since_unix_s: float) -> Inputs:
-        """See `note`. Raises TimeoutError."""
+        """See `note`. Raises OSError, of which TimeoutError is one."""
         return await self._in_thread(lambda: note(model, since_unix_s))
 
     async def edited(self, inputs: Inputs) -> Edited | None:
-        """In which way files are others than those that were read. Raises TimeoutError.
+        """In which way files are others than those that were read. Raises OSError, of which TimeoutError is one.
 
         What cannot be read now says nothing, nor does a file that is gone with its folder, as after an unmount.
         """

@@ -80,6 +80,13 @@ def test_of_a_process_the_files_and_models_in_its_command_count(shop: Path) -> N
     assert names(model, shop) == {*A, *B, "template.jinja"}
 
 
+def test_names_that_are_no_text_are_passed_over(shop: Path) -> None:
+    (shop / "models" / "a" / os.fsdecode(b"caf\xe9.json")).touch()
+    (shop / "models" / "a" / "caf\u00e9.json").touch()
+    found = names(contained("--model", "/m/a", volumes=[volume(shop / "models", "/m")]), shop)
+    assert found == {*A, "models/a/caf\u00e9.json"}
+
+
 def test_work_is_bounded(shop: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(inputs, "MAX_FILES", 3)

@@ -207,7 +207,7 @@ class KeepsImages(abc.ABC):
         if origin.inputs is None:
             try:
                 origin.inputs = await self._reader.note(model, origin.started_unix_s)
-            except TimeoutError as error:
+            except OSError as error:  # TimeoutError is one
                 log.warning("edits of files are not seen: %s", str(error) or "they could not be read in time")
                 return Inputs()
         return origin.inputs
@@ -215,7 +215,7 @@ class KeepsImages(abc.ABC):
     async def _edited(self, origin: Origin) -> Edited | None:
         try:
             return await self._reader.edited(origin.inputs or Inputs())
-        except TimeoutError as error:
+        except OSError as error:  # TimeoutError is one
             log.warning("whether files were edited is not known: %s", str(error) or "they could not be read in time")
             return None
 
