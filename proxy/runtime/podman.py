@@ -61,6 +61,8 @@ log = logging.getLogger("warmpool.podman")
 T = TypeVar("T")
 
 _SETTLE_S: Final = 5.0
+_CLOCK_S: Final = 2.0
+"""How far the kernel's time of a process's start, which counts from the boot, may be off."""
 _SLOWEST_BYTES_PER_S: Final = 20 << 20
 """What a dump or a restore is given time for: a slow disk."""
 # In the container: what is run in vLLM, and the copies of its weights.
@@ -252,7 +254,7 @@ class PodmanRuntime(KeepsImages):
         it = self._containers[one.handle.instance_id]
         if golden is None or (
             it.origin.image_id == golden.facts.get(CONTAINER_IMAGE)
-            and (one.tier is not Tier.READY or (one.restored and _is_later(one.started_unix_s, golden)))
+            and (one.tier is not Tier.READY or (one.restored and _is_later(it.pid, golden)))
         ):
             return True
         log.info("container %s does not come from the checkpoint that there is now: removed", it.name)
@@ -1171,9 +1173,9 @@ def _tree(it: _Container) -> list[int]:
     return processes.tree(it.pid) if it.pid is not None else []
 
 
-def _is_later(started_unix_s: float | None, golden: Manifest) -> bool:
-    """Whether an engine was started after an image was written; podman tells whole seconds."""
-    return (started_unix_s or 0.0) + 1.0 >= golden.created_unix_s
+def _is_later(pid: int | None, golden: Manifest) -> bool:
+    """Whether a process was made after an image was written: for one that CRIU restored, that is its restore."""
+    return pid is not None and processes.began_unix_s(pid) + _CLOCK_S >= golden.created_unix_s
 
 
 def _on_host_network(it: _Container) -> bool:

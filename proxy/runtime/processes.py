@@ -137,6 +137,14 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def began_unix_s(pid: int) -> float:
+    """When a process was made; 0 where it is gone."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
+
+
 def alive(pid: int) -> bool:
     """Whether the process exists and has not ended."""
     with contextlib.suppress(psutil.Error):
