@@ -15,6 +15,7 @@ import pytest
 from proxy.errors import RuntimeFailure
 from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
+from proxy.runtime.log_tail import MAX_LINES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +88,16 @@ class RuntimeContract:
         rungs = bench.runtime.rungs()
         if tier not in rungs.offered:
             pytest.skip(reason=f"no rung {tier.label}: {rungs.missing[tier]}")
+
+    async def test_what_its_processes_do_and_hold_is_seen(self, bench: Bench) -> None:
+        handle = await self.start(bench)
+        assert not (await bench.runtime.vitals(handle)).stopped
+        assert await bench.runtime.host_bytes(handle) >= 0
+        assert len(await bench.runtime.log_tail(handle)) <= MAX_LINES
+        await bench.runtime.drop(handle)
+        assert await bench.runtime.host_bytes(handle) == 0
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.vitals(handle)
 
     async def test_a_rung_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
         rungs = bench.runtime.rungs()

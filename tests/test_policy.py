@@ -634,7 +634,7 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
                 assert awake <= limit
             case StepDown(one, to, _):
                 assert one.leases == 0
-                assert to > RESTING[one.state]
+                assert to > one.tier
                 assert to not in one.barred
                 touched.append(one)
             case Retire(one, _) | Readmit(one):
