@@ -1,7 +1,7 @@
 """Fresh randomness after a restore on a real GPU: CUDA's generators, and vLLM out of its checkpoint.
 
 The second part needs a configuration whose first model is vLLM in podman, as for `make bench-gpu`:
-``WARMPOOL_GPU_CONFIG=your.toml pytest tests/gpu/test_reseed.py`` (root; one cold start).
+``GPU_TEST_CONFIG=your.toml pytest tests/gpu/test_reseed.py`` (root; one cold start).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support import ROOT, get_json
 
 log = logging.getLogger("tests.gpu")
 
-CONFIG = os.environ.get("WARMPOOL_GPU_CONFIG")
+CONFIG = os.environ.get("GPU_TEST_CONFIG")
 _PATIENT = aiohttp.ClientTimeout(900)
 """For a cold start."""
 QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms", "archived": "never", "stopped": "never"}
@@ -86,7 +86,7 @@ async def _answer(proxy: Proxy, name: str, **more: Any) -> tuple[str, Any]:
     return choice["text"], choice["logprobs"]["token_logprobs"]
 
 
-@pytest.mark.skipif(CONFIG is None, reason="WARMPOOL_GPU_CONFIG names no configuration")
+@pytest.mark.skipif(CONFIG is None, reason="GPU_TEST_CONFIG names no configuration")
 @pytest.mark.timeout(1200)
 async def test_two_restores_of_vllm_draw_differently_and_have_the_same_weights(tmp_path: Path) -> None:
     settings = tomllib.loads(Path(str(CONFIG)).read_text())
