@@ -14,6 +14,7 @@ import signal
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -569,13 +570,22 @@ class PodmanRuntime(KeepsImages):
         """See proxy/runtime/bridges.py; before the engine is spoken to."""
         for network in networks:
             if network not in self._bridges:
-                facts = await self._podman.get(f"/networks/{network}/json")
-                self._bridges[network] = facts.get("network_interface", "") if facts.get("driver") == "bridge" else ""
+                self._bridges[network] = await self._bridge_of(network)
             try:
                 if bridges.hold_address(self._bridges[network]):
                     log.info("the MAC address of %s is held from now on", self._bridges[network])
             except OSError as error:
                 log.warning("the MAC address of %s cannot be held: %s", self._bridges[network], error.strerror)
+
+    async def _bridge_of(self, network: str) -> str:
+        """The device of a network's bridge; empty where it has none, as with `host`, which podman 5 lists too."""
+        try:
+            facts = await self._podman.get(f"/networks/{network}/json")
+        except PodmanError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return ""
+        return str(facts.get("network_interface", "")) if facts.get("driver") == "bridge" else ""
 
     async def listens(self, handle: Handle) -> bool:
         """See `Runtime.listens`: on podman's bridge nobody else has the address of a container."""
