@@ -6,7 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Final
 
-from proxy import keys
+from proxy import private_files
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _read(model: ModelSettings) -> str | None:
     path = model.api_key_file
     if path is None:
         return None
-    key = keys.read_private(path, "set the mode with chmod 600").strip()
+    key = private_files.read(path, "set the mode with chmod 600").strip()
     if not FORM.fullmatch(key):
         raise ConfigError(str(path), ["must have one word of printable ASCII, at most 4096 characters"])
     return key

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from proxy import config, keys
+from proxy import config, keys, private_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,5 +132,5 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def admin_token(file: Path) -> None:
     """Write a new admin token to FILE (mode 0600 if it is new), for server.admin.token_file."""
-    keys.write_private(file, secrets.token_urlsafe(32) + os.linesep)
+    private_files.write(file, secrets.token_urlsafe(32) + os.linesep)
     click.echo(f"{file} has a new admin token. {_RELOAD}")

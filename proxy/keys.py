@@ -17,14 +17,13 @@ import hmac
 import os
 import re
 import secrets
-import stat
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import tomli_w
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from proxy import owned
+from proxy import private_files
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 PREFIX: Final = "wp_"
 TOKEN_MIN_LENGTH: Final = 32
 PRIORITIES: Final = {"low": -1, "normal": 0, "high": 1}
-_LIMIT_CHARACTERS: Final = 64 << 20
 _KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
 _HEAD = "# Written by `warmpool key`; comments are not kept. Limits may be edited; they are in force after SIGHUP.\n\n"
 
@@ -96,7 +94,7 @@ class Keys:
 
 def read(path: Path) -> Keys:
     """The keys of a file. Raises ConfigError with every problem: its mode, its owner, its syntax, each key."""
-    text = read_private(path, "set the mode with chmod 600, or make it with `warmpool key new`")
+    text = private_files.read(path, "set the mode with chmod 600, or make it with `warmpool key new`")
     try:
         return Keys(_File.model_validate(tomllib.loads(text)).keys)
     except tomllib.TOMLDecodeError as error:
@@ -113,34 +111,9 @@ def _name_in(part: int | str) -> str:
     return text if text in Entry.model_fields or len(text) <= _NO_SECRET_CHARACTERS else "…"
 
 
-def read_private(path: Path, advice: str) -> str:
-    """The text of a file that others can neither read nor change. Raises ConfigError with `advice` where they can."""
-    try:
-        # A pipe would be waited for, and is refused below.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
-            facts = os.fstat(descriptor)
-            text = file.read(_LIMIT_CHARACTERS) if stat.S_ISREG(facts.st_mode) else ""
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(str(path), [f"cannot be read: {reason}; {advice}"]) from None
-    problems = []
-    if not stat.S_ISREG(facts.st_mode):
-        problems.append("is not a plain file")
-    if facts.st_mode & 0o027:
-        problems.append(
-            f"mode {stat.S_IMODE(facts.st_mode):04o}: others may read it, or the group may write it; {advice}"
-        )
-    if facts.st_uid not in (0, os.geteuid()):
-        problems.append(f"belongs to user {facts.st_uid}, who is neither root nor the one that runs warmpool; {advice}")
-    if problems:
-        raise ConfigError(str(path), problems)
-    return text
-
-
 def read_token(path: Path) -> bytes:
     """The admin token of a file. Raises ConfigError."""
-    token = read_private(path, "set the mode with chmod 600, or make it with `warmpool key admin-token`").strip()
+    token = private_files.read(path, "set the mode with chmod 600, or make it with `warmpool key admin-token`").strip()
     if len(token) < TOKEN_MIN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
             str(path),
@@ -176,22 +149,9 @@ def changing(path: Path) -> Iterator[dict[str, Entry]]:
         entries = dict(read(path).entries()) if path.exists() else {}
         yield entries
         plain = {id_: entry.model_dump(exclude_none=True) for id_, entry in entries.items()}
-        write_private(path, _HEAD + tomli_w.dumps({"keys": plain}))
+        private_files.write(path, _HEAD + tomli_w.dumps({"keys": plain}))
     finally:
         os.close(folder)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file at once, with its owner and mode; 0600 where there was none. Raises ConfigError."""
-    try:
-        before = path.stat() if path.exists() else None
-        with owned.replacing(path) as file:
-            if before is not None:
-                os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-            file.write(text.encode())
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be written: {error.strerror}"]) from None
 
 
 def _digest(salt: str, key: str) -> str:

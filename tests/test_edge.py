@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 import pytest
 
-from proxy import keys
+from proxy import private_files
 from proxy.config import AdminSettings, LimitSettings, ServerSettings, TlsSettings
 from proxy.control import Address, Control, ControlError, address_of
 from proxy.errors import ConfigError, HostError
@@ -584,14 +584,14 @@ async def test_the_commands_use_the_socket_or_the_token_with_the_servers_own_cer
     certificate, key = authority.issue("server", "serverAuth")
     tls = {"certificate": str(certificate), "key": str(key)}
     token = tmp_path / "token"
-    keys.write_private(token, "t" * 40)
+    private_files.write(token, "t" * 40)
     path = tmp_path / "admin.sock"
     for admin in ({"socket": str(path)}, {"token_file": str(token)}):
         front: Front = await edge_of(tls=tls, admin=admin)
         server = front.settings.server.model_copy(update={"port": front.port})
         async with Control(address_of(server)) as control:
             assert (await control.status())["ready"] is True
-    keys.write_private(token, "u" * 40)
+    private_files.write(token, "u" * 40)
     async with Control(address_of(server)) as control:
         with pytest.raises(ControlError, match="admin token is needed"):
             await control.status()

@@ -16,7 +16,7 @@ import openai
 import orjson
 import pytest
 
-from proxy import keys
+from proxy import keys, private_files
 from proxy.config import Settings
 from proxy.errors import ConfigError
 from proxy.metrics import REFUSALS, Metrics
@@ -344,7 +344,7 @@ async def test_sighup_reads_keys_again_and_secrets_are_nowhere(tmp_path: Path) -
     file, token_file = tmp_path / "keys.toml", tmp_path / "token"
     with keys.changing(file) as entries:
         id_, first, entries[id_] = keys.generate("first")
-    keys.write_private(token_file, token := "t" * 40)
+    private_files.write(token_file, token := "t" * 40)
     model = engine_model()
     model["process"]["env"] = {"HF_TOKEN": "hf-secret"}
     settings = {
@@ -423,7 +423,7 @@ async def test_an_api_key_is_no_admin_token(keyed: Keyed) -> None:
 
 async def test_the_admin_token(front_of: Any, tmp_path: Path) -> None:
     file = tmp_path / "token"
-    keys.write_private(file, token := "t" * 40)
+    private_files.write(file, token := "t" * 40)
     front: Front = await front_of(server={"admin": {"token_file": str(file)}})
     basic = base64.b64encode(f"admin:{token}".encode()).decode()
     cases: list[tuple[dict[str, str], int]] = [
@@ -448,7 +448,7 @@ async def test_the_admin_token(front_of: Any, tmp_path: Path) -> None:
         assert response.status == 401
     async with front.session.post("/admin/drain", json={}) as response:
         assert response.status == 401
-    keys.write_private(file, "n" * 40)
+    private_files.write(file, "n" * 40)
     front.guard.reload()
     async with front.session.get("/metrics", headers={"Authorization": f"Bearer {token}"}) as response:
         assert response.status == 401
