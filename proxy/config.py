@@ -39,8 +39,8 @@ from pydantic_settings import (
 )
 
 from proxy.errors import ConfigError, ModelNotFoundError
-from proxy.instance import Tier
 from proxy.masking import mask_urls
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from proxy.config import WarmupSettings
-    from proxy.instance import Stages
+    from proxy.telemetry.stages import Stages
 
 log = logging.getLogger("warmpool.engine")
 

@@ -16,9 +16,10 @@ from proxy import gpu_ledger, reseed
 from proxy.engine import EngineClient
 from proxy.engine_key import key_of
 from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
-from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
 from proxy.slots import unless_it_ends, until_it_listens
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping

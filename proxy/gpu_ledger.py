@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from proxy.gpu import MAX_LEFT_BYTES
-from proxy.instance import State, Tier
+from proxy.instance import State
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

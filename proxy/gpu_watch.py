@@ -8,9 +8,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, policy
-from proxy.instance import RESTING, State, Tier
+from proxy.instance import RESTING, State
 from proxy.overdue import GIVE_UP_S
 from proxy.slots import handle_of
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,31 +7,14 @@ Everything that changes an instance's state is in `TRANSITIONS`; an event that i
 from __future__ import annotations
 
 import enum
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import IllegalTransitionError
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-
-class Tier(enum.IntEnum):
-    """The rungs of the ladder, warmest first; comparison follows the ladder, so `a < b` is "a is warmer"."""
-
-    READY = 0
-    SLEEPING = 1
-    SUSPENDED = 2
-    CHECKPOINTED = 3
-    ARCHIVED = 4
-    STOPPED = 5
-
-    @property
-    def label(self) -> str:
-        """The word for headers, metrics and JSON: `ready`, `sleeping`, …"""
-        return self.name.lower()
+    from collections.abc import Mapping
 
 
 class State(enum.Enum):
@@ -168,36 +151,6 @@ AWAKE: Final = frozenset(
     {State.WAKING, State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING}
 )
 """Holding, or about to hold, what an awake engine holds."""
-
-
-@dataclass(slots=True)
-class Stages:
-    """Durations of named stages, in seconds, in the order in which they began."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    starts: dict[str, float] = field(default_factory=dict)
-    """When each stage first began, in seconds after this was made; a stage may lie within another."""
-    _origin: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time the block takes to stage `name`, also when it fails."""
-        self.seconds.setdefault(name, 0.0)
-        began = time.perf_counter()
-        self.starts.setdefault(name, began - self._origin)
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - began
-
-    def add(self, name: str, seconds: float, began: float) -> None:
-        """Add a time that was measured elsewhere; `began` is a reading of `time.perf_counter`."""
-        self.starts.setdefault(name, began - self._origin)
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def total_s(self) -> float:
-        """The sum of all stages."""
-        return sum(self.seconds.values())
 
 
 @dataclass(slots=True, frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from proxy.gpu_ledger import HOLDS_NOTHING, HOST, GpuLoad
-from proxy.instance import State, Tier
+from proxy.instance import State
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from proxy import gpu_ledger
 from proxy.gpu_ledger import HOST
-from proxy.instance import AWAKE, DESCENDING, RESTING, State, Tier
+from proxy.instance import AWAKE, DESCENDING, RESTING, State
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

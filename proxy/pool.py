@@ -49,9 +49,7 @@ from proxy.instance import (
     TRANSITIONS,
     Event,
     Instance,
-    Stages,
     State,
-    Tier,
     WakeRecord,
 )
 from proxy.memory_ledger import MemoryLedger
@@ -83,6 +81,8 @@ from proxy.slots import (
 )
 from proxy.stalls import Stalls
 from proxy.steps import DEEPEST_SLEEP, Steps
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 from proxy.turns import in_turns
 from proxy.usage import Usage
 from proxy.wake_failure import WakeFailure

@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import RequestError, RuntimeFailure
-from proxy.instance import Tier
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from proxy.pool import Pool

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
 
 from proxy import policy, wake_failure
 from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure
-from proxy.instance import State, Tier
+from proxy.instance import State
 from proxy.line import Line
 from proxy.overdue import GIVE_UP_S
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from proxy import gpu_ledger, reseed, weights
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
-from proxy.instance import Stages, Tier
 from proxy.overdue import GIVE_UP_S
 from proxy.runtime.base import Handle, ImageFacts
 from proxy.slots import client_of, handle_of, limit_s, reset, unless_it_ends, until_it_listens
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine

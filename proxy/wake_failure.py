@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from proxy.instance import Tier
+    from proxy.tiers import Tier
 
 _FIRST_DELAY_S: Final = 1.0
 _MOST_DELAY_S: Final = 300.0

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 from proxy.config import ModelSettings, Settings
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.inside.warmpool_vllm.frontend import PATH
-from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
+from proxy.tiers import Tier
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from proxy.gpu import Gpus
     from proxy.host import Memory
     from proxy.manifest import Manifest
+    from proxy.telemetry.stages import Stages
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
 

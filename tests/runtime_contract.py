@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.instance import Stages, Tier
 from proxy.runtime.base import ImageFacts
 from proxy.runtime.log_tail import MAX_LINES
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from pathlib import Path

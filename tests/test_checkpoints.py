@@ -25,10 +25,10 @@ from proxy import cpu, golden
 from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
 from proxy.config import ModelSettings
 from proxy.host import huge_pages_of
-from proxy.instance import Tier
 from proxy.manifest import FORMAT, Manifest, kind_of
 from proxy.runtime.base import Handle, Rungs
 from proxy.runtime.images import KeepsImages
+from proxy.tiers import Tier
 from tests.support import files_in
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 from proxy import config
 from proxy.config import Settings, TracingSettings, format_duration, format_size, load, parse_duration
 from proxy.errors import ConfigError
-from proxy.instance import Tier
 from proxy.reference import reference
 from proxy.reference_page import page
+from proxy.tiers import Tier
 from tests.support import ROOT
 
 if TYPE_CHECKING:

@@ -15,13 +15,14 @@ from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
 from proxy.errors import RuntimeFailure
 from proxy.gpu import GpuMemory, Gpus, ProcessState
 from proxy.gpu_ledger import READY
-from proxy.instance import Stages, Tier
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.runtime import cuda, processes
 from proxy.runtime.claim import Claim
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 from tests.fake_cuda import GIB, FakeDriver, FakeNvml, gpus_of
 from tests.podman_bench import engine_image, model_of, tmpfs_folder, why_no_podman
 from tests.runtime_contract import FACTS

@@ -24,10 +24,10 @@ from proxy.doctor.needs import Needs
 from proxy.doctor.report import Check
 from proxy.doctor.view import Host, Ran, Space
 from proxy.errors import HostError, RuntimeFailure
-from proxy.instance import Tier
 from proxy.runtime.base import Handle, ImageFacts, Rungs
 from proxy.runtime.podman import PodmanRuntime
 from proxy.runtime.process import ProcessRuntime
+from proxy.tiers import Tier
 from tests.support import why_no_criu
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.checkpoints import CheckpointStore
-    from proxy.instance import Stages
     from proxy.runtime.base import Runtime
     from proxy.runtime.claim import Claim
+    from proxy.telemetry.stages import Stages
 
 GIB = 1 << 30
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"

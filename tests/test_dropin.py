@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from proxy.instance import Tier
+from proxy.tiers import Tier
 from proxy.upstream import ExchangeError
 from proxy.web.routes import ROUTES
 from tests.fakes import settle

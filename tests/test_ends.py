@@ -14,8 +14,9 @@ import pytest
 
 from proxy import overdue, written_off
 from proxy.errors import HostError, OrderFailedError, RequestError
-from proxy.instance import MOVING, State, Tier
+from proxy.instance import MOVING, State
 from proxy.runtime import bounded, processes
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import ASK, Proxy
 from tests.support import PATIENCE_S, PYTHON, ROOT, engine_command, engine_model, processes_with

@@ -16,7 +16,7 @@ import pytest
 from loadtest import engine_text as text
 from proxy.engine import EngineClient
 from proxy.errors import EngineError
-from proxy.instance import Stages
+from proxy.telemetry.stages import Stages
 from proxy.upstream import ExchangeError
 from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 

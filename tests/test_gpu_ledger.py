@@ -8,7 +8,8 @@ import pytest
 
 from proxy.gpu import GpuMemory
 from proxy.gpu_ledger import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
-from proxy.instance import Instance, State, Tier
+from proxy.instance import Instance, State
+from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 
 MIB = 1 << 20

@@ -14,9 +14,9 @@ import pytest
 
 from proxy.config import ModelSettings
 from proxy.errors import PortTakenError
-from proxy.instance import Stages
 from proxy.runtime.log_size import cut
 from proxy.runtime.ports import LOOPBACK
+from proxy.telemetry.stages import Stages
 from tests.runtime_contract import FACTS
 from tests.support import ENGINE_PORTS, PATIENCE_S, why_no_criu
 from tests.test_runtimes import ProcessBench

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError, OrderFailedError, RuntimeFailure
-from proxy.instance import Tier
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.test_pool import rig_of, use
 

@@ -18,8 +18,9 @@ from loadtest.image import python
 from proxy.checkpoints import MANIFEST, SUFFIX, StoreError
 from proxy.config import ModelSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
-from proxy.instance import Stages, Tier
 from proxy.runtime import namespaces
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 from tests.podman_bench import (
     PodmanBench,
     engine_image,

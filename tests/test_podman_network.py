@@ -12,7 +12,7 @@ import pytest
 from loadtest.image import python
 from proxy.config import ModelSettings
 from proxy.errors import PortTakenError
-from proxy.instance import Stages
+from proxy.telemetry.stages import Stages
 from tests.podman_bench import (
     PodmanBench,
     engine_image,

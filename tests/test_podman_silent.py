@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy.errors import HostError, RuntimeFailure
-from proxy.instance import Stages
 from proxy.runtime import processes
+from proxy.telemetry.stages import Stages
 from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
 from tests.runtime_contract import FACTS
 from tests.support import PATIENCE_S

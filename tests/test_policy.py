@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.gpu_ledger import EMPTY, HOST, GpuLoad
-from proxy.instance import AWAKE, RESTING, Instance, State, Tier
+from proxy.instance import AWAKE, RESTING, Instance, State
 from proxy.policy import (
     STEPS,
     TYPICAL_S,
@@ -29,6 +29,7 @@ from proxy.policy import (
     holding,
     pick,
 )
+from proxy.tiers import Tier
 
 RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 TIMETABLE = {Tier.SLEEPING: 30.0, Tier.SUSPENDED: 120.0, Tier.CHECKPOINTED: 600.0}

@@ -20,8 +20,8 @@ from proxy.errors import (
     RuntimeFailure,
     WakeFailedError,
 )
-from proxy.instance import Tier
 from proxy.runtime.base import Handle
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:

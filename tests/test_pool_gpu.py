@@ -10,7 +10,7 @@ import pytest
 
 from proxy import golden
 from proxy.errors import RuntimeFailure
-from proxy.instance import Tier
+from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 from tests.fakes import Rig, settle
 

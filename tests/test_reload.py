@@ -15,7 +15,7 @@ import tomli_w
 from proxy import config, daemon_thread, reload
 from proxy.config import ModelSettings, Settings
 from proxy.errors import ConfigError, HostError, ModelNotFoundError, RuntimeFailure
-from proxy.instance import Tier
+from proxy.tiers import Tier
 from tests.fakes import Rig, model_settings, settle
 from tests.served import ASK, Proxy, ServiceManager
 from tests.support import PATIENCE_S, engine_model, get_json

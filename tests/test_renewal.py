@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.instance import Tier
 from proxy.renewal import keep_current
 from proxy.runtime.base import Footprint, Outdated
+from proxy.tiers import Tier
 from proxy.usage import Usage
 from tests.fakes import Rig, settle
 from tests.test_reload import OTHER_ENGINE, settings

@@ -12,8 +12,8 @@ import pytest
 from loadtest.engine_weights import Worker
 from proxy.config import ModelSettings
 from proxy.errors import RuntimeFailure
-from proxy.instance import Tier
 from proxy.runtime import container, inside, process
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import Proxy
 from tests.support import engine_model, get_json, why_no_criu

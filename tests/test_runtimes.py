@@ -18,9 +18,10 @@ import pytest
 from proxy.checkpoints import CheckpointStore
 from proxy.config import ModelSettings, ProcessRuntimeSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
-from proxy.instance import Stages, Tier
 from proxy.runtime.claim import Claim
 from proxy.runtime.process import ProcessRuntime
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 from tests.fakes import FakeRuntime, model_settings
 from tests.runtime_contract import FACTS, Bench, RealFilesContract, RuntimeContract
 from tests.support import (

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from proxy.errors import MaxWaitError, RuntimeFailure
-from proxy.instance import Tier
+from proxy.tiers import Tier
 from proxy.web.heartbeat import COMMENT
 from tests.fakes import Rig, settle
 from tests.support import PATIENCE_S, get_json

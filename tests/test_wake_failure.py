@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from proxy.errors import RuntimeFailure, WakeFailedError
-from proxy.instance import Tier
 from proxy.runtime.log_tail import MAX_BYTES, MAX_LINES, last_lines
+from proxy.tiers import Tier
 from proxy.wake_failure import WakeFailure, delay_s
 from tests.fakes import Rig, settle
 from tests.front import Front

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 
 from proxy.config import PodmanEngineSettings, PoolSettings, RuntimeSettings
-from proxy.instance import Tier
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,10 +22,11 @@ from proxy.checkpoints import MANIFEST, CheckpointStore
 from proxy.config import CriuSettings, ModelSettings
 from proxy.doctor.report import Check
 from proxy.errors import HostError, RuntimeFailure, WarmpoolError
-from proxy.instance import Stages, Tier
 from proxy.runtime import container
 from proxy.runtime.base import ImageFacts
 from proxy.runtime.claim import Claim
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
     from proxy.config import ModelSettings
-    from proxy.instance import Stages, Tier
     from proxy.manifest import Manifest
+    from proxy.telemetry.stages import Stages
+    from proxy.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 
     from proxy.config import ModelSettings
-    from proxy.instance import Stages
     from proxy.manifest import Manifest
     from proxy.overdue import Overdue
     from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Rungs, Runtime, Vitals
+    from proxy.telemetry.stages import Stages
 
 T = TypeVar("T")
 

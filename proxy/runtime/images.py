@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 from proxy import cpu
 from proxy.checkpoints import DamagedError, OtherVersionError, StoreError
 from proxy.errors import Fault, RuntimeFailure
-from proxy.instance import Tier
 from proxy.manifest import Inputs
 from proxy.runtime import inside
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping

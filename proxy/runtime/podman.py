@@ -24,7 +24,6 @@ from proxy import host, owned
 from proxy.checkpoints import CheckpointStore, StoreError, next_to
 from proxy.errors import Fault, HostError, PortTakenError, RuntimeFailure
 from proxy.inputs import Reader
-from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import (
     bridges,
@@ -46,6 +45,7 @@ from proxy.runtime.files import write_if_other
 from proxy.runtime.images import CONTAINER_IMAGE, KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.podman_api import Podman, PodmanError, PodmanSilentError
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
     from proxy.config import ModelSettings, PodmanRuntimeSettings
     from proxy.gpu import Gpus
-    from proxy.instance import Stages
     from proxy.runtime.claim import Claim
+    from proxy.telemetry.stages import Stages
 
 log = logging.getLogger("warmpool.podman")
 

@@ -26,7 +26,6 @@ import orjson
 from proxy.checkpoints import CRIU_FOLDER, CheckpointStore, StoreError
 from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.inputs import Reader
-from proxy.instance import Tier
 from proxy.manifest import Manifest
 from proxy.runtime import command, criu, inside, launch, links, listeners, log_size, ports, processes
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs, Vitals
@@ -34,14 +33,15 @@ from proxy.runtime.cuda import Cuda
 from proxy.runtime.images import KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
 from proxy.runtime.orphan_reaper import OrphanReaper
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from proxy.config import ModelSettings, ProcessRuntimeSettings
     from proxy.gpu import Gpus
-    from proxy.instance import Stages
     from proxy.runtime.claim import Claim
+    from proxy.telemetry.stages import Stages
 
 
 # cgroups are left alone: the restored tree stays in warmpool's own. Established connections are dumped as closed, since

@@ -15,7 +15,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proxy.errors import InvalidRequestError, MediaTypeError, RouteNotFoundError, WarmpoolError
-from proxy.instance import Tier
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
