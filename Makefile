@@ -26,10 +26,11 @@ test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} $(BIN)/pytest -s tests/test_fuzz.py
 
-lint: $(VENV)/.dev ## ruff (lint and format) and mypy
+lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

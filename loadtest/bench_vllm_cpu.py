@@ -28,7 +28,7 @@ import orjson
 import psutil
 
 from loadtest import vllm_cpu
-from proxy.runtime.claim import Claim
+from proxy.runtime.state_dir import Claim
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable

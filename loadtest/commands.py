@@ -23,8 +23,8 @@ from loadtest import comparing, flags, images, ladder, own_error, results, servi
 from loadtest.client import Client, Target, TargetError
 from loadtest.display import Display
 from loadtest.report import page, pictures
-from proxy import config as configuration
-from proxy.checkpoints import SUFFIX, CheckpointStore, StoreError
+from proxy.checkpoint.store import SUFFIX, CheckpointStore, StoreError
+from proxy.config import settings as configuration
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:

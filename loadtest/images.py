@@ -15,8 +15,8 @@ import tomli_w
 import zstandard
 
 from loadtest.serving import NEVER, ServeError, learn_versions, warmpool
-from proxy.golden import advice, short_size
-from proxy.runtime.processes import GPU_STATE
+from proxy.host.processes import GPU_STATE
+from proxy.pool.golden import advice, short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loadtest.display import Display
     from loadtest.results import Writer
     from loadtest.serving import Folders, Setup
-    from proxy.checkpoints import CheckpointStore
+    from proxy.checkpoint.store import CheckpointStore
 
 PAGE_BYTES: Final = 4096
 _LOOK_EVERY_S: Final = 2.0

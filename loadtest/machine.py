@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import psutil
 
-from proxy import __version__, host
-from proxy.runtime import processes
+from proxy import __version__
+from proxy.host import facts, processes
 
 ROOT: Final = Path(__file__).parent.parent
 HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -72,7 +72,7 @@ def gpus() -> dict[str, str]:
     less.
     """
     listed = _by_nvml() or _by_nvidia_smi()
-    known = host.gpu_facts()
+    known = facts.gpu_facts()
     if not listed and known:
         listed = {"gpu": known["GPU"], "NVIDIA driver": known["NVIDIA driver"]}
     return listed
@@ -124,7 +124,7 @@ _CUDA: Final = re.compile(r"^cuda(?:: [\w\[\]]+)? = ['\"]([\d.]+)", re.MULTILINE
 def engine_versions(owner: str) -> dict[str, str]:
     """vLLM, PyTorch and its CUDA, as an engine that runs has them loaded; nothing where that cannot be seen.
 
-    `owner`: whose engines (see `proxy.runtime.claim.Claim`). Needs to be allowed to look into them, as root may.
+    `owner`: whose engines (see `proxy.runtime.state_dir.Claim`). Needs to be allowed to look into them, as root may.
     """
     roots = [pid for mark in (f"{owner}:", f"podman:{owner}:") for pid in processes.marked(mark)]
     found: dict[str, str] = {}

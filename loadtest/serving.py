@@ -22,8 +22,8 @@ import tomli_w
 from loadtest import image, machine
 from loadtest.client import Client, Outcome, Request, Target
 from loadtest.machine import ROOT
-from proxy.checkpoints import CheckpointStore
-from proxy.runtime.claim import Claim
+from proxy.checkpoint.store import CheckpointStore
+from proxy.runtime.state_dir import Claim
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping

@@ -21,7 +21,7 @@ from loadtest.ladder import Checks
 from loadtest.leaving import Phase, leave
 from loadtest.serving import completion, learn_versions, serving
 from loadtest.watching import watching
-from proxy.runtime.claim import Claim
+from proxy.runtime.state_dir import Claim
 
 if TYPE_CHECKING:
     from loadtest.client import Outcome, Request

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from proxy.web import front as below
+from proxy.server import front as below
 from tests.front import Front
 from tests.support import engine_model
 
@@ -56,7 +56,7 @@ async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any,
 
 @pytest.fixture(params=["below aiohttp", "above"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with ordinary requests served by `proxy.web.front`, once with all of them served by aiohttp's server."""
+    """Once with ordinary requests served by `proxy.server.front`, once with all of them served by aiohttp's server."""
     if request.param == "above":
         monkeypatch.setattr(below.Front, "looked_at", lambda *_: False)
 

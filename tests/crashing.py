@@ -19,17 +19,19 @@ from typing import Any
 
 import psutil
 
-from proxy import checkpoints, cli
-from proxy.checkpoints import CheckpointStore
-from proxy.engine import EngineClient
-from proxy.runtime import bundle, leftovers, podman
+from proxy.checkpoint import store
+from proxy.checkpoint.store import CheckpointStore
+from proxy.cli import main as cli
+from proxy.engine.client import EngineClient
+from proxy.runtime.podman import abandoned, bundle
+from proxy.runtime.podman import runtime as podman
 
 POINTS = {
     "sleep": (EngineClient, "sleep"),
     "begin": (CheckpointStore, "begin"),
     "dump": (podman.PodmanRuntime, "_dump"),
     "collect": (podman.PodmanRuntime, "_collect"),
-    "manifest": (checkpoints, "_write_manifest"),
+    "manifest": (store, "_write_manifest"),
     "commit": (CheckpointStore, "commit"),
     "clone": (podman.PodmanRuntime, "clone"),
     "link": (bundle, "link_image"),
@@ -37,7 +39,7 @@ POINTS = {
     "wake_up": (EngineClient, "wake_up"),
     "export": (CheckpointStore, "export"),
     "import": (CheckpointStore, "import_"),
-    "pack": (checkpoints, "_Stoppable"),
+    "pack": (store, "_Stoppable"),
     "create": (podman.PodmanRuntime, "_create"),
 }
 
@@ -91,7 +93,7 @@ def arm(when: str, name: str, count: int) -> None:
 def _end_with_helper() -> None:
     """End once CRIU is at work."""
     while True:
-        for helper in leftovers.helpers():
+        for helper in abandoned.helpers():
             with contextlib.suppress(psutil.Error):
                 if any(child.name() == "criu" for child in helper.children(recursive=True)):
                     end()

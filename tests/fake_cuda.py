@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from proxy.gpu import NOT_INITIALIZED, DriverError, GpuMemory, Gpus, ProcessState
+from proxy.gpu.cuda import NOT_INITIALIZED, DriverError, GpuMemory, Gpus, ProcessState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from proxy.gpu import Monitor
+    from proxy.gpu.cuda import Monitor
 
 T = TypeVar("T")
 GIB = 1 << 30

@@ -13,23 +13,23 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from proxy.config import ModelSettings, Settings
+from proxy.config.settings import ModelSettings, Settings
+from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
 from proxy.errors import EngineError, RuntimeFailure
-from proxy.inside.warmpool_vllm.frontend import PATH
-from proxy.metrics import Metrics
-from proxy.pool import Pool
+from proxy.pool.pool import Pool
 from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
+from proxy.telemetry.metrics import Metrics
 from proxy.tiers import Tier
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
-    from proxy.config import WarmupSettings
-    from proxy.engine import EngineClient
-    from proxy.gpu import Gpus
-    from proxy.host import Memory
-    from proxy.manifest import Manifest
+    from proxy.checkpoint.manifest import Manifest
+    from proxy.config.settings import WarmupSettings
+    from proxy.engine.client import EngineClient
+    from proxy.gpu.cuda import Gpus
+    from proxy.host.facts import Memory
     from proxy.telemetry.stages import Stages
 
 ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from proxy import host
-from proxy.checkpoints import CheckpointStore
-from proxy.config import Settings
-from proxy.metrics import Metrics
-from proxy.pool import Pool
-from proxy.runtime.claim import Claim
-from proxy.runtime.process import ProcessRuntime
-from proxy.web import app, listen
-from proxy.web.guard import Guard
-from proxy.web.guard_protocol import GuardedRunner
-from proxy.web.tls import Tls
+from proxy.checkpoint.store import CheckpointStore
+from proxy.config.settings import Settings
+from proxy.host import facts
+from proxy.pool.pool import Pool
+from proxy.runtime.process.runtime import ProcessRuntime
+from proxy.runtime.state_dir import Claim
+from proxy.server import app, listeners
+from proxy.server.auth.middleware import Guard
+from proxy.server.connection_limits import GuardedRunner
+from proxy.server.tls import Tls
+from proxy.telemetry.metrics import Metrics
 from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Front:
             claim=Claim(settings.pool.state_dir),
             store=CheckpointStore(settings.pool.checkpoint_dir, 0),
         )
-        self.pool = Pool(settings, {"process": runtime}, self.metrics, memory=host.memory)
+        self.pool = Pool(settings, {"process": runtime}, self.metrics, memory=facts.memory)
         self.settings = settings
         self.guard = Guard(settings, self.metrics)
         self.tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
@@ -57,10 +57,10 @@ class Front:
     async def open(self) -> None:
         await self.runner.setup()
         server, context = self.settings.server, self.tls.context if self.tls is not None else None
-        sockets = listen.tcp_sockets(server)
+        sockets = listeners.tcp_sockets(server)
         if server.admin.socket is not None:
-            sockets.append(listen.admin_socket(server.admin))
-        sites = [listen.site(self.runner, sock, server, context) for sock in sockets]
+            sockets.append(listeners.admin_socket(server.admin))
+        sites = [listeners.site(self.runner, sock, server, context) for sock in sockets]
         for site in sites:
             await site.start()
         self.url = sites[0].name

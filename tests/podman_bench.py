@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from loadtest import image
-from proxy.checkpoints import CheckpointStore
-from proxy.config import ModelSettings, PodmanRuntimeSettings
-from proxy.runtime.claim import Claim
-from proxy.runtime.podman import PodmanRuntime
+from proxy.checkpoint.store import CheckpointStore
+from proxy.config.settings import ModelSettings, PodmanRuntimeSettings
+from proxy.runtime.podman.runtime import PodmanRuntime
+from proxy.runtime.state_dir import Claim
 from tests.support import HttpBench, files_in, why_no_criu
 
 if TYPE_CHECKING:

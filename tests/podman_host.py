@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from proxy.runtime.claim import Claim
+from proxy.runtime.state_dir import Claim
 from tests.podman_bench import engine_table, podman
 from tests.served import Proxy, ServiceManager
 from tests.support import PATIENCE_S, PYTHON, ROOT

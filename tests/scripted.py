@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import orjson
 
-from proxy.config import Settings
-from proxy.http1 import ProtocolError
-from proxy.metrics import Metrics
-from proxy.pool import Pool
-from proxy.upstream import Upstream
-from proxy.web import app, listen
-from proxy.web.guard import Guard
-from proxy.web.guard_protocol import GuardedRunner
+from proxy.config.settings import Settings
+from proxy.engine.connection import Upstream
+from proxy.engine.http1 import ProtocolError
+from proxy.pool.pool import Pool
+from proxy.server import app, listeners
+from proxy.server.auth.middleware import Guard
+from proxy.server.connection_limits import GuardedRunner
+from proxy.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine, FakeRuntime
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from proxy.config import ModelSettings
-    from proxy.engine import EngineClient
+    from proxy.config.settings import ModelSettings
+    from proxy.engine.client import EngineClient
     from proxy.runtime.base import Handle
 
     Step = bytes | Callable[["Peer"], Awaitable[None]]
@@ -122,8 +122,8 @@ class Scripted:
         self.engine_port = self._server.sockets[0].getsockname()[1]
         await self.runner.setup()
         sites = [
-            listen.site(self.runner, sock, self.settings.server, None)
-            for sock in listen.tcp_sockets(self.settings.server)
+            listeners.site(self.runner, sock, self.settings.server, None)
+            for sock in listeners.tcp_sockets(self.settings.server)
         ]
         for site in sites:
             await site.start()

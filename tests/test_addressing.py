@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import Settings
+from proxy.config.settings import Settings
 from proxy.errors import InvalidRequestError, ModelNotFoundError, RequestError, ResponseNotFoundError
-from proxy.web.addressing import Address, Addressing
-from proxy.web.form import Form
-from proxy.web.json_edit import edited
-from proxy.web.routes import find
+from proxy.server.forward.json_edit import edited
+from proxy.server.forward.model_resolver import Address, Addressing
+from proxy.server.forward.multipart import Form
+from proxy.server.forward.routes import find
 from tests.fakes import model_settings
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from proxy.web import admin_events
-from proxy.web.admin_events import Events, merge_patch
+from proxy.server.admin import events as admin_events
+from proxy.server.admin.events import Events, merge_patch
 from tests.support import PATIENCE_S
 from tests.test_http import ASK, error_of
 

@@ -21,20 +21,21 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import cpu, golden
-from proxy.checkpoints import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
-from proxy.config import ModelSettings
-from proxy.host import huge_pages_of
-from proxy.manifest import FORMAT, Manifest, kind_of
+from proxy.checkpoint.manifest import FORMAT, Manifest, kind_of
+from proxy.checkpoint.store import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
+from proxy.config.settings import ModelSettings
+from proxy.host import cpu
+from proxy.host.facts import huge_pages_of
+from proxy.pool import golden
 from proxy.runtime.base import Handle, Rungs
-from proxy.runtime.images import KeepsImages
+from proxy.runtime.image_store import KeepsImages
 from proxy.tiers import Tier
 from tests.support import files_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from proxy.checkpoints import Compression
+    from proxy.checkpoint.store import Compression
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from proxy import __version__
-from proxy.cli import EXIT_CONFIG, cli
-from proxy.config import load
+from proxy.cli.main import EXIT_CONFIG, cli
+from proxy.config.settings import load
 from tests.support import ROOT
 
 if TYPE_CHECKING:

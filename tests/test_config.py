@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from proxy import config
-from proxy.config import Settings, TracingSettings, format_duration, format_size, load, parse_duration
+from proxy.config import settings as config
+from proxy.config.reference import reference
+from proxy.config.reference_page import page
+from proxy.config.settings import Settings, TracingSettings, format_duration, format_size, load, parse_duration
 from proxy.errors import ConfigError
-from proxy.reference import reference
-from proxy.reference_page import page
 from proxy.tiers import Tier
 from tests.support import ROOT
 

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.config import CriuSettings, ModelSettings
-from proxy.runtime import container
-from proxy.runtime.files import write_if_other
+from proxy.config.settings import CriuSettings, ModelSettings
+from proxy.host.files import write_if_other
+from proxy.runtime.podman import container
 
 PLAIN = {"image": "localhost/x", "command": ["--port", "{port}", "--host", "{host}", "--name", "{model}"]}
 

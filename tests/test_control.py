@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from proxy import status_table
-from proxy.cli import EXIT_HOST, cli
-from proxy.control import apply_patch
+from proxy.cli import status_table
+from proxy.cli.control_client import apply_patch
+from proxy.cli.main import EXIT_HOST, cli
 from tests.served import Proxy
 from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, engine_model, why_no_criu
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import criu_images, criu_pages
-from proxy.criu_pages import PAGE_BYTES, leave_out_zeros
+from proxy.checkpoint import criu_images, zero_pages
+from proxy.checkpoint.zero_pages import PAGE_BYTES, leave_out_zeros
 from tests.support import why_no_criu
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def memory_of(folder: Path, table: str = "pagemap-7.img", pages: str = "pages-3.
     """Address of each page that is in an image, and its content; pages of zeros left out."""
     content = (folder / pages).read_bytes()
     found, at = {}, 0
-    for each in map(criu_pages._range_of, criu_images.read(folder / table, 0x56084025)[1:]):
+    for each in map(zero_pages._range_of, criu_images.read(folder / table, 0x56084025)[1:]):
         for n in range(each.pages):
             if any(page := content[at : at + PAGE_BYTES]):
                 found[each.address + n * PAGE_BYTES] = page
@@ -97,7 +97,7 @@ def test_runs_of_zero_pages_go_and_the_rest_stays_where_it_was(tmp_path: Path) -
     assert dropped == 1500 * PAGE_BYTES
     assert list(digests) == ["pages-3.img"]
     assert memory_of(tmp_path) == before
-    ranges = [criu_pages._range_of(m) for m in criu_images.read(tmp_path / "pagemap-7.img", 0x56084025)[1:]]
+    ranges = [zero_pages._range_of(m) for m in criu_images.read(tmp_path / "pagemap-7.img", 0x56084025)[1:]]
     assert [(r.address - start, r.pages) for r in ranges] == [(0, 1), (1001 * PAGE_BYTES, 17)]
     assert {r.flags for r in ranges} == {PRESENT | LAZY}
     assert not list(tmp_path.glob("*.partial"))
@@ -111,7 +111,7 @@ def test_zeros_over_a_files_content_stay(tmp_path: Path) -> None:
         (start + size * PAGE_BYTES, start + (2 * size - 1) * PAGE_BYTES, ANONYMOUS),
     ])  # fmt: skip
     assert run(tmp_path)[0] == (size - 1) * PAGE_BYTES
-    (first, last) = [criu_pages._range_of(m) for m in criu_images.read(tmp_path / "pagemap-7.img", 0x56084025)[1:]]
+    (first, last) = [zero_pages._range_of(m) for m in criu_images.read(tmp_path / "pagemap-7.img", 0x56084025)[1:]]
     assert (first.address, first.pages) == (start, size)
     assert (last.address, last.pages) == (start + (2 * size - 1) * PAGE_BYTES, 1)
 
@@ -200,7 +200,7 @@ def test_any_memory_is_the_same_afterwards(
         if not filled and not anonymous
     }
     still = set()
-    for each in map(criu_pages._range_of, criu_images.read(folder / "pagemap-7.img", 0x56084025)[1:]):
+    for each in map(zero_pages._range_of, criu_images.read(folder / "pagemap-7.img", 0x56084025)[1:]):
         still |= {each.address + n * PAGE_BYTES for n in range(each.pages)}
     assert zeros_over_files <= still
     assert dropped in (0, len(content) - (folder / "pages-3.img").stat().st_size)

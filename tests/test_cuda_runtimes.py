@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from proxy.checkpoints import CheckpointStore
-from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
+from proxy.checkpoint.store import CheckpointStore
+from proxy.config.settings import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
 from proxy.errors import RuntimeFailure
-from proxy.gpu import GpuMemory, Gpus, ProcessState
-from proxy.gpu_ledger import READY
-from proxy.metrics import Metrics
-from proxy.pool import Pool
-from proxy.runtime import cuda, processes
-from proxy.runtime.claim import Claim
-from proxy.runtime.podman import PodmanRuntime
-from proxy.runtime.process import ProcessRuntime
+from proxy.gpu.cuda import GpuMemory, Gpus, ProcessState
+from proxy.host import processes
+from proxy.pool.gpu_accounting import READY
+from proxy.pool.pool import Pool
+from proxy.runtime import cuda
+from proxy.runtime.podman.runtime import PodmanRuntime
+from proxy.runtime.process.runtime import ProcessRuntime
+from proxy.runtime.state_dir import Claim
+from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB, FakeDriver, FakeNvml, gpus_of
@@ -31,7 +32,7 @@ from tests.support import HttpBench, engine_settings, get_json
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.config import ModelSettings
+    from proxy.config.settings import ModelSettings
     from proxy.runtime.base import Handle
 
 images = pytest.fixture(tmpfs_folder)
@@ -199,7 +200,7 @@ async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
     if isinstance(bench.runtime, PodmanRuntime):
         monkeypatch.setattr(bench.runtime, "_dump", fail)
     else:
-        monkeypatch.setattr("proxy.runtime.process.command.run", fail)
+        monkeypatch.setattr("proxy.runtime.process.runtime.command.run", fail)
     with pytest.raises(RuntimeFailure, match="no"):
         await bench.runtime.checkpoint(handle, FACTS, Stages())
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
@@ -210,7 +211,7 @@ async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
     bench: Bench, checkpoints: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cuda_plugin.so").touch()
-    monkeypatch.setattr("proxy.gpu.PLUGINS", (tmp_path / "cuda_plugin.so",))
+    monkeypatch.setattr("proxy.gpu.cuda.PLUGINS", (tmp_path / "cuda_plugin.so",))
     bench.runtime._cuda.open()
     assert not bench.runtime._cuda.left_to_criu, "the plugin does nothing without its program"
     (tmp_path / "cuda-checkpoint").write_text("#!/bin/sh\n")

@@ -13,11 +13,11 @@ from aiohttp.test_utils import make_mocked_request
 from pydantic import BaseModel
 
 from proxy import errors
-from proxy.cli import cli
-from proxy.config import ENV_DELIMITER, ENV_PREFIX, RESERVED_ENV, ModelSettings, Settings
-from proxy.instance import State
-from proxy.metrics import Metrics
-from proxy.web import app
+from proxy.cli.main import cli
+from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, RESERVED_ENV, ModelSettings, Settings
+from proxy.pool.instance import State
+from proxy.server import app
+from proxy.telemetry.metrics import Metrics
 from tests.fakes import Rig
 from tests.support import ROOT
 

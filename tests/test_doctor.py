@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from proxy.config import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
+from proxy.config.settings import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
 from proxy.doctor import examination, report, selftest
 from proxy.doctor.containers import RUNTIME_CONF
 from proxy.doctor.needs import Needs
@@ -25,8 +25,8 @@ from proxy.doctor.report import Check
 from proxy.doctor.view import Host, Ran, Space
 from proxy.errors import HostError, RuntimeFailure
 from proxy.runtime.base import Handle, ImageFacts, Rungs
-from proxy.runtime.podman import PodmanRuntime
-from proxy.runtime.process import ProcessRuntime
+from proxy.runtime.podman.runtime import PodmanRuntime
+from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.tiers import Tier
 from tests.support import why_no_criu
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from proxy.checkpoints import CheckpointStore
+    from proxy.checkpoint.store import CheckpointStore
     from proxy.runtime.base import Runtime
-    from proxy.runtime.claim import Claim
+    from proxy.runtime.state_dir import Claim
     from proxy.telemetry.stages import Stages
 
 GIB = 1 << 30

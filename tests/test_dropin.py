@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from proxy.engine.connection import ExchangeError
+from proxy.server.forward.routes import ROUTES
 from proxy.tiers import Tier
-from proxy.upstream import ExchangeError
-from proxy.web.routes import ROUTES
 from tests.fakes import settle
 from tests.front import Front
 from tests.support import PATIENCE_S, engine_model

@@ -17,15 +17,16 @@ import aiohttp
 import orjson
 import pytest
 
-from proxy import private_files
-from proxy.config import AdminSettings, LimitSettings, ServerSettings, TlsSettings
-from proxy.control import Address, Control, ControlError, address_of
+from proxy.cli.control_client import Address, Control, ControlError, address_of
+from proxy.config.settings import AdminSettings, LimitSettings, ServerSettings, TlsSettings
 from proxy.errors import ConfigError, HostError
-from proxy.metrics import Metrics
-from proxy.service import Manager
-from proxy.web import listen, serving
-from proxy.web.guard_protocol import Doors, _counted
-from proxy.web.tls import Tls
+from proxy.host import private_files
+from proxy.server import listeners
+from proxy.server import server as serving
+from proxy.server.connection_limits import Doors, _counted
+from proxy.server.tls import Tls
+from proxy.systemd.notify import Manager
+from proxy.telemetry.metrics import Metrics
 from tests.front import Front
 from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model
@@ -387,8 +388,8 @@ def test_what_counts_as_one_address(host: str, counted: str | None) -> None:
 
 async def test_a_name_that_is_not_loopback_is_refused_without_keys(edge: Front) -> None:
     with pytest.raises(HostError, match="can be reached by others"):
-        listen.refuse_open(edge.settings.server, ["127.0.0.1", "192.0.2.1"])
-    listen.refuse_open(edge.settings.server, ["127.0.0.1", "::1"])
+        listeners.refuse_open(edge.settings.server, ["127.0.0.1", "192.0.2.1"])
+    listeners.refuse_open(edge.settings.server, ["127.0.0.1", "::1"])
 
 
 def test_sockets_of_a_service_manager_are_looked_at_too() -> None:
@@ -424,7 +425,7 @@ async def test_the_admin_socket_needs_no_token_and_only_its_owner_opens_it(edge_
     async with front.session.get("/admin/status") as response:
         assert response.status == 404, "not by the port as well"
     with pytest.raises(HostError, match="Address already in use"):
-        listen.admin_socket(front.settings.server.admin)
+        listeners.admin_socket(front.settings.server.admin)
 
 
 async def test_a_unix_socket_for_clients_is_not_for_administration(edge: Front, tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ async def test_a_unix_socket_for_clients_is_not_for_administration(edge: Front, 
     made = socket.socket(socket.AF_UNIX)
     made.bind(str(path))
     made.setblocking(False)
-    await listen.site(edge.runner, made, edge.settings.server, None).start()
+    await listeners.site(edge.runner, made, edge.settings.server, None).start()
     async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
         for route, status in (("/v1/models", 200), ("/admin/status", 403), ("/metrics", 403)):
             async with session.get(f"http://localhost{route}") as response:
@@ -448,7 +449,7 @@ async def test_a_socket_left_behind_is_taken_over_and_another_file_is_not(edge_o
     other = tmp_path / "file"
     other.write_text("precious")
     with pytest.raises(HostError, match="no socket"):
-        listen.admin_socket(AdminSettings(socket=other))
+        listeners.admin_socket(AdminSettings(socket=other))
     assert other.read_text() == "precious"
 
 

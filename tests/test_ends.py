@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 import pytest
 
-from proxy import overdue, written_off
 from proxy.errors import HostError, OrderFailedError, RequestError
-from proxy.instance import MOVING, State
-from proxy.runtime import bounded, processes
+from proxy.host import processes
+from proxy.pool import written_off
+from proxy.pool.instance import MOVING, State
+from proxy.runtime import bounded
+from proxy.telemetry import overdue
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import ASK, Proxy
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 def _reapers(proxy: Proxy) -> list[int]:
     """The orphan reapers of a warmpool."""
-    return sorted({*processes.tree(proxy.process.pid)} & {*processes_with("proxy.runtime.guard")})
+    return sorted({*processes.tree(proxy.process.pid)} & {*processes_with("proxy.runtime.process.end_orphans")})
 
 
 async def _another_reaper(proxy: Proxy, before: list[int]) -> list[int]:
@@ -393,7 +395,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     program = """
 import threading
 from proxy import logs
-from proxy.last_resort import LastResort
+from proxy.server.last_resort import LastResort
 logs.to_stderr("text", "info")
 threading.Thread(target=threading.Event().wait).start()
 LastResort().within(0.1)

@@ -14,17 +14,17 @@ import psutil
 import pytest
 
 from loadtest import engine_text as text
-from proxy.engine import EngineClient
+from proxy.engine.client import EngineClient
+from proxy.engine.connection import ExchangeError
 from proxy.errors import EngineError
 from proxy.telemetry.stages import Stages
-from proxy.upstream import ExchangeError
 from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-    from proxy.upstream import Exchange
+    from proxy.engine.connection import Exchange
 
 
 class Running:
@@ -257,7 +257,7 @@ async def test_the_client_has_weights_saved_and_brought_back(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WARMPOOL_WEIGHTS", str(tmp_path))
-    engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.inside.warmpool_vllm.Worker")
+    engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.engine.vllm_extension.warmpool_vllm.Worker")
     client = EngineClient(engine.url, "demo")
     before = await client.canary()
     stages = Stages()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tomli_w
 
-from proxy.config import ModelSettings, Settings, load
-from proxy.engine_key import key_of, problem_of
+from proxy.config.settings import ModelSettings, Settings, load
+from proxy.engine.api_key import key_of, problem_of
 from proxy.errors import ConfigError
 from tests.served import ASK, Proxy
 from tests.support import engine_model, get_json, why_no_criu

@@ -10,14 +10,15 @@ import orjson
 import pytest
 
 from loadtest import vllm_cpu
-from proxy import config, importenv
-from proxy.runtime.container import NO_IO_URING
+from proxy.config import import_env
+from proxy.config import settings as config
+from proxy.runtime.podman.container import NO_IO_URING
 from tests.support import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.config import PodmanEngineSettings, Settings
+    from proxy.config.settings import PodmanEngineSettings, Settings
 
 FOLDER = ROOT / "config"
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -120,7 +121,7 @@ def test_an_imported_env_is_gpu_load_without_what_never_did_anything(tmp_path: P
     env = tmp_path / ".env"
     env.write_text("MODEL_ID=Qwen/Qwen2-1.5B-Instruct\nCONT_NAME=vllm-llm-demo\n")
     path = tmp_path / "imported.toml"
-    path.write_text(importenv.convert(env).toml)
+    path.write_text(import_env.convert(env).toml)
     imported, load = config.load(path), example("gpu-load.toml")
     assert (imported.server, imported.pool) == (load.server, load.pool)
     ours, theirs = engine(imported, "vllm_llm_demo"), engine(load, "vllm_llm_demo")

@@ -15,8 +15,8 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.http1 import ProtocolError
-from proxy.upstream import ExchangeError, Upstream
+from proxy.engine.connection import ExchangeError, Upstream
+from proxy.engine.http1 import ProtocolError
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.support import PATIENCE_S
 

@@ -15,11 +15,11 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import keys
-from proxy.http1 import ProtocolError
-from proxy.web import app
-from proxy.web.front import Passage, parts_of, shape_of
-from proxy.web.guard_protocol import _problem_with
+from proxy.engine.http1 import ProtocolError
+from proxy.server import app
+from proxy.server.auth import api_keys
+from proxy.server.connection_limits import _problem_with
+from proxy.server.front import Passage, parts_of, shape_of
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.support import PATIENCE_S
 from tests.test_fuzz import REQUESTS, mutated
@@ -413,8 +413,8 @@ async def test_a_key_counts_the_same_both_ways(tmp_path: Path, front_of: Any, be
         "free": {}, "limited": {"requests_per_minute": 4, "tokens_per_minute": 10_000},
         "elsewhere": {"models": []}, "single": {"concurrency": 1},
     }  # fmt: skip
-    made = {name: keys.generate(name, **more) for name, more in limits.items()}
-    with keys.changing(file) as entries:
+    made = {name: api_keys.generate(name, **more) for name, more in limits.items()}
+    with api_keys.changing(file) as entries:
         entries.update({id_: entry for id_, _, entry in made.values()})
     asked = orjson.dumps({"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0})
     found: list[list[Any]] = []

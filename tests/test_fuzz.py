@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import psutil
 import pytest
 
-from proxy.web.routes import ROUTES
+from proxy.server.forward.routes import ROUTES
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.served import Proxy
 from tests.support import PATIENCE_S, engine_model, get_json

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from proxy.gpu import GpuMemory
-from proxy.gpu_ledger import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
-from proxy.instance import Instance, State
+from proxy.gpu.cuda import GpuMemory
+from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
+from proxy.pool.instance import Instance, State
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 

@@ -16,11 +16,12 @@ import openai
 import orjson
 import pytest
 
-from proxy import keys, private_files
-from proxy.config import Settings
+from proxy.config.settings import Settings
 from proxy.errors import ConfigError
-from proxy.metrics import REFUSALS, Metrics
-from proxy.prompt_tokens import IMAGE_TOKENS
+from proxy.host import private_files
+from proxy.server.auth import api_keys
+from proxy.server.auth.prompt_tokens import IMAGE_TOKENS
+from proxy.telemetry.metrics import REFUSALS, Metrics
 from tests.front import Front
 from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model
@@ -47,13 +48,13 @@ class Keyed:
         self.front = Front(folder, models, keys_file=str(self.file), **server)
 
     def write(self, holders: dict[str, dict[str, Any]]) -> None:
-        with keys.changing(self.file) as entries:
+        with api_keys.changing(self.file) as entries:
             entries.clear()
             for name, limits in holders.items():
-                id_, self.keys[name], entries[id_] = keys.generate(name, **limits)
+                id_, self.keys[name], entries[id_] = api_keys.generate(name, **limits)
 
     def change(self, name: str, **limits: Any) -> None:
-        with keys.changing(self.file) as entries:
+        with api_keys.changing(self.file) as entries:
             for id_, entry in entries.items():
                 if entry.name == name:
                     entries[id_] = entry.model_copy(update=limits)
@@ -311,8 +312,8 @@ async def test_reading_the_file_again_adds_revokes_changes_and_keeps_what_was_us
     keyed: Keyed = await keyed_of({"team": {"requests_per_minute": 5}, "gone": {}})
     for _ in range(2):
         await keyed.ask("team")
-    with keys.changing(keyed.file) as entries:
-        id_, keyed.keys["new"], entries[id_] = keys.generate("new")
+    with api_keys.changing(keyed.file) as entries:
+        id_, keyed.keys["new"], entries[id_] = api_keys.generate("new")
         del entries[keyed.keys["gone"][3:11]]
     keyed.change("team", requests_per_minute=4)
     assert (await keyed.ask("new"))[0].status == 401, "not yet"
@@ -342,8 +343,8 @@ async def test_a_bad_file_changes_nothing(keyed: Keyed) -> None:
 async def test_sighup_reads_keys_again_and_secrets_are_nowhere(tmp_path: Path) -> None:
     """`warmpool serve` itself: what it logs, what it writes, what /metrics and /admin/status show."""
     file, token_file = tmp_path / "keys.toml", tmp_path / "token"
-    with keys.changing(file) as entries:
-        id_, first, entries[id_] = keys.generate("first")
+    with api_keys.changing(file) as entries:
+        id_, first, entries[id_] = api_keys.generate("first")
     private_files.write(token_file, token := "t" * 40)
     model = engine_model()
     model["process"]["env"] = {"HF_TOKEN": "hf-secret"}
@@ -362,8 +363,8 @@ async def test_sighup_reads_keys_again_and_secrets_are_nowhere(tmp_path: Path) -
 
     try:
         assert await ask(first) == 200
-        with keys.changing(file) as entries:
-            id_, second, entries[id_] = keys.generate("second")
+        with api_keys.changing(file) as entries:
+            id_, second, entries[id_] = api_keys.generate("second")
             del entries[first[3:11]]
         assert await ask(second) == 401
         proxy.process.send_signal(signal.SIGHUP)

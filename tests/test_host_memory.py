@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.cgroups import Limit, memory_limits
 from proxy.errors import NoMemoryError
-from proxy.host import Memory
+from proxy.host.cgroups import Limit, memory_limits
+from proxy.host.facts import Memory
 from tests.fakes import Rig, settle
 from tests.served import Proxy
 from tests.support import engine_model

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import http1
+from proxy.engine import http1
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import config, importenv
+from proxy.config import import_env
+from proxy.config import settings as config
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from proxy.config import ModelSettings, PodmanEngineSettings, Settings
+    from proxy.config.settings import ModelSettings, PodmanEngineSettings, Settings
 
 FULL = """\
 # What the scripts' setup writes
@@ -50,8 +51,8 @@ def env_file(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def convert(folder: Path, text: str) -> importenv.Converted:
-    return importenv.convert(env_file(folder, text))
+def convert(folder: Path, text: str) -> import_env.Converted:
+    return import_env.convert(env_file(folder, text))
 
 
 def loaded(folder: Path, text: str) -> Settings:
@@ -70,7 +71,7 @@ def only_model(settings: Settings) -> tuple[str, ModelSettings, PodmanEngineSett
 def problems(folder: Path, text: str | bytes) -> tuple[str, ...]:
     path = env_file(folder, text)
     with pytest.raises(ConfigError) as failure:
-        importenv.convert(path)
+        import_env.convert(path)
     assert failure.value.source == str(path)
     return failure.value.problems
 
@@ -83,7 +84,7 @@ def value_of(folder: Path, text: str) -> str:
 
 def parsed(path: Path) -> dict[str, str]:
     found: set[tuple[int, str]] = set()
-    entries, broken = importenv._parse(importenv._read(path), found)
+    entries, broken = import_env._parse(import_env._read(path), found)
     assert (found, broken) == (set(), set())
     return {entry.name: entry.value for entry in entries}
 
@@ -111,7 +112,7 @@ def test_every_key_has_its_place(tmp_path: Path) -> None:
     ]
     assert {n: v.get_secret_value() for n, v in engine.env.items()} == {
         "LD_LIBRARY_PATH": "/opt/nvidia libs",
-        **importenv.WARMPOOL_ENV,
+        **import_env.WARMPOOL_ENV,
     }
     assert engine.privileged
     assert engine.devices == ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm"]
@@ -145,11 +146,11 @@ def test_what_is_not_set_is_as_the_scripts_had_it(tmp_path: Path) -> None:
     assert engine.image == "docker.io/vllm/vllm-openai:latest"
     assert "4096" in engine.command
     assert (model.start_timeout, model.warmup.requests) == (300.0, 5)
-    assert convert(tmp_path, text).toml.count("is not set: the scripts' default") == len(importenv.DEFAULTS)
+    assert convert(tmp_path, text).toml.count("is not set: the scripts' default") == len(import_env.DEFAULTS)
 
 
 def test_the_defaults_are_values_of_their_keys(tmp_path: Path) -> None:
-    stated = "".join(f"{name}={value}\n" for name, value in importenv.DEFAULTS.items())
+    stated = "".join(f"{name}={value}\n" for name, value in import_env.DEFAULTS.items())
     assert loaded(tmp_path, f"MODEL_ID=m\n{stated}").model_dump() == loaded(tmp_path, "MODEL_ID=m\n").model_dump()
 
 
@@ -305,7 +306,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert problems(tmp_path, b"\xff\xfe") == ("is not UTF-8 text",)
     assert problems(tmp_path, b"MODEL_ID=a\0b\n") == ("is not text: it has a NUL byte",)
     with pytest.raises(ConfigError) as failure:
-        importenv.convert(tmp_path / "missing")
+        import_env.convert(tmp_path / "missing")
     assert failure.value.problems == ("cannot be read: No such file or directory",)
 
 
@@ -371,7 +372,7 @@ def test_what_is_accepted_is_what_a_shell_finds(value: str, exported: bool) -> N
     with tempfile.TemporaryDirectory() as folder:
         path = env_file(Path(folder), f"a=x\nb='y z'\n{'export ' * exported}V={value}\n")
         found: set[tuple[int, str]] = set()
-        entries, _ = importenv._parse(path.read_text(), found)
+        entries, _ = import_env._parse(path.read_text(), found)
         # Only what sets no other shell variable is run, and nothing that is refused.
         if not found and {e.name for e in entries} <= {"a", "b", "V"}:
             assert parsed(path) == shell_values(path)
@@ -386,8 +387,8 @@ def test_other_line_ends_and_a_byte_order_mark(tmp_path: Path) -> None:
 TEXTS = st.text(max_size=30)
 LINES = st.builds(
     lambda name, value: f"{name}={value}",
-    st.sampled_from([*sorted(importenv.KNOWN), "OTHER"]),
-    st.one_of(TEXTS, TEXTS.map(importenv._toml), TEXTS.map(lambda t: "'" + t.replace("'", "'\\''") + "'")),
+    st.sampled_from([*sorted(import_env.KNOWN), "OTHER"]),
+    st.one_of(TEXTS, TEXTS.map(import_env._toml), TEXTS.map(lambda t: "'" + t.replace("'", "'\\''") + "'")),
 )
 
 
@@ -397,11 +398,11 @@ def test_it_gives_a_configuration_or_says_why_not(lines: list[str], more: str) -
     with tempfile.TemporaryDirectory() as folder:
         path = env_file(Path(folder), "\n".join(["MODEL_ID=m", *lines, more]))
         try:
-            toml = importenv.convert(path).toml
+            toml = import_env.convert(path).toml
         except ConfigError as error:
             said = "\n".join(error.problems)
         else:
-            importenv.write_new(path.with_name("imported.toml"), toml)
+            import_env.write_new(path.with_name("imported.toml"), toml)
             config.load(path.with_name("imported.toml"))
             return
     # The file's keys are named, not those of the configuration it would have become.
@@ -421,14 +422,14 @@ def test_a_quoted_value_comes_back_whole(value: str) -> None:
 
 def test_a_new_file_is_private_and_an_old_one_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "warmpool.toml"
-    importenv.write_new(path, "text\n")
+    import_env.write_new(path, "text\n")
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text() == "text\n"
     with pytest.raises(FileExistsError):
-        importenv.write_new(path, "other\n")
+        import_env.write_new(path, "other\n")
     link = tmp_path / "link.toml"
     link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FileExistsError):
-        importenv.write_new(link, "other\n")
+        import_env.write_new(link, "other\n")
     assert path.read_text() == "text\n"
     assert not (tmp_path / "elsewhere").exists()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy import inputs
-from proxy.config import ModelSettings
-from proxy.inputs import Reader
-from proxy.manifest import Inputs
+from proxy.checkpoint import inputs
+from proxy.checkpoint.inputs import Reader
+from proxy.checkpoint.manifest import Inputs
+from proxy.config.settings import ModelSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

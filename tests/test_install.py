@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from proxy import install, logs
-from proxy.cli import cli
-from proxy.config import Settings
+from proxy.cli.main import cli
+from proxy.config.settings import Settings
 from proxy.errors import HostError
+from proxy.systemd import units
+from proxy.telemetry import logs
 from tests.support import PYTHON, ROOT
 
 UNITS = (
@@ -89,8 +90,8 @@ def test_an_upgrade_replaces_what_is_ours(root: Path) -> None:
     run(root, "install", "--yes")
     path = root / "etc/systemd/system/warmpool.socket"
     old = path.read_text().replace("NoDelay=yes\n", "")
-    made = install.Installation(root)
-    made.carry_out(made.steps({install.UNITS / "warmpool.socket": old.encode()}))
+    made = units.Installation(root)
+    made.carry_out(made.steps({units.UNITS / "warmpool.socket": old.encode()}))
     assert "NoDelay" not in path.read_text()
     assert "replace    /etc/systemd/system/warmpool.socket" in run(root, "install", "--yes")
     assert "NoDelay" in path.read_text()
@@ -128,14 +129,14 @@ def test_a_configuration_that_cannot_be_used_installs_nothing(root: Path) -> Non
 )
 def test_what_is_no_service_is_refused(tables: dict[str, Any], said: str) -> None:
     with pytest.raises(HostError, match=said):
-        install.units(settings(**tables), Path("/x/bin/warmpool"))
+        units.units(settings(**tables), Path("/x/bin/warmpool"))
 
 
 @pytest.mark.parametrize(
     "pool", [{"checkpoint_size": "0"}, {"checkpoint_dir": "/dev/shm/warmpool"}, {"checkpoint_dir": "/run/warmpool"}]
 )
 def test_no_tmpfs_is_mounted_where_none_is_wanted_or_one_is(pool: dict[str, Any]) -> None:
-    assert not [p for p in install.units(settings(pool=pool), Path("/x/warmpool")) if p.suffix == ".mount"]
+    assert not [p for p in units.units(settings(pool=pool), Path("/x/warmpool")) if p.suffix == ".mount"]
 
 
 def test_seccomp_filters_only_where_no_engine_is_checkpointed_below_them(root: Path) -> None:
@@ -153,7 +154,7 @@ def test_seccomp_filters_only_where_no_engine_is_checkpointed_below_them(root: P
 @pytest.mark.parametrize("path", ["/mnt/checkpoint-ram", "/srv/a b/ü", "/.hidden/x", "/srv/images", "/a/.b/c_d:e.f"])
 def test_mount_units_are_named_as_systemd_wants(path: str) -> None:
     done = subprocess.run(["systemd-escape", "-p", "--suffix=mount", path], capture_output=True, text=True, check=True)
-    assert install.mount_unit(Path(path)) == done.stdout.strip()
+    assert units.mount_unit(Path(path)) == done.stdout.strip()
 
 
 @pytest.mark.skipif(not HAS_SYSTEMD, reason="no systemd-analyze")
@@ -162,9 +163,9 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    made = install.units(settings(), program)
+    made = units.units(settings(), program)
     containers = Settings(models={"demo": {"podman": {"image": "x", "command": ["{port}"]}}})
-    made |= install.units(containers, program)
+    made |= units.units(containers, program)
     for path, content in made.items():
         target = tmp_path / path.name if path.suffix != ".conf" else tmp_path / path.parent.name / path.name
         target.parent.mkdir(exist_ok=True)
@@ -203,7 +204,7 @@ def test_the_units_are_in_the_wheel(tmp_path: Path) -> None:
         [PYTHON, "-m", "zipfile", "-l", str(next(tmp_path.glob("*.whl")))], check=True, capture_output=True, text=True
     ).stdout
     for name in (*UNITS[1:], "checkpoints.mount", "warmpool.service.d/containers.conf"):
-        assert f"proxy/units/{name}" in names
+        assert f"proxy/systemd/units/{name}" in names
 
 
 def test_journal_lines_have_a_priority_each(capsys: pytest.CaptureFixture[str]) -> None:

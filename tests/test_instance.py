@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from proxy.errors import IllegalTransitionError
-from proxy.instance import ARRIVAL, AWAKE, DESCENT, RESTING, TRANSITIONS, Event, Instance, State
+from proxy.pool.instance import ARRIVAL, AWAKE, DESCENT, RESTING, TRANSITIONS, Event, Instance, State
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 

@@ -13,12 +13,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import keys
-from proxy.cli import cli
+from proxy.cli.main import cli
 from proxy.errors import ConfigError
-from proxy.meter import Meter
-from proxy.prompt_tokens import AUDIO_TOKENS, FILE_TOKENS, IMAGE_TOKENS, prompt_tokens
-from proxy.quota import Account, Bucket
+from proxy.server.auth import api_keys
+from proxy.server.auth.prompt_tokens import AUDIO_TOKENS, FILE_TOKENS, IMAGE_TOKENS, prompt_tokens
+from proxy.server.auth.rate_limit import Account, Bucket
+from proxy.server.auth.token_meter import Meter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_new_key_is_found_and_the_file_has_only_its_hash(file: Path) -> None:
     text = file.read_text()
     assert key not in text
     assert key.rpartition("_")[2] not in text
-    found = keys.read(file).find(key)
+    found = api_keys.read(file).find(key)
     assert found is not None
     id_, entry = found
     assert id_ == key[3:11]
@@ -63,14 +63,14 @@ def test_a_new_key_is_found_and_the_file_has_only_its_hash(file: Path) -> None:
 
 def test_two_keys_never_share_salt_or_secret(file: Path) -> None:
     first, second = made(file, "a"), made(file, "b")
-    entries = list(keys.read(file).entries().values())
+    entries = list(api_keys.read(file).entries().values())
     assert entries[0].salt != entries[1].salt
     assert first != second
 
 
 def test_what_is_no_key_is_not_found(file: Path) -> None:
     key = made(file)
-    known = keys.read(file)
+    known = api_keys.read(file)
     other = "wp_aaaaaaaa_" + key[12:]
     for wrong in (
         "",
@@ -85,13 +85,13 @@ def test_what_is_no_key_is_not_found(file: Path) -> None:
         "ü" * 55,
     ):
         assert known.find(wrong) is None, wrong
-    assert keys.Keys({}).find(key) is None
+    assert api_keys.Keys({}).find(key) is None
 
 
 @given(st.text())
 def test_no_text_is_a_key_or_an_error(text: str) -> None:
-    assert keys.Keys({}).find(text) is None
-    assert keys.Keys({"aaaaaaaa": keys.generate("x")[2]}).find(f"wp_aaaaaaaa_{text}") is None
+    assert api_keys.Keys({}).find(text) is None
+    assert api_keys.Keys({"aaaaaaaa": api_keys.generate("x")[2]}).find(f"wp_aaaaaaaa_{text}") is None
 
 
 def test_list_shows_everything_but_secrets_and_revoke_takes_one_out(file: Path) -> None:
@@ -100,12 +100,12 @@ def test_list_shows_everything_but_secrets_and_revoke_takes_one_out(file: Path) 
     listed = run("list", "-f", str(file)).stdout
     assert "team-a" in listed
     assert "1000 tokens/min" in listed
-    entry = keys.read(file).entries()[key[3:11]]
+    entry = api_keys.read(file).entries()[key[3:11]]
     assert not any(secret in listed for secret in (key, entry.salt, entry.sha256))
     assert run("revoke", "team-b", "-f", str(file)).exit_code == 0
-    assert keys.read(file).find(gone) is None
+    assert api_keys.read(file).find(gone) is None
     assert run("revoke", key[3:11], "-f", str(file)).exit_code == 0
-    assert keys.read(file).entries() == {}
+    assert api_keys.read(file).entries() == {}
     assert run("revoke", "team-a", "-f", str(file)).exit_code == 2
 
 
@@ -133,14 +133,14 @@ def test_a_name_is_given_once(file: Path) -> None:
 
 def test_many_at_once_lose_no_key(file: Path) -> None:
     def add(number: int) -> str:
-        with keys.changing(file) as entries:
-            id_, key, entry = keys.generate(f"team-{number}")
+        with api_keys.changing(file) as entries:
+            id_, key, entry = api_keys.generate(f"team-{number}")
             entries[id_] = entry
             return key
 
     with ThreadPoolExecutor(8) as threads:
         all_keys = list(threads.map(add, range(24)))
-    known = keys.read(file)
+    known = api_keys.read(file)
     assert all(known.find(key) is not None for key in all_keys)
     assert [p.name for p in file.parent.iterdir()] == ["keys.toml"]
 
@@ -157,7 +157,7 @@ def test_a_file_that_others_can_read_or_change_is_refused(file: Path, mode: int)
     made(file)
     file.chmod(mode)
     with pytest.raises(ConfigError, match=f"mode {mode:04o}"):
-        keys.read(file)
+        api_keys.read(file)
     assert run("list", "-f", str(file)).exit_code == 78
 
 
@@ -166,7 +166,7 @@ def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
     made(file)
     os.chown(file, 12345, -1)
     with pytest.raises(ConfigError, match="belongs to user 12345"):
-        keys.read(file)
+        api_keys.read(file)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_broken_file_says_where_and_never_shows_its_values(file: Path, text: s
     file.write_text(text + '\n# "pasted-secret"')
     file.chmod(0o600)
     with pytest.raises(ConfigError, match=problem) as failure:
-        keys.read(file)
+        api_keys.read(file)
     assert "pasted-secret" not in str(failure.value)
 
 
@@ -193,31 +193,31 @@ def test_a_value_that_is_wrong_is_not_repeated(file: Path) -> None:
     made(file)
     file.write_text(file.read_text().replace('priority = "normal"', 'priority = "pasted-secret"'))
     with pytest.raises(ConfigError, match="priority") as failure:
-        keys.read(file)
+        api_keys.read(file)
     assert "pasted-secret" not in str(failure.value)
 
 
 def test_a_missing_file_says_how_to_make_it(file: Path) -> None:
     with pytest.raises(ConfigError, match="warmpool key new"):
-        keys.read(file)
+        api_keys.read(file)
 
 
 def test_the_admin_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     result = run("admin-token", str(path))
     assert result.exit_code == 0
-    first = keys.read_token(path)
+    first = api_keys.read_token(path)
     assert first.decode() not in result.output
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     run("admin-token", str(path))
-    assert keys.read_token(path) != first
+    assert api_keys.read_token(path) != first
     path.write_text("short")
     with pytest.raises(ConfigError, match="32 or more"):
-        keys.read_token(path)
+        api_keys.read_token(path)
     path.write_text("x" * 40)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="mode 0644"):
-        keys.read_token(path)
+        api_keys.read_token(path)
 
 
 # --- limits ---

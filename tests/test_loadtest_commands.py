@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 
 from loadtest import images, results, serving, trace
-from proxy.runtime.claim import Claim
+from proxy.runtime.state_dir import Claim
 from tests.podman_bench import why_no_podman
 from tests.served import Proxy
 from tests.support import PATIENCE_S, ROOT, engine_model, processes_with, why_no_criu

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import logs
-from proxy.web import relay
+from proxy.server.forward import relay
+from proxy.telemetry import logs
 
 
 @pytest.fixture

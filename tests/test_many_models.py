@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import exposition
 
-from proxy import metrics, pool_status
-from proxy.config import Settings
-from proxy.instance import State
-from proxy.ledger import Ledger
-from proxy.metrics import Metrics
-from proxy.pool import Pool
-from proxy.web.admin import Admin
-from proxy.web.local import Local
+from proxy.config.settings import Settings
+from proxy.pool import status as pool_status
+from proxy.pool.instance import State
+from proxy.pool.memory import Ledger
+from proxy.pool.pool import Pool
+from proxy.server.admin.status import Admin
+from proxy.server.models import Local
+from proxy.telemetry import metrics
+from proxy.telemetry.metrics import Metrics
 from tests.fakes import FakeRuntime, model_settings
 
 if TYPE_CHECKING:

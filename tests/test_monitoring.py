@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.instance import State
+from proxy.pool.instance import State
 from proxy.tiers import Tier
 from tests.support import ROOT
 from tests.test_http import ASK

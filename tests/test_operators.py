@@ -10,8 +10,8 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
-from proxy import config
-from proxy.cli import cli
+from proxy.cli.main import cli
+from proxy.config import settings as config
 from proxy.errors import ConfigError
 from tests.support import engine_model
 from tests.test_http import ASK

@@ -15,7 +15,7 @@ from tests.test_pool import rig_of, use
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from proxy.slots import Order
+    from proxy.pool.model import Order
 
 __all__ = ["rig_of"]
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy import owned
-from proxy.checkpoints import CheckpointStore, StoreError
-from proxy.config import AdminSettings, PoolSettings
+from proxy.checkpoint.store import CheckpointStore, StoreError
+from proxy.config.settings import AdminSettings, PoolSettings
 from proxy.errors import HostError
-from proxy.owned import NotOwnedError
-from proxy.runtime import bundle, links
-from proxy.runtime.claim import Claim, of_earlier_version
-from proxy.usage import Usage
-from proxy.web import listen
+from proxy.host import owned
+from proxy.host.owned import NotOwnedError
+from proxy.pool.usage import Usage
+from proxy.runtime.podman import bundle
+from proxy.runtime.process import unlinked_files
+from proxy.runtime.state_dir import Claim, of_earlier_version
+from proxy.server import listeners
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -226,7 +227,7 @@ def test_the_admin_socket_is_not_made_where_others_could_exchange_it(tmp_path: P
     (tmp_path / "all").mkdir()
     (tmp_path / "all").chmod(0o777)
     with pytest.raises(HostError, match="others may write to"):
-        listen.admin_socket(AdminSettings(socket=tmp_path / "all" / "admin.sock"))
+        listeners.admin_socket(AdminSettings(socket=tmp_path / "all" / "admin.sock"))
 
 
 @pytest.mark.parametrize(
@@ -244,12 +245,12 @@ def test_an_index_of_links_makes_no_setuid_file_and_nothing_elsewhere(
     (tmp_path / "image" / "links" / "0").write_text("#!/bin/sh")
     index = tmp_path / "image" / "links" / "index.json"
     index.write_bytes(orjson.dumps([entry]))
-    assert links.put_back(tmp_path / "image") == [tmp_path / "link_remap.7"]
+    assert unlinked_files.put_back(tmp_path / "image") == [tmp_path / "link_remap.7"]
     assert (tmp_path / "name").stat().st_mode & 0o7777 == 0o600
     (tmp_path / "link_remap.7").unlink()
     index.write_bytes(orjson.dumps([{**entry, **changed}]))
     with pytest.raises(StoreError, match="not an index of links"):
-        links.put_back(tmp_path / "image")
+        unlinked_files.put_back(tmp_path / "image")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "name"]
 
 
@@ -261,7 +262,7 @@ def test_links_replace_no_file_of_another_owner(shared: Path, tmp_path: Path) ->
     (tmp_path / "links" / "0").write_text("ours")
     (tmp_path / "links" / "index.json").write_bytes(orjson.dumps([entry]))
     with pytest.raises(FileExistsError):
-        links.put_back(tmp_path)
+        unlinked_files.put_back(tmp_path)
     assert (shared / "theirs").read_text() == "theirs"
 
 
@@ -422,9 +423,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 PROXY = Path(__file__).parent.parent / "proxy"
 DESTRUCTIVE = frozenset({"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames"})
 EXEMPT = {
-    "owned.py": "is the place for it",
-    "install.py": "removes only files whose digest it has noted when it wrote them",
-    "inside/warmpool_vllm/weights.py": "runs in vLLM's process, in the folder that it was given",
+    "host/owned.py": "is the place for it",
+    "systemd/units.py": "removes only files whose digest it has noted when it wrote them",
+    "engine/vllm_extension/warmpool_vllm/weights.py": "runs in vLLM's process, in the folder that it was given",
     "doctor/selftest.py": "puts CRIU's configuration back as it was",
 }
 
@@ -442,6 +443,6 @@ def test_only_one_module_destroys_anything(path: Path) -> None:
             continue
         of_a_module = isinstance(value, ast.Name) and value.id in ("os", "shutil")
         destroys = name in DESTRUCTIVE or (of_a_module and name in {"remove", "replace", "move", "truncate"})
-        assert not destroys, f"{path}:{node.lineno}: {name} belongs into proxy/owned.py"
+        assert not destroys, f"{path}:{node.lineno}: {name} belongs into proxy/host/owned.py"
         one_argument = name == "replace" and len(node.args) == 1 and not node.keywords
         assert of_a_module or not one_argument, f"{path}:{node.lineno}: a file is replaced by owned.replacing"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.web.page import POLICY
+from proxy.server.admin.page import POLICY
 from tests.support import PATIENCE_S, ROOT
 from tests.test_admin import NEVER
 from tests.test_http import ASK
@@ -60,7 +60,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_can_be_read_in_both_themes() -> None:
-    css = (ROOT / "proxy" / "web" / "page" / "page.css").read_text()
+    css = (ROOT / "proxy/server/admin/page/page.css").read_text()
     blocks = re.findall(r"\{[^{}]*--paper:[^{}]*\}", css)
     themes = [dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block)) for block in blocks]
     assert len(themes) == 3

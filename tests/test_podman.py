@@ -15,8 +15,8 @@ import orjson
 import pytest
 
 from loadtest.image import python
-from proxy.checkpoints import MANIFEST, SUFFIX, StoreError
-from proxy.config import ModelSettings
+from proxy.checkpoint.store import MANIFEST, SUFFIX, StoreError
+from proxy.config.settings import ModelSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.runtime import namespaces
 from proxy.telemetry.stages import Stages
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from proxy.checkpoints import Compression
+    from proxy.checkpoint.store import Compression
     from proxy.runtime.base import Handle
     from tests.podman_bench import Tag
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from proxy.cli import cli
+from proxy.cli.main import cli
 from tests.podman_bench import tmpfs_folder, why_no_podman
 from tests.podman_host import AWAKE, Host, host_of_test
 from tests.served import ASK

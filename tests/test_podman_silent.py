@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy.errors import HostError, RuntimeFailure
-from proxy.runtime import processes
+from proxy.host import processes
 from proxy.telemetry.stages import Stages
 from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
 from tests.runtime_contract import FACTS

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.gpu_ledger import EMPTY, HOST, GpuLoad
-from proxy.instance import AWAKE, RESTING, Instance, State
-from proxy.policy import (
+from proxy.pool.gpu_accounting import EMPTY, HOST, GpuLoad
+from proxy.pool.instance import AWAKE, RESTING, Instance, State
+from proxy.pool.policy import (
     STEPS,
     TYPICAL_S,
     Costs,

@@ -27,7 +27,7 @@ from tests.fakes import Rig, settle
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
-    from proxy.slots import Lease
+    from proxy.pool.model import Lease
 
 SECONDS = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
 
@@ -529,7 +529,7 @@ async def test_an_engine_that_refuses_to_sleep_stays_ready_if_it_is_awake(rig: R
 
 
 async def test_a_removal_that_fails_is_tried_again_and_not_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.pool._REMOVE_RETRY_S", (0.0,))
+    monkeypatch.setattr("proxy.pool.pool._REMOVE_RETRY_S", (0.0,))
     await use(rig)
     rig.runtime.failures["remove"] = [RuntimeFailure("remove", "stuck")] * 3
     rig.runtime.kill("demo-1")

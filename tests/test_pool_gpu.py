@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from proxy import golden
 from proxy.errors import RuntimeFailure
+from proxy.pool import golden
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 from tests.fakes import Rig, settle
@@ -17,10 +17,10 @@ from tests.fakes import Rig, settle
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
-    from proxy.checkpoints import CheckpointStore
-    from proxy.engine import EngineClient
+    from proxy.checkpoint.store import CheckpointStore
+    from proxy.engine.client import EngineClient
+    from proxy.pool.model import Lease
     from proxy.runtime.base import Handle, Runtime
-    from proxy.slots import Lease
 
     RigOf = Callable[..., Coroutine[Any, Any, Rig]]
 

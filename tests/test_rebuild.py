@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.rebuild import keep, rebuild
-from proxy.usage import HALF_LIFE_S, Usage
+from proxy.pool.prewarm import keep, rebuild
+from proxy.pool.usage import HALF_LIFE_S, Usage
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:

@@ -12,9 +12,11 @@ import aiohttp
 import pytest
 import tomli_w
 
-from proxy import config, daemon_thread, reload
-from proxy.config import ModelSettings, Settings
+from proxy.config import diff
+from proxy.config import settings as config
+from proxy.config.settings import ModelSettings, Settings
 from proxy.errors import ConfigError, HostError, ModelNotFoundError, RuntimeFailure
+from proxy.host import daemon_thread
 from proxy.tiers import Tier
 from tests.fakes import Rig, model_settings, settle
 from tests.served import ASK, Proxy, ServiceManager
@@ -44,8 +46,8 @@ def test_every_kind_of_difference_is_told() -> None:
         pool={"max_awake": 3, "state_dir": "elsewhere"},
         runtime={"podman": {"stop_grace": "3s"}},
     )
-    changes, in_force = reload.compare(old, new)
-    assert changes == reload.Changes(
+    changes, in_force = diff.compare(old, new)
+    assert changes == diff.Changes(
         added=("e",), removed=("d",), replaced=("b",), adjusted=("c",),
         pending=("server.port", "pool.state_dir", "runtime.podman.stop_grace"),
         live=("server.drain_timeout", "pool.max_awake"),
@@ -57,14 +59,14 @@ def test_every_kind_of_difference_is_told() -> None:
     assert in_force.models == new.models
     assert (in_force.server.port, in_force.server.drain_timeout) == (1, 2.0)
     assert (in_force.pool.state_dir, in_force.pool.max_awake) == (old.pool.state_dir, 3)
-    assert str(reload.compare(old, old)[0]) == "nothing changed"
+    assert str(diff.compare(old, old)[0]) == "nothing changed"
 
 
 def test_the_keys_with_a_meaning_of_their_own_exist() -> None:
     tables = {name: field.annotation for name, field in Settings.model_fields.items() if name != "models"}
     there = {f"{table}.{key}" for table, section in tables.items() for key in section.model_fields}  # type: ignore[union-attr]
-    assert there >= reload.LIVE
-    assert set(ModelSettings.model_fields) >= reload._ENGINE
+    assert there >= diff.LIVE
+    assert set(ModelSettings.model_fields) >= diff._ENGINE
 
 
 def test_a_new_criu_program_needs_a_restart() -> None:
@@ -72,7 +74,7 @@ def test_a_new_criu_program_needs_a_restart() -> None:
     old = Settings(models={"a": {"podman": podman}})
     new = Settings(models={"a": {"podman": {**podman, "criu": {"program": "/opt/criu"}}}})
     with pytest.raises(ConfigError, match=r"models\.a\.podman\.criu\.program: .*restart"):
-        reload.compare(old, new)
+        diff.compare(old, new)
 
 
 # --- the pool ---

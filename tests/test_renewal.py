@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.renewal import keep_current
+from proxy.pool.renewal import keep_current
+from proxy.pool.usage import Usage
 from proxy.runtime.base import Footprint, Outdated
 from proxy.tiers import Tier
-from proxy.usage import Usage
 from tests.fakes import Rig, settle
 from tests.test_reload import OTHER_ENGINE, settings
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.engine_weights import Worker
-from proxy.config import ModelSettings
+from proxy.config.settings import ModelSettings
 from proxy.errors import RuntimeFailure
-from proxy.runtime import container, inside, process
+from proxy.runtime import vllm_extension
+from proxy.runtime.podman import container
+from proxy.runtime.process import runtime as process
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import Proxy
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from pathlib import Path
 
-EXTENSION = "proxy.inside.warmpool_vllm.Worker"
+EXTENSION = "proxy.engine.vllm_extension.warmpool_vllm.Worker"
 IDLE = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
 QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms"}
 SAMPLED = {"temperature": 1, "max_tokens": 16, "ignore_eos": True}
@@ -148,16 +150,16 @@ def test_settings_that_make_no_sense_are_refused(entry: dict[str, Any], reason: 
 @pytest.mark.parametrize("option", ["--worker-extension-cls", "--worker_extension_cls=mine.Extension"])
 def test_a_worker_extension_of_the_users_own_stays_the_only_one(option: str) -> None:
     model = ModelSettings(**_process("vllm", "serve", option, "--port"))
-    assert inside.arguments(model) == ("--middleware", "warmpool_vllm.Frontend")
+    assert vllm_extension.arguments(model) == ("--middleware", "warmpool_vllm.Frontend")
     with pytest.raises(ValueError, match="weights_copy needs warmpool's own worker extension"):
         ModelSettings(**_process("vllm", "serve", option, "--port"), weights_copy=True)
 
 
 def test_an_engine_with_the_code_of_another_version_in_it_is_outdated() -> None:
     vllm, other = ModelSettings(**_process("vllm")), ModelSettings(**_process("x"))
-    assert inside.upgraded(vllm, inside.extension(vllm)) is None
-    assert inside.upgraded(other, None) is None
-    assert all(inside.upgraded(vllm, has) is not None for has in ("0" * 64, None))
+    assert vllm_extension.upgraded(vllm, vllm_extension.extension(vllm)) is None
+    assert vllm_extension.upgraded(other, None) is None
+    assert all(vllm_extension.upgraded(vllm, has) is not None for has in ("0" * 64, None))
     generic = ModelSettings(**_process("vllm"), engine="generic")
     assert process.spec_digest("a", vllm) != process.spec_digest("a", generic)
     contained = [ModelSettings(**_podman(), engine=engine) for engine in ("vllm", "generic")]

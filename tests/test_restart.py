@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from proxy import service
+from proxy.systemd import notify
 from tests.served import ASK, Proxy, ServiceManager
 from tests.support import PATIENCE_S, PYTHON, ROOT, engine_model
 
@@ -184,7 +184,7 @@ def test_a_descriptor_that_is_no_listening_socket_is_refused(tmp_path: Path, kin
     code = (
         f"import os; x = {opened}; os.dup2(x.fileno(), 3)\n"
         "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n"
-        "from proxy import service\nservice.from_environment()"
+        "from proxy.systemd import notify\nnotify.from_environment()"
     )
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said in done.stderr.splitlines()[-1]
@@ -192,10 +192,10 @@ def test_a_descriptor_that_is_no_listening_socket_is_refused(tmp_path: Path, kin
 
 def test_what_is_meant_for_another_process_is_left_alone_and_not_inherited() -> None:
     environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "WATCHDOG_PID": "1", "WATCHDOG_USEC": "1000000", "HOME": "/"}
-    assert service.from_environment(environ) == service.Manager()
+    assert notify.from_environment(environ) == notify.Manager()
     assert environ == {"HOME": "/"}
 
 
 def test_a_manager_that_is_gone_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    service.Manager(address=str(tmp_path / "nobody")).ready("serving")
+    notify.Manager(address=str(tmp_path / "nobody")).ready("serving")
     assert "cannot be reached" in caplog.text

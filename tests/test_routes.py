@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cli import cli
-from proxy.config import RouteSettings
+from proxy.cli.main import cli
+from proxy.cli.route_check import OWN, REFUSED, compare
+from proxy.config.settings import RouteSettings
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
-from proxy.route_check import OWN, REFUSED, compare
-from proxy.web.routes import ROUTES, find
+from proxy.server.forward.routes import ROUTES, find
 from tests.scripted import GOOD, Scripted, post
 from tests.support import ROOT
 from tests.test_http import ASK, error_of

@@ -15,11 +15,11 @@ import orjson
 import psutil
 import pytest
 
-from proxy.checkpoints import CheckpointStore
-from proxy.config import ModelSettings, ProcessRuntimeSettings
+from proxy.checkpoint.store import CheckpointStore
+from proxy.config.settings import ModelSettings, ProcessRuntimeSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
-from proxy.runtime.claim import Claim
-from proxy.runtime.process import ProcessRuntime
+from proxy.runtime.process.runtime import ProcessRuntime
+from proxy.runtime.state_dir import Claim
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fakes import FakeRuntime, model_settings
@@ -439,7 +439,7 @@ def test_the_guard_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None
     script = f"""
 import asyncio, sys
 from pathlib import Path
-from proxy.config import ModelSettings
+from proxy.config.settings import ModelSettings
 from tests.support import processes_with
 from tests.test_runtimes import ProcessBench
 async def main():

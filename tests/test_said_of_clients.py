@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from proxy.web.faults import note_loop_error, quieten, stack_of
-from proxy.web.refusals import Refusals
+from proxy.server.faults import note_loop_error, quieten, stack_of
+from proxy.telemetry.refusals import Refusals
 from tests.scripted import QUESTION, Peer, Scripted, post
 from tests.served import Proxy
 from tests.support import engine_model

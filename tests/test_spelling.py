@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import keys
+from proxy.server.auth import api_keys
 from tests.scripted import QUESTION, Scripted, answer_of, post
 from tests.support import PATIENCE_S
 
@@ -164,8 +164,8 @@ async def test_no_byte_of_a_field_is_an_error_of_the_server(
     server: str, front_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    _, key, entry = keys.generate("a")
-    with keys.changing(tmp_path / "keys.toml") as entries:
+    _, key, entry = api_keys.generate("a")
+    with api_keys.changing(tmp_path / "keys.toml") as entries:
         entries["a" * 8] = entry
     token = tmp_path / "token"
     token.write_text("x" * 40)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from proxy.pool.stalls import Reading, stands_still
 from proxy.runtime.base import Vitals
-from proxy.stalls import Reading, stands_still
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.runtime import strays
-from proxy.runtime.claim import Claim
+from proxy.runtime.podman import strays
+from proxy.runtime.state_dir import Claim
 from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
 
 if TYPE_CHECKING:

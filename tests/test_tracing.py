@@ -12,9 +12,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from proxy import tracing
-from proxy.config import TracingSettings
+from proxy.config.settings import TracingSettings
 from proxy.errors import HostError
+from proxy.server.forward import tracing
 from tests.front import Front
 from tests.support import PYTHON, ROOT, engine_model
 from tests.test_http import ASK
@@ -200,7 +200,7 @@ async def test_off_the_context_passes_through_as_it_is(front: Front) -> None:
 
 
 def test_off_nothing_is_imported() -> None:
-    code = "import sys, proxy.cli; print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    code = "import sys, proxy.cli.main; print([m for m in sys.modules if m.startswith('opentelemetry')])"
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert tracing.start(TracingSettings()) is None

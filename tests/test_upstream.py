@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from proxy.upstream import Upstream
+from proxy.engine.connection import Upstream
 from tests.fakes import Rig
 from tests.served import Proxy
 from tests.support import PATIENCE_S, engine_model

@@ -11,8 +11,8 @@ import orjson
 import pytest
 
 from proxy.errors import MaxWaitError, RuntimeFailure
+from proxy.server.forward.heartbeat import COMMENT
 from proxy.tiers import Tier
-from proxy.web.heartbeat import COMMENT
 from tests.fakes import Rig, settle
 from tests.support import PATIENCE_S, get_json
 from tests.test_http import ASK, error_of

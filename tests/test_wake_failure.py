@@ -10,9 +10,9 @@ import orjson
 import pytest
 
 from proxy.errors import RuntimeFailure, WakeFailedError
+from proxy.pool.wake_failure import WakeFailure, delay_s
 from proxy.runtime.log_tail import MAX_BYTES, MAX_LINES, last_lines
 from proxy.tiers import Tier
-from proxy.wake_failure import WakeFailure, delay_s
 from tests.fakes import Rig, settle
 from tests.front import Front
 from tests.support import PATIENCE_S, engine_model

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.engine_weights import Worker
-from proxy.config import ModelSettings
+from proxy.config.settings import ModelSettings
 from proxy.errors import EngineError
-from proxy.runtime import inside
+from proxy.runtime import vllm_extension
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-EXTENSION = "proxy.inside.warmpool_vllm.Worker"
+EXTENSION = "proxy.engine.vllm_extension.warmpool_vllm.Worker"
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_failing_copy_to_the_gpu_is_an_error(worker: Worker) -> None:
 
 
 def test_what_runs_inside_vllm_stands_on_its_own(tmp_path: Path) -> None:
-    folder = inside.folder(tmp_path)
+    folder = vllm_extension.folder(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["warmpool_vllm"]
     program = "import sys, warmpool_vllm as w; print(w.Worker, w.Frontend, {m.split('.')[0] for m in sys.modules})"
     done = subprocess.run(
@@ -112,12 +112,12 @@ def test_what_runs_inside_vllm_stands_on_its_own(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert not {"proxy", "vllm", "torch", "numpy"} & set(re.findall(r"'(\w+)'", done.stdout.partition("{")[2]))
-    assert inside.folder(tmp_path) == folder
-    assert inside.environment("/ext", "/copies", {"PYTHONPATH": "/site"}) == {
+    assert vllm_extension.folder(tmp_path) == folder
+    assert vllm_extension.environment("/ext", "/copies", {"PYTHONPATH": "/site"}) == {
         "PYTHONPATH": "/ext:/site",
         "WARMPOOL_WEIGHTS": "/copies",
     }
-    assert inside.environment("/ext", None, {}) == {"PYTHONPATH": "/ext"}
+    assert vllm_extension.environment("/ext", None, {}) == {"PYTHONPATH": "/ext"}
 
 
 # --- the pool ---

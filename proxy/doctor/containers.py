@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from proxy.doctor.report import Check, Repair
-from proxy.runtime import strays
-from proxy.runtime.claim import Claim
-from proxy.runtime.container import LABEL
+from proxy.runtime.podman import strays
+from proxy.runtime.podman.container import LABEL
+from proxy.runtime.state_dir import Claim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from proxy.config import PodmanEngineSettings
+    from proxy.config.settings import PodmanEngineSettings
     from proxy.doctor.needs import Situation
     from proxy.doctor.view import Host
 

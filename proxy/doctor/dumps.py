@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from proxy.doctor.containers import has_own_criu_config
 from proxy.doctor.report import Check
-from proxy.runtime import container, criu
+from proxy.runtime import criu
+from proxy.runtime.podman import container
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,7 @@ from proxy.errors import WarmpoolError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from proxy.config import Settings
+    from proxy.config.settings import Settings
     from proxy.doctor.selftest import MakeRuntime
     from proxy.doctor.view import Host
 

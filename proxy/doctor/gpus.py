@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from proxy import host as facts
 from proxy.doctor.report import Check
+from proxy.host import facts as facts
 
 if TYPE_CHECKING:
     from proxy.doctor.needs import Situation

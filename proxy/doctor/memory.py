@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING, Final
 
-from proxy.checkpoints import LOCK, MANIFEST
+from proxy.checkpoint.store import LOCK, MANIFEST
 from proxy.doctor.report import Check, Repair
 
 if TYPE_CHECKING:

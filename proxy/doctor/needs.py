@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
-from proxy.config import PodmanEngineSettings, PoolSettings, RuntimeSettings
+from proxy.config.settings import PodmanEngineSettings, PoolSettings, RuntimeSettings
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from proxy.config import ModelSettings, Settings
+    from proxy.config.settings import ModelSettings, Settings
     from proxy.doctor.view import Host, Ran
 
 

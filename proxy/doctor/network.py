@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from proxy.doctor.report import Check
-from proxy.runtime import bridges
+from proxy.runtime.podman import bridges
 
 if TYPE_CHECKING:
     from proxy.doctor.needs import Situation
@@ -101,7 +101,7 @@ async def networks(it: Situation) -> list[Check]:
 
 
 async def bridge_addresses(it: Situation) -> list[Check]:
-    """Whether bridges that are there keep their MAC address, see proxy/runtime/bridges.py."""
+    """Whether bridges that are there keep their MAC address, see proxy/runtime/podman/bridges.py."""
     used = sorted({"podman" if e.network == "bridge" else e.network for e in it.needs.podman.values()} - {"host"})
     if not used or it.podman.reason or it.host.which("podman") is None:
         return []

@@ -8,7 +8,7 @@ from proxy.doctor import dumps, examination, memory
 from proxy.doctor.named_files import named_files
 
 if TYPE_CHECKING:
-    from proxy.config import Settings
+    from proxy.config.settings import Settings
     from proxy.doctor.examination import Examine
     from proxy.doctor.view import Host
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy import reseed
 from proxy.doctor.report import Check
+from proxy.runtime import reseed
 
 if TYPE_CHECKING:
     from proxy.doctor.needs import Situation

@@ -17,14 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from proxy import owned
-from proxy.checkpoints import MANIFEST, CheckpointStore
-from proxy.config import CriuSettings, ModelSettings
+from proxy.checkpoint.store import MANIFEST, CheckpointStore
+from proxy.config.settings import CriuSettings, ModelSettings
 from proxy.doctor.report import Check
 from proxy.errors import HostError, RuntimeFailure, WarmpoolError
-from proxy.runtime import container
+from proxy.host import owned
 from proxy.runtime.base import ImageFacts
-from proxy.runtime.claim import Claim
+from proxy.runtime.podman import container
+from proxy.runtime.state_dir import Claim
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 

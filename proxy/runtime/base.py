@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
-    from proxy.config import ModelSettings
-    from proxy.manifest import Manifest
+    from proxy.checkpoint.manifest import Manifest
+    from proxy.config.settings import ModelSettings
     from proxy.telemetry.stages import Stages
     from proxy.tiers import Tier
 

@@ -14,10 +14,10 @@ from proxy.errors import HostError, OverdueError
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 
-    from proxy.config import ModelSettings
-    from proxy.manifest import Manifest
-    from proxy.overdue import Overdue
+    from proxy.checkpoint.manifest import Manifest
+    from proxy.config.settings import ModelSettings
     from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Rungs, Runtime, Vitals
+    from proxy.telemetry.overdue import Overdue
     from proxy.telemetry.stages import Stages
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import shutil
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import Fault
-from proxy.runtime import command
+from proxy.host import command
 
 if TYPE_CHECKING:
     from pathlib import Path

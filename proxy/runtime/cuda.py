@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from proxy import gpu
 from proxy.errors import RuntimeFailure
+from proxy.gpu import cuda
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from proxy.gpu import Gpus
+    from proxy.gpu.cuda import Gpus
 
 
 class Cuda:
@@ -28,7 +28,7 @@ class Cuda:
         """Find out what there is."""
         if self._gpus is not None:
             self.reason = self._gpus.open()
-            self.left_to_criu = gpu.criu_has_cuda_plugin()
+            self.left_to_criu = cuda.criu_has_cuda_plugin()
 
     async def held_bytes(self, pids: Sequence[int]) -> int:
         """GPU memory that these processes hold, which a suspend moves to host memory."""
@@ -54,7 +54,7 @@ class Cuda:
             return False
         try:
             return bool(await self._gpus.suspend(pids))
-        except gpu.GpuError as error:
+        except cuda.GpuError as error:
             raise RuntimeFailure(
                 operation, f"CUDA: {error}", alive=error.alive, leaked_bytes=error.leaked_bytes
             ) from error
@@ -76,5 +76,5 @@ class Cuda:
             raise RuntimeFailure(operation, f"CUDA: {self.reason}")
         try:
             await self._gpus.resume(pids)
-        except gpu.GpuError as error:
+        except cuda.GpuError as error:
             raise RuntimeFailure(operation, f"CUDA: {error}") from error

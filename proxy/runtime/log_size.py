@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from proxy import owned
+from proxy.host import owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.runtime.claim import Claim
+    from proxy.runtime.state_dir import Claim
 
 MAX_LINES: Final = 20
 MAX_BYTES: Final = 4096

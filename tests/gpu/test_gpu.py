@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy.gpu import MAX_LEFT_BYTES, Gpus, Nvml, ProcessState
+from proxy.gpu.cuda import MAX_LEFT_BYTES, Gpus, Nvml, ProcessState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +127,7 @@ def _uuid(name: str) -> bytes:
 
 _WORKER = """
 import ctypes, json, sys, types, torch
-from proxy.inside import warmpool_vllm
+from proxy.engine.vllm_extension import warmpool_vllm
 path = next(line.split()[-1] for line in open("/proc/self/maps") if "libcudart" in line)
 runtime = ctypes.CDLL(path)
 runtime.cudaMemcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -19,7 +19,7 @@ import aiohttp
 import orjson
 import pytest
 
-from proxy.gpu import Gpus
+from proxy.gpu.cuda import Gpus
 from tests.served import ASK, Proxy
 from tests.support import ROOT, get_json
 
@@ -31,7 +31,7 @@ _PATIENT = aiohttp.ClientTimeout(900)
 QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms", "archived": "never", "stopped": "never"}
 _DRAW = """
 import json, random, torch
-from proxy.inside import warmpool_vllm
+from proxy.engine.vllm_extension import warmpool_vllm
 devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 graph, static = torch.cuda.CUDAGraph(), torch.empty(4, device="cuda")
 static.exponential_()

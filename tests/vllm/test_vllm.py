@@ -31,7 +31,7 @@ import tomli_w
 
 from loadtest.bench_vllm_cpu import Served, served
 from loadtest.vllm_cpu import FOLDER, IMAGE
-from proxy.runtime.claim import Claim
+from proxy.runtime.state_dir import Claim
 from tests.podman_bench import podman, tmpfs_folder, why_no_podman
 from tests.served import ASK, Proxy
 from tests.support import PYTHON, ROOT, files_in, get_json

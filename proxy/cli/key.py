@@ -1,0 +1,138 @@
+"""`warmpool key`: the file of API keys, and the admin token."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from proxy.config import settings as config
+from proxy.host import private_files
+from proxy.server.auth import api_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy.server.auth.api_keys import Entry
+
+_RELOAD = "warmpool takes it up when it is started or told to reload (systemctl reload warmpool, or SIGHUP)."
+
+
+def _file_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Where the keys are: named, or as the configuration says."""
+    command = click.option(
+        "--file", "-f", "file", type=click.Path(path_type=Path), help="The file of keys; default: server.keys_file."
+    )(command)
+    return click.option(
+        "--config", "-c", "path", type=click.Path(path_type=Path), envvar="WARMPOOL_CONFIG",
+        help="The TOML file that says where it is.",
+    )(command)  # fmt: skip
+
+
+def _keys_file(file: Path | None, path: Path | None) -> Path:
+    found = file or (config.load(path).server.keys_file if path is not None else None)
+    if found is None:
+        raise click.UsageError("say which file: --file FILE, or --config with server.keys_file in it")
+    return found
+
+
+@click.group()
+def key() -> None:
+    """API keys of clients, and the admin token."""
+
+
+@key.command()
+@click.argument("name")
+@_file_option
+@click.option("--model", "-m", "models", multiple=True, help="Good for this model only; may be repeated.")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="Most requests in a minute.")
+@click.option("--tokens-per-minute", type=click.IntRange(1), help="Most tokens in a minute, prompts and answers.")
+@click.option("--concurrency", type=click.IntRange(1), help="Most requests at once.")
+@click.option(
+    "--priority", type=click.Choice([*api_keys.PRIORITIES]), default="normal", show_default=True,
+    help="Who is served first of those who wait.",
+)  # fmt: skip
+@click.option("--expires", metavar="DURATION", help='When it stops to be good, from now: "90d".')
+def new(
+    name: str, file: Path | None, path: Path | None, models: tuple[str, ...], expires: str | None, **rest: Any
+) -> None:
+    """Make a key for NAME and print it, once: the file has only a salted hash of it."""
+    target = _keys_file(file, path)
+    limits = {**rest, "models": [*models] or None, "expires": _moment(expires)}
+    with api_keys.changing(target) as entries:
+        if any(entry.name == name for entry in entries.values()):
+            raise click.UsageError(f"there is a key named {name} already; revoke it, or choose another name")
+        try:
+            id_, secret, entry = api_keys.generate(name, **limits)
+        except ValidationError as error:
+            raise click.UsageError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+        entries[id_] = entry
+    click.echo(secret)
+    click.echo(f"Keep it now: it is not shown again. {_RELOAD}", err=True)
+
+
+def _moment(after: str | None) -> dt.datetime | None:
+    if after is None:
+        return None
+    try:
+        return dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(seconds=config.parse_duration(after))
+    except ValueError as error:
+        raise click.UsageError(f"--expires: {error}") from None
+
+
+@key.command("list")
+@_file_option
+def list_(file: Path | None, path: Path | None) -> None:
+    """Who has a key, and what it may do."""
+    table = Table("id", "name", "created", "expires", "may use", "limits", box=None)
+    for id_, entry in api_keys.read(_keys_file(file, path)).entries().items():
+        table.add_row(*_row(id_, entry))
+    Console().print(table)
+
+
+def _row(id_: str, entry: Entry) -> tuple[str, ...]:
+    expires = "never" if entry.expires is None else f"{entry.expires:%Y-%m-%d}"
+    if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
+        expires += " (over)"
+    limits = [
+        f"{limit} {what}"
+        for limit, what in (
+            (entry.requests_per_minute, "requests/min"),
+            (entry.tokens_per_minute, "tokens/min"),
+            (entry.concurrency, "at once"),
+        )
+        if limit is not None
+    ]
+    if entry.priority != "normal":
+        limits.append(f"priority {entry.priority}")
+    models = "all models" if entry.models is None else ", ".join(entry.models)
+    return id_, entry.name, f"{entry.created:%Y-%m-%d}", expires, models, ", ".join(limits) or "none"
+
+
+@key.command()
+@click.argument("id_or_name")
+@_file_option
+def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
+    """Take a key out of the file, by its id or its name."""
+    with api_keys.changing(_keys_file(file, path)) as entries:
+        found = [id_ for id_, entry in entries.items() if id_or_name in (id_, entry.name)]
+        if not found:
+            raise click.UsageError(f"there is no key {id_or_name}")
+        for id_ in found:
+            del entries[id_]
+    click.echo(f"{id_or_name} is revoked. {_RELOAD}")
+
+
+@key.command("admin-token")
+@click.argument("file", type=click.Path(path_type=Path))
+def admin_token(file: Path) -> None:
+    """Write a new admin token to FILE (mode 0600 if it is new), for server.admin.token_file."""
+    private_files.write(file, secrets.token_urlsafe(32) + os.linesep)
+    click.echo(f"{file} has a new admin token. {_RELOAD}")

@@ -1,0 +1,332 @@
+"""What is said to an engine: health, warm-up, canary, sleep, wake_up, and the requests of clients.
+
+The protocol is vLLM's: `/health`, `/v1/completions`, and in its development mode `/sleep?level=`, `/wake_up?tags=`,
+`/is_sleeping` and `/collective_rpc` (vllm/entrypoints/serve/sleep and rpc). Each `EngineClient` has connections of its
+own, because every one of them must be closed before the engine is checkpointed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+
+from proxy.engine.connection import SilenceError, Upstream
+from proxy.errors import EngineError, Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from proxy.config.settings import WarmupSettings
+    from proxy.telemetry.stages import Stages
+
+log = logging.getLogger("warmpool.engine")
+
+CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
+CANARY_TOKENS = 16
+
+# uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
+_KEEPALIVE_S = 4.0
+_CONNECT_S = 5.0
+_ANSWER_BYTES = 64 << 10
+_JSON = {"Content-Type": "application/json"}
+# vLLM's and SGLang's counters of tokens and requests in Prometheus' text format; what was aborted is no progress.
+_PROGRESS = re.compile(rb"^(\w+:\w*(?:tokens|request)\w*_total(?:\{[^}\n]*\})?) +(\S+)", re.MULTILINE)
+
+
+class EngineClient:
+    """A client of one engine. Methods raise EngineError with the stage and the reason."""
+
+    def __init__(
+        self, base_url: str, served_name: str, *, response_timeout_s: float | None = None, api_key: str | None = None
+    ) -> None:
+        self.served_name = served_name
+        self._api_key = api_key
+        self.upstream = Upstream(base_url, response_timeout_s, api_key)
+        """The connections that clients' requests go over."""
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Where the engine is; it may be elsewhere after a restore."""
+        return self.upstream.base_url
+
+    @base_url.setter
+    def base_url(self, base_url: str) -> None:
+        self.upstream.move(base_url)
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                timeout=self._timeout,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"},
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            )
+        return self._session
+
+    async def websocket(
+        self,
+        target: str,
+        *,
+        protocols: Iterable[str],
+        headers: Mapping[str, str],
+        most_bytes: int,
+        ping_s: float,
+        close_s: float,
+    ) -> aiohttp.ClientWebSocketResponse[Any]:
+        """A WebSocket to the engine; a message has at most `most_bytes`.
+
+        Raises aiohttp.ClientError or TimeoutError; WSServerHandshakeError has the engine's refusal.
+        """
+        return await self._connected().ws_connect(
+            self.base_url + target,
+            protocols=protocols,
+            headers=headers,
+            max_msg_size=most_bytes,
+            heartbeat=ping_s,
+            timeout=aiohttp.ClientWSTimeout(ws_close=close_s),
+            autoclose=False,
+        )
+
+    async def disconnect(self) -> None:
+        """Close every connection to the engine; the next request opens new ones. Requests in flight fail."""
+        session, self._session = self._session, None
+        await self.upstream.disconnect()
+        if session is not None:
+            await session.close()
+            await asyncio.sleep(0)  # the transports close on the loop's next turn
+
+    async def wait_healthy(self, path: str, interval_s: float) -> None:
+        """Return when `path` answers 200. Bounded by the caller's time-out; raises EngineError for a missing key."""
+        while (status := await self._status(path)) != 200:
+            self._check_key("health", f"GET {path}", status)
+            await asyncio.sleep(interval_s)
+
+    async def healthy(self, path: str) -> bool:
+        """Whether `path` answers 200 now."""
+        return await self._status(path) == 200
+
+    async def _status(self, path: str) -> int | None:
+        try:
+            async with self._connected().get(self.base_url + path) as response:
+                return response.status
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    def _check_key(self, stage: str, what: str, status: int | None) -> None:
+        """Raise EngineError for a 401: warmpool has no key for this engine, or a wrong one."""
+        if status == 401:
+            has = "asks for an API key: set" if self._api_key is None else "does not take the API key that is set in"
+            raise EngineError(stage, f"{what} answered 401: the engine {has} the model's api_key or api_key_file")
+
+    async def loads(self, path: str) -> bool:
+        """Whether it looks like one that is not up yet: nobody listens, or `path` answers 503 at once."""
+        try:
+            async with asyncio.timeout(_CONNECT_S), self._connected().get(self.base_url + path) as response:
+                return response.status == 503
+        except aiohttp.ClientConnectorError:
+            return True
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def is_sleeping(self) -> bool | None:
+        """Whether the engine sleeps; None when it has no sleep mode (its development endpoints are closed)."""
+        status, body = await self._call("probe", "GET", "/is_sleeping")
+        answer = _json(body)
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("is_sleeping"), bool):
+            return None
+        return bool(answer["is_sleeping"])
+
+    async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
+        """The text of a completion at temperature 0, or None where the engine offers no completions (4xx)."""
+        request = self._completion(prompt, max_tokens)
+        status, body = await self._call(stage, "POST", "/v1/completions", json=request)
+        if 400 <= status < 500:
+            return None
+        answer = _json(body)
+        try:
+            text = answer["choices"][0]["text"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if status != 200 or not isinstance(text, str):
+            raise EngineError(stage, f"POST /v1/completions answered {status} {_excerpt(body)}")
+        return text
+
+    async def generates(self) -> bool:
+        """Whether a request for one token is answered, with the token or with an error of the engine's own.
+
+        One that is refused (4xx) says nothing: it may not have got as far as the engine. Bounded by the caller.
+        """
+        try:
+            status, _ = await self._call("stall", "POST", "/v1/completions", json=self._completion("Hello", 1))
+        except EngineError:
+            return False
+        return not 400 <= status < 500
+
+    async def progress(self) -> dict[str, str]:
+        """What the engine counts of its work (`/metrics`); empty where it counts nothing or does not answer."""
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                status, body = await self._call("stall", "GET", "/metrics")
+        except (EngineError, TimeoutError):
+            return {}
+        found = _PROGRESS.findall(body) if status == 200 else []
+        return {name.decode(): value.decode() for name, value in found if b"abort" not in name}
+
+    @property
+    def silent_s(self) -> float:
+        """For how long no client has got a byte, though at least one waits for some."""
+        return self.upstream.silent_s
+
+    def give_up(self, reason: str) -> None:
+        """End the requests of clients that are under way; they are not to be tried again."""
+        self.upstream.give_up(SilenceError(reason))
+
+    async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
+        """Send the warm-up requests, one after the other; what each took, as far as the engine offers completions.
+
+        `ttft_s`: to the first token; `total_s`; `tokens`: how many the engine says it generated.
+        """
+        await self._call("warmup", "GET", "/v1/models")  # with no requests to send, a key would be missed all the same
+        figures = []
+        for _ in range(settings.requests):
+            figure = await self._streamed("warmup", settings.prompt, settings.max_tokens)
+            if figure is None:
+                break
+            figures.append(figure)
+        return figures
+
+    async def _streamed(self, stage: str, prompt: str, max_tokens: int) -> dict[str, float] | None:
+        request = {**self._completion(prompt, max_tokens), "stream": True, "stream_options": {"include_usage": True}}
+        began = time.perf_counter()
+        ttft_s, tokens = None, 0
+        try:
+            async with self._connected().post(
+                self.base_url + "/v1/completions", data=orjson.dumps(request), headers=_JSON
+            ) as response:
+                self._check_key(stage, "POST /v1/completions", response.status)
+                if 400 <= response.status < 500:
+                    return None
+                if response.status != 200:
+                    body = await response.read()
+                    raise EngineError(stage, f"POST /v1/completions answered {response.status} {_excerpt(body)}")
+                async for line in response.content:
+                    event = _json(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
+                    if not isinstance(event, dict):
+                        continue
+                    if ttft_s is None and event.get("choices"):
+                        ttft_s = time.perf_counter() - began
+                    usage = event.get("usage")
+                    if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+                        tokens = usage["completion_tokens"]
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise EngineError(stage, f"POST /v1/completions: {str(error) or type(error).__name__}") from error
+        if ttft_s is None:
+            raise EngineError(stage, "POST /v1/completions streamed no token")
+        total_s = time.perf_counter() - began
+        return {"ttft_s": round(ttft_s, 4), "total_s": round(total_s, 4), "tokens": tokens}
+
+    def _completion(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.served_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
+        }  # fmt: skip
+
+    async def canary(self) -> str | None:
+        """The engine's answer to a fixed prompt; a restored engine must give the same one."""
+        return await self.complete("canary", CANARY_PROMPT, CANARY_TOKENS)
+
+    async def sleep(self, level: int) -> None:
+        """Put the engine to sleep: level 1 keeps the weights in host RAM, level 2 drops them."""
+        await self._command("sleep", f"/sleep?level={level}")
+
+    async def save_weights(self) -> int:
+        """Have vLLM's workers keep a copy of their weights; its bytes. See proxy/engine/vllm_extension."""
+        return await self._weights("save_weights", "warmpool_save_weights")
+
+    async def _weights(self, stage: str, method: str) -> int:
+        status, body = await self._call(stage, "POST", "/collective_rpc", json={"method": method})
+        answer = _json(body)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if status != 200 or not isinstance(results, list) or not results:
+            raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
+        total = 0
+        for result in results:
+            if not isinstance(result, dict) or not isinstance(result.get("bytes"), int):
+                reason = result.get("error") if isinstance(result, dict) else result
+                raise EngineError(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
+            total += result["bytes"]
+        return total
+
+    async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:
+        """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again.
+
+        `copied`: from the copy of `save_weights`; where that fails, as the engine does it. False says that it failed.
+        """
+        if level < 2:
+            with stages.measure("wake_up"):
+                await self._command("wake_up", "/wake_up")
+            return True
+        with stages.measure("wake_up"):
+            await self._command("wake_up", "/wake_up?tags=weights")
+        good = not copied or await self._load_copy(stages)
+        if not copied or not good:
+            with stages.measure("reload_weights"):
+                await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
+        with stages.measure("wake_up"):
+            await self._command("wake_up", "/wake_up?tags=kv_cache")
+        return good
+
+    async def _load_copy(self, stages: Stages) -> bool:
+        try:
+            with stages.measure("load_weights"):
+                await self._weights("load_weights", "warmpool_load_weights")
+        except EngineError as error:
+            log.warning("%s: the copy of the weights cannot be used, they are loaded again: %s", self.base_url, error)
+            return False
+        return True
+
+    async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
+        status, body = await self._call(stage, "POST", path, json=json)
+        if status != 200:
+            raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
+
+    async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+        """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""
+        try:
+            async with self._connected().request(method, self.base_url + path, data=body) as response:
+                self._check_key(stage, f"{method} {path}", response.status)
+                return response.status, _json(await response.content.read(_ANSWER_BYTES))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+    async def _call(
+        self, stage: str, method: str, path: str, json: Mapping[str, Any] | None = None
+    ) -> tuple[int, bytes]:
+        data = orjson.dumps(json) if json is not None else None
+        headers = _JSON if data is not None else {}
+        try:
+            async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
+                self._check_key(stage, f"{method} {path}", response.status)
+                return response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _excerpt(body: bytes) -> str:
+    return body[:200].decode("utf-8", "replace")

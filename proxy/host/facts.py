@@ -1,0 +1,86 @@
+"""Facts about this host that a checkpoint depends on: kernel and GPU, as the kernel and NVIDIA's driver show them."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from proxy.host import cgroups
+
+NVIDIA: Final = Path("/proc/driver/nvidia")
+MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+def kernel() -> str:
+    """The kernel's release."""
+    return platform.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory of this host, or what the smallest cgroup leaves of it, in bytes."""
+
+    total_bytes: int
+    available_bytes: int
+    """What can be had without swapping, and before the OOM killer comes."""
+
+
+def memory() -> Memory:
+    """As it is now; cgroups that this process is in count."""
+    whole, limits = psutil.virtual_memory(), cgroups.memory_limits()
+    return Memory(
+        min([int(whole.total), *(limit.limit_bytes for limit in limits)]),
+        min([int(whole.available), *(limit.available_bytes for limit in limits)]),
+    )
+
+
+def available_bytes() -> int:
+    """The memory that can be had now."""
+    return memory().available_bytes
+
+
+def nvidia_driver(proc: Path = NVIDIA) -> str:
+    """The version of NVIDIA's kernel module; empty without one."""
+    try:
+        text = (proc / "version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found.group(1) if found else ""
+
+
+def gpus(proc: Path = NVIDIA) -> list[str]:
+    """The model of each NVIDIA GPU, in the order of their bus addresses."""
+    models = []
+    for information in sorted(proc.glob("gpus/*/information")):
+        text = information.read_text()
+        models += [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Model:")]
+    return models
+
+
+def huge_pages_of(path: Path, mounts: Path = MOUNTS) -> str:
+    """When the tmpfs that a path is on takes huge pages: "never", "always", "within_size" or "advise".
+
+    Empty where it is on something else (proc(5), mountinfo; the kernel's tmpfs documentation).
+    """
+    best, found = -1, ""
+    for line in mounts.read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4]))
+        kind, _, options = rest.split()
+        if path.is_relative_to(point) and len(point.parts) >= best:
+            best = len(point.parts)
+            huge = [o.removeprefix("huge=") for o in options.split(",") if o.startswith("huge=")]
+            found = (huge[0] if huge else "never") if kind == "tmpfs" else ""
+    return found
+
+
+def gpu_facts(proc: Path = NVIDIA) -> dict[str, str]:
+    """Driver and GPUs, for a manifest; nothing on a host without."""
+    driver = nvidia_driver(proc)
+    return {"NVIDIA driver": driver, "GPU": ", ".join(gpus(proc))} if driver else {}

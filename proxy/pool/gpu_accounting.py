@@ -1,0 +1,362 @@
+"""GPU memory as far as the pool knows it: what there is, who holds how much, what a model needs.
+
+Pure bookkeeping. The pool weighs (it asks NVML and the runtimes) and writes down what it saw; `load` is what the policy
+decides by. Memory is counted per GPU, in bytes, by the GPU's UUID.
+
+What a model needs is learned from its last run, before that from its checkpoint's manifest, before that from the
+setting `gpu_memory`. What nobody of ours holds - other programs, the driver - is foreign, and no room for anybody.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from proxy.gpu.cuda import MAX_LEFT_BYTES
+from proxy.pool.instance import State
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from proxy.gpu.cuda import GpuMemory
+    from proxy.pool.instance import Instance
+
+Bytes: TypeAlias = "Mapping[str, int]"
+"""UUID of a GPU → bytes of its memory."""
+
+NOTHING: Final[Bytes] = {}
+HOST: Final = "host memory"
+"""Among the GPUs' UUIDs: the host's own memory, which `memory_ledger` adds."""
+READY: Final = "ready"
+SLEEPING: Final = "sleeping"
+_KINDS: Final = {State.READY: READY, State.RETIRING: READY, State.SLEEPING: SLEEPING}
+"""The states in which what an instance holds says something about its model."""
+HOLDS_NOTHING: Final = frozenset(
+    {State.NEW, State.CHECKPOINTED, State.CLONING, State.ARCHIVING, State.ARCHIVED, State.GONE}
+)
+"""The states in which an instance has no process."""
+_RECENT: Final = 3
+"""How many readings in a row have to show a growth."""
+MAX_EXCESS_BYTES: Final = MAX_LEFT_BYTES
+"""An instance that holds this much more than expected leaks."""
+
+
+def plus(one: Bytes, other: Bytes) -> dict[str, int]:
+    """The sum, GPU by GPU."""
+    return {uuid: one.get(uuid, 0) + other.get(uuid, 0) for uuid in one.keys() | other.keys()}
+
+
+def beyond(one: Bytes, other: Bytes) -> dict[str, int]:
+    """What `one` has more than `other`, on the GPUs where it has more."""
+    return {uuid: more for uuid, count in one.items() if (more := count - other.get(uuid, 0)) > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLoad:
+    """What the policy knows of GPU memory; empty where there is no GPU or none can be asked."""
+
+    capacity: Bytes = field(default_factory=dict)
+    """Everything but what is foreign."""
+    now: Mapping[str, Bytes] = field(default_factory=dict)
+    """Instance → what it holds, or is about to."""
+    after: Mapping[str, Bytes] = field(default_factory=dict)
+    """Instance → what it will hold when the move under way has ended."""
+    needs: Mapping[str, Bytes] = field(default_factory=dict)
+    """Model → what an instance holds when it is ready; models of which that is not known are missing."""
+    asleep: Mapping[str, Bytes] = field(default_factory=dict)
+    """Model → what an instance holds when it sleeps; likewise."""
+    suspending_frees: bool = True
+    """False where suspended engines stay on the GPU."""
+    host_left: Mapping[tuple[str, Tier], int] = field(default_factory=dict)
+    """Instance and colder tier → what it would hold of host memory there; below 0 where its image goes too."""
+    host_short: int = 0
+    """How much less host memory is free than is to be left, as it was read; below 0 where there is more."""
+    guessed: frozenset[str] = frozenset()
+    """Models whose need of host memory is a guess."""
+
+    def held_on(self, tier: Tier, instance: Instance) -> Bytes | None:
+        """What a resting instance would hold on a colder rung; None where that is not known."""
+        gpus = self._held_of_gpus(tier, instance)
+        if gpus is None or HOST not in self.capacity:
+            return gpus
+        return {**gpus, HOST: self.host_left[instance.id, tier]}
+
+    def _held_of_gpus(self, tier: Tier, instance: Instance) -> Bytes | None:
+        if self.capacity.keys() == {HOST}:
+            return NOTHING
+        if tier <= Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
+            return self.asleep.get(instance.model)
+        return NOTHING
+
+
+class _Trail:
+    """What an engine held in the same situation again and again, in bytes."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self._recent = deque([first], maxlen=_RECENT)
+
+    def add(self, count: int) -> None:
+        self._recent.append(count)
+
+    def growth_bytes(self) -> int:
+        # What is left behind is there every time; what a request takes for a moment is not.
+        return min(self._recent) - self.first if len(self._recent) == _RECENT else 0
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is known of one engine since it was started or restored."""
+
+    held: Bytes = field(default_factory=dict)
+    """As it was last weighed, or as is expected of the rung it has reached since."""
+    trails: dict[str, _Trail] = field(default_factory=dict)
+    """Kind (`READY`, `SLEEPING`) → what it held whenever it had just got there, over all GPUs."""
+    fresh: bool = True
+    """It has not been weighed awake since it woke."""
+    cycles: int = 0
+    told: bool = False
+    """That it has grown was logged."""
+
+
+class GpuLedger:
+    """All accounts of one pool. `creep_bytes`: how much an engine may grow before it is worn; 0 is any amount."""
+
+    def __init__(self, creep_bytes: int) -> None:
+        self._creep_bytes = creep_bytes
+        self.suspending_frees = True
+        self.gpus: Sequence[GpuMemory] = ()
+        """As they were last read."""
+        self.foreign: dict[str, int] = {}
+        """Held by none of ours."""
+        self._accounts: dict[str, _Account] = {}
+        self._learned: dict[str, dict[str, Bytes]] = {READY: {}, SLEEPING: {}}
+        self._measured: set[str] = set()
+        """The models whose need was seen here."""
+        self._configured: dict[str, tuple[int, Sequence[int]]] = {}
+
+    # --- what a model needs ---
+
+    def configure(self, model: str, size_bytes: int | None, indices: Sequence[int]) -> None:
+        """What an engine is said to take on each of some GPUs, until it is known better; None: nothing is said."""
+        self._configured.pop(model, None)
+        if size_bytes is not None:
+            self._configured[model] = size_bytes, indices
+
+    def unlearn(self, model: str) -> None:
+        """Forget what was known of a model: it has other engines now, or is gone."""
+        self._configured.pop(model, None)
+        self._measured.discard(model)
+        for learned in self._learned.values():
+            learned.pop(model, None)
+
+    def learn(self, model: str, figures: Any) -> None:
+        """Take over what a manifest says (`figures` of an earlier run); what is not of that form is passed over."""
+        if not isinstance(figures, dict):
+            return
+        for kind, learned in self._learned.items():
+            found = figures.get(kind)
+            if isinstance(found, dict) and found and all(type(n) is int and n > 0 for n in found.values()):
+                learned.setdefault(model, {str(uuid): count for uuid, count in found.items()})
+
+    def knows(self, model: str, kind: str) -> bool:
+        """Whether what the model holds awake (`READY`) or asleep (`SLEEPING`) was ever measured."""
+        return model in self._learned[kind]
+
+    def figures(self, model: str) -> dict[str, dict[str, int]]:
+        """What is known from measurements, for a manifest: ``{"ready": {UUID: bytes}, "sleeping": {…}}``."""
+        return {kind: dict(learned[model]) for kind, learned in self._learned.items() if model in learned}
+
+    def need(self, model: str) -> Bytes | None:
+        """What an instance of the model holds when it is ready; None where that is not known."""
+        known = self._here(self._learned[READY].get(model))
+        if known or model not in self._configured:
+            return known
+        size_bytes, indices = self._configured[model]
+        return {gpu.uuid: size_bytes for gpu in self.gpus if gpu.index in indices} or None
+
+    def asleep(self, model: str) -> Bytes | None:
+        """What an instance of the model holds when it sleeps; None where that is not known."""
+        return self._here(self._learned[SLEEPING].get(model))
+
+    def _here(self, known: Bytes | None) -> Bytes | None:
+        """On the GPUs of this host: where there is only one, an image of another host can only mean that one."""
+        if not known:
+            return None
+        if len(self.gpus) == 1:
+            return {self.gpus[0].uuid: sum(known.values())}
+        present = {gpu.uuid for gpu in self.gpus}
+        return {uuid: count for uuid, count in known.items() if uuid in present} or None
+
+    # --- what an instance holds ---
+
+    def began(self, instance: Instance) -> None:
+        """It was started or restored: an engine that nothing is known of yet."""
+        if self.worn(instance):
+            self._measured.discard(instance.model)  # what it needed is more than a fresh one needs
+        self._accounts[instance.id] = _Account()
+
+    def woke(self, instance: Instance) -> None:
+        """It came back from asleep or suspended."""
+        account = self._account(instance)
+        account.cycles += 1
+        account.fresh = True
+        account.held = self.need(instance.model) or account.held
+
+    def arrived(self, instance: Instance, tier: Tier) -> None:
+        """It stepped down; until it is weighed it holds what is expected there."""
+        account = self._account(instance)
+        if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
+            account.held = self.asleep(instance.model) or account.held
+        else:
+            account.held = NOTHING
+
+    def forget(self, instance_id: str) -> None:
+        """It is gone."""
+        self._accounts.pop(instance_id, None)
+
+    def _account(self, instance: Instance) -> _Account:
+        return self._accounts.setdefault(instance.id, _Account())
+
+    def weigh(self, instance: Instance, held: Bytes, *, outgoing: bool = False) -> None:
+        """Write down what a resting instance was seen to hold; one that is `outgoing` says nothing about its model."""
+        kind = _KINDS.get(instance.state)
+        if kind is not None and not any(held.values()):
+            return  # NVML had no answer, or the engine runs on the CPU
+        account = self._account(instance)
+        account.held = dict(held)
+        if outgoing:
+            return
+        if kind == READY:
+            # The most of its run: under load an engine holds more than just after a wake.
+            before = self._learned[READY].get(instance.model, NOTHING) if instance.model in self._measured else NOTHING
+            most = {uuid: max(held.get(uuid, 0), before.get(uuid, 0)) for uuid in held.keys() | before.keys()}
+            self._learned[READY][instance.model] = most
+            self._measured.add(instance.model)
+            self._follow_ready(account, instance, sum(held.values()))
+        elif kind == SLEEPING:
+            self._learned[SLEEPING][instance.model] = dict(held)
+            self._follow(account, SLEEPING, sum(held.values()))
+
+    def _follow_ready(self, account: _Account, instance: Instance, total: int) -> None:
+        if account.fresh:
+            account.fresh = False
+            self._follow(account, READY, total)
+        elif account.cycles == 0 and Tier.SLEEPING in instance.barred:
+            # One without a sleep mode keeps what its requests took.
+            account.trails[READY].first = max(account.trails[READY].first, total)
+
+    def _follow(self, account: _Account, kind: str, total: int) -> None:
+        if kind in account.trails:
+            account.trails[kind].add(total)
+        else:
+            account.trails[kind] = _Trail(total)
+
+    def read(self, gpus: Sequence[GpuMemory], ours: Iterable[tuple[Instance, Bytes]], *, settled: bool) -> None:
+        """Write down what the GPUs say, and what each of our engines was seen to hold at about the same time.
+
+        What is foreign is only taken from a time in which nothing moved (`settled`), once it is known at all.
+        """
+        self.gpus = tuple(gpus)
+        if self.foreign and not settled:
+            return
+        total: Bytes = {}
+        for instance, held in ours:
+            # Where NVML cannot tell processes apart, what is expected of an engine is not foreign either.
+            total = plus(total, held if any(held.values()) else self.charge(instance))
+        self.foreign = {gpu.uuid: max(0, gpu.used_bytes - total.get(gpu.uuid, 0)) for gpu in gpus}
+
+    def charge(self, instance: Instance) -> Bytes:
+        """What an instance holds of the GPUs, or is about to hold."""
+        state = instance.state
+        if state in HOLDS_NOTHING:
+            return NOTHING
+        account = self._accounts.get(instance.id)
+        held = account.held if account is not None else NOTHING
+        if state is State.WAKING:
+            need = self.need(instance.model) or NOTHING
+            return {uuid: max(held.get(uuid, 0), need.get(uuid, 0)) for uuid in held.keys() | need.keys()}
+        if held:
+            return held
+        kind = _KINDS.get(state)
+        if kind == READY or state is State.FALLING_ASLEEP:
+            return self.need(instance.model) or NOTHING
+        if kind == SLEEPING:
+            return self.asleep(instance.model) or self.need(instance.model) or NOTHING
+        return NOTHING
+
+    def _charge_after(self, instance: Instance) -> Bytes:
+        match instance.state:
+            case State.FALLING_ASLEEP:
+                return self.asleep(instance.model) or self.charge(instance)
+            case State.SUSPENDING if not self.suspending_frees:
+                return self.charge(instance)
+            case State.SUSPENDING | State.CHECKPOINTING | State.BROKEN | State.STOPPING:
+                return NOTHING
+            case _:
+                return self.charge(instance)
+
+    def cycles(self, instance: Instance) -> int:
+        """How often it came back from asleep or suspended since it was started or restored."""
+        account = self._accounts.get(instance.id)
+        return account.cycles if account is not None else 0
+
+    def growth_bytes(self, instance: Instance) -> int:
+        """How much more it holds than at first, just woken or asleep, over all GPUs."""
+        account = self._accounts.get(instance.id)
+        trails = account.trails.values() if account is not None else ()
+        return max(0, *(trail.growth_bytes() for trail in trails), 0)
+
+    def worn(self, instance: Instance) -> bool:
+        """Whether it has grown so much that it should be replaced by a fresh one."""
+        return 0 < self._creep_bytes < self.growth_bytes(instance)
+
+    def newly_worn(self, instance: Instance) -> bool:
+        """Whether it is worn and nobody has been told."""
+        account = self._accounts.get(instance.id)
+        if account is None or account.told or not self.worn(instance):
+            return False
+        account.told = True
+        return True
+
+    def expected(self, instance: Instance, tier: Tier) -> Bytes:
+        """What it should hold on its own rung, or on one below."""
+        if instance.state is State.SLEEPING and tier is Tier.SLEEPING:
+            return self.charge(instance)
+        if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
+            return self.asleep(instance.model) or self.charge(instance)
+        return NOTHING
+
+    def leaked_bytes(self, instance: Instance, expected: Bytes) -> int:
+        """How much more than expected it was seen to hold; 0 for what is within the measure's own noise."""
+        excess = sum(beyond(self.charge(instance), expected).values())
+        return excess if excess > MAX_EXCESS_BYTES else 0
+
+    # --- everything together ---
+
+    def load(self, instances: Iterable[Instance]) -> GpuLoad:
+        """What the policy decides by."""
+        if not self.gpus:
+            return EMPTY
+        everyone = list(instances)
+        models = {instance.model for instance in everyone} | self._learned[READY].keys() | self._configured.keys()
+        return GpuLoad(
+            capacity={gpu.uuid: gpu.total_bytes - self.foreign.get(gpu.uuid, 0) for gpu in self.gpus},
+            now={instance.id: self.charge(instance) for instance in everyone},
+            after={instance.id: self._charge_after(instance) for instance in everyone},
+            needs={model: need for model in models if (need := self.need(model))},
+            asleep={model: held for model in models if (held := self.asleep(model))},
+            suspending_frees=self.suspending_frees,
+        )
+
+    def charged(self, instances: Iterable[Instance]) -> Bytes:
+        """What all of them hold together."""
+        total: Bytes = {}
+        for instance in instances:
+            total = plus(total, self.charge(instance))
+        return total
+
+
+EMPTY: Final = GpuLoad()

@@ -1,0 +1,200 @@
+"""GPU memory as it is: weighed after every move and now and then, and looked after when others make room."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from proxy.pool import gpu_accounting, policy
+from proxy.pool.instance import RESTING, State
+from proxy.pool.model import handle_of
+from proxy.telemetry.overdue import GIVE_UP_S
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from proxy.gpu.cuda import GpuMemory, Gpus
+    from proxy.pool.gpu_accounting import Bytes, GpuLedger
+    from proxy.pool.model import Evictions, Model, Slot
+    from proxy.telemetry.metrics import Metrics
+
+log = logging.getLogger("warmpool.pool")
+
+_LOOK_S = 30.0
+"""How long NVML may take."""
+_MAKE_SURE_S = 120.0
+"""How long a wake may wait for memory that does not come free."""
+_WEIGH_EVERY_S = 5.0
+"""How often GPU memory is looked at when nothing moves: other programs come and go, engines grow."""
+
+
+class GpuWatch:
+    """Feeds the ledger. `gpus`: None where there is nothing to weigh.
+
+    `everyone`: all models, those that go among them; `step_down` begins a step, `give_up` ends an engine that is of no
+    use, `changed` is called after each weighing.
+    """
+
+    def __init__(
+        self,
+        gpus: Gpus | None,
+        ledger: GpuLedger,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float],
+        everyone: Callable[[], Iterable[Model]],
+        step_down: Callable[[policy.StepDown], asyncio.Task[None]],
+        give_up: Callable[[Model, Slot], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._gpus, self._ledger, self._metrics = gpus, ledger, metrics
+        self._clock, self._everyone = clock, everyone
+        self._step_down, self._give_up, self._changed = step_down, give_up, changed
+        self.due = asyncio.Event()
+        """Set when something moved."""
+        self._weigher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Weigh, and go on weighing; nothing where NVML cannot be asked."""
+        if self._gpus is not None and self._gpus.measurable:
+            self._ledger.suspending_frees = self._gpus.usable
+            await self.weigh()
+            self._weigher = asyncio.create_task(self._keep_weighing(), name="weigh")
+
+    async def stop(self) -> None:
+        """No more weighing."""
+        if self._weigher is not None:
+            self._weigher.cancel()
+            await asyncio.wait([self._weigher], timeout=GIVE_UP_S)
+
+    async def _keep_weighing(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WEIGH_EVERY_S):
+                    await self.due.wait()
+            self.due.clear()
+            await self.weigh()
+            self._changed()
+
+    async def weigh(self) -> None:
+        """Write down what the GPUs and our engines hold; nothing where that cannot be learned."""
+        try:
+            if self._gpus is not None:
+                async with asyncio.timeout(_LOOK_S):
+                    await self._weigh_all(self._gpus)
+        except Exception:
+            log.exception("GPU memory could not be weighed")
+
+    async def _weigh_all(self, gpus: Gpus) -> None:
+        seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
+        readings = asyncio.gather(*(m.runtime.gpu_bytes(handle_of(s)) for m, s, _, _ in seen))
+        memory, held = await asyncio.gather(gpus.memory(), readings)
+        if not memory:
+            return
+        settled = [s for _, s in self._live()] == [s for _, s, _, _ in seen]
+        for (model, slot, state, generation), count in zip(seen, held, strict=True):
+            instance = slot.instance
+            same = instance.state is state and instance.generation == generation and instance.id in model.slots
+            settled = settled and same and (state in RESTING or state is State.RETIRING)
+            if same:
+                self._ledger.weigh(instance, count, outgoing=model.leaving)
+                self._tell_if_worn(slot)
+        ours = [(slot.instance, count) for (_, slot, _, _), count in zip(seen, held, strict=True)]
+        self._ledger.read(memory, ours, settled=settled)
+        self._publish_gpus()
+
+    def _live(self) -> list[tuple[Model, Slot]]:
+        """The instances that have processes."""
+        return [
+            (m, s)
+            for m in self._everyone()
+            for s in m.slots.values()
+            if s.handle is not None and s.instance.state not in gpu_accounting.HOLDS_NOTHING
+        ]
+
+    def _tell_if_worn(self, slot: Slot) -> None:
+        instance = slot.instance
+        if self._ledger.newly_worn(instance):
+            log.warning(
+                "%s holds %d MiB more of the GPU than at first, after %d cycles: %s",
+                instance.id,
+                self._ledger.growth_bytes(instance) >> 20,
+                self._ledger.cycles(instance),
+                "it is replaced from its checkpoint when it is idle" if slot.renewable else "it has no checkpoint",
+            )
+
+    async def weigh_once(self, model: Model, slot: Slot, kind: str) -> None:
+        """Learn what a model holds awake or asleep in passing, where that was never seen."""
+        if self._gpus is not None and not model.leaving and not self._ledger.knows(model.key, kind):
+            self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(slot)))})
+
+    async def make_sure(self, evictions: Evictions) -> None:
+        """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
+        try:
+            if evictions.needed:
+                async with asyncio.timeout(_MAKE_SURE_S):
+                    if await self._lacking(evictions.needed):
+                        await self._find_room(evictions)
+        except Exception:
+            log.exception("GPU memory could not be looked at")
+
+    async def _find_room(self, evictions: Evictions) -> None:
+        # One that fell asleep would go off the GPU behind the wake: now, so that there may be enough.
+        slots = {s.instance.id: (m, s) for m, s in self._live() if s.instance.id in evictions.expected}
+        victims = [slots[i] for i in evictions.tasks if i in slots]
+        for model, slot in victims:
+            if policy.may_suspend(slot.instance, model.view(), self._clock()):
+                self._step_down(policy.StepDown(slot.instance, Tier.SUSPENDED, "evict"))
+        leaving = [s.task for _, s in victims if s.instance.state is State.SUSPENDING and s.task is not None]
+        if leaving:
+            await asyncio.wait(leaving)
+        await self.weigh()
+        if not await self._lacking(evictions.needed):
+            return
+        stopping = []
+        for instance_id, (model, slot) in slots.items():
+            if slot.instance.state not in (State.SLEEPING, State.SUSPENDED):
+                continue
+            leaked = self._ledger.leaked_bytes(slot.instance, evictions.expected[instance_id])
+            if leaked:
+                log.error("%s holds %d MiB more of the GPU than expected: stopped", instance_id, leaked >> 20)
+                self._metrics.gpu_leaks.labels(model.key).inc()
+                self._give_up(model, slot)
+                stopping += [slot.task] if slot.task is not None else []
+        if stopping:
+            await asyncio.wait(stopping)
+        if lacking := await self._lacking(evictions.needed):
+            log.warning("%d MiB of GPU memory are still missing for the next wake", sum(lacking.values()) >> 20)
+
+    async def _lacking(self, needed: Bytes) -> dict[str, int]:
+        """What is not free of what is needed; nothing where NVML does not answer."""
+        memory: list[GpuMemory] = await self._gpus.memory() if self._gpus is not None else []
+        return gpu_accounting.beyond(needed, {g.uuid: g.free_bytes for g in memory}) if memory else {}
+
+    def _publish_gpus(self) -> None:
+        for gpu in self.status():
+            for kind in ("total", "used", "foreign", "charged"):
+                self._metrics.gpu_memory.labels(str(gpu["index"]), kind).set(gpu[f"{kind}_bytes"])
+        for model in self._everyone():
+            if not model.leaving:
+                held = sum(self._ledger.charged(model.instances()).values())
+                self._metrics.instance_gpu.labels(model.key).set(held)
+
+    def status(self) -> list[dict[str, Any]]:
+        """For `/admin/status`: every GPU, and whose its memory is."""
+        charged = self._ledger.charged(i for m in self._everyone() for i in m.instances())
+        return [
+            {
+                "index": gpu.index,
+                "name": gpu.name,
+                "uuid": gpu.uuid,
+                "total_bytes": gpu.total_bytes,
+                "used_bytes": gpu.used_bytes,
+                "foreign_bytes": self._ledger.foreign.get(gpu.uuid, 0),
+                "charged_bytes": charged.get(gpu.uuid, 0),
+            }
+            for gpu in self._ledger.gpus
+        ]

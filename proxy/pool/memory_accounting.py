@@ -1,0 +1,202 @@
+"""Host memory as far as the pool knows it: what is free, which instance holds how much, what a model needs.
+
+Pure bookkeeping, as `gpu_ledger`; `load` adds it to what that knows, as one more place that is held and freed. What a
+model needs is learned from its last run, before that from its checkpoint, before that from the setting `host_memory`,
+and before that taken to be as much as the largest of the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from proxy.pool.gpu_accounting import HOLDS_NOTHING, HOST, GpuLoad
+from proxy.pool.instance import State
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from proxy.host.facts import Memory
+    from proxy.pool.instance import Instance
+
+_TIERS: Final[Mapping[State, Tier]] = {
+    State.READY: Tier.READY,
+    State.RETIRING: Tier.READY,
+    State.SLEEPING: Tier.SLEEPING,
+    State.SUSPENDED: Tier.SUSPENDED,
+}
+_GOING: Final = frozenset({State.BROKEN, State.STOPPING})
+
+
+class MemoryLedger:
+    """The accounts of one pool. `reserve_bytes` are left free."""
+
+    def __init__(self) -> None:
+        self.memory: Memory | None = None
+        """As it was last read; None where it plays no part."""
+        self._held_then = 0
+        """What our engines held at about that time; those that have ended since have given it back."""
+        self.reserve_bytes = 0
+        self._seen: dict[str, tuple[int, int]] = {}
+        """Instance → the generation in which it was weighed, and what its processes held."""
+        self._learned: dict[Tier, dict[str, int]] = {tier: {} for tier in (Tier.READY, Tier.SLEEPING, Tier.SUSPENDED)}
+        self._measured: set[str] = set()
+        self._models: set[str] = set()
+        self._configured: dict[str, int] = {}
+        self._images: dict[str, int] = {}
+        """Model → the size of an image of its own on tmpfs."""
+
+    def configure(self, model: str, size_bytes: int | None) -> None:
+        """What an engine is said to take, until it is known better; None: nothing is said."""
+        self._models.add(model)
+        self._configured.pop(model, None)
+        if size_bytes is not None:
+            self._configured[model] = size_bytes
+
+    def unlearn(self, model: str) -> None:
+        """Forget a model: it has other engines now, or is gone."""
+        self._measured.discard(model)
+        self._models.discard(model)
+        for known in (*self._learned.values(), self._configured, self._images):
+            known.pop(model, None)
+
+    def learn(self, model: str, engine_bytes: int, image_bytes: int) -> None:
+        """What a checkpoint says of its model."""
+        if engine_bytes > 0:
+            self._learned[Tier.READY].setdefault(model, engine_bytes)
+        self._images[model] = image_bytes
+
+    def knows_image(self, model: str) -> bool:
+        """Whether the size of its image is known."""
+        return model in self._images
+
+    def need(self, model: str) -> int | None:
+        """What an instance holds when it is ready; None where that is not known."""
+        return self._learned[Tier.READY].get(model, self._configured.get(model))
+
+    def read(self, memory: Memory, held_bytes: int) -> None:
+        """Write down what there is, and what all our engines together held at about the same time."""
+        self.memory, self._held_then = memory, held_bytes
+
+    @property
+    def is_short(self) -> bool:
+        """Whether less is free than is to be left."""
+        return self.memory is not None and self.memory.available_bytes < self.reserve_bytes
+
+    def broke(self, model: str) -> None:
+        """An engine of it broke: what it held says nothing of the next one."""
+        if model in self._measured:
+            self._measured.discard(model)
+            self._learned[Tier.READY].pop(model, None)
+            self._images.pop(model, None)  # and so its checkpoint is asked again
+
+    def weigh(self, instance: Instance, held_bytes: int, *, outgoing: bool = False) -> None:
+        """Write down what an instance's processes were seen to hold; an `outgoing` one says nothing of its model."""
+        self._seen[instance.id] = instance.generation, held_bytes
+        tier = _TIERS.get(instance.state)
+        if tier is None or outgoing or not held_bytes:
+            return
+        learned = self._learned[tier]
+        if tier is Tier.READY and instance.model in self._measured:
+            held_bytes = max(held_bytes, learned.get(instance.model, 0))
+        elif tier is Tier.READY:
+            self._measured.add(instance.model)
+        learned[instance.model] = held_bytes
+
+    def forget(self, instance_id: str) -> None:
+        """It is gone."""
+        self._seen.pop(instance_id, None)
+
+    def held(self, instance: Instance) -> int:
+        """What its processes hold, as far as it was seen."""
+        generation, seen = self._seen.get(instance.id, (-1, 0))
+        if instance.state in HOLDS_NOTHING:
+            return 0
+        # One that wakes with the engine it had holds what it held.
+        wakes_on = instance.state is State.WAKING and (instance.waking_from or Tier.STOPPED) < Tier.CHECKPOINTED
+        if generation == instance.generation or (wakes_on and generation == instance.generation - 1):
+            return seen
+        return 0
+
+    def _charge(self, instance: Instance) -> int:
+        """What it holds or is about to."""
+        held = self.held(instance)
+        unseen = instance.state in _TIERS and not held
+        if instance.state is not State.WAKING and not unseen:
+            return held
+        need = self.need(instance.model)
+        return max(held, need if need is not None else self._guess())
+
+    def _guess(self) -> int:
+        return max(self._learned[Tier.READY].values(), default=0)
+
+    def lacking(self, instance: Instance) -> int:
+        """How much less is free now than a wake from an image or from nothing needs; 0 where that is not known."""
+        need = self.need(instance.model)
+        if self.memory is None or need is None:
+            return 0
+        return max(0, need - self.held(instance) - self.memory.available_bytes)
+
+    def load(self, gpus: GpuLoad, instances: Iterable[Instance], images: Mapping[str, tuple[bool, bool]]) -> GpuLoad:
+        """What the policy decides by. `images`: instance → whether it has an image, and whether that is its own."""
+        if self.memory is None:
+            return gpus
+        everyone = list(instances)
+        free = self.memory.available_bytes - self.reserve_bytes
+        left: dict[tuple[str, Tier], int] = {}
+        after: dict[str, int] = {}
+        for instance in everyone:
+            present, own = images[instance.id]
+            tiers = self._left(instance, gpus, present=present, own=own)
+            left |= {(instance.id, tier): count for tier, count in tiers.items()}
+            going_to = _target(instance)
+            after[instance.id] = self._charge(instance) if going_to is None else tiers[going_to]
+        models = self._models | {i.model for i in everyone}
+        guess = self._guess()
+        needs = {model: need for model in models if (need := self.need(model))}
+        guessed = frozenset(models - needs.keys())
+        if guess:
+            needs |= dict.fromkeys(guessed, guess)
+        return replace(
+            gpus,
+            capacity={**gpus.capacity, HOST: free + self._held_then},
+            now={i.id: {**gpus.now.get(i.id, {}), HOST: self._charge(i)} for i in everyone},
+            after={i.id: {**gpus.after.get(i.id, {}), HOST: after[i.id]} for i in everyone},
+            needs={m: {**gpus.needs.get(m, {}), **({HOST: needs[m]} if m in needs else {})} for m in models},
+            host_left=left,
+            host_short=-free - max(0, self._held_then - sum(map(self.held, everyone))),
+            guessed=guessed,
+        )
+
+    def _left(self, instance: Instance, gpus: GpuLoad, *, present: bool, own: bool) -> dict[Tier, int]:
+        """What it holds on each tier below; less than nothing where its image goes too."""
+        held = self._charge(instance)
+        on_gpus = sum(gpus.after.get(instance.id, {}).values()) if gpus.suspending_frees else 0
+        asleep = self._learned[Tier.SLEEPING].get(instance.model, held)
+        image = self._images.get(instance.model, 0) if present and own else 0
+        return {
+            Tier.SLEEPING: asleep,
+            # CUDA's state goes from the GPU to the processes' own memory.
+            Tier.SUSPENDED: self._learned[Tier.SUSPENDED].get(instance.model, held + on_gpus),
+            Tier.CHECKPOINTED: 0 if present else held,
+            Tier.ARCHIVED: -image,
+            Tier.STOPPED: -image,
+        }
+
+
+def _target(instance: Instance) -> Tier | None:
+    """Where an instance on its way down is going."""
+    match instance.state:
+        case State.FALLING_ASLEEP:
+            return Tier.SLEEPING
+        case State.SUSPENDING:
+            return Tier.SUSPENDED
+        case State.CHECKPOINTING:
+            return Tier.CHECKPOINTED
+        case State.ARCHIVING:
+            return Tier.ARCHIVED
+        case state if state in _GOING:
+            return Tier.STOPPED
+        case _:
+            return None

@@ -1,0 +1,123 @@
+"""Host memory as it is: read now and then, and oftener while something moves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from proxy.pool.gpu_accounting import HOLDS_NOTHING
+from proxy.pool.model import handle_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from proxy.host.facts import Memory
+    from proxy.pool.memory_accounting import MemoryLedger
+    from proxy.pool.model import Model, Slot
+    from proxy.telemetry.metrics import Metrics
+
+log = logging.getLogger("warmpool.pool")
+
+_LOOK_EVERY_S: Final = 1.0
+"""How often the host is asked what is free."""
+_LOOKS: Final = 5
+"""So many of these, and all engines are asked what they hold; at once when something moved."""
+
+
+class MemoryWatch:
+    """Feeds the ledger. `read`: None where host memory plays no part; `changed` is called after each reading."""
+
+    def __init__(
+        self,
+        read: Callable[[], Memory] | None,
+        ledger: MemoryLedger,
+        metrics: Metrics,
+        *,
+        everyone: Callable[[], Iterable[Model]],
+        changed: Callable[[], None],
+    ) -> None:
+        self._read, self._ledger, self._metrics = read, ledger, metrics
+        self._everyone, self._changed = everyone, changed
+        self.due = asyncio.Event()
+        """Set when something moved."""
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read, and go on reading."""
+        if self._read is not None:
+            await self.weigh()
+            self._watcher = asyncio.create_task(self._keep_weighing(), name="weigh host memory")
+
+    async def stop(self) -> None:
+        """No more readings."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+
+    async def _keep_weighing(self) -> None:
+        looks = 0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self.due.wait()
+            looks = 0 if self.due.is_set() else (looks + 1) % _LOOKS
+            self.due.clear()
+            if looks:
+                await self._look()
+            else:
+                await self.weigh()
+            if not looks or self._ledger.is_short:
+                self._changed()
+
+    async def _look(self) -> None:
+        """Only what is free."""
+        try:
+            if self._read is not None:
+                memory = await asyncio.to_thread(self._read)
+                self._ledger.read(memory, sum(self._ledger.held(s.instance) for _, s in self._live()))
+        except Exception:
+            log.exception("host memory could not be read")
+
+    async def weigh(self) -> None:
+        """Write down what there is and what our engines hold; nothing where that cannot be learned."""
+        try:
+            if self._read is not None:
+                await self._weigh_all(self._read)
+        except Exception:
+            log.exception("host memory could not be read")
+
+    async def _weigh_all(self, read: Callable[[], Memory]) -> None:
+        seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
+        # In this order: what an engine takes in between is within the reserve, and must not count twice.
+        memory = await asyncio.to_thread(read)
+        held = await asyncio.gather(*(m.runtime.host_bytes(handle_of(s)) for m, s, _, _ in seen))
+        self._ledger.read(memory, sum(held))
+        for (model, slot, state, generation), count in zip(seen, held, strict=True):
+            instance = slot.instance
+            if instance.state is state and instance.generation == generation and instance.id in model.slots:
+                self._ledger.weigh(instance, count, outgoing=model.leaving)
+        for model in self._everyone():
+            if not self._ledger.knows_image(model.key) and any(s.image.present for s in model.slots.values()):
+                found = await model.runtime.footprint(model.key)
+                if found is not None:
+                    self._ledger.learn(model.key, found.engine, found.image)
+        self._publish()
+
+    def _live(self) -> list[tuple[Model, Slot]]:
+        return [
+            (m, s)
+            for m in self._everyone()
+            for s in m.slots.values()
+            if s.handle is not None and s.instance.state not in HOLDS_NOTHING
+        ]
+
+    def _publish(self) -> None:
+        if (memory := self._ledger.memory) is None:
+            return
+        self._metrics.host_memory.labels("total").set(memory.total_bytes)
+        self._metrics.host_memory.labels("available").set(memory.available_bytes)
+        for model in self._everyone():
+            if not model.leaving:
+                self._metrics.instance_host.labels(model.key).set(sum(map(self._ledger.held, model.instances())))

@@ -1,0 +1,392 @@
+"""What the pool keeps of models, of instances and of those who wait for one, with the small questions about them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
+
+from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure
+from proxy.pool import policy, wake_failure
+from proxy.pool.instance import State
+from proxy.pool.wait_queue import Line
+from proxy.telemetry.overdue import GIVE_UP_S
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable, Mapping
+    from types import TracebackType
+
+    from proxy.config.settings import ModelSettings, Settings
+    from proxy.engine.client import EngineClient
+    from proxy.pool.gpu_accounting import Bytes, GpuLedger
+    from proxy.pool.instance import Instance, WakeRecord
+    from proxy.pool.memory_accounting import MemoryLedger
+    from proxy.pool.wake_failure import WakeFailure
+    from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
+
+log = logging.getLogger("warmpool.pool")
+
+T = TypeVar("T")
+
+_COUNTED = 256
+_LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
+
+
+@dataclass(slots=True)
+class Image:
+    """What the pool knows of an image; one for all instances of a model where the runtime shares them."""
+
+    present: bool = False
+    archived: bool = False
+    """It is in the archive, and has to be brought back to tmpfs first."""
+    failures: int = 0
+    """Restores that failed, in a row."""
+    sleep_level: int = 0
+    canary: str | None = None
+    canary_checked: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes it or moves it."""
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes the copy of the weights."""
+    verification: asyncio.Task[None] | None = None
+    """Its files are read after a restore that failed."""
+
+
+class Order:
+    """An operator's order to an instance to go down to a rung."""
+
+    __slots__ = ("_ended", "found", "instance_id", "to")
+
+    def __init__(self, instance_id: str, found: Tier, to: Tier) -> None:
+        self.instance_id = instance_id
+        self.found = found
+        """Where the instance was when the order came; ready, if it was being woken."""
+        self.to = to
+        self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def open(self) -> bool:
+        """Whether it has still to come true."""
+        return not self._ended.done()
+
+    def end(self, failure: str | None = None) -> None:
+        """It came true, or could not."""
+        if self.open:
+            self._ended.set_result(failure)
+
+    async def carried_out(self) -> None:
+        """Return when the instance is there. Raises OrderFailedError; cancelling does not take the order back."""
+        failure = await asyncio.shield(self._ended)
+        if failure is not None:
+            raise OrderFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")
+
+
+@dataclass(slots=True)
+class Slot:
+    """An instance with what the pool holds of it."""
+
+    # "good": there is a copy of the weights that fits this engine; "lost": there was one.
+
+    instance: Instance
+    image: Image
+    handle: Handle | None = None
+    client: EngineClient | None = None
+    task: asyncio.Task[None] | None = None
+    """The one move under way."""
+    watcher: asyncio.Task[str] | None = None
+    """Ends when the engine does."""
+    canary: str | None = None
+    """What the running engine answers."""
+    unproven: bool = False
+    """It was restored, and was not given fresh randomness nor asked for its canary, if that is due, since."""
+    warmup: list[dict[str, float]] = field(default_factory=list)
+    weights_copy: Literal["none", "good", "lost"] = "none"
+    failed_steps: int = 0
+    """Steps down that failed without harm, in a row."""
+    discards_image: bool = False
+    """Removing it deletes the image that it shares."""
+    loading: bool = False
+    """Started from nothing and not healthy yet: another warmpool could go on from here."""
+    order: Order | None = None
+    """What an operator wants of it and has not come true yet."""
+    wake_began: float = 0.0
+
+    @property
+    def renewable(self) -> bool:
+        """Whether its processes can be had again from an image."""
+        return self.image.present and not self.image.archived
+
+
+class _Lender(Protocol):
+    """Who gives leases."""
+
+    def lease_ended(self, slot: Slot, generation: int) -> None: ...
+
+    async def examine(self, slot: Slot, generation: int) -> None: ...
+
+
+class Lease:
+    """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
+
+    __slots__ = ("_pool", "_slot", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
+
+    def __init__(self, pool: _Lender, slot: Slot, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
+        assert slot.client is not None  # noqa: S101 - ready instances have one
+        self._pool: _Lender | None = pool
+        self._slot = slot
+        self.client = slot.client
+        self.model = slot.instance.model
+        self.instance_id = slot.instance.id
+        self.generation = slot.instance.generation
+        self.found = found
+        """What the request found when it came."""
+        self.queue_s = queue_s
+        """How long it waited, beside the wake."""
+        self.wake = wake
+        """The wake it waited for, if it did."""
+
+    def release(self) -> None:
+        """Give the instance back."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.lease_ended(self._slot, self.generation)
+
+    async def suspect(self) -> None:
+        """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
+        if self._pool is not None:
+            await self._pool.examine(self._slot, self.generation)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    granted: asyncio.Future[Lease]
+    since: float
+    found: Tier
+    preferred: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evictions:
+    """What a wake waits for, and what it expects of it."""
+
+    tasks: Mapping[str, asyncio.Task[None]]
+    """The victims' ids, and their way down."""
+    needed: Bytes
+    """GPU memory that has to be free afterwards."""
+    expected: Mapping[str, Bytes]
+    """Instance → what it should hold by then."""
+
+
+NO_EVICTIONS = Evictions({}, {}, {})
+
+
+@dataclass(slots=True)
+class Model:
+    """A model with everything the pool keeps for it."""
+
+    key: str
+    settings: ModelSettings
+    served_name: str
+    runtime: Runtime
+    ledger: GpuLedger
+    memory: MemoryLedger
+    slots: dict[str, Slot] = field(default_factory=dict)
+    image: Image = field(default_factory=Image)
+    """The golden checkpoint, where the runtime shares images."""
+    queue: Line[Waiter] = field(default_factory=Line)
+    """In classes of priority; ranked by when they came, less the head start of their class."""
+    wanted: Counter[str] = field(default_factory=Counter)
+    """Instance → how many of those who wait would have it rather than another."""
+    failed_wakes: int = 0
+    """In a row."""
+    restock_at: float = -math.inf
+    start_at: float = -math.inf
+    """When an engine may be started again, whoever waits; later than now after a start that failed."""
+    failing: set[str] = field(default_factory=set)
+    """The instances whose last wake failed down to its cold start."""
+    last_failure: WakeFailure | None = None
+    reseed_gap: str | None = None
+    """Why its engines repeat random numbers after a restore, if they do."""
+    draining: bool = False
+    """Closed to new requests by an operator."""
+    discarding: bool = False
+    """Its golden checkpoint goes with its last instance."""
+    leaving: bool = False
+    """The configuration has it no more, or with other engines: its instances go after their last request."""
+    coming: bool = False
+    """Its one instance is made ready to take over from a model of the same key; nobody else may touch it."""
+    outdated: Outdated | None = None
+    """What has changed since its engines were started; they serve until others can take over."""
+    renewal: str = ""
+    """What becomes of those others, for people."""
+
+    @property
+    def timetable(self) -> Mapping[Tier, float]:
+        return self.settings.idle.timetable()
+
+    def instances(self) -> list[Instance]:
+        return [slot.instance for slot in self.slots.values()]
+
+    def view(self) -> policy.ModelView:
+        first = self.queue.first()
+        # Some may have been cancelled in this moment; among many they make no difference.
+        many = len(self.queue) > _COUNTED
+        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
+        return policy.ModelView(
+            key=self.key,
+            instances=self.instances(),
+            rungs=self.runtime.rungs().offered,
+            timetable={} if self.coming else self.timetable,
+            max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
+            min_ready=0 if self.leaving or self.coming else self.settings.min_ready,
+            max_concurrency=self.settings.max_concurrency,
+            waiting=waiting,
+            oldest_wait=first.since if waiting and first is not None else None,
+            draining=self.draining,
+            restock_at=self.restock_at,
+            start_at=self.start_at,
+            failing=frozenset(self.failing),
+            has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
+            worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
+            wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances(), i)},
+        )
+
+    def back_off(self, now: float) -> None:
+        """Start nothing for a while that nobody waits for; longer after each failure in a row."""
+        self.failed_wakes += 1
+        self.restock_at = now + wake_failure.delay_s(self.failed_wakes)
+
+    def end_back_off(self) -> None:
+        """The next start is as good as the first one."""
+        self.failed_wakes = 0
+        self.restock_at = self.start_at = -math.inf
+        self.failing.clear()
+
+
+def reset(image: Image) -> None:
+    """There is no image any more."""
+    image.present = image.archived = image.canary_checked = False
+    image.failures = 0
+    image.canary = None
+
+
+def hand_on(waiter: Waiter) -> None:
+    """Give back a lease that was granted in the moment its waiter was cancelled."""
+    granted = waiter.granted
+    if granted.done() and not granted.cancelled() and granted.exception() is None:
+        granted.result().release()
+
+
+def rungs_from(found: Tier, slot: Slot) -> list[Tier]:
+    """The rungs to try, warmest first."""
+    rungs = [] if found is Tier.STOPPED else [found]
+    if found < Tier.CHECKPOINTED and slot.image.present:
+        rungs.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
+    return [*rungs, Tier.STOPPED]
+
+
+def tier_found(slots: Iterable[Slot]) -> Tier:
+    """The rung that a request finds: that of the warmest instance. A broken one goes on from its image."""
+    slots = [*slots]
+    broken = [s.image for s in slots if s.instance.state is State.BROKEN and s.image.present]
+    images = (Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED for image in broken)
+    return min((policy.best_tier(s.instance for s in slots), *images))
+
+
+def image_of(facts: ImageFacts) -> Image:
+    return Image(True, facts.archived, sleep_level=facts.sleep_level, canary=facts.canary)
+
+
+def note_unexpected(instance: Instance, error: Exception) -> None:
+    """An error that no layer below promises is a bug: its stack belongs into the log."""
+    if not isinstance(error, EngineError | RuntimeFailure | TimeoutError):
+        log.error("%s: unexpected %r", instance.id, error, exc_info=error)
+
+
+def limit_s(model: ModelSettings, tier: Tier) -> float:
+    return model.start_timeout if tier is Tier.STOPPED else model.wake_timeout
+
+
+def too_slow(model: ModelSettings, tier: Tier) -> str:
+    """The reason of a wake that took longer than it may, by the name of its setting."""
+    setting = "start_timeout" if tier is Tier.STOPPED else "wake_timeout"
+    return f"no result within {setting} ({limit_s(model, tier):g} s)"
+
+
+def stop_grace_s(settings: Settings, runtime: str) -> float:
+    """How long an engine of a runtime may take to end by itself."""
+    return settings.runtime.podman.stop_grace if runtime == "podman" else settings.runtime.process.stop_grace
+
+
+def is_left(model: Model, slot: Slot) -> bool:
+    """Whether the engine goes on without us, for the next warmpool to adopt."""
+    if model.coming:
+        return False
+    fit = slot.instance.state in _LEFT_RUNNING or (slot.instance.state is State.WAKING and slot.loading)
+    return fit and slot.handle is not None and model.runtime.leave(slot.handle)
+
+
+def handle_of(slot: Slot) -> Handle:
+    assert slot.handle is not None  # noqa: S101 - an instance that was started has one
+    return slot.handle
+
+
+def client_of(slot: Slot) -> EngineClient:
+    assert slot.client is not None  # noqa: S101 - made with the handle
+    return slot.client
+
+
+_KILLED: Final = ("signal 9", "exit status 137", "out of memory")
+"""How the end of an engine is told that others ended."""
+
+
+async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or RuntimeFailure at once when the engine ends before, which its watcher learns."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task, *([watcher] if watcher is not None else [])], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        assert watcher is not None  # noqa: S101 - else the task would be done
+        how = watcher.result()
+        # Only others kill: the kernel for want of memory, or somebody by hand.
+        killed = any(word in how for word in _KILLED)
+        fault = Fault.HOST if killed else Fault.IMAGE
+        raise RuntimeFailure("start", f"the engine ended: {how}", fault=fault)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=GIVE_UP_S)
+
+
+async def until_it_listens(
+    runtime: Runtime, handle: Handle, watcher: asyncio.Task[str] | None, interval_s: float
+) -> None:
+    """Return when the engine itself listens on its port; nothing is sent there before.
+
+    Raises PortTakenError where another program does, also if that is why the engine has ended.
+    """
+
+    async def listens() -> None:
+        while not await runtime.listens(handle):
+            await asyncio.sleep(interval_s)
+
+    try:
+        await unless_it_ends(watcher, listens())
+    except PortTakenError:
+        raise
+    except RuntimeFailure:
+        await runtime.listens(handle)
+        raise

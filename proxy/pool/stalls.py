@@ -1,0 +1,161 @@
+"""Engines that stand still: they have requests, send nothing, and still answer `/health`.
+
+Silence alone is no fault: a long answer in one piece and a full batch are silent too. So a silent engine is looked at,
+from outside and by asking it, and given up only when everything says the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from proxy.errors import RuntimeFailure
+from proxy.pool.instance import State
+from proxy.pool.model import client_of, handle_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from proxy.config.settings import ModelSettings
+    from proxy.pool.model import Model, Slot
+    from proxy.runtime.base import Vitals
+
+log = logging.getLogger("warmpool.pool")
+
+_EVERY_S: Final = 1.0
+_STOPPED_AGAIN_S: Final = 2.0
+"""An engine that is stopped is looked at once more after so long: somebody may have stopped it for a moment."""
+STILL_S: Final = 0.1
+STILL_SHARE: Final = 0.02
+"""Up to so much CPU time, and so much of a core, an engine stands still: it answers `/health` and `/metrics`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at an engine."""
+
+    at: float
+    """By the event loop's clock, in seconds."""
+    progress: Mapping[str, str]
+    """What the engine counts of its work; empty where that is not known."""
+    vitals: Vitals
+
+
+def stands_still(before: Reading, after: Reading) -> bool:
+    """Whether an engine did nothing between two looks, as far as they show."""
+    if before.progress and after.progress and before.progress != after.progress:
+        return False
+    was, now = before.vitals.cpu_s, after.vitals.cpu_s
+    if was.keys() != now.keys():
+        return False  # it starts or ends processes
+    used_s = sum(now.values()) - sum(was.values())
+    return used_s <= STILL_S + STILL_SHARE * (after.at - before.at)
+
+
+def look_due(settings: ModelSettings, silent_s: float) -> bool:
+    """Whether an engine has been silent long enough to see whether somebody stopped it."""
+    return settings.stall_after is not None and silent_s >= min(settings.stall_after, settings.wake_timeout)
+
+
+def is_stalled_long(settings: ModelSettings, silent_s: float) -> bool:
+    """Whether it has been silent so long that it has to show that it works."""
+    return settings.stall_after is not None and silent_s >= settings.stall_after
+
+
+class Stalls:
+    """Looks after silent engines. `everyone`: all models; `give_up` ends an engine, for the reason given."""
+
+    def __init__(self, *, everyone: Callable[[], Iterable[Model]], give_up: Callable[[Model, Slot, str], None]) -> None:
+        self._everyone, self._give_up = everyone, give_up
+        self._watcher: asyncio.Task[None] | None = None
+        self._looks: dict[str, asyncio.Task[None]] = {}
+        self._next: dict[str, float] = {}
+        """Instance → when it may be looked at again."""
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._watcher = asyncio.create_task(self._watch(), name="look for engines that stand still")
+
+    async def stop(self) -> None:
+        """No more looks."""
+        tasks = [task for task in (self._watcher, *self._looks.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            for model in self._everyone():
+                for slot in model.slots.values():
+                    self._consider(model, slot, loop.time())
+
+    def _consider(self, model: Model, slot: Slot, now: float) -> None:
+        id_ = slot.instance.id
+        silent_s = slot.client.silent_s if slot.client is not None and _should_run(slot) else 0.0
+        if not look_due(model.settings, silent_s):
+            self._next.pop(id_, None)
+        elif id_ not in self._looks and now >= self._next.get(id_, now):
+            task = self._looks[id_] = asyncio.create_task(self._look(model, slot), name=f"look at {id_}")
+            task.add_done_callback(lambda done: self._looked(id_, done))
+
+    def _looked(self, id_: str, task: asyncio.Task[None]) -> None:
+        del self._looks[id_]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s could not be looked at: %r", id_, error, exc_info=error)
+
+    async def _look(self, model: Model, slot: Slot) -> None:
+        generation = slot.instance.generation
+        try:
+            reason = await self._reason(model, slot)
+        except RuntimeFailure as error:
+            log.warning("%s could not be looked at: %s", slot.instance.id, error)
+            reason = None
+        if reason is not None and slot.instance.generation == generation and _should_run(slot):
+            self._give_up(model, slot, reason)
+            return
+        settings = model.settings
+        rest_s = min(settings.stall_after or settings.wake_timeout, settings.wake_timeout)
+        self._next[slot.instance.id] = asyncio.get_running_loop().time() + rest_s
+
+    async def _reason(self, model: Model, slot: Slot) -> str | None:
+        """Why an engine is to be given up; None while anything speaks for it."""
+        before = await self._read(model, slot)
+        if before.vitals.stopped:
+            await asyncio.sleep(_STOPPED_AGAIN_S)
+            stopped = (await model.runtime.vitals(handle_of(slot))).stopped
+            return "its processes were stopped, or its container paused, by hand" if stopped else None
+        client = client_of(slot)
+        if not is_stalled_long(model.settings, client.silent_s) or await self._generates(model, slot, before.at):
+            return None
+        after = await self._read(model, slot)
+        if not is_stalled_long(model.settings, client.silent_s) or not stands_still(before, after):
+            return None
+        return (
+            f"no byte for {client.silent_s:.0f} s, no answer to a request for one token within "
+            f"{model.settings.wake_timeout:g} s, and its token counters and CPU time stand still"
+        )
+
+    async def _generates(self, model: Model, slot: Slot, began: float) -> bool:
+        """Ask for one token; where there is none, the whole time is given before anything is concluded."""
+        ends = began + model.settings.wake_timeout
+        try:
+            async with asyncio.timeout_at(ends):
+                if await client_of(slot).generates():
+                    return True
+        except TimeoutError:
+            return False
+        await asyncio.sleep(max(0.0, ends - asyncio.get_running_loop().time()))
+        return False
+
+    async def _read(self, model: Model, slot: Slot) -> Reading:
+        vitals = await model.runtime.vitals(handle_of(slot))
+        progress = {} if vitals.stopped else await client_of(slot).progress()
+        return Reading(asyncio.get_running_loop().time(), progress, vitals)
+
+
+def _should_run(slot: Slot) -> bool:
+    return slot.instance.state in (State.READY, State.RETIRING) and slot.handle is not None

@@ -1,0 +1,78 @@
+"""What `/admin/status` says of models, instances and wakes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from proxy.pool import policy
+from proxy.pool.model import tier_found
+
+if TYPE_CHECKING:
+    from proxy.pool.instance import WakeRecord
+    from proxy.pool.model import Model, Slot
+
+
+def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
+    """A model with its instances. `now` by the pool's clock."""
+    rungs = model.runtime.rungs()
+    return {
+        "name": model.served_name,
+        "aliases": [*model.settings.aliases],
+        "draining": model.draining,
+        "tier": tier_found(model.slots.values()).label,
+        "queue": len(model.queue),
+        "backs_off_s": round(max(0.0, model.start_at - now), 3),
+        "last_failure": None if model.last_failure is None else model.last_failure.status(),
+        "estimate_s": round(estimate_s, 3),
+        "runtime": model.runtime.name,
+        "shares_checkpoint": model.runtime.shares_images,
+        "rungs": sorted(t.label for t in rungs.offered),
+        "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
+        "repeats_randomness": model.reseed_gap,
+        "gpu_need_bytes": model.ledger.need(model.key),
+        "host_need_bytes": model.memory.need(model.key),
+        "outdated": _outdated(model),
+        "instances": [instance_status(model, slot, now) for slot in model.slots.values()],
+    }
+
+
+def _outdated(model: Model) -> dict[str, Any] | None:
+    if model.outdated is None:
+        return None
+    return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
+
+
+def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:
+    """One instance."""
+    instance, wake = slot.instance, slot.instance.last_wake
+    step = policy.next_step(instance, model.view())
+    due = None if step is None else round(time.time() + max(0.0, step[1] - now))
+    return {
+        "id": instance.id,
+        "state": instance.state.value,
+        "tier": instance.tier.label,
+        "leases": instance.leases,
+        "generation": instance.generation,
+        "has_checkpoint": slot.image.present,
+        "gpu_bytes": model.ledger.charge(instance),
+        "host_bytes": model.memory.held(instance),
+        "gpu_growth_bytes": model.ledger.growth_bytes(instance),
+        "cycles": model.ledger.cycles(instance),
+        "ordered": instance.ordered.label if instance.ordered is not None else None,
+        "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
+        "last_used_unix_s": instance.last_used_unix_s,
+        "last_wake": None if wake is None else wake_status(wake),
+    }
+
+
+def wake_status(wake: WakeRecord) -> dict[str, Any]:
+    """A wake, with when each stage began and how long it took, in seconds."""
+    return {
+        "found": wake.found.label,
+        "from": wake.reached_from.label,
+        "at_unix_s": wake.at_unix_s,
+        "seconds": round(wake.seconds, 6),
+        "stages": {name: round(value, 6) for name, value in wake.stages.items()},
+        "starts": {name: round(value, 6) for name, value in wake.starts.items()},
+    }

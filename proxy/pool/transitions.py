@@ -1,0 +1,360 @@
+"""The work on the way up and down the ladder: what is asked of runtime and engine, in which order.
+
+Nothing is decided here. An instance is moved along its table before and after, by the pool; a failure is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from proxy.engine import weights
+from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
+from proxy.pool import gpu_accounting
+from proxy.pool.model import client_of, handle_of, limit_s, reset, unless_it_ends, until_it_listens
+from proxy.runtime import reseed
+from proxy.runtime.base import Handle, ImageFacts
+from proxy.telemetry.overdue import GIVE_UP_S
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from proxy.config.settings import ModelSettings
+    from proxy.engine.client import EngineClient
+    from proxy.pool.gpu_accounting import GpuLedger
+    from proxy.pool.gpu_monitor import GpuWatch
+    from proxy.pool.model import Image, Model, Slot
+
+    Ended = Callable[[Model, Slot, asyncio.Task[str]], None]
+    Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+log = logging.getLogger("warmpool.pool")
+
+DEEPEST_SLEEP = 2
+_PORTS_TRIED = 3
+
+
+def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
+    """Remember why engines of a model repeat random numbers after a restore, and say it once."""
+    if gap is not None and gap != model.reseed_gap:
+        log.warning(
+            "%s: without a seed of the client's, its answers repeat after each restore, and on clones: %s",
+            instance_id, gap,
+        )  # fmt: skip
+    model.reseed_gap = gap
+
+
+class Steps:
+    """`connect` makes an engine's client, `spawn` a task of the pool's; `ended` is told of an engine that ended."""
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[Handle, str, ModelSettings], EngineClient],
+        spawn: Spawn,
+        ended: Ended,
+        ledger: GpuLedger,
+        gpus: GpuWatch,
+        archives: Callable[[], bool],
+        damaged: Callable[[Model, Slot, str], Awaitable[None]],
+    ) -> None:
+        self._connect, self._spawn, self._ended = connect, spawn, ended
+        self._ledger, self._gpus = ledger, gpus
+        self._damaged = damaged
+        """To be told of an image that is not what was written."""
+        self._archives = archives
+        """Whether a copy of a new checkpoint goes to the archive."""
+
+    async def climb(self, model: Model, slot: Slot, tier: Tier, stages: Stages) -> None:
+        """One attempt from one rung, within its time limit."""
+        async with asyncio.timeout(limit_s(model.settings, tier)):
+            match tier:
+                case Tier.STOPPED:
+                    await self._start(model, slot, stages)
+                case Tier.CHECKPOINTED | Tier.ARCHIVED:
+                    await self._restore(model, slot, stages)
+                case Tier.SUSPENDED:
+                    with stages.measure("resume"):
+                        await model.runtime.resume(handle_of(slot))
+                    await self._wake_up(slot, stages)
+                    await self._prove(model, slot, stages)
+                case _:
+                    await self._wake_up(slot, stages)
+                    await self._prove(model, slot, stages)
+
+    async def _start(self, model: Model, slot: Slot, stages: Stages) -> None:
+        settings, instance = model.settings, slot.instance
+        self._ledger.began(instance)
+        # Whatever is left of a start that is cut off can be removed by this.
+        slot.handle = slot.handle or Handle(instance.id, model.key, "", 0)
+        for others_left in reversed(range(_PORTS_TRIED)):
+            with stages.measure("start"):
+                handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
+            self.attach(model, slot, handle)
+            instance.sleep_level = 0
+            instance.barred.clear()
+            instance.postponed.clear()
+            self.watch(model, slot)
+            try:
+                await self.load(model, slot, stages)
+                return
+            except PortTakenError as error:
+                if not others_left:
+                    raise
+                log.warning("%s: %s; it is started on another port", instance.id, error)
+                await self.unwatch(slot)
+                await model.runtime.drop(handle)
+
+    async def load(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """From an engine that was started to one that serves and is known."""
+        settings, instance, client = model.settings, slot.instance, client_of(slot)
+        slot.loading = True
+        with stages.measure("load"):
+            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, settings.health.interval)
+            await unless_it_ends(slot.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
+        slot.loading = False
+        with stages.measure("warmup"):
+            slot.warmup = await unless_it_ends(slot.watcher, client.warm_up(settings.warmup))
+        if await client.is_sleeping() is None:
+            instance.barred.add(Tier.SLEEPING)
+        if self._is_checkpointed(model):
+            note_gap(model, instance.id, await unless_it_ends(slot.watcher, reseed.asked_gap(client, settings)))
+        slot.canary, slot.weights_copy, slot.unproven = None, "none", False
+        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
+            with stages.measure("canary"):
+                slot.canary = await unless_it_ends(slot.watcher, client.canary())
+
+    async def _restore(self, model: Model, slot: Slot, stages: Stages) -> None:
+        settings, instance, image = model.settings, slot.instance, slot.image
+        await self.unwatch(slot)
+        self._ledger.began(instance)
+        await self.unarchive(model, slot, stages)
+        reading = self._read_weights(model, image)
+        with stages.measure("restore"):
+            self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
+        instance.sleep_level = image.sleep_level
+        self.note_restored(model, slot)
+        self.watch(model, slot)
+        await self._be_healthy(model, slot, stages)
+        if not image.sleep_level and await client_of(slot).is_sleeping() is None:
+            # An instance that was adopted or cloned, whose engine nobody has asked.
+            instance.barred.add(Tier.SLEEPING)
+        await self._wake_up(slot, stages)
+        await asyncio.wait([reading])
+        await self._prove(model, slot, stages)
+        image.failures = 0
+        if not settings.keep and not model.leaving:
+            await self.forget_image(model, slot)
+
+    def note_restored(self, model: Model, slot: Slot) -> None:
+        """The engine that runs came from the image."""
+        slot.canary, slot.unproven = slot.image.canary, True
+        # Whether the copy fits, the engine finds out when it wakes.
+        slot.weights_copy = "good" if model.settings.weights_copy else "none"
+
+    async def prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """The rest of a restore, for an engine that is awake."""
+        await self._be_healthy(model, slot, stages)
+        await self._prove(model, slot, stages)
+
+    async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
+        health = model.settings.health
+        with stages.measure("health"):
+            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, health.interval)
+            await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
+
+    def _is_checkpointed(self, model: Model) -> bool:
+        return Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+
+    async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
+        if slot.unproven and reseed.possible(model.settings):
+            with stages.measure(reseed.STAGE):
+                work = reseed.reseed(client_of(slot), handle_of(slot), model.settings, model.served_name)
+                note_gap(model, slot.instance.id, await unless_it_ends(slot.watcher, work))
+        if self.owes_canary(model, slot):
+            with stages.measure("canary"):
+                answer = await unless_it_ends(slot.watcher, client_of(slot).canary())
+            if answer != slot.image.canary:
+                raise EngineError(
+                    "canary",
+                    "the restored engine answers differently from the one that was checkpointed",
+                    fault=Fault.IMAGE,
+                )
+            slot.image.canary_checked = True
+        slot.unproven = False
+
+    def owes_proof(self, model: Model, slot: Slot) -> bool:
+        """Whether something is to be asked of it before it serves."""
+        return self.owes_canary(model, slot) or (slot.unproven and reseed.possible(model.settings))
+
+    def owes_canary(self, model: Model, slot: Slot) -> bool:
+        """Whether it has to answer before it serves."""
+        asked, image = model.settings.canary, slot.image
+        due = asked == "always" or (asked == "first" and not image.canary_checked)
+        return slot.unproven and due and image.canary is not None
+
+    async def unarchive(self, model: Model, slot: Slot, stages: Stages) -> None:
+        """Bring the image from the archive to tmpfs, if that is where it is."""
+        async with slot.image.lock:
+            if slot.image.archived:
+                with stages.measure("unarchive"):
+                    await model.runtime.unarchive_image(handle_of(slot))
+                slot.image.archived = False
+
+    def _read_weights(self, model: Model, image: Image) -> asyncio.Task[None]:
+        """Bring the weights into memory beside the restore, for an engine that has to load them again."""
+
+        async def read() -> None:
+            if image.sleep_level == DEEPEST_SLEEP and model.settings.weights and not model.settings.weights_copy:
+                await asyncio.to_thread(weights.read_ahead, model.settings.weights)
+
+        return self._spawn(f"read the weights of {model.key}", read())
+
+    async def _wake_up(self, slot: Slot, stages: Stages) -> None:
+        if slot.instance.sleep_level:
+            level, copied = slot.instance.sleep_level, slot.weights_copy == "good"
+            if not await unless_it_ends(slot.watcher, client_of(slot).wake_up(level, stages, copied=copied)):
+                slot.weights_copy = "lost"
+            slot.instance.sleep_level = 0
+
+    async def forget_image(self, model: Model, slot: Slot) -> None:
+        """Delete the image."""
+        reset(slot.image)
+        try:
+            await model.runtime.discard_image(handle_of(slot))
+        except RuntimeFailure as error:
+            log.error("%s: %s", slot.instance.id, error)
+
+    async def go_down(self, model: Model, slot: Slot, origin: Tier, to: Tier) -> None:
+        """One step down; raises RuntimeFailure or EngineError."""
+        match to:
+            case Tier.SLEEPING:
+                await self._fall_asleep(model, slot, origin)
+            case Tier.SUSPENDED:
+                await self._fall_asleep(model, slot, origin)
+                if slot.instance.sleep_level:
+                    await self._gpus.weigh_once(model, slot, gpu_accounting.SLEEPING)
+                await client_of(slot).disconnect()
+                await model.runtime.suspend(handle_of(slot))
+            case Tier.CHECKPOINTED:
+                async with slot.image.lock:
+                    await self._to_image(model, slot, origin)
+            case _:
+                async with slot.image.lock:
+                    if not slot.image.archived:
+                        await model.runtime.archive_image(handle_of(slot))
+                        slot.image.archived = True
+
+    async def _fall_asleep(self, model: Model, slot: Slot, origin: Tier) -> None:
+        if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
+            # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
+            yet_to_come = self._is_checkpointed(model) and not slot.image.present
+            level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
+            if slot.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
+                await self._copy_weights(slot)
+            if level == DEEPEST_SLEEP and not yet_to_come and slot.weights_copy != "good":
+                level = 1
+            await client_of(slot).sleep(level)
+            slot.instance.sleep_level = level
+
+    async def _copy_weights(self, slot: Slot) -> None:
+        """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""
+        if slot.instance.evicted and slot.weights_copy == "lost":
+            return  # somebody waits for its place
+        async with slot.image.copying:
+            try:
+                written = await client_of(slot).save_weights()
+            except EngineError as error:
+                log.warning("%s: no copy of its weights: %s", slot.instance.id, error)
+                return
+        slot.weights_copy = "good"
+        log.info("%s: %.2f GiB of weights copied", slot.instance.id, written / (1 << 30))
+
+    async def _to_image(self, model: Model, slot: Slot, origin: Tier) -> None:
+        """End the processes; where there is no image yet, write one before."""
+        instance, image, client = slot.instance, slot.image, client_of(slot)
+        if image.present and not await self._still_there(model, slot):
+            reset(image)
+        if image.present:
+            await self.unwatch(slot)
+            await client.disconnect()
+            await model.runtime.drop(handle_of(slot))
+        else:
+            if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
+                slot.canary = await client.canary()
+            if origin is Tier.READY:
+                await self._gpus.weigh_once(model, slot, gpu_accounting.READY)
+            await self._fall_asleep(model, slot, origin)
+            if instance.sleep_level and origin <= Tier.SLEEPING:
+                await self._gpus.weigh_once(model, slot, gpu_accounting.SLEEPING)
+            await client.disconnect()
+            await self.unwatch(slot)
+            details: dict[str, Any] = {"warmup": slot.warmup}
+            if figures := self._ledger.figures(model.key):
+                details["gpu"] = figures
+            await model.runtime.checkpoint(
+                handle_of(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
+            )
+            image.present, image.archived, image.failures = True, False, 0
+            if not model.coming:
+                self.keep_copy(model, slot)
+            image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
+        instance.sleep_level = image.sleep_level
+
+    async def _still_there(self, model: Model, slot: Slot) -> bool:
+        """Whether the image of an engine that runs can be restored once more, as far as the sizes of its files say."""
+        try:
+            await model.runtime.verify_image(handle_of(slot), whole=False)
+        except OverdueError:
+            return True  # nor could another one be written now
+        except RuntimeFailure as error:
+            log.error("%s: its checkpoint is written anew: %s", slot.instance.id, error.reason)
+            return False
+        return True
+
+    def keep_copy(self, model: Model, slot: Slot) -> None:
+        """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
+        if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
+            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
+
+    async def _copy_to_archive(self, model: Model, slot: Slot) -> None:
+        try:
+            await model.runtime.copy_to_archive(handle_of(slot))
+        except RuntimeFailure as error:
+            log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
+            if error.fault is Fault.DAMAGE:
+                await self._damaged(model, slot, error.reason)
+        else:
+            log.info("%s: a copy of its checkpoint is in the archive", model.key)
+
+    async def still_awake(self, slot: Slot) -> bool:
+        """Whether an engine that refused to sleep serves on."""
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(5.0):
+                return slot.instance.sleep_level == 0 and await client_of(slot).is_sleeping() is False
+        return False
+
+    def attach(self, model: Model, slot: Slot, handle: Handle) -> None:
+        """Take note of a handle, and of where the engine is."""
+        slot.handle = handle
+        if slot.client is None:
+            slot.client = self._connect(handle, model.served_name, model.settings)
+        else:
+            slot.client.base_url = handle.base_url
+
+    def watch(self, model: Model, slot: Slot) -> None:
+        """Learn of the engine's end."""
+        slot.watcher = asyncio.create_task(model.runtime.wait_exit(handle_of(slot)), name=f"watch {slot.instance.id}")
+        slot.watcher.add_done_callback(lambda task: self._ended(model, slot, task))
+
+    async def unwatch(self, slot: Slot) -> None:
+        """It may end now."""
+        watcher, slot.watcher = slot.watcher, None
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher], timeout=GIVE_UP_S)

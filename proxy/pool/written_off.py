@@ -1,0 +1,75 @@
+"""Instances that could not be ended in time: nothing waits for them any more, and they are ended when that works."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from proxy.pool.model import handle_of
+
+if TYPE_CHECKING:
+    from proxy.pool.model import Model, Slot
+    from proxy.telemetry.metrics import Metrics
+
+log = logging.getLogger("warmpool.pool")
+
+_RETRY_S: Final = (5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    model: str
+    reason: str
+    since_unix_s: float
+    task: asyncio.Task[None]
+
+
+class WrittenOff:
+    """Each goes on being removed until it is; the next start of warmpool does so too."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._entries: dict[str, _Entry] = {}
+
+    def __contains__(self, instance_id: str) -> bool:
+        return instance_id in self._entries
+
+    def add(self, model: Model, slot: Slot, reason: str) -> None:
+        """Take an instance that is no more the pool's, and has a handle."""
+        instance_id = slot.instance.id
+        log.error(
+            "%s is written off: %s; it is removed as soon as that works, or by the next start", instance_id, reason
+        )
+        task = asyncio.create_task(self._remove(model, slot), name=f"remove {instance_id}, written off")
+        self._entries[instance_id] = _Entry(model.key, reason, time.time(), task)
+        self._metrics.written_off.labels(model.key).inc()
+
+    async def _remove(self, model: Model, slot: Slot) -> None:
+        instance_id = slot.instance.id
+        for delay_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
+            await asyncio.sleep(delay_s)
+            try:
+                await model.runtime.remove(handle_of(slot))
+            except Exception as error:  # noqa: BLE001 - whatever it was, it may work later
+                log.warning("%s, written off, cannot be removed yet: %r", instance_id, error)
+            else:
+                break
+        del self._entries[instance_id]
+        self._metrics.written_off.labels(model.key).dec()
+        log.info("%s, written off, is removed", instance_id)
+
+    def close(self) -> None:
+        """No more tries."""
+        for entry in self._entries.values():
+            entry.task.cancel()
+
+    def status(self) -> list[dict[str, Any]]:
+        """For `/admin/status`."""
+        return [
+            {"id": instance_id, "model": e.model, "reason": e.reason, "since_unix_s": e.since_unix_s}
+            for instance_id, e in self._entries.items()
+        ]

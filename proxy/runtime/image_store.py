@@ -1,0 +1,311 @@
+"""What every runtime that checkpoints to the store does with images, whoever they belong to."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from proxy.checkpoint.manifest import Inputs
+from proxy.checkpoint.store import DamagedError, OtherVersionError, StoreError
+from proxy.errors import Fault, RuntimeFailure
+from proxy.host import cpu
+from proxy.runtime import vllm_extension
+from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping
+
+    from proxy.checkpoint.inputs import Edited, Reader
+    from proxy.checkpoint.manifest import Manifest
+    from proxy.checkpoint.store import CheckpointStore
+    from proxy.config.settings import ModelSettings
+    from proxy.runtime.base import Handle
+
+log = logging.getLogger("warmpool.runtime")
+
+CONTAINER_IMAGE: Final = "container image"
+"""The fact of a manifest: the id of the container image that the engine was started from."""
+_DROPS_WEIGHTS: Final = 2
+"""The sleep level."""
+
+
+@dataclass(slots=True)
+class Origin:
+    """What an engine was started from, beside its configuration."""
+
+    started_unix_s: float = field(default_factory=time.time)
+    image_id: str = ""
+    """Of the container image that its container was made from, whatever the image's name means by now."""
+    extension: str | None = None
+    """The digest of the code of ours that is in it, which may come from an earlier version."""
+    inputs: Inputs | None = None
+    """What it has read; None before that was looked at."""
+
+
+def failure(operation: str, error: Exception, *, alive: bool = False) -> RuntimeFailure:
+    """A failure of the store's or of the kernel's, with what it says of the image."""
+    fault = Fault.DAMAGE if isinstance(error, DamagedError) else Fault.HOST
+    return RuntimeFailure(operation, str(error), alive=alive, fault=fault)
+
+
+class KeepsImages(abc.ABC):
+    """The image part of a runtime. `shares_images` says whose they are."""
+
+    name: str
+    shares_images: bool
+    _store: CheckpointStore
+    _reader: Reader
+
+    def _image(self, handle: Handle) -> str:
+        return handle.image or (handle.model if self.shares_images else handle.instance_id)
+
+    def _open_store(self, reason: str | None) -> Rungs:
+        """The rungs there are, the store open if this host can checkpoint (`reason` None: it can)."""
+        if reason is None:
+            try:
+                self._store.open()
+            except StoreError as error:
+                reason = str(error)
+        offered = {Tier.SLEEPING, Tier.SUSPENDED}
+        if reason is not None:
+            return Rungs(frozenset(offered), {Tier.CHECKPOINTED: reason})
+        self._store.sweep()
+        archived = {Tier.ARCHIVED} if self._store.archive is not None else set()
+        refused = self._store.archive_refused
+        return Rungs(
+            frozenset({*offered, Tier.CHECKPOINTED, *archived}),
+            {Tier.ARCHIVED: refused} if refused is not None else {},
+        )
+
+    async def discard_image(self, handle: Handle) -> None:
+        """See `Runtime.discard_image`."""
+        image = self._image(handle)
+        await self._store.remove(image)
+        await self._store.remove_archive(image)
+
+    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
+        """See `Runtime.verify_image`."""
+        image = self._image(handle)
+        try:
+            if whole:
+                await self._store.verify(image)
+            else:
+                await asyncio.to_thread(self._store.load, image)
+        except (StoreError, OSError) as error:
+            raise failure("verify", error, alive=True) from error
+
+    async def quarantine_image(self, handle: Handle) -> None:
+        """See `Runtime.quarantine_image`."""
+        image = self._image(handle)
+        await asyncio.to_thread(self._store.quarantine, image)
+        await self._store.remove_archive(image)
+
+    async def copy_to_archive(self, handle: Handle) -> None:
+        """See `Runtime.copy_to_archive`."""
+        image = self._image(handle)
+        try:
+            async with self._store.archiving:
+                if not await self._is_archived(self._store.load(image)):
+                    await self._store.put_into_archive(image)
+        except StoreError as error:
+            raise failure("archive", error, alive=True) from error
+
+    async def archive_image(self, handle: Handle) -> None:
+        """See `Runtime.archive_image`."""
+        await self.copy_to_archive(handle)
+        await self._store.remove(self._image(handle))
+
+    async def _is_archived(self, manifest: Manifest) -> bool:
+        """Whether the archive holds this very image, as far as its head says."""
+        if manifest.image not in self._store.archived():
+            return False
+        try:
+            return (await self._store.archived_manifest(manifest.image)).sha256_by_file == manifest.sha256_by_file
+        except StoreError as error:
+            log.warning("archive %s cannot be used, and is written anew: %s", manifest.image, error)
+            return False
+
+    async def unarchive_image(self, handle: Handle) -> None:
+        """See `Runtime.unarchive_image`."""
+        try:
+            await self._store.take_from_archive(self._image(handle))
+        except StoreError as error:
+            raise failure("unarchive", error) from error
+
+    @abc.abstractmethod
+    def rungs(self) -> Rungs:
+        """See `Runtime.rungs`."""
+
+    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        """See `Runtime.images_for`."""
+        if not self.shares_images or Tier.CHECKPOINTED not in self.rungs().offered:
+            return {}
+        return {key: facts for key, (_, facts) in (await self._usable_images(models)).items()}
+
+    @abc.abstractmethod
+    async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> Mapping[str, str]:
+        """What must be the same where this image of the model is restored."""
+
+    def _origins(self) -> Iterable[tuple[Handle, str, Origin]]:
+        """Handle, digest and origin of each engine that runs and whose origin is known."""
+        return ()
+
+    async def _moved(self, model: ModelSettings, image_id: str) -> str | None:  # noqa: ARG002 - for those with images
+        """In which way an engine that is started now would have another container image than this."""
+        return None
+
+    @abc.abstractmethod
+    def _digest(self, key: str, model: ModelSettings) -> str:
+        """Of everything that shapes the model's engine."""
+
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        """See `Runtime.refusal`."""
+        model = models.get(manifest.model)
+        if model is None:
+            return f"there is no model {manifest.model!r} any more"
+        if manifest.spec_digest != self._digest(manifest.model, model):
+            return f"models.{manifest.model} has changed since"
+        return "; ".join(manifest.differences(await self._facts_for(model, manifest), cpu.here())) or (
+            await self._weights_edited(manifest)
+        )
+
+    async def _weights_edited(self, manifest: Manifest) -> str | None:
+        """Whether an engine that dropped its weights would wake up with others."""
+        edited = await self._edited(_origin_of(manifest)) if manifest.sleep_level == _DROPS_WEIGHTS else None
+        return edited.reason if edited is not None and edited.weights else None
+
+    async def outdated(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+    ) -> Mapping[str, Outdated]:
+        """See `Runtime.outdated`."""
+        found = await self._outdated_images(models, instances)
+        for handle, digest, origin in list(self._origins()):
+            key = handle.model
+            model = models.get(key) if instances is None or handle.instance_id in instances else None
+            if model is not None and key not in found and digest == self._digest(key, model):
+                await self._learn(origin, model)
+                if (outdated := await self._since(model, origin, reloads=True)) is not None:
+                    found[key] = outdated
+        return found
+
+    async def _since(self, model: ModelSettings, origin: Origin, *, reloads: bool) -> Outdated | None:
+        """In which way an engine that is started now would be another one; `reloads`: it may load its weights again."""
+        edited = await self._edited(origin)
+        if edited is not None:
+            return Outdated(edited.reason, usable=not (edited.weights and reloads))
+        reason = await self._moved(model, origin.image_id) or vllm_extension.upgraded(model, origin.extension)
+        return None if reason is None else Outdated(reason)
+
+    async def _learn(self, origin: Origin, model: ModelSettings) -> Inputs:
+        """What an engine has read, by the first look since its start."""
+        if origin.inputs is None:
+            try:
+                origin.inputs = await self._reader.note(model, origin.started_unix_s)
+            except OSError as error:  # TimeoutError is one
+                log.warning("edits of files are not seen: %s", str(error) or "they could not be read in time")
+                return Inputs()
+        return origin.inputs
+
+    async def _edited(self, origin: Origin) -> Edited | None:
+        try:
+            return await self._reader.edited(origin.inputs or Inputs())
+        except OSError as error:  # TimeoutError is one
+            log.warning("whether files were edited is not known: %s", str(error) or "they could not be read in time")
+            return None
+
+    async def _outdated_images(
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None
+    ) -> dict[str, Outdated]:
+        found: dict[str, Outdated] = {}
+        if Tier.CHECKPOINTED not in self.rungs().offered:
+            return found
+        for image in sorted({*self._store.names(), *self._store.archived()}):
+            if not self.shares_images and instances is not None and image not in instances:
+                continue
+            try:
+                manifest = await self._manifest(image)
+            except StoreError:
+                continue  # who uses it will say so
+            model = models.get(manifest.model)
+            if model is None or manifest.runtime != self.name or self._store.refuses(image):
+                continue
+            reason = await self.refusal(manifest, models)
+            outdated = (
+                Outdated(reason, usable=False)
+                if reason
+                else await self._since(model, _origin_of(manifest), reloads=False)
+            )
+            if outdated is not None:
+                found[manifest.model] = outdated
+                if not outdated.usable:
+                    self._store.refuse(image)
+        return found
+
+    async def footprint(self, key: str) -> Footprint | None:
+        """See `Runtime.footprint`."""
+        for image in self._store.names():
+            with contextlib.suppress(StoreError):
+                manifest = self._store.load(image)
+                if manifest.model == key:
+                    engine = sum((manifest.details.get("memory") or {}).values())
+                    size = manifest.total_bytes() + self._store.weights_bytes(image)
+                    return Footprint(engine, size, self._store.free_bytes())
+        return None
+
+    async def _manifest(self, image: str) -> Manifest:
+        """That of an image on tmpfs, or in the archive. Raises StoreError."""
+        if image in self._store.names():
+            return self._store.load(image)
+        return await self._store.archived_manifest(image)
+
+    def _lost(self, models: Mapping[str, ModelSettings], usable: Iterable[str]) -> frozenset[str]:
+        """See `Recovered.lost`."""
+
+        def model_of(image: str) -> str:
+            return image if self.shares_images else image.rpartition("-")[0]
+
+        there = {model_of(image) for image in (*self._store.names(), *self._store.archived())}
+        return frozenset(there & models.keys() - {model_of(image) for image in usable})
+
+    async def _usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
+        """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""
+        usable: dict[str, tuple[Manifest, ImageFacts]] = {}
+        for archived, names in ((False, self._store.names()), (True, self._store.archived())):
+            for image in names:
+                if image in usable:
+                    continue
+                try:
+                    manifest = await self._store.archived_manifest(image) if archived else self._store.load(image)
+                except OtherVersionError as error:
+                    log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, error)
+                    if not archived:
+                        self._store.refuse(image)
+                    continue
+                except StoreError as error:
+                    log.error("%s %s is damaged: %s", "archive" if archived else "checkpoint", image, error)
+                    if not archived:
+                        await asyncio.to_thread(self._store.quarantine, image)
+                    continue
+                if manifest.runtime != self.name:
+                    continue
+                reason = await self.refusal(manifest, models)
+                if reason is not None:
+                    log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, reason)
+                    if not archived:
+                        self._store.refuse(image)
+                    continue
+                self._store.accept(image)
+                facts = ImageFacts(manifest.sleep_level, manifest.canary, manifest.details, archived)
+                usable[image] = manifest, facts
+        return usable
+
+
+def _origin_of(manifest: Manifest) -> Origin:
+    image_id = manifest.facts.get(CONTAINER_IMAGE, "")
+    return Origin(manifest.created_unix_s, image_id, manifest.extension, manifest.inputs)

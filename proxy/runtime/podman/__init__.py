@@ -1,0 +1,4 @@
+"""Engines in podman's containers.
+
+Only `runtime` is for others, and only the command names it.
+"""

@@ -1,0 +1,4 @@
+"""Engines as local process trees.
+
+Only `runtime` is for others, and only the command names it.
+"""

@@ -1,0 +1,4 @@
+"""For operators: status, commands, events, and the page.
+
+Seen only by those whom `auth` lets pass.
+"""

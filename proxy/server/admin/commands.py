@@ -1,0 +1,167 @@
+"""Orders of operators: wake, suspend, checkpoint, stop, drain, admit.
+
+Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No order but
+`stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its order back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from proxy.errors import InvalidRequestError, MediaTypeError, RouteNotFoundError, WarmpoolError
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping
+
+    from proxy.pool.model import Order
+    from proxy.pool.pool import Pool
+
+log = logging.getLogger("warmpool.admin")
+
+B = TypeVar("B", bound="_Body")
+
+DOWN: Final[Mapping[str, Tier]] = {
+    "suspend": Tier.SUSPENDED,
+    "checkpoint": Tier.CHECKPOINTED,
+    "stop": Tier.STOPPED,
+}
+"""The orders that send instances down, and how far."""
+FOR_MODELS: Final = ("wake", *DOWN, "drain", "admit")
+
+
+class _Body(BaseModel):
+    """What an order may say beside itself; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    wait: bool = True
+
+
+class _Down(_Body):
+    instance: str | None = None
+    when_busy: Literal["refuse", "wait"] = "refuse"
+
+
+class _Stop(_Down):
+    golden_checkpoint: Literal["keep", "discard"] = "keep"
+    force: bool = False
+
+
+class Orders:
+    """The handlers of `/admin/models/{model}/{order}`, `/admin/drain` and `/admin/admit`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def for_model(self, request: web.Request) -> web.StreamResponse:
+        """One order to one model."""
+        order = request.match_info["order"]
+        if order not in FOR_MODELS:
+            raise RouteNotFoundError(f"There is no order {order!r}; there are: {', '.join(FOR_MODELS)}.")
+        key = self._pool.find(request.match_info["model"])
+        if order in DOWN:
+            return await self._down(request, key, order)
+        body = await _body(request, _Body)
+        if order == "wake":
+            return await self._wake(key, wait=body.wait)
+        return await self._doors(key, order, wait=body.wait)
+
+    async def drain(self, request: web.Request) -> web.StreamResponse:
+        """Close the whole server to new requests."""
+        return await self._doors(None, "drain", wait=(await _body(request, _Body)).wait)
+
+    async def admit(self, request: web.Request) -> web.StreamResponse:
+        """Open it again."""
+        return await self._doors(None, "admit", wait=(await _body(request, _Body)).wait)
+
+    async def _wake(self, key: str, *, wait: bool) -> web.Response:
+        if not wait:
+            self._spawn(f"wake {key}", self._pool.order_wake(key))
+            await asyncio.sleep(0)  # it has begun, so that a status asked for now says so
+            return _answer({"model": key, "order": "wake", "done": False})
+        instance, found, record = await self._pool.order_wake(key)
+        wake = None if record is None else {"seconds": record.seconds, "stages": dict(record.stages)}
+        facts = {"instance": instance, "found": found.label, "wake": wake}
+        return _answer({"model": key, "order": "wake", "done": True, **facts})
+
+    async def _down(self, request: web.Request, key: str, order: str) -> web.Response:
+        body = await _body(request, _Stop if order == "stop" else _Down)
+        discard = isinstance(body, _Stop) and body.golden_checkpoint == "discard"
+        if isinstance(body, _Stop) and body.force:
+            given = self._pool.force_stop(key, instance_id=body.instance, discard=discard)
+        else:
+            given = self._pool.order_down(
+                key, DOWN[order], instance_id=body.instance, wait=body.when_busy == "wait", discard=discard
+            )
+        if body.wait:
+            for one in given:
+                await one.carried_out()
+        done = not any(one.open for one in given)
+        instances = [_order_status(one) for one in given]
+        return _answer({"model": key, "order": order, "done": done, "instances": instances})
+
+    async def _doors(self, key: str | None, order: str, *, wait: bool) -> web.Response:
+        if order == "admit":
+            self._pool.admit(key)
+            return _answer({"model": key, "order": order, "done": True})
+        self._pool.drain(key)
+        if wait:
+            await self._pool.until_unused(key)
+        return _answer({"model": key, "order": order, "done": self._pool.unused(key)})
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, object]) -> None:
+        async def carry_out() -> None:
+            try:
+                await work
+            except WarmpoolError as error:
+                log.warning("order %s: %s", name, error)
+
+        task = asyncio.create_task(carry_out(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self, _: object = None) -> None:
+        """Give up on the wakes that nobody waits for; for `on_shutdown`."""
+        for task in [*self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _order_status(order: Order) -> dict[str, Any]:
+    return {
+        "id": order.instance_id,
+        "found": order.found.label,
+        "to": max(order.found, order.to).label,  # one that is colder already stays there
+        "done": not order.open,
+    }
+
+
+def _answer(facts: dict[str, Any]) -> web.Response:
+    status = 200 if facts["done"] else 202
+    return web.Response(body=orjson.dumps(facts), status=status, content_type="application/json")
+
+
+async def _body(request: web.Request, shape: type[B]) -> B:
+    """The body, an object or nothing. Raises InvalidRequestError or MediaTypeError."""
+    # A page of another site can send a form, but not this content type without being asked for leave (CORS).
+    if request.content_type != "application/json":
+        raise MediaTypeError("An order needs the header `Content-Type: application/json`; its body may be `{}`.")
+    try:
+        fields = orjson.loads(await request.read() or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"The body is not JSON: {error}.") from error
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or None
+        known = ", ".join(shape.model_fields)
+        raise InvalidRequestError(f"{name or 'The body'}: {first['msg']}. Fields: {known}.", param=name) from None

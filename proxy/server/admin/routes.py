@@ -1,0 +1,29 @@
+"""Everything below `/admin/`, put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy.server.admin.commands import Orders
+from proxy.server.admin.events import Events
+from proxy.server.admin.page import page, to_page
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from proxy.pool.pool import Pool
+    from proxy.server.admin.status import Admin
+
+
+def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
+    """Add the routes, and what ends with the application."""
+    orders = Orders(pool)
+    events = Events(admin.read_status, pool.listen, over=lambda: pool.stopping)
+    app.router.add_get("/admin", to_page)
+    app.router.add_get("/admin/", page)
+    app.router.add_get("/admin/status", admin.status)
+    app.router.add_get("/admin/events", events.stream)
+    app.router.add_post("/admin/models/{model:.+}/{order}", orders.for_model)
+    app.router.add_post("/admin/drain", orders.drain)
+    app.router.add_post("/admin/admit", orders.admit)
+    app.on_shutdown.extend((events.close, orders.close))

@@ -1,0 +1,55 @@
+"""What the proxy says of itself: alive, ready, metrics, status."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+from proxy import __version__
+
+if TYPE_CHECKING:
+    from proxy.pool.memory import Ledger
+    from proxy.pool.pool import Pool
+    from proxy.telemetry.metrics import Metrics
+
+
+class Admin:
+    """`/health`, `/ready`, `/metrics` and `/admin/status`."""
+
+    def __init__(self, pool: Pool, metrics: Metrics, ledger: Ledger) -> None:
+        self._pool = pool
+        self._metrics = metrics
+        self._ledger = ledger
+
+    async def health(self, _: web.Request) -> web.StreamResponse:
+        """200 as long as the event loop turns."""
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, _: web.Request) -> web.StreamResponse:
+        """200 when requests are admitted, 503 while starting and draining."""
+        ready = self._pool.ready
+        return web.json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def metrics(self, _: web.Request) -> web.StreamResponse:
+        """Prometheus' text format."""
+        size, free = await self._ledger.checkpoint_space()
+        self._metrics.checkpoint_dir_size.set(size)
+        self._metrics.checkpoint_dir_free.set(free)
+        return web.Response(body=await self._metrics.scrape(), headers={"Content-Type": self._metrics.content_type})
+
+    async def status(self, _: web.Request) -> web.StreamResponse:
+        """Models, instances, leases, queues, the last wakes, memory; the fields are in docs/api.md."""
+        return web.Response(body=orjson.dumps(await self.read_status()), content_type="application/json")
+
+    async def read_status(self) -> dict[str, Any]:
+        """What `/admin/status` answers."""
+        memory = await self._ledger.read()
+        return {
+            "version": __version__,
+            "log_dir": str(self._pool.settings.pool.state_dir.absolute() / "logs"),
+            **await self._pool.status_in_turns(),
+            "ttft": await self._metrics.ttft_summary(),
+            "memory": memory,
+        }

@@ -1,0 +1,133 @@
+"""Where the server listens: a TCP port, with TLS or without, and a unix socket for administration."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from proxy.config.settings import is_loopback
+from proxy.errors import HostError
+from proxy.host import owned
+
+if TYPE_CHECKING:
+    import ssl
+
+    from proxy.config.settings import AdminSettings, ServerSettings
+
+BACKLOG: Final = 4096
+"""Connections that may wait to be accepted (net.core.somaxconn may allow fewer)."""
+
+
+class Site(web.BaseSite):
+    """A socket that is bound already; handshakes have a time limit."""
+
+    __slots__ = ("_handshake_s", "_socket", "_url")
+
+    def __init__(
+        self, runner: web.BaseRunner, bound: socket.socket, *, tls: ssl.SSLContext | None, handshake_s: float, url: str
+    ) -> None:
+        super().__init__(runner, ssl_context=tls, backlog=BACKLOG)
+        self._socket = bound
+        self._handshake_s = handshake_s
+        self._url = url
+
+    @property
+    def name(self) -> str:
+        """What clients reach it by."""
+        return self._url
+
+    async def start(self) -> None:
+        """Begin to accept."""
+        await super().start()
+        server = self._runner.server
+        assert server is not None  # noqa: S101 - BaseSite has checked it
+        loop = asyncio.get_running_loop()
+        handshake_s = self._handshake_s if self._ssl_context is not None else None
+        if self._socket.family == socket.AF_UNIX:
+            self._server = await loop.create_unix_server(server, sock=self._socket, backlog=self._backlog)
+        else:
+            self._server = await loop.create_server(
+                server,
+                sock=self._socket,
+                ssl=self._ssl_context,
+                backlog=self._backlog,
+                ssl_handshake_timeout=handshake_s,
+            )
+
+
+def tcp_sockets(server: ServerSettings) -> list[socket.socket]:
+    """The port of the settings, listening already: clients wait in it while the pool opens. Raises HostError."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        refuse_open(server, [str(address[0]) for *_, address in found])
+        for family, _, _, _, address in dict.fromkeys(found):
+            sock = socket.create_server(
+                address[:2], family=family, backlog=BACKLOG, reuse_port=False, dualstack_ipv6=False
+            )
+            sock.setblocking(False)
+            sockets.append(sock)
+            if server.port == 0:
+                break  # another family would get another port
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise HostError(
+            f"cannot listen on {server.host}:{server.port}: {error.strerror}; set server.host and server.port"
+        ) from error
+    return sockets
+
+
+def site(runner: web.BaseRunner, sock: socket.socket, server: ServerSettings, tls: ssl.SSLContext | None) -> Site:
+    """A place to accept on: with TLS where there is one, on a unix socket without."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return Site(runner, sock, tls=None, handshake_s=server.limits.head_timeout, url=f"unix:{name}")
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    scheme = "https" if tls is not None else "http"
+    url = f"{scheme}://{host}:{name[1]}"
+    return Site(runner, sock, tls=tls, handshake_s=server.limits.head_timeout, url=url)
+
+
+def refuse_open(server: ServerSettings, addresses: list[str]) -> None:
+    """Raises HostError where others could reach one of `addresses` without having to show who they are."""
+    if server.guarded or server.allow_anyone:
+        return
+    if reachable := [address for address in addresses if not is_loopback(address)]:
+        raise HostError(
+            f"{', '.join(reachable)} can be reached by others, and there are no keys: set server.keys_file "
+            "(`warmpool key new`) or server.tls.client_ca, or server.allow_anyone"
+        )
+
+
+def admin_socket(admin: AdminSettings) -> socket.socket:
+    """The unix socket of the settings, which only its owner, and `socket_group`, can open. Raises HostError."""
+    path = admin.socket
+    assert path is not None  # noqa: S101 - only called where there is one
+    try:
+        group = grp.getgrnam(admin.socket_group).gr_gid if admin.socket_group is not None else None
+    except KeyError:
+        raise HostError(f"there is no group {admin.socket_group!r}; set server.admin.socket_group") from None
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        owned.clear_socket(path.absolute())
+        before = os.umask(0o177)
+        try:
+            made.bind(str(path))
+        finally:
+            os.umask(before)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o660)
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        raise HostError(f"cannot listen on {path}: {error.strerror}; set server.admin.socket") from error
+    made.setblocking(False)
+    return made

@@ -1,0 +1,55 @@
+"""`x-request-id`: taken from the client or made, in every answer, in the log, and sent to the engine."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Final
+
+from aiohttp import web
+
+from proxy.server.forward.handed import handed_of
+
+HEADER: Final = "X-Request-Id"
+_VALID: Final = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
+_KEY_LIKE: Final = re.compile(r"wp_|(?<![A-Za-z0-9])(?:sk|pk|rk|hf|ghp|api|key)[-_.]")
+"""Ids are logged: none that may be a key of warmpool's or of somebody else's."""
+_KEY: Final = web.RequestKey("request_id", str)
+
+
+def request_id(request: web.Request) -> str:
+    """The request's id, the same each time: the client's, or a new one where it sent none that can be used."""
+    known = request.get(_KEY)
+    if known is None:
+        given = request.headers.getall(HEADER, ())
+        known = given[0] if len(given) == 1 and usable(given[0]) else new()
+        if (handed := handed_of(request)) is not None:
+            known = handed.request_id
+        request[_KEY] = known
+    return known
+
+
+def usable(given: str) -> bool:
+    """Whether a client's id is taken."""
+    return _VALID.fullmatch(given) is not None and _KEY_LIKE.search(given) is None
+
+
+class _Random:
+    digits = ""
+    at = 0
+
+
+def new() -> str:
+    """One that nobody else has: 128 random bits, in 32 digits. The kernel is asked for many at once."""
+    at = _Random.at
+    digits = _Random.digits[at : at + 32]
+    _Random.at = at + 32
+    if not digits:
+        _Random.digits, _Random.at = os.urandom(16 * 256).hex(), 32
+        digits = _Random.digits[:32]
+    return digits
+
+
+async def name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the id into an answer; a signal for `on_response_prepare`."""
+    response.headers[HEADER] = request_id(request)

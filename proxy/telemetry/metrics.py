@@ -1,0 +1,315 @@
+"""The Prometheus registry and every metric in it.
+
+Labels are bounded: `model` is a configured model's key (or "unknown"), `tier`, `state`, `stage` and `reason` are
+words of this project. Each `Metrics` has a registry of its own, so that two proxies in one process do not meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+
+from proxy import __version__
+from proxy.host.turns import in_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from prometheus_client.metrics_core import Metric
+
+UNKNOWN_MODEL = "unknown"
+REFUSALS = (
+    "key", "model", "limit", "forbidden", "body", "malformed", "head", "slow_headers", "slow_body", "stalled",
+    "connections", "connections_per_address",
+)  # fmt: skip
+"""Why a request or a connection is refused at the edge; docs/api.md explains them."""
+RECENT = 256
+"""How many times to the first byte are kept for each model and tier, beside the histogram."""
+
+_SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    320.0,
+)
+
+
+_TURN = 10
+"""How many models, or times of one, are looked at in one turn of the event loop while the metrics are read."""
+
+
+class _Whole(Collector):
+    """All metrics, after everything was brought up to date that nobody sets in between."""
+
+    def __init__(self, metrics: CollectorRegistry) -> None:
+        self._metrics = metrics
+        self.refreshes: list[Callable[[], Iterable[None]]] = []
+
+    def collect(self) -> Iterable[Metric]:
+        for refresh in self.refreshes:
+            for _ in refresh():
+                pass
+        yield from self._metrics.collect()
+
+
+class Metrics:
+    """All metrics of one proxy."""
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self) -> None:
+        r = CollectorRegistry()
+        self._whole = _Whole(r)
+        self._as_they_are = r
+        self.registry = CollectorRegistry()
+        """For whoever reads them in one piece; `scrape` does not hold the event loop."""
+        self.registry.register(self._whole)
+        # Requests have no time for locks and labels: what they count is given to the registry when it is read.
+        self._counted: dict[tuple[str, int], int] = {}
+        self._times: dict[tuple[str, str], _Times] = {}
+        self.before_collecting(self._give_counts)
+        self.requests = Counter(
+            "warmpool_requests",
+            "Requests answered, by model and HTTP status.",
+            ["model", "status"],
+            registry=r,
+        )
+        r.register(_Ttft(self._times))
+        self.wake = Histogram(
+            "warmpool_wake_seconds",
+            'Stages of bringing an instance to ready, by the tier it was woken from; stage "total" is the whole.',
+            ["model", "tier", "stage"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.wake_failures = Counter(
+            "warmpool_wake_failures",
+            "Rungs that failed to wake, by model and tier.",
+            ["model", "tier"],
+            registry=r,
+        )
+        self.step_downs = Counter(
+            "warmpool_step_downs",
+            "Steps down, by model, tier reached and reason.",
+            ["model", "tier", "reason"],
+            registry=r,
+        )
+        self.engine_exits = Counter(
+            "warmpool_engine_exits", "Engines that ended without being asked to.", ["model"], registry=r
+        )
+        self.engine_stalls = Counter(
+            "warmpool_engine_stalls", "Engines that stood still with requests and were replaced.", ["model"], registry=r
+        )
+        self.quarantines = Counter(
+            "warmpool_quarantined_checkpoints",
+            "Checkpoints set aside: damaged, or evidence against them twice in a row.",
+            ["model"],
+            registry=r,
+        )
+        self.overdue = Counter(
+            "warmpool_overdue_operations",
+            "Operations outside of warmpool, as of podman, that gave no result in their time.",
+            ["operation"],
+            registry=r,
+        )
+        self.hanging = Gauge(
+            "warmpool_hanging_operations",
+            "Overdue operations that did not end when they were given up, and hang still.",
+            ["operation"],
+            registry=r,
+        )
+        self.written_off = Gauge(
+            "warmpool_written_off_instances",
+            "Instances that could not be ended in time and are still to be cleaned up.",
+            ["model"],
+            registry=r,
+        )
+        self.gpu_memory = Gauge(
+            "warmpool_gpu_memory_bytes",
+            "Memory of a GPU (index), in bytes: total, used, foreign (held by none of ours), charged (held by ours).",
+            ["gpu", "kind"],
+            registry=r,
+        )
+        self.instance_gpu = Gauge(
+            "warmpool_instance_gpu_bytes",
+            "GPU memory that the instances of a model hold, in bytes, over all GPUs.",
+            ["model"],
+            registry=r,
+        )
+        self.host_memory = Gauge(
+            "warmpool_host_memory_bytes",
+            "Memory of the host, or of the smallest cgroup that warmpool is in, in bytes: total, available.",
+            ["kind"],
+            registry=r,
+        )
+        self.instance_host = Gauge(
+            "warmpool_instance_host_bytes",
+            "Host memory that the processes of a model's instances hold, in bytes.",
+            ["model"],
+            registry=r,
+        )
+        self.gpu_leaks = Counter(
+            "warmpool_gpu_leaks", "Instances that kept GPU memory which should have come free.", ["model"], registry=r
+        )
+        self.refused = Counter(
+            "warmpool_refused", "Requests and connections refused at the edge, by reason.", ["reason"], registry=r
+        )
+        for reason in REFUSALS:
+            self.refused.labels(reason)
+        self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
+        self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
+        self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)
+
+        self.checkpoint_dir_size = Gauge(
+            "warmpool_checkpoint_dir_size_bytes", "Size of the filesystem that checkpoints are on.", registry=r
+        )
+        self.checkpoint_dir_free = Gauge(
+            "warmpool_checkpoint_dir_free_bytes", "Free space on it; the reserve is part of it.", registry=r
+        )
+        Info("warmpool_build", "The running version.", registry=r).info({"version": __version__})
+        ProcessCollector(registry=r)
+
+    def expect(self, models: Iterable[str], tiers: Iterable[str]) -> None:
+        """Let counters of what seldom happens begin at 0, so that the first time is seen as an increase."""
+        tiers = [*tiers]
+        for model in models:
+            self.engine_exits.labels(model)
+            self.engine_stalls.labels(model)
+            self.quarantines.labels(model)
+            for tier in tiers:
+                self.wake_failures.labels(model, tier)
+
+    def forget(self, model: str) -> None:
+        """Let go of the gauges and recent times of a model that is gone; what was counted stays."""
+        for (name, _), times in self._times.items():
+            if name == model:
+                times.forget()
+        for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu, self.instance_host):
+            for sample in [s for family in gauge.collect() for s in family.samples]:
+                if sample.labels["model"] == model:
+                    gauge.remove(*sample.labels.values())
+
+    def count_request(self, model: str, status: int) -> None:
+        """One more request answered."""
+        key = model, status
+        self._counted[key] = self._counted.get(key, 0) + 1
+
+    def _give_counts(self) -> Iterable[None]:
+        counted, self._counted = self._counted, {}
+        for (model, status), count in counted.items():
+            self.requests.labels(model, str(status)).inc(count)
+            yield
+
+    def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
+        """Note the time from a request's arrival to the first byte of its answer."""
+        key = model, tier
+        times = self._times.get(key)
+        if times is None:
+            times = self._times[key] = _Times()
+        times.note(seconds)
+
+    def before_collecting(self, refresh: Callable[[], Iterable[None]]) -> None:
+        """Have `refresh` called each time the metrics are read, before they are; it yields after each small step."""
+        self._whole.refreshes.append(refresh)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)
+
+    async def scrape(self) -> bytes:
+        """The same, without holding the event loop: brought up to date in turns, written down by another thread.
+
+        Python lets threads take turns too (5 ms, `sys.getswitchinterval`).
+        """
+        for refresh in self._whole.refreshes:
+            async for _ in in_turns(refresh(), _TURN):
+                pass
+        return await asyncio.to_thread(generate_latest, self._as_they_are)
+
+    async def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
+        summary: dict[str, dict[str, dict[str, Any]]] = {}
+        async for (model, tier), times in in_turns([*self._times.items()], _TURN):
+            if not times.recent:
+                continue
+            ordered = sorted(times.recent)
+            summary.setdefault(model, {})[tier] = {
+                "count": times.count - times.forgotten,
+                "p50_s": round(nearest_rank(ordered, 0.5), 6),
+                "p95_s": round(nearest_rank(ordered, 0.95), 6),
+                "max_s": round(ordered[-1], 6),
+            }
+        return summary
+
+
+@dataclass(slots=True)
+class _Times:
+    """Times to the first byte, for one model and tier."""
+
+    count: int = 0
+    forgotten: int = 0
+    """Of them, those before the model was forgotten."""
+    total_s: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(_SECONDS) + 1))
+    """How many up to each bound and above the one before, and above all."""
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def note(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.buckets[bisect_left(_SECONDS, seconds)] += 1
+        self.recent.append(seconds)
+
+    def forget(self) -> None:
+        self.forgotten = self.count
+        self.recent.clear()
+
+
+class _Ttft(Collector):
+    """The times as a histogram."""
+
+    def __init__(self, times: Mapping[tuple[str, str], _Times]) -> None:
+        self._times = times
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(
+            "warmpool_ttft_seconds",
+            "From a request's arrival to the first byte of the engine's answer, by the tier the request found.",
+            labels=["model", "tier"],
+        )
+        bounds = [*map(repr, _SECONDS), "+Inf"]
+        for labels, times in [*self._times.items()]:  # a copy at once: it may be another thread that asks
+            buckets = list(zip(bounds, accumulate(times.buckets), strict=True))
+            family.add_metric(labels, buckets, times.total_s)
+        return (family,)
+
+
+def nearest_rank(ordered: Sequence[float], q: float) -> float:
+    """The `q`-quantile of values in order: the smallest that a share of `q` does not exceed."""
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
