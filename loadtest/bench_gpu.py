@@ -1,7 +1,7 @@
-"""What each rung costs with the real vLLM on a GPU, as a client of warmpool sees it.
+"""What each tier costs with the real vLLM on a GPU, as a client of warmpool sees it.
 
 ``make bench-gpu`` (root, podman, CRIU, a GPU, vLLM). Makes the golden checkpoint (cold start, warm-up, dump, proof),
-then serves with one idle timetable after the other and asks for a completion each time the instance rests on the rung:
+then serves with one idle timetable after the other and asks for a completion each time the instance rests on the tier:
 ready, sleeping, suspended, checkpointed; and with two models on one GPU, in turns. Every answer must be the one given
 before. Prints a table and writes every sample, with stages, machine and versions, to a JSON file.
 
@@ -34,7 +34,7 @@ import orjson
 import tomli_w
 
 PROMPT: Final = "The quick brown fox jumps over the lazy dog. Once upon a time"
-RUNGS: Final = {
+TIERS: Final = {
     "ready": {},
     "sleeping": {"sleeping": "100ms"},
     "suspended": {"sleeping": "100ms", "suspended": "200ms"},
@@ -48,8 +48,10 @@ PATIENCE_S: Final = 400.0
 class Sample:
     """One request: what it found, when the first token came (seconds), the stages (milliseconds), the answer."""
 
-    rung: str
+    rested: str
+    """The tier that the instance was meant to rest on, or the phase."""
     tier: str
+    """What the request found."""
     ttft_s: float
     stages_ms: dict[str, float]
     text: str
@@ -111,7 +113,7 @@ class Server:
             while await self.state(model) != state:
                 await asyncio.sleep(0.02)
 
-    async def ask(self, rung: str, name: str, max_tokens: int = 16) -> Sample:
+    async def ask(self, tier: str, name: str, max_tokens: int = 16) -> Sample:
         body = {"model": name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         began = time.perf_counter()
         async with self.session.post("/v1/completions", json=body) as response:
@@ -124,7 +126,7 @@ class Server:
                     text += "".join(c.get("text", "") for c in orjson.loads(line[6:])["choices"])
         timing = re.findall(r"(\w+);dur=([\d.]+)", response.headers.get("server-timing", ""))
         return Sample(
-            rung, response.headers["x-warmpool-tier"], ttft_s, {n: float(v) for n, v in timing}, text, gpu_bytes()
+            tier, response.headers["x-warmpool-tier"], ttft_s, {n: float(v) for n, v in timing}, text, gpu_bytes()
         )
 
 
@@ -189,10 +191,10 @@ class Bench:
     def keep(self, sample: Sample, key: str) -> None:
         known = self.answers.setdefault(key, sample.text)
         if sample.text != known:
-            self.report.problems.append(f"{sample.rung}: {key} answered {sample.text!r} instead of {known!r}")
+            self.report.problems.append(f"{sample.rested}: {key} answered {sample.text!r} instead of {known!r}")
         self.report.samples.append(sample)
         stages = " ".join(f"{n}={v:.0f}" for n, v in sample.stages_ms.items())
-        print(f"{sample.rung:<14} {sample.tier:<13} {sample.ttft_s * 1000:8.1f} ms  {stages}", flush=True)
+        print(f"{sample.rested:<14} {sample.tier:<13} {sample.ttft_s * 1000:8.1f} ms  {stages}", flush=True)
 
     async def create(self, key: str) -> None:
         """The golden checkpoint, by command."""
@@ -211,21 +213,21 @@ class Bench:
             text = output_of(sys.executable, "-m", "proxy", "checkpoint", command, key, *options, "-c", str(config))
             self.report.create[key][command] = orjson.loads(text or "null")
 
-    async def rung(self, rung: str, count: int) -> None:
-        """`count` requests that find the instance on a rung."""
+    async def tier(self, tier: str, count: int) -> None:
+        """`count` requests that find the instance on a tier."""
         key = self.keys[0]
-        async with Server(self.folder, self.settings(RUNGS[rung], [key])) as server:
-            if rung != "checkpointed":
+        async with Server(self.folder, self.settings(TIERS[tier], [key])) as server:
+            if tier != "checkpointed":
                 self.keep(await server.ask("first", self.name(key)), key)
             for _ in range(count):
-                await server.until(key, rung)
+                await server.until(key, tier)
                 resting = gpu_bytes()
-                sample = await server.ask(rung, self.name(key))
+                sample = await server.ask(tier, self.name(key))
                 sample.resting_gpu_bytes = resting
                 self.keep(sample, key)
-            if rung == "checkpointed":
+            if tier == "checkpointed":
                 return
-            await server.until(key, rung)
+            await server.until(key, tier)
 
     async def swap(self, count: int) -> None:
         """`count` requests, alternating between two models of which one may be awake."""
@@ -250,7 +252,7 @@ class Bench:
         models = self.keys[: 2 if "swap" in self.options.phases else 1]
         phases: list[tuple[str, Any]] = [
             *((f"create {key}", partial(self.create, key)) for key in models),
-            *((rung, partial(self.rung, rung, self.options.count)) for rung in RUNGS),
+            *((tier, partial(self.tier, tier, self.options.count)) for tier in TIERS),
             ("swap", partial(self.swap, self.options.count * 2)),
         ]
         for name, phase in phases:
@@ -272,16 +274,16 @@ class Bench:
 
     def table(self) -> str:
         """Medians, for people."""
-        lines = ["| rung | n | first token, median | least | most | of which |", "|---|---|---|---|---|---|"]
-        for rung in ("ready", "sleeping", "suspended", "checkpointed", "swap"):
-            mine = [s for s in self.report.samples if s.rung == rung]
+        lines = ["| tier | n | first token, median | least | most | of which |", "|---|---|---|---|---|---|"]
+        for tier in ("ready", "sleeping", "suspended", "checkpointed", "swap"):
+            mine = [s for s in self.report.samples if s.rested == tier]
             if not mine:
                 continue
             ttft = [s.ttft_s for s in mine]
             names = dict.fromkeys(n for s in mine for n in s.stages_ms)
             stages = ", ".join(f"{n} {statistics.median(s.stages_ms.get(n, 0) for s in mine):.0f} ms" for n in names)
             middle, least, most = statistics.median(ttft), min(ttft), max(ttft)
-            lines.append(f"| {rung} | {len(mine)} | **{middle:.3f} s** | {least:.3f} | {most:.3f} | {stages} |")
+            lines.append(f"| {tier} | {len(mine)} | **{middle:.3f} s** | {least:.3f} | {most:.3f} | {stages} |")
             used = [s.resting_gpu_bytes or s.gpu_bytes for s in mine]
             if len(mine) > 20 and all(used):
                 lines.append(f"GPU memory over {len(mine)} cycles: {creep(used) / 2**20:+.2f} MiB a cycle")
@@ -293,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench_gpu", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="TOML with one or two models in podman")
     parser.add_argument("--out", type=Path, default=Path("bench-gpu"), help="folder for logs and the JSON file")
-    parser.add_argument("--count", type=int, default=10, help="repetitions of each rung")
+    parser.add_argument("--count", type=int, default=10, help="repetitions of each tier")
     parser.add_argument("--port", type=int, default=8097)
     parser.add_argument("--settle", action="store_true", help="in the swap, wait until the other one is suspended")
     parser.add_argument(

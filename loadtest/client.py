@@ -126,7 +126,7 @@ class Outcome:
 
     @property
     def tier(self) -> str:
-        """The rung it found; empty where the answer does not say."""
+        """The tier it found; empty where the answer does not say."""
         return self.headers.get("x-warmpool-tier", "")
 
     @property

@@ -179,19 +179,19 @@ def baseline(ctx: click.Context, setup: serving.Setup, count: int, out: Path | N
 
 @cli.command()
 @_served
-@click.option("--count", "-n", type=_SOME, default=10, help="Wakes from each rung.")
+@click.option("--count", "-n", type=_SOME, default=10, help="Wakes from each tier.")
 @click.option("--cold", type=_NONE_OR_SOME, default=10, help="Cold starts, to compare with.")
 @click.option(
-    "--rung", "rungs", multiple=True, type=click.Choice([*ladder.WARM, "archived"]), help="Default: all but archived."
+    "--tier", "tiers", multiple=True, type=click.Choice([*ladder.WARM, "archived"]), help="Default: all but archived."
 )
 @_out
 @click.pass_context
 def restore(
-    ctx: click.Context, setup: serving.Setup, count: int, cold: int, rungs: tuple[str, ...], out: Path | None
+    ctx: click.Context, setup: serving.Setup, count: int, cold: int, tiers: tuple[str, ...], out: Path | None
 ) -> None:
-    """Wakes from each warm rung: restore, health, first token, total; and the speed-up over a cold start."""
-    chosen = rungs or ladder.WARM
-    writer = _writer("restore", out, setup=setup, count=count, cold=cold, rungs=", ".join(chosen))
+    """Wakes from each warm tier: restore, health, first token, total; and the speed-up over a cold start."""
+    chosen = tiers or ladder.WARM
+    writer = _writer("restore", out, setup=setup, count=count, cold=cold, tiers=", ".join(chosen))
     good = _run(writer, "restore", lambda display: ladder.restore(setup, count, cold, chosen, writer, display))
     _finish(ctx, writer, good)
 
@@ -201,7 +201,7 @@ def restore(
 @click.option("--size", "sizes", multiple=True, type=_SOME, default=(1, 8, 64), help="Requests at once; repeat it.")
 @click.option("--rounds", type=_SOME, default=3, help="Times each.")
 @click.option(
-    "--rung", "rungs", multiple=True, type=click.Choice(list(serving.RUNGS)),
+    "--tier", "tiers", multiple=True, type=click.Choice(list(serving.TIERS)),
     default=("stopped", "checkpointed", "suspended", "ready"), help="What they find; repeat it.",
 )  # fmt: skip
 @_out
@@ -211,12 +211,12 @@ def burst(
     setup: serving.Setup,
     sizes: tuple[int, ...],
     rounds: int,
-    rungs: tuple[str, ...],
+    tiers: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Many requests in one moment, to a model that is cold, checkpointed, suspended, ready."""
-    writer = _writer("burst", out, setup=setup, sizes=list(sizes), rounds=rounds, rungs=", ".join(rungs))
-    good = _run(writer, "burst", lambda display: ladder.burst(setup, sizes, rungs, rounds, writer, display))
+    writer = _writer("burst", out, setup=setup, sizes=list(sizes), rounds=rounds, tiers=", ".join(tiers))
+    good = _run(writer, "burst", lambda display: ladder.burst(setup, sizes, tiers, rounds, writer, display))
     _finish(ctx, writer, good)
 
 
@@ -228,7 +228,7 @@ def burst(
 @click.option("--begin", default="0s", help="Where in the trace to begin.")
 @click.option("--length", help="How much of the trace, as `10m` (default: all).")
 @click.option("--late", default="10s", help="A first token after this is counted as late.")
-@click.option("--idle", "idles", multiple=True, metavar="RUNG=TIME", help="The idle timetable (default: by the speed).")
+@click.option("--idle", "idles", multiple=True, metavar="TIER=TIME", help="The idle timetable (default: by the speed).")
 @click.option(
     "--max-awake", type=click.IntRange(0), default=0, help="How many models may be awake at once; 0: any number."
 )
@@ -307,7 +307,7 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
 def soak_(
     ctx: click.Context, setup: serving.Setup, models: int | None, length: str, seed: int, out: Path | None
 ) -> None:
-    """Mixed load with idle gaps, so that every rung is passed again and again; counts what is lost or leaked."""
+    """Mixed load with idle gaps, so that every tier is passed again and again; counts what is lost or leaked."""
     seconds, count = _seconds(length) or 0.0, setup.count(models, 3)
     writer = _writer("soak", out, setup=setup, models=count, seconds=seconds, seed=seed)
     found = _run(writer, "soak", lambda display: soak.soak(setup, count, seconds, writer, display, seed=seed))
@@ -504,10 +504,10 @@ def proxy(arguments: tuple[str, ...]) -> None:
 
 
 def _pair(text: str) -> tuple[str, str]:
-    rung, _, after = text.partition("=")
-    if rung not in serving.NEVER or not after:
-        raise click.BadParameter(f"{text!r}: a rung and a time, as sleeping=30s", param_hint="--idle")
-    return rung, after
+    tier, _, after = text.partition("=")
+    if tier not in serving.NEVER or not after:
+        raise click.BadParameter(f"{text!r}: a tier and a time, as sleeping=30s", param_hint="--idle")
+    return tier, after
 
 
 def _seconds(text: str | None) -> float | None:

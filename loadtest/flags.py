@@ -12,7 +12,7 @@ import tomli_w
 
 from loadtest.ladder import Checks
 from loadtest.machine import HUGE_PAGES, huge_pages
-from loadtest.serving import RUNGS, TMPFS, ServeError, learn_versions, serving, warmpool
+from loadtest.serving import TIERS, TMPFS, ServeError, learn_versions, serving, warmpool
 from proxy.checkpoint.store import SUFFIX
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Variant:
     """Keys of `[models.NAME.podman.criu]`."""
     runtime: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `[runtime.process]`."""
-    rung: str = "checkpointed"
+    tier: str = "checkpointed"
     images: Path = TMPFS
     huge_pages: str | None = None
     same_image: bool = False
@@ -56,7 +56,7 @@ def variants(runtime: str, program: Path | None, disk: Path) -> list[Variant]:
         ),
         Variant("keep = false", entry={"keep": False, "max_instances": 1}),
         Variant("on disk", images=disk),
-        Variant("archived (zstd, on disk)", rung="archived"),
+        Variant("archived (zstd, on disk)", tier="archived"),
     ]
     if runtime == "podman":
         fixed = {"ignore_static_ip": False, "ignore_static_mac": False}
@@ -106,21 +106,21 @@ async def _restores(
 ) -> None:
     (key,) = setup.keys()
     name = setup.name(key)
-    archive = {"archive_dir": f"{where.state}/archive"} if variant.rung == "archived" else {}
+    archive = {"archive_dir": f"{where.state}/archive"} if variant.tier == "archived" else {}
     async with serving(_settings(setup, variant, archive), where) as served:
         outcome = await served.ask(name, "stopped", model=key)
         checks.look_at(outcome, key)
         await learn_versions(setup, where, writer)
-        if outcome.tier != variant.rung:
+        if outcome.tier != variant.tier:
             # Its first restore, which repeats the known answer, is not one of those that are measured.
-            await served.until(key, variant.rung)
+            await served.until(key, variant.tier)
             checks.look_at(await served.ask(name, "first", model=key), key)
         for number in range(count):
-            await served.until(key, variant.rung)
+            await served.until(key, variant.tier)
             outcome = await served.ask(name, variant.name, model=key)
-            if outcome.ok and outcome.tier != variant.rung:
+            if outcome.ok and outcome.tier != variant.tier:
                 raise ServeError(f"the image was not used: a request found {outcome.tier}")
-            checks.look_at(outcome, key, variant.rung)
+            checks.look_at(outcome, key, variant.tier)
             writer.outcome(outcome)
             display.update(number + 1, count)
 
@@ -128,7 +128,7 @@ async def _restores(
 def _settings(setup: Setup, variant: Variant, pool: Mapping[str, Any]) -> dict[str, Any]:
     # The load-test engine's memory is to be in the image; what it would draw anew after level 2 is not CRIU's time.
     level = {"golden_sleep_level": 1} if setup.config is None else {}
-    settings = setup.settings(RUNGS[variant.rung], pool=pool, entry={**level, **variant.entry})
+    settings = setup.settings(TIERS[variant.tier], pool=pool, entry={**level, **variant.entry})
     for model in settings["models"].values():
         if variant.criu:
             model["podman"] = {**model["podman"], "criu": {**model["podman"].get("criu", {}), **variant.criu}}

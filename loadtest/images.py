@@ -286,7 +286,7 @@ def analyze(store: CheckpointStore, image: str, writer: Writer) -> list[str]:
         )
     share = f"{100 * pages.compressed:.0f} %"
     if pages.compressed < 0.6:
-        found.append(f"zstd makes it {share} of its size: the rung archived is worth its while.")
+        found.append(f"zstd makes it {share} of its size: the tier archived is worth its while.")
     else:
         found.append(f"zstd leaves {share} of its size: weights and random data do not compress.")
     return found

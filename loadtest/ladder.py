@@ -1,4 +1,4 @@
-"""`baseline`, `restore` and `burst`: what a request costs that finds an engine on a given rung."""
+"""`baseline`, `restore` and `burst`: what a request costs that finds an engine on a given tier."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loadtest.serving import RUNGS, ServeError, completion, learn_versions, serving
+from loadtest.serving import TIERS, ServeError, completion, learn_versions, serving
 from loadtest.watching import watching
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Checks:
     """Answers that differ, of requests that an engine answered beside others."""
     texts: dict[str, str] = field(default_factory=dict)
 
-    def look_at(self, outcome: Outcome, model: str, rung: str | None = None, *, alone: bool = True) -> None:
+    def look_at(self, outcome: Outcome, model: str, tier: str | None = None, *, alone: bool = True) -> None:
         """Count an answer that is missing, is another than before, or comes from elsewhere than meant.
 
         Not `alone`: what an engine answers may depend on what else it computes in the same step, as with vLLM.
@@ -42,7 +42,7 @@ class Checks:
         if self.texts.setdefault(model, outcome.text) != outcome.text:
             self.different += alone
             self.in_batches += not alone
-        self.other_tier += rung is not None and outcome.tier != rung
+        self.other_tier += tier is not None and outcome.tier != tier
 
     def into(self, writer: Writer) -> bool:
         """Write them down; whether all is well."""
@@ -62,60 +62,60 @@ async def baseline(setup: Setup, count: int, writer: Writer, display: Display) -
     return checks.into(writer)
 
 
-async def restore(setup: Setup, count: int, cold: int, rungs: Sequence[str], writer: Writer, display: Display) -> bool:
-    """`cold` cold starts, then `count` wakes from each rung; whether all went well. What the host lacks is noted.
+async def restore(setup: Setup, count: int, cold: int, tiers: Sequence[str], writer: Writer, display: Display) -> bool:
+    """`cold` cold starts, then `count` wakes from each tier; whether all went well. What the host lacks is noted.
 
-    One engine is brought up for all rungs, from an image that was kept if there is one; each rung has a proxy of its
+    One engine is brought up for all tiers, from an image that was kept if there is one; each tier has a proxy of its
     own, which restores the image of the one before.
     """
     checks = Checks()
     if cold:
         await _cold(setup, cold, writer, display, checks)
     with setup.folders() as where:
-        for rung in rungs:
+        for tier in tiers:
             try:
-                await _rung(setup, rung, count, where, writer, display, checks)
+                await _tier(setup, tier, count, where, writer, display, checks)
             except ServeError as error:
-                writer.note(f"{rung}: {error}")
+                writer.note(f"{tier}: {error}")
     return checks.into(writer)
 
 
 async def _cold(setup: Setup, count: int, writer: Writer, display: Display, checks: Checks) -> None:
     with setup.folders(fresh=True) as where:
-        await _rung(setup, "stopped", count, where, writer, display, checks)
+        await _tier(setup, "stopped", count, where, writer, display, checks)
 
 
-async def _rung(
-    setup: Setup, rung: str, count: int, where: Folders, writer: Writer, display: Display, checks: Checks
+async def _tier(
+    setup: Setup, tier: str, count: int, where: Folders, writer: Writer, display: Display, checks: Checks
 ) -> None:
     (key,) = setup.keys()
     name = setup.name(key)
-    display.phase(rung)
-    async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
-        if rung != "stopped":
-            await _prepare(served, key, name, rung, writer, checks)
+    display.phase(tier)
+    async with serving(setup.settings(TIERS[tier], pool=_archive(tier, where.state)), where) as served:
+        if tier != "stopped":
+            await _prepare(served, key, name, tier, writer, checks)
         for number in range(count):
-            await served.until(key, rung)
-            outcome = await served.ask(name, rung, model=key)
-            checks.look_at(outcome, key, rung)
+            await served.until(key, tier)
+            outcome = await served.ask(name, tier, model=key)
+            checks.look_at(outcome, key, tier)
             writer.outcome(outcome)
             if number == 0:
                 await learn_versions(setup, where, writer)
             display.update(number + 1, count, ttft=_ms(outcome.ttft_s))
 
 
-def _archive(rung: str, folder: object) -> dict[str, str]:
-    return {"archive_dir": f"{folder}/archive"} if rung == "archived" else {}
+def _archive(tier: str, folder: object) -> dict[str, str]:
+    return {"archive_dir": f"{folder}/archive"} if tier == "archived" else {}
 
 
-async def _prepare(served: Served, key: str, name: str, rung: str, writer: Writer, checks: Checks) -> None:
+async def _prepare(served: Served, key: str, name: str, tier: str, writer: Writer, checks: Checks) -> None:
     """Bring an engine up, by a cold start or from an image that is there; then the first restore of an image.
 
     The latter repeats the known answer, and so counts apart.
     """
     found = await _first(served, key, name, writer, checks)
-    if rung in ("checkpointed", "archived") and found != rung:
-        await served.until(key, rung)
+    if tier in ("checkpointed", "archived") and found != tier:
+        await served.until(key, tier)
         await _first(served, key, name, writer, checks)
 
 
@@ -127,34 +127,34 @@ async def _first(served: Served, key: str, name: str, writer: Writer, checks: Ch
 
 
 async def burst(
-    setup: Setup, sizes: Sequence[int], rungs: Sequence[str], rounds: int, writer: Writer, display: Display
+    setup: Setup, sizes: Sequence[int], tiers: Sequence[str], rounds: int, writer: Writer, display: Display
 ) -> bool:
-    """`rounds` times each of `sizes` requests at once, to a model that rests on each rung; whether all went well."""
+    """`rounds` times each of `sizes` requests at once, to a model that rests on each tier; whether all went well."""
     checks = Checks()
     with setup.folders() as where:
-        for rung in rungs:
+        for tier in tiers:
             try:
-                with setup.folders(fresh=True) if rung == "stopped" else contextlib.nullcontext(where) as mine:
-                    await _bursts(setup, sizes, rung, rounds, mine, writer, display, checks)
+                with setup.folders(fresh=True) if tier == "stopped" else contextlib.nullcontext(where) as mine:
+                    await _bursts(setup, sizes, tier, rounds, mine, writer, display, checks)
             except ServeError as error:
-                writer.note(f"{rung}: {error}")
+                writer.note(f"{tier}: {error}")
     return checks.into(writer)
 
 
 async def _bursts(
-    setup: Setup, sizes: Sequence[int], rung: str, rounds: int, where: Folders, writer: Writer, display: Display,
+    setup: Setup, sizes: Sequence[int], tier: str, rounds: int, where: Folders, writer: Writer, display: Display,
     checks: Checks,
 ) -> None:  # fmt: skip
     (key,) = setup.keys()
     name = setup.name(key)
-    async with serving(setup.settings(RUNGS[rung], pool=_archive(rung, where.state)), where) as served:
-        if rung != "stopped":
-            await _prepare(served, key, name, rung, writer, checks)
+    async with serving(setup.settings(TIERS[tier], pool=_archive(tier, where.state)), where) as served:
+        if tier != "stopped":
+            await _prepare(served, key, name, tier, writer, checks)
         for size in sizes:
-            series = f"{rung}, {size} at once"
+            series = f"{tier}, {size} at once"
             display.phase(series)
             for number in range(rounds):
-                await served.until(key, rung)
+                await served.until(key, tier)
                 outcomes = await at_once(served, name, key, size, series, number, writer)
                 for outcome in outcomes:
                     checks.look_at(outcome, key, alone=size == 1 or setup.config is None)

@@ -38,7 +38,7 @@ _STAYS_S: Final = 1.0
 PROMPT: Final = "The quick brown fox jumps over the lazy dog. Once upon a time"
 TMPFS: Final = Path("/dev/shm")
 NEVER: Final = dict.fromkeys(("sleeping", "suspended", "checkpointed", "archived", "stopped"), "never")
-RUNGS: Final[Mapping[str, Mapping[str, str]]] = {
+TIERS: Final[Mapping[str, Mapping[str, str]]] = {
     "ready": {},
     "sleeping": {"sleeping": "100ms"},
     "suspended": {"sleeping": "100ms", "suspended": "200ms"},
@@ -46,7 +46,7 @@ RUNGS: Final[Mapping[str, Mapping[str, str]]] = {
     "archived": {"sleeping": "100ms", "checkpointed": "200ms", "archived": "300ms"},
     "stopped": {"stopped": "100ms"},
 }
-"""An idle timetable with which an instance comes to rest on a rung."""
+"""An idle timetable with which an instance comes to rest on a tier."""
 
 
 class ServeError(Exception):
@@ -295,10 +295,10 @@ class Served:
         return _state((await self.status())[key])
 
     async def until(self, key: str, state: str) -> None:
-        """Return when the first instance has come to a state. Raises ServeError when the host lacks that rung."""
-        missing = (await self.status())[key]["missing_rungs"].get(state)
+        """Return when the first instance has come to a state. Raises ServeError when the host lacks that tier."""
+        missing = (await self.status())[key]["missing_tiers"].get(state)
         if missing:
-            raise ServeError(f"there is no rung {state!r} here: {missing}")
+            raise ServeError(f"there is no tier {state!r} here: {missing}")
         began_s = stays_s = time.monotonic()
         while (model := (await self.status())[key]) and (found := _state(model)) != state:
             if found == "stopped" and not model["queue"]:
@@ -309,7 +309,7 @@ class Served:
             if not _stays(model):
                 stays_s = now_s
             elif now_s - stays_s > _STAYS_S:
-                raise ServeError(f"{key} stays {found}: {self._trouble() or 'its engine has no such rung'}")
+                raise ServeError(f"{key} stays {found}: {self._trouble() or 'its engine has no such tier'}")
             await asyncio.sleep(0.01)
 
     def _trouble(self) -> str:
@@ -335,7 +335,7 @@ def _stays(model: Mapping[str, Any]) -> bool:
     first = model["instances"][0]
     step = first["next_step"]
     return (
-        first["state"] in RUNGS
+        first["state"] in TIERS
         and not first["leases"]
         and (step is None or step["at_unix_s"] > time.time() + _POSTPONED_S)
     )

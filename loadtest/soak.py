@@ -173,8 +173,8 @@ async def _show(display: Display, found: Soaked, seconds: float, ends_s: float) 
 
 async def _at_rest(served: Served, where: Folders, keys: list[str]) -> Held:
     """Once every model has stepped down as far as it goes here."""
-    rungs: dict[str, Any] = (await served.status())[keys[0]]["missing_rungs"]
-    lowest = next(rung for rung in ("checkpointed", "suspended", "sleeping") if rung not in rungs)
+    tiers: dict[str, Any] = (await served.status())[keys[0]]["missing_tiers"]
+    lowest = next(tier for tier in ("checkpointed", "suspended", "sleeping") if tier not in tiers)
     for key in keys:
         await served.until(key, lowest)
     status = await served.status()

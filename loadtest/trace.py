@@ -175,7 +175,7 @@ def shortened(rows: Sequence[Row], how: Replay) -> str | None:
 def timetable(speed: float) -> dict[str, str]:
     """An idle timetable in which a model's gaps of some seconds matter, as fast as the replay is."""
     steps_s = {"sleeping": 2.0, "suspended": 5.0, "checkpointed": 10.0}
-    return {rung: f"{max(50, round(1000 * seconds / speed))}ms" for rung, seconds in steps_s.items()}
+    return {tier: f"{max(50, round(1000 * seconds / speed))}ms" for tier, seconds in steps_s.items()}
 
 
 def with_room(setup: Setup, tokens: int) -> Setup:

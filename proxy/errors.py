@@ -1,7 +1,7 @@
 """The exception tree, and the one place where an error becomes an OpenAI error envelope.
 
 Three families, for three readers: `RequestError` is for the client of the proxy and carries everything an HTTP answer
-needs; `EngineError` and `RuntimeFailure` are for the pool, which turns them into a colder rung or a `WakeFailed`;
+needs; `EngineError` and `RuntimeFailure` are for the pool, which turns them into a colder tier or a `WakeFailed`;
 `ConfigError` and `HostError` are for the operator.
 
 The envelope is the one of OpenAI's API reference ("Error codes"), as vLLM answers it too::
@@ -302,7 +302,7 @@ class MaxWaitError(RequestError):
 
 
 class WakeFailedError(RequestError):
-    """Every rung down to a cold start was tried, and none gave a working engine."""
+    """Every tier down to a cold start was tried, and none gave a working engine."""
 
     status = 503
     code = "wake_failed"

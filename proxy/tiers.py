@@ -6,7 +6,7 @@ import enum
 
 
 class Tier(enum.IntEnum):
-    """The rungs of the ladder, warmest first; comparison follows the ladder, so `a < b` is "a is warmer"."""
+    """The tiers of the ladder, warmest first; comparison follows the ladder, so `a < b` is "a is warmer"."""
 
     READY = 0
     SLEEPING = 1

@@ -17,7 +17,7 @@ from proxy.config.settings import ModelSettings, Settings
 from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.pool.pool import Pool
-from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
+from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Tiers, Vitals
 from proxy.telemetry.metrics import Metrics
 from proxy.tiers import Tier
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from proxy.host.facts import Memory
     from proxy.telemetry.stages import Stages
 
-ALL_RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
+ALL_TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
 
 
 class Clock:
@@ -96,7 +96,7 @@ class FakeRuntime:
         self.leaks: dict[str, int] = {}
         """Instance → bytes of GPU memory that its processes hold in addition, whatever they do."""
         self.leaves = False
-        self.offered = ALL_RUNGS
+        self.offered = ALL_TIERS
         self.missing: dict[Tier, str] = {}
         self.processes: dict[str, Process] = {}
         self.images: dict[str, Image] = {}
@@ -167,8 +167,8 @@ class FakeRuntime:
     def strays(self) -> list[str]:
         return []
 
-    def rungs(self) -> Rungs:
-        return Rungs(self.offered, self.missing)
+    def tiers(self) -> Tiers:
+        return Tiers(self.offered, self.missing)
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         await self._enter("recover")

@@ -1,7 +1,7 @@
 """What every runtime promises the pool (proxy/runtime/base.py), as tests.
 
-A subclass gives a `bench`: a runtime with a way to look at its engines. Rungs that a host lacks are skipped with the
-runtime's own reason; `test_rungs_are_there_where_the_host_can` of each subclass sees to it that nothing else is.
+A subclass gives a `bench`: a runtime with a way to look at its engines. Tiers that a host lacks are skipped with the
+runtime's own reason; `test_tiers_are_there_where_the_host_can` of each subclass sees to it that nothing else is.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class RuntimeContract:
         self._needs(bench, Tier.SUSPENDED)
 
     def _needs(self, bench: Bench, tier: Tier) -> None:
-        rungs = bench.runtime.rungs()
-        if tier not in rungs.offered:
-            pytest.skip(reason=f"no rung {tier.label}: {rungs.missing[tier]}")
+        tiers = bench.runtime.tiers()
+        if tier not in tiers.offered:
+            pytest.skip(reason=f"no tier {tier.label}: {tiers.missing[tier]}")
 
     async def test_what_its_processes_do_and_hold_is_seen(self, bench: Bench) -> None:
         handle = await self.start(bench)
@@ -100,11 +100,11 @@ class RuntimeContract:
         with pytest.raises(RuntimeFailure):
             await bench.runtime.vitals(handle)
 
-    async def test_a_rung_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
-        rungs = bench.runtime.rungs()
-        assert not rungs.offered & set(rungs.missing)
-        assert rungs.offered | set(rungs.missing) >= {Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED}
-        assert all(rungs.missing.values())
+    async def test_a_tier_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
+        tiers = bench.runtime.tiers()
+        assert not tiers.offered & set(tiers.missing)
+        assert tiers.offered | set(tiers.missing) >= {Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED}
+        assert all(tiers.missing.values())
 
     async def test_started_engines_serve_and_removed_ones_leave_nothing(self, bench: Bench) -> None:
         one = await self.start(bench, 1)
@@ -349,7 +349,7 @@ class RealFilesContract:
     async def test_an_edited_file_makes_engine_and_image_outdated_and_a_touched_one_does_not(
         self, bench: Any, tmp_path: Path
     ) -> None:
-        if Tier.CHECKPOINTED not in bench.runtime.rungs().offered:
+        if Tier.CHECKPOINTED not in bench.runtime.tiers().offered:
             pytest.skip("no checkpoints here")
         folder = tmp_path / "weights"
         folder.mkdir()
@@ -387,7 +387,7 @@ class RealFilesContract:
     async def test_an_engine_that_would_wake_up_with_other_weights_is_not_restored(
         self, bench: Any, tmp_path: Path
     ) -> None:
-        if Tier.CHECKPOINTED not in bench.runtime.rungs().offered:
+        if Tier.CHECKPOINTED not in bench.runtime.tiers().offered:
             pytest.skip("no checkpoints here")
         folder = tmp_path / "weights"
         folder.mkdir()

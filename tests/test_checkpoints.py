@@ -27,7 +27,7 @@ from proxy.config.settings import ModelSettings
 from proxy.host import cpu
 from proxy.host.facts import huge_pages_of
 from proxy.pool import golden
-from proxy.runtime.base import Handle, Rungs
+from proxy.runtime.base import Handle, Tiers
 from proxy.runtime.image_store import KeepsImages
 from proxy.tiers import Tier
 from tests.support import files_in
@@ -406,8 +406,8 @@ class Images(KeepsImages):
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
 
-    def rungs(self) -> Rungs:
-        return Rungs(frozenset({Tier.CHECKPOINTED, Tier.ARCHIVED}))
+    def tiers(self) -> Tiers:
+        return Tiers(frozenset({Tier.CHECKPOINTED, Tier.ARCHIVED}))
 
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         return {"kernel": "k"}

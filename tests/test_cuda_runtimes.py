@@ -109,9 +109,9 @@ def _entries(runtime: Any) -> dict[str, Any]:
 @pytest.fixture
 def checkpoints(bench: Bench) -> None:
     """Skips where the host cannot checkpoint."""
-    rungs = bench.runtime.rungs()
-    if Tier.CHECKPOINTED not in rungs.offered:
-        pytest.skip(reason=rungs.missing[Tier.CHECKPOINTED])
+    tiers = bench.runtime.tiers()
+    if Tier.CHECKPOINTED not in tiers.offered:
+        pytest.skip(reason=tiers.missing[Tier.CHECKPOINTED])
 
 
 async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: Bench) -> None:

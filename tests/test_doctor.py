@@ -24,7 +24,7 @@ from proxy.doctor.needs import Needs
 from proxy.doctor.report import Check
 from proxy.doctor.view import Host, Ran, Space
 from proxy.errors import HostError, RuntimeFailure
-from proxy.runtime.base import Handle, ImageFacts, Rungs
+from proxy.runtime.base import Handle, ImageFacts, Tiers
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.tiers import Tier
@@ -784,10 +784,10 @@ class PretendedRuntime:
         self.calls.append("close")
         self.claim.release()
 
-    def rungs(self) -> Rungs:
-        if self.fault == "rungs":
-            return Rungs(frozenset(), {Tier.CHECKPOINTED: "no checkpoints here"})
-        return Rungs(frozenset({Tier.CHECKPOINTED}))
+    def tiers(self) -> Tiers:
+        if self.fault == "tiers":
+            return Tiers(frozenset(), {Tier.CHECKPOINTED: "no checkpoints here"})
+        return Tiers(frozenset({Tier.CHECKPOINTED}))
 
     async def start(self, instance_id: str, key: str, model: object) -> Handle:
         if self.fault == "silent":
@@ -845,7 +845,7 @@ async def test_an_engine_that_goes_on_passes(host: FakeHost, tmp_path: Path) -> 
     ("fault", "found", "cleaned"),
     [
         ("open", "open: another warmpool", []),
-        ("rungs", "open: no checkpoints here", ["close"]),
+        ("tiers", "open: no checkpoints here", ["close"]),
         ("checkpoint", "checkpoint: checkpoint: CRIU: Error no", ["drop", "discard", "remove", "close"]),
         ("restore", "restore: the engine began anew instead of going on", ["drop", "discard", "remove", "close"]),
         ("silent", "start: the engine does not count; its log ends with: sh: not found", None),

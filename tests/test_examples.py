@@ -169,7 +169,7 @@ def test_gpu_many_models_take_turns() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu-one-model.toml", "gpu-many-models.toml"])
-def test_engines_on_a_gpu_are_fit_for_every_rung(name: str) -> None:
+def test_engines_on_a_gpu_are_fit_for_every_tier(name: str) -> None:
     settings = example(name)
     for key in settings.models:
         it = engine(settings, key)

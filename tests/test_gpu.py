@@ -167,7 +167,7 @@ async def test_memory_is_told_by_gpu_and_by_process(opened: Callable[..., Gpus])
 
 
 @pytest.mark.parametrize(("version", "usable"), [("570.86.15", True), ("565.57.01", False), ("580.1", True)])
-async def test_old_drivers_lack_the_rung(version: str, usable: bool) -> None:
+async def test_old_drivers_lack_the_tier(version: str, usable: bool) -> None:
     gpus = Gpus(driver=FakeDriver, monitor=lambda: FakeNvml(version))
     reason = gpus.open()
     assert gpus.usable is usable

@@ -141,7 +141,7 @@ def test_what_leaves_the_gpu_is_charged_until_it_has_left(state: State) -> None:
     assert (load.now["a-1"], load.after["a-1"]) == ({"GPU-0": 61 * GIB}, {})
 
 
-def test_a_rung_that_was_reached_is_charged_as_expected_until_it_is_weighed() -> None:
+def test_a_tier_that_was_reached_is_charged_as_expected_until_it_is_weighed() -> None:
     one, book = instance(State.READY), known()
     book.weigh(one, {"GPU-0": 61 * GIB})
     one.state = State.SLEEPING

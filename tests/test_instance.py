@@ -50,7 +50,7 @@ def test_the_table_as_a_whole() -> None:
         assert any(s is state for s, _ in TRANSITIONS), f"no way out of {state}"
 
 
-def test_every_rung_has_a_way_down_and_an_arrival() -> None:
+def test_every_tier_has_a_way_down_and_an_arrival() -> None:
     for tier, event in DESCENT.items():
         assert any(e is event for _, e in TRANSITIONS), tier
     for tier, event in ARRIVAL.items():

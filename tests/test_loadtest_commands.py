@@ -79,22 +79,22 @@ def test_baseline_takes_a_cold_start_apart(tmp_path: Path) -> None:
         assert sample["values"]["ttft_s"] > sample["stages_s"]["wake"] > sample["stages_s"]["load"]
 
 
-def test_restore_finds_each_rung(tmp_path: Path) -> None:
+def test_restore_finds_each_tier(tmp_path: Path) -> None:
     found = ran(
-        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--rung", "sleeping", "--rung", "suspended"
+        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--tier", "sleeping", "--tier", "suspended"
     )
-    for rung in ("sleeping", "suspended"):
-        assert [s["tier"] for s in found.samples if s["series"] == rung] == [rung] * 2
+    for tier in ("sleeping", "suspended"):
+        assert [s["tier"] for s in found.samples if s["series"] == tier] == [tier] * 2
     assert found.counts == {"lost": 0, "different_answers": 0, "other_tier": 0}
 
 
-def test_a_rung_that_does_not_come_is_a_note(tmp_path: Path) -> None:
+def test_a_tier_that_does_not_come_is_a_note(tmp_path: Path) -> None:
     config = tmp_path / "own.toml"
     config.write_text(tomli_w.dumps({"models": {"a": engine_model("--no-sleep-mode")}}))
-    rungs = ("--cold", "0", "-n", "1", "--rung", "sleeping", "--rung", "suspended")
-    found = ran(tmp_path / "r", "restore", "--config", str(config), *rungs)
+    tiers = ("--cold", "0", "-n", "1", "--tier", "sleeping", "--tier", "suspended")
+    found = ran(tmp_path / "r", "restore", "--config", str(config), *tiers)
     assert found.series() == ["stopped", "suspended"]
-    assert found.notes[0].startswith("sleeping: a stays ready: its engine has no such rung")
+    assert found.notes[0].startswith("sleeping: a stays ready: its engine has no such tier")
 
 
 @criu
@@ -115,7 +115,7 @@ def test_a_step_that_failed_is_said_and_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.criu
 def test_restore_from_a_checkpoint(tmp_path: Path) -> None:
     found = ran(
-        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--rung", "checkpointed", "--sleep-level", "1"
+        tmp_path / "r", "restore", *ENGINE, "-n", "2", "--cold", "1", "--tier", "checkpointed", "--sleep-level", "1"
     )
     restored = [s for s in found.samples if s["series"] == "checkpointed"]
     assert [s["tier"] for s in restored] == ["checkpointed"] * 2
@@ -129,7 +129,7 @@ def test_restore_from_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.podman
 def test_restore_and_flags_in_containers(tmp_path: Path) -> None:
     engine = ("--runtime", "podman", *ENGINE[2:])
-    keep = ("--keep", str(tmp_path / "kept"), "--cold", "0", "-n", "1", "--rung", "checkpointed")
+    keep = ("--keep", str(tmp_path / "kept"), "--cold", "0", "-n", "1", "--tier", "checkpointed")
     found = ran(tmp_path / "k1", "restore", *engine, *keep)
     assert "stopped" in found.series()
     (restored,) = (s for s in found.samples if s["series"] == "checkpointed")
@@ -146,7 +146,7 @@ def test_restore_and_flags_in_containers(tmp_path: Path) -> None:
 def test_burst_asks_in_one_moment(tmp_path: Path) -> None:
     found = ran(
         tmp_path / "r", "burst", *ENGINE, "--size", "1", "--size", "12", "--rounds", "1",
-        "--rung", "ready", "--rung", "stopped",
+        "--tier", "ready", "--tier", "stopped",
     )  # fmt: skip
     assert len(found.values("ready, 12 at once")) == len(found.values("stopped, 12 at once")) == 12
     # One wake for all of them.
@@ -183,7 +183,7 @@ async def test_trace_through_a_proxy_that_runs(tmp_path: Path) -> None:
         await proxy.ended()
 
 
-def test_soak_passes_the_rungs_and_leaks_nothing(tmp_path: Path) -> None:
+def test_soak_passes_the_tiers_and_leaks_nothing(tmp_path: Path) -> None:
     found = ran(tmp_path / "r", "soak", *ENGINE, "--models", "2", "--time", "5s")
     assert found.counts["lost"] == found.counts["different_answers"] == found.counts["open after"] == 0
     assert len({s["tier"] for s in found.samples}) > 1
@@ -326,12 +326,12 @@ def test_a_trace_fits_the_engines_of_a_configuration(tmp_path: Path) -> None:
 def test_an_image_that_was_kept_is_used_again(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     keep = ("--keep", str(folder))
-    checkpointed = ("--rung", "checkpointed", "--rung", "ready", "--cold", "0", "-n", "1")
+    checkpointed = ("--tier", "checkpointed", "--tier", "ready", "--cold", "0", "-n", "1")
     found = ran(tmp_path / "1", "restore", *ENGINE, *keep, *checkpointed)
     assert found.series() == ["stopped", "checkpointed, first", "checkpointed", "ready"]
     found = ran(tmp_path / "2", "restore", *ENGINE, *keep, *checkpointed)
     assert found.series() == ["checkpointed, first", "checkpointed", "ready"]
-    found = ran(tmp_path / "3", "burst", *ENGINE, *keep, "--size", "2", "--rounds", "1", "--rung", "suspended")
+    found = ran(tmp_path / "3", "burst", *ENGINE, *keep, "--size", "2", "--rounds", "1", "--tier", "suspended")
     assert found.series() == ["checkpointed, first", "suspended, 2 at once"]
     assert "at level 2; keep another" in loadtest("analyze", *ENGINE, *keep, "--sleep-level", "1", status=2)
     flags = ("--only", "none of them", "--compression", "zstd")
@@ -361,7 +361,7 @@ def test_proxy_is_the_benchmark_of_the_proxy() -> None:
         (("trace", "README.md"), "no column TIMESTAMP"),
         (("report", "README.md"), "not a file of results"),
         (("trace", str(SAMPLE), "--length", "10"), "a duration needs a unit"),
-        (("trace", str(SAMPLE), "--idle", "never"), "a rung and a time"),
+        (("trace", str(SAMPLE), "--idle", "never"), "a tier and a time"),
         (("trace", str(SAMPLE), "--speed", "0"), "0.0 is not in the range x>0"),
         (("soak", "--memory", "much"), "'much': a size is a number with"),
         (("burst", "--size", "0"), "0 is not in the range x>=1"),

@@ -8,7 +8,7 @@ import pytest
 
 from loadtest import results
 from loadtest.report import page
-from tests.test_loadtest_results import RUNGS, run_file
+from tests.test_loadtest_results import TIERS, run_file
 from tests.test_page import CHROMIUM, DESKTOP, PHONE, contrast, needs_chromium
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ COLOURS = """
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    files = [run_file(tmp_path / name, name, RUNGS) for name in ("restore", "trace")]
+    files = [run_file(tmp_path / name, name, TIERS) for name in ("restore", "trace")]
     flags = {"default": [0.3] * 10, "a setting with a long name = false": [0.4] * 10}
     files.append(run_file(tmp_path / "flags", "restore-flags", flags))
     with results.Writer(tmp_path / "checkpoint", "checkpoint", {}) as writer:

@@ -439,13 +439,13 @@ class Seen(HTMLParser):
                 self.references.append(str(value))
 
 
-RUNGS = {"ready": lognormal(120, 1, -4), "checkpointed": lognormal(12, 2, -1), "stopped": lognormal(10, 3, 1.5)}
+TIERS = {"ready": lognormal(120, 1, -4), "checkpointed": lognormal(12, 2, -1), "stopped": lognormal(10, 3, 1.5)}
 
 
 def test_the_page_needs_nothing_else_and_shows_what_there_is(tmp_path: Path) -> None:
     files = [
-        run_file(tmp_path / "a", "restore", RUNGS, rungs="<all>"),
-        run_file(tmp_path / "b", "trace", RUNGS),
+        run_file(tmp_path / "a", "restore", TIERS, tiers="<all>"),
+        run_file(tmp_path / "b", "trace", TIERS),
         run_file(tmp_path / "c", "restore-flags", {"default": [0.3] * 10, "keep = false": [0.4] * 10}),
     ]
     html_file = tmp_path / "page.html"
@@ -467,7 +467,7 @@ def test_the_page_needs_nothing_else_and_shows_what_there_is(tmp_path: Path) -> 
 
 
 def test_every_colour_that_is_used_is_there(tmp_path: Path) -> None:
-    path = run_file(tmp_path / "a", "restore", RUNGS)
+    path = run_file(tmp_path / "a", "restore", TIERS)
     text = page.render([results.read(path)])
     defined = set(re.findall(r"(--[\w-]+):", page.STYLE.read_text()))
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
@@ -477,7 +477,7 @@ def test_every_colour_that_is_used_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [340.0, 860.0])
 def test_nothing_is_drawn_outside_of_a_figure(tmp_path: Path, width: float) -> None:
-    found = [results.read(run_file(tmp_path / name, name, RUNGS)) for name in ("restore", "trace")]
+    found = [results.read(run_file(tmp_path / name, name, TIERS)) for name in ("restore", "trace")]
     for result in found:
         for figure in figures(result):
             drawing = figure.draw(width)

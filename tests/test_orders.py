@@ -85,7 +85,7 @@ async def test_a_colder_order_takes_the_place_of_one_under_way(rig: Rig) -> None
     assert rig.states() == {"demo-1": "checkpointed"}
 
 
-async def test_a_missing_rung_means_the_next_colder_one(rig_of: Any) -> None:
+async def test_a_missing_tier_means_the_next_colder_one(rig_of: Any) -> None:
     rig: Rig = await rig_of({"demo": {"idle": NEVER}})
     rig.runtime.offered = frozenset({Tier.CHECKPOINTED})
     await use(rig)
@@ -221,7 +221,7 @@ async def test_a_step_that_breaks_the_engine_fails_the_order(rig: Rig) -> None:
     await rig.until(demo_1="gone")
 
 
-async def test_a_failed_step_to_a_warmer_rung_does_not_end_an_order_to_stop(rig: Rig) -> None:
+async def test_a_failed_step_to_a_warmer_tier_does_not_end_an_order_to_stop(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
     rig.runtime.failures["suspend"] = [RuntimeFailure("suspend", "busy", alive=True)]

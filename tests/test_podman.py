@@ -112,9 +112,9 @@ async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
 class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     """The contract, and what only containers have."""
 
-    async def test_every_rung_is_there_where_criu_works(self, bench: PodmanBench) -> None:
-        assert bench.runtime.rungs().missing == {}
-        assert Tier.ARCHIVED in bench.runtime.rungs().offered
+    async def test_every_tier_is_there_where_criu_works(self, bench: PodmanBench) -> None:
+        assert bench.runtime.tiers().missing == {}
+        assert Tier.ARCHIVED in bench.runtime.tiers().offered
 
     # --- one golden checkpoint, several containers ---
 
@@ -726,10 +726,10 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         with pytest.raises(HostError, match="podman is not installed"):
             await bench.runtime.open()
 
-    async def test_a_checkpoint_folder_in_use_takes_the_rung_away_with_a_reason(
+    async def test_a_checkpoint_folder_in_use_takes_the_tier_away_with_a_reason(
         self, bench: PodmanBench, tmp_path: Path, images: Path
     ) -> None:
         other = PodmanBench(tmp_path / "other", images)
         await other.runtime.open()
-        assert "another warmpool uses it" in other.runtime.rungs().missing[Tier.CHECKPOINTED]
+        assert "another warmpool uses it" in other.runtime.tiers().missing[Tier.CHECKPOINTED]
         await other.close()

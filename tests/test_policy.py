@@ -31,7 +31,7 @@ from proxy.pool.policy import (
 )
 from proxy.tiers import Tier
 
-RUNGS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
+TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 TIMETABLE = {Tier.SLEEPING: 30.0, Tier.SUSPENDED: 120.0, Tier.CHECKPOINTED: 600.0}
 
 
@@ -47,7 +47,7 @@ def instance(
 
 def model(*instances: Instance, key: str = "a", **more: Any) -> ModelView:
     defaults: dict[str, Any] = {
-        "rungs": RUNGS,
+        "tiers": TIERS,
         "timetable": TIMETABLE,
         "max_instances": max(1, len(instances)),
         "min_ready": 0,
@@ -173,7 +173,7 @@ def test_min_ready_rests_after_a_failed_start_but_a_request_does_not() -> None:
     [
         (State.READY, 29.9, None),
         (State.READY, 30.0, Tier.SLEEPING),
-        (State.READY, 1e6, Tier.SLEEPING),  # one rung at a time, however late
+        (State.READY, 1e6, Tier.SLEEPING),  # one tier at a time, however late
         (State.SLEEPING, 119.0, None),
         (State.SLEEPING, 120.0, Tier.SUSPENDED),
         (State.SUSPENDED, 600.0, Tier.CHECKPOINTED),
@@ -191,9 +191,9 @@ def test_the_next_deadline_is_the_soonest_of_all() -> None:
     assert plan(model(instance(State.CHECKPOINTED))).deadline is None
 
 
-def test_rungs_that_are_missing_never_or_barred_are_left_out() -> None:
+def test_tiers_that_are_missing_never_or_barred_are_left_out() -> None:
     one = instance(State.READY)
-    assert plan(model(one, rungs=frozenset({Tier.SUSPENDED})), now=120.0).actions[0] == StepDown(
+    assert plan(model(one, tiers=frozenset({Tier.SUSPENDED})), now=120.0).actions[0] == StepDown(
         one, Tier.SUSPENDED, "idle"
     )
     assert plan(model(one, timetable={}), now=1e9) == Plan()
@@ -203,7 +203,7 @@ def test_rungs_that_are_missing_never_or_barred_are_left_out() -> None:
 
 def test_stopped_is_always_possible_where_it_is_asked_for() -> None:
     one = instance(State.CHECKPOINTED)
-    assert plan(model(one, timetable={Tier.STOPPED: 5.0}, rungs=frozenset()), now=5.0).actions == [
+    assert plan(model(one, timetable={Tier.STOPPED: 5.0}, tiers=frozenset()), now=5.0).actions == [
         StepDown(one, Tier.STOPPED, "idle")
     ]
 
@@ -328,14 +328,14 @@ def test_the_other_falls_asleep_where_that_is_enough_and_is_suspended_where_not(
     assert plan(*models, gpus=unknown).actions == [Wake("a", None, (StepDown(idle, Tier.SUSPENDED, "evict"),))]
 
 
-def test_where_suspended_engines_stay_on_the_gpu_a_colder_rung_is_taken() -> None:
+def test_where_suspended_engines_stay_on_the_gpu_a_colder_tier_is_taken() -> None:
     idle = instance(State.READY, key="b")
     load = gpus(idle, needs={"a": 79, "b": 60}, asleep={"b": 2}, suspending_frees=False)
     (wake,) = plan(needy(), model(idle, key="b"), gpus=load).actions
     assert wake == Wake("a", None, (StepDown(idle, Tier.CHECKPOINTED, "evict"),))
 
 
-def test_rungs_that_are_barred_or_postponed_are_passed_over() -> None:
+def test_tiers_that_are_barred_or_postponed_are_passed_over() -> None:
     idle = instance(State.READY, key="b")
     idle.barred.add(Tier.SUSPENDED)
     idle.postponed[Tier.CHECKPOINTED] = 50.0
@@ -523,7 +523,7 @@ def views(draw: st.DrawFn) -> View:
             state = draw(STATES)
             leases = draw(st.integers(0, 4)) if state in (State.READY, State.RETIRING) else 0
             one = instance(state, key=key, number=number, leases=leases, idle_since=draw(st.floats(0, 1000)))
-            one.barred = draw(st.sets(st.sampled_from(sorted(RUNGS))))
+            one.barred = draw(st.sets(st.sampled_from(sorted(TIERS))))
             instances.append(one)
         waiting = draw(st.integers(0, 10))
         models.append(

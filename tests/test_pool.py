@@ -68,7 +68,7 @@ async def use(rig: Rig, model: str = "demo") -> Lease:
 
 
 async def down_to(rig: Rig, tier: Tier) -> None:
-    """Bring demo-1 up, then down to a rung by idleness."""
+    """Bring demo-1 up, then down to a tier by idleness."""
     await use(rig)
     for _ in range(tier):
         await rig.pass_time(10)
@@ -88,7 +88,7 @@ async def test_a_stopped_model_is_started_and_the_lease_says_so(rig: Rig) -> Non
     assert rig.runtime.calls["start"] == 1
 
 
-async def test_an_idle_instance_takes_every_rung_and_comes_back_from_each(rig: Rig) -> None:
+async def test_an_idle_instance_takes_every_tier_and_comes_back_from_each(rig: Rig) -> None:
     for tier in (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED):
         await down_to(rig, tier)
         lease = await use(rig)
@@ -130,7 +130,7 @@ async def test_the_canary_is_asked_once_per_image_by_default(rig: Rig) -> None:
     assert rig.runtime.calls["canary"] == asked == 2
 
 
-async def test_an_engine_without_sleep_mode_skips_that_rung(rig_of: Any) -> None:
+async def test_an_engine_without_sleep_mode_skips_that_tier(rig_of: Any) -> None:
     rig: Rig = await rig_of()
     connect = rig._connect
 
@@ -392,7 +392,7 @@ async def test_an_engine_that_ends_while_it_loads_fails_the_wake_at_once(rig: Ri
     await use(rig)
 
 
-async def test_a_failed_rung_falls_through_to_the_next(rig: Rig) -> None:
+async def test_a_failed_tier_falls_through_to_the_next(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
     await use(rig)
     await rig.pass_time(10)
@@ -432,7 +432,7 @@ async def test_a_restored_engine_that_answers_differently_does_not_serve(rig: Ri
     await use(rig)
 
 
-async def test_an_unexpected_error_leaves_no_instance_between_two_rungs(rig: Rig) -> None:
+async def test_an_unexpected_error_leaves_no_instance_between_two_tiers(rig: Rig) -> None:
     rig.runtime.failures["start"] = [OSError(5, "disk")]
     with pytest.raises(WakeFailedError, match="disk"):
         await use(rig)
@@ -822,7 +822,7 @@ async def test_a_request_that_finds_an_instance_just_broken_is_told_where_it_is_
     assert (lease.found, lease.wake.reached_from) == (Tier.CHECKPOINTED, Tier.CHECKPOINTED)
 
 
-async def test_the_last_rung_frees_the_image_and_prepares_no_clones(rig_of: Any) -> None:
+async def test_the_last_tier_frees_the_image_and_prepares_no_clones(rig_of: Any) -> None:
     rig = await golden(rig_of)
     for _ in range(5):
         await rig.pass_time(10)

@@ -133,8 +133,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
 
     @pytest.mark.criu
     @pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))
-    async def test_rungs_are_there_where_the_host_can(self, bench: ProcessBench) -> None:
-        assert bench.runtime.rungs().missing == {}
+    async def test_tiers_are_there_where_the_host_can(self, bench: ProcessBench) -> None:
+        assert bench.runtime.tiers().missing == {}
 
     async def test_a_tree_of_processes_is_suspended_and_ended_whole(self, bench: ProcessBench) -> None:
         model = engine_settings("--processes", "3")
@@ -373,11 +373,11 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
             await bench.runtime.remove(handle)
             await bench.close()
 
-    async def test_without_criu_the_rung_is_missing_and_said_why(self, tmp_path: Path) -> None:
+    async def test_without_criu_the_tier_is_missing_and_said_why(self, tmp_path: Path) -> None:
         bench = ProcessBench(tmp_path, criu="no-criu-here")
         await bench.runtime.open()
-        assert bench.runtime.rungs().offered == {Tier.SLEEPING, Tier.SUSPENDED}
-        assert "no-criu-here" in bench.runtime.rungs().missing[Tier.CHECKPOINTED]
+        assert bench.runtime.tiers().offered == {Tier.SLEEPING, Tier.SUSPENDED}
+        assert "no-criu-here" in bench.runtime.tiers().missing[Tier.CHECKPOINTED]
         await bench.close()
 
     async def test_a_criu_that_is_too_old_or_broken_is_not_used(self, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
             criu.chmod(0o755)
             bench = ProcessBench(tmp_path, criu=str(criu))
             await bench.runtime.open()
-            missing = bench.runtime.rungs().missing[Tier.CHECKPOINTED]
+            missing = bench.runtime.tiers().missing[Tier.CHECKPOINTED]
             assert reason in missing or "root" in missing
             await bench.close()
 

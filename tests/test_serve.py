@@ -65,7 +65,7 @@ async def test_the_whole_ladder_and_back_with_state_intact(serve: Any) -> None:
     assert (await proxy.ask())[0] == COLDEST, "and again from the same image"
 
 
-async def test_every_rung_is_seen_on_the_way_down_and_logged(serve: Any) -> None:
+async def test_every_tier_is_seen_on_the_way_down_and_logged(serve: Any) -> None:
     proxy: Proxy = await serve(idle=QUICK)
     await proxy.ask()
     await proxy.until(COLDEST)
@@ -76,10 +76,10 @@ async def test_every_rung_is_seen_on_the_way_down_and_logged(serve: Any) -> None
     assert re.search(r"demo-1 ready from stopped in \d+\.\d+ s: start=\d+ms load=\d+ms", log)
 
 
-async def test_a_host_without_criu_lacks_the_rung_and_says_so(tmp_path: Path) -> None:
+async def test_a_host_without_criu_lacks_the_tier_and_says_so(tmp_path: Path) -> None:
     settings = {"runtime": {"process": {"criu": "no-such-criu"}}, "models": {"demo": engine_model(idle=QUICK)}}
     proxy = await Proxy(tmp_path / "w", settings=settings).listening()
-    assert "no rung checkpointed with runtime process: no program 'no-such-criu'" in proxy.log.read_text()
+    assert "no tier checkpointed with runtime process: no program 'no-such-criu'" in proxy.log.read_text()
     await proxy.ask()
     await proxy.until("suspended")
     assert (await proxy.ask())[0] == "suspended"

@@ -313,7 +313,7 @@ def _where(result: Result) -> Figure:
     return Figure(
         "where",
         "Where the time to the first token went",
-        "All requests that found a model on this rung, together; at the right the mean of one of them.",
+        "All requests that found a model on this tier, together; at the right the mean of one of them.",
         draw,
     )
 

@@ -447,7 +447,7 @@ def _command(values: _Values, model_id: str) -> Iterator[str]:
     yield '    "--enforce-eager",  # not needed with driver 580; the first token comes faster without'
     yield '    "--load-format", "safetensors",  # keeps the weights in the page cache, where a wake finds them'
     yield '    "--trust-remote-code",  # runs code that comes with the model: leave it out unless yours needs it'
-    yield '    "--enable-sleep-mode",  # new: the rungs of warmpool begin with it'
+    yield '    "--enable-sleep-mode",  # new: the tiers of warmpool begin with it'
     yield "]"
 
 

@@ -405,7 +405,7 @@ class PoolSettings(_Section):
     )
     archive_dir: Path | None = Field(
         default=None,
-        description="Folder on disk for archived checkpoints (made, mode 0700); without, there is no rung archived.",
+        description="Folder on disk for archived checkpoints (made, mode 0700); without, there is no tier archived.",
         examples=["/var/lib/warmpool/archive"],
     )
 
@@ -474,7 +474,7 @@ class RuntimeSettings(_Section):
 
 
 class IdleSettings(_Section):
-    """The idle timetable: how long after its last request an instance steps down to each rung."""
+    """The idle timetable: how long after its last request an instance steps down to each tier."""
 
     sleeping: OptionalDuration = Field(
         default=30.0, description="Asleep by the engine's own sleep mode, where it has one."
@@ -496,12 +496,12 @@ class IdleSettings(_Section):
             if after_s is None:
                 continue
             if after_s < previous_s:
-                raise ValueError(f"{name} comes before {previous_name}: a colder rung must have the longer time")
+                raise ValueError(f"{name} comes before {previous_name}: a colder tier must have the longer time")
             previous_name, previous_s = name, after_s
         return self
 
     def timetable(self) -> Mapping[Tier, float]:
-        """Rung → seconds of idleness after which an instance should be there; rungs set to "never" are missing."""
+        """Tier → seconds of idleness after which an instance should be there; tiers set to "never" are missing."""
         times = {
             Tier.SLEEPING: self.sleeping,
             Tier.SUSPENDED: self.suspended,
@@ -804,7 +804,7 @@ class ModelSettings(_Section):
     queue_timeout: Duration = Field(default=300.0, description="How long a request waits for an engine before 503.")
     start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
     wake_timeout: Duration = Field(
-        default=60.0, description="How long any other rung may take to wake, or to step down to."
+        default=60.0, description="How long any other tier may take to wake, or to step down to."
     )
     checkpoint_timeout: Duration = Field(default=300.0, description="How long writing a checkpoint may take.")
     response_timeout: OptionalDuration = Field(

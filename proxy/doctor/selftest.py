@@ -97,8 +97,8 @@ async def _test(host: Host, needs: Needs, make: MakeRuntime, stages: Stages) -> 
             with stages.measure("open"):
                 await runtime.open()
             stack.push_async_callback(runtime.close)
-            if Tier.CHECKPOINTED not in runtime.rungs().offered:
-                raise HostError(runtime.rungs().missing.get(Tier.CHECKPOINTED, "this runtime cannot checkpoint"))
+            if Tier.CHECKPOINTED not in runtime.tiers().offered:
+                raise HostError(runtime.tiers().missing.get(Tier.CHECKPOINTED, "this runtime cannot checkpoint"))
             await _round_trip(runtime, model, claim.log_path(_INSTANCE), stages)
     finally:
         owned.delete_root(folder)

@@ -145,9 +145,9 @@ async def create(shop: Workshop, watcher: Watcher) -> Created:
 
 
 def _need_checkpoints(runtime: Runtime) -> None:
-    rungs = runtime.rungs()
-    if Tier.CHECKPOINTED not in rungs.offered:
-        raise GoldenError(f"this host cannot checkpoint: {rungs.missing[Tier.CHECKPOINTED]}")
+    tiers = runtime.tiers()
+    if Tier.CHECKPOINTED not in tiers.offered:
+        raise GoldenError(f"this host cannot checkpoint: {tiers.missing[Tier.CHECKPOINTED]}")
 
 
 async def _need_room(shop: Workshop) -> None:

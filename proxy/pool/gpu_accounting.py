@@ -77,7 +77,7 @@ class GpuLoad:
     """Models whose need of host memory is a guess."""
 
     def held_on(self, tier: Tier, instance: Instance) -> Bytes | None:
-        """What a resting instance would hold on a colder rung; None where that is not known."""
+        """What a resting instance would hold on a colder tier; None where that is not known."""
         gpus = self._held_of_gpus(tier, instance)
         if gpus is None or HOST not in self.capacity:
             return gpus
@@ -111,7 +111,7 @@ class _Account:
     """What is known of one engine since it was started or restored."""
 
     held: Bytes = field(default_factory=dict)
-    """As it was last weighed, or as is expected of the rung it has reached since."""
+    """As it was last weighed, or as is expected of the tier it has reached since."""
     trails: dict[str, _Trail] = field(default_factory=dict)
     """Kind (`READY`, `SLEEPING`) → what it held whenever it had just got there, over all GPUs."""
     fresh: bool = True
@@ -322,7 +322,7 @@ class GpuLedger:
         return True
 
     def expected(self, instance: Instance, tier: Tier) -> Bytes:
-        """What it should hold on its own rung, or on one below."""
+        """What it should hold on its own tier, or on one below."""
         if instance.state is State.SLEEPING and tier is Tier.SLEEPING:
             return self.charge(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):

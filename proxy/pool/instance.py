@@ -118,7 +118,7 @@ ARRIVAL: Final[Mapping[Tier, Event]] = {
     Tier.CHECKPOINTED: Event.AT_CHECKPOINTED,
     Tier.ARCHIVED: Event.AT_ARCHIVED,
 }
-"""The event that says an instance has come to rest on a rung."""
+"""The event that says an instance has come to rest on a tier."""
 
 DESCENT: Final[Mapping[Tier, Event]] = {
     Tier.SLEEPING: Event.SLEEP,
@@ -127,7 +127,7 @@ DESCENT: Final[Mapping[Tier, Event]] = {
     Tier.ARCHIVED: Event.ARCHIVE,
     Tier.STOPPED: Event.STOP,
 }
-"""The event that starts the way down to a rung."""
+"""The event that starts the way down to a tier."""
 
 RESTING: Final[Mapping[State, Tier]] = {
     State.NEW: Tier.STOPPED,
@@ -137,12 +137,12 @@ RESTING: Final[Mapping[State, Tier]] = {
     State.CHECKPOINTED: Tier.CHECKPOINTED,
     State.ARCHIVED: Tier.ARCHIVED,
 }
-"""The states in which nothing is under way, and the rung each of them is."""
+"""The states in which nothing is under way, and the tier each of them is."""
 
 DESCENDING: Final = frozenset(
     {State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING, State.CLONING, State.ARCHIVING}
 )
-"""On the way to a rung from which it can be woken again once it is there."""
+"""On the way to a tier from which it can be woken again once it is there."""
 
 MOVING: Final = DESCENDING | {State.WAKING, State.BROKEN, State.STOPPING}
 """On the way to another state, which some task sees to."""
@@ -155,11 +155,11 @@ AWAKE: Final = frozenset(
 
 @dataclass(slots=True, frozen=True)
 class WakeRecord:
-    """How an instance was last brought to ready: from which rung, when (Unix time), and how long each stage took."""
+    """How an instance was last brought to ready: from which tier, when (Unix time), and how long each stage took."""
 
     found: Tier
     reached_from: Tier
-    """The rung that worked in the end; colder than `found` when rungs in between failed."""
+    """The tier that worked in the end; colder than `found` when tiers in between failed."""
     at_unix_s: float
     ended: float
     """The same moment by the pool's clock."""
@@ -174,7 +174,7 @@ class Instance:
 
     `generation` counts wakes and breaks: a result or a lease that carries an older one belongs to an engine that is
     no more, and is dropped.
-    `idle_since` is a reading of the pool's clock, set whenever the last lease ends or a rung is reached; None while
+    `idle_since` is a reading of the pool's clock, set whenever the last lease ends or a tier is reached; None while
     there are leases.
     """
 
@@ -196,11 +196,11 @@ class Instance:
         self.evicted = False
         """It stepped down to make room and has not been woken since: it goes on until its GPU is free."""
         self.barred: set[Tier] = set()
-        """Rungs that this engine cannot step down to; not tried again until it was started anew."""
+        """Tiers that this engine cannot step down to; not tried again until it was started anew."""
         self.postponed: dict[Tier, float] = {}
-        """Rungs that could not be stepped down to for now, as for want of space, and when to try again."""
+        """Tiers that could not be stepped down to for now, as for want of space, and when to try again."""
         self.ordered: Tier | None = None
-        """An operator wants it on this rung, or a colder one; it takes no new request until it is there."""
+        """An operator wants it on this tier, or a colder one; it takes no new request until it is there."""
         self.waking_from: Tier | None = None
         self.last_wake: WakeRecord | None = None
 
@@ -228,7 +228,7 @@ class Instance:
 
     @property
     def tier(self) -> Tier:
-        """The rung a request would find: where it rests, or where the move under way began or will end."""
+        """The tier a request would find: where it rests, or where the move under way began or will end."""
         if self.state is State.WAKING:
             return self.waking_from if self.waking_from is not None else Tier.STOPPED
         return _TIER_OF[self.state]

@@ -57,7 +57,7 @@ class Image:
 
 
 class Order:
-    """An operator's order to an instance to go down to a rung."""
+    """An operator's order to an instance to go down to a tier."""
 
     __slots__ = ("_ended", "found", "instance_id", "to")
 
@@ -247,7 +247,7 @@ class Model:
         return policy.ModelView(
             key=self.key,
             instances=self.instances(),
-            rungs=self.runtime.rungs().offered,
+            tiers=self.runtime.tiers().offered,
             timetable={} if self.coming else self.timetable,
             max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
             min_ready=0 if self.leaving or self.coming else self.settings.min_ready,
@@ -289,16 +289,16 @@ def hand_on(waiter: Waiter) -> None:
         granted.result().release()
 
 
-def rungs_from(found: Tier, slot: Slot) -> list[Tier]:
-    """The rungs to try, warmest first."""
-    rungs = [] if found is Tier.STOPPED else [found]
+def tiers_from(found: Tier, slot: Slot) -> list[Tier]:
+    """The tiers to try, warmest first."""
+    tiers = [] if found is Tier.STOPPED else [found]
     if found < Tier.CHECKPOINTED and slot.image.present:
-        rungs.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
-    return [*rungs, Tier.STOPPED]
+        tiers.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
+    return [*tiers, Tier.STOPPED]
 
 
 def tier_found(slots: Iterable[Slot]) -> Tier:
-    """The rung that a request finds: that of the warmest instance. A broken one goes on from its image."""
+    """The tier that a request finds: that of the warmest instance. A broken one goes on from its image."""
     slots = [*slots]
     broken = [s.image for s in slots if s.instance.state is State.BROKEN and s.image.present]
     images = (Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED for image in broken)

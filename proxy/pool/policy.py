@@ -53,7 +53,7 @@ class ModelView:
 
     key: str
     instances: Sequence[Instance]
-    rungs: frozenset[Tier]
+    tiers: frozenset[Tier]
     """What its runtime offers between ready and stopped."""
     timetable: Mapping[Tier, float]
     max_instances: int
@@ -107,7 +107,7 @@ class Clone:
 
 @dataclass(frozen=True, slots=True)
 class StepDown:
-    """Take an instance to a colder rung."""
+    """Take an instance to a colder tier."""
 
     instance: Instance
     to: Tier
@@ -186,9 +186,9 @@ def _holds_engine(instance: Instance) -> bool:
 
 
 def best_tier(instances: Iterable[Instance]) -> Tier:
-    """The rung a request for the model finds: that of its warmest instance.
+    """The tier a request for the model finds: that of its warmest instance.
 
-    One that takes no new requests because it is about to step down counts as on the first rung below.
+    One that takes no new requests because it is about to step down counts as on the first tier below.
     """
     return min((Tier.SLEEPING if i.state is State.RETIRING else i.tier for i in instances), default=Tier.STOPPED)
 
@@ -243,7 +243,7 @@ def clones_wanted(model: ModelView, now: float) -> int:
 
 
 def next_step(instance: Instance, model: ModelView, *, hurried: bool = False) -> tuple[Tier, float] | None:
-    """The next rung down for an idle instance and when it is due; None when its timetable has no more.
+    """The next tier down for an idle instance and when it is due; None when its timetable has no more.
 
     One that made room goes off the GPU at once, but not while others are `hurried`: beside a wake it would slow that.
     """
@@ -273,7 +273,7 @@ def _shared_image_idle_since(model: ModelView) -> float | None:
 def _possible(instance: Instance, tier: Tier, model: ModelView) -> bool:
     if tier is Tier.ARCHIVED and instance.state is not State.CHECKPOINTED:
         return False  # only an image can be archived
-    return tier is Tier.STOPPED or (tier in model.rungs and tier not in instance.barred)
+    return tier is Tier.STOPPED or (tier in model.tiers and tier not in instance.barred)
 
 
 def may_suspend(instance: Instance, model: ModelView, now: float) -> bool:
@@ -298,7 +298,7 @@ def _recyclable(instance: Instance, model: ModelView, now: float) -> bool:
 
 
 def ordered_step(instance: Instance, to: Tier, model: ModelView) -> Tier | None:
-    """Where an order to go down to `to` takes an instance: there, or the next colder rung that it has.
+    """Where an order to go down to `to` takes an instance: there, or the next colder tier that it has.
 
     None when it has none: only an order to stop stops an engine.
     """
@@ -469,14 +469,14 @@ class _Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """An instance that may step down, and the rungs it may go to, warmest first; the last frees all it holds."""
+    """An instance that may step down, and the tiers it may go to, warmest first; the last frees all it holds."""
 
     instance: Instance
-    rungs: tuple[Tier, ...]
+    tiers: tuple[Tier, ...]
     recycle: bool
 
     def freed(self, load: GpuLoad, to: Tier) -> dict[str, int]:
-        """What comes free when it steps down to a rung; nothing where that is not known."""
+        """What comes free when it steps down to a tier; nothing where that is not known."""
         return _freed(load, self.instance, to)
 
 
@@ -494,13 +494,13 @@ def _freed(load: GpuLoad, instance: Instance, to: Tier) -> dict[str, int]:
 def _option(instance: Instance, model: ModelView, load: GpuLoad, now: float) -> _Option:
     if _recyclable(instance, model, now):
         return _Option(instance, (Tier.CHECKPOINTED,), recycle=True)
-    rungs: list[Tier] = []
+    tiers: list[Tier] = []
     for tier in STEPS:
         if tier > instance.tier and _possible(instance, tier, model) and now >= instance.postponed.get(tier, -math.inf):
-            rungs.append(tier)
+            tiers.append(tier)
             if load.held_on(tier, instance) is gpu_accounting.NOTHING:
                 break
-    return _Option(instance, tuple(rungs), recycle=False)
+    return _Option(instance, tuple(tiers), recycle=False)
 
 
 def _choose(
@@ -512,20 +512,20 @@ def _choose(
     if full and not awake:
         return _Choice(enough=False, may_come=True)
     chosen = [awake[0]] if full else []
-    rungs = {id(o): o.rungs[-1] for o in chosen}
+    tiers = {id(o): o.tiers[-1] for o in chosen}
 
     def missing(options: Iterable[_Option]) -> dict[str, int]:
         left = dict(balance)
         for option in options:
-            for place, count in option.freed(load, rungs[id(option)]).items():
+            for place, count in option.freed(load, tiers[id(option)]).items():
                 left[place] = left.get(place, 0) - count
         return {place: count for place, count in left.items() if count > 0}
 
     everyone = sorted([*awake, *asleep], key=lambda o: _dispensable(o.instance))
     for option in everyone:
-        rungs.setdefault(id(option), option.rungs[-1])
+        tiers.setdefault(id(option), option.tiers[-1])
         lacking = missing(chosen)
-        freed_last = option.freed(load, option.rungs[-1])
+        freed_last = option.freed(load, option.tiers[-1])
         if option not in chosen and any(freed_last.get(place, 0) > 0 for place in lacking):
             chosen.append(option)
     lacking = missing(chosen)
@@ -535,14 +535,14 @@ def _choose(
                 chosen.remove(option)
     # Who was used last stays as warm as can be.
     for option in reversed(chosen):
-        for rung in option.rungs:
-            rungs[id(option)] = rung
+        for tier in option.tiers:
+            tiers[id(option)] = tier
             if missing(chosen) == lacking:
                 break
     freed: Bytes = {}
     for option in chosen:
-        freed = gpu_accounting.plus(freed, option.freed(load, rungs[id(option)]))
-    victims = tuple(StepDown(o.instance, rungs[id(o)], "recycle" if o.recycle else "evict") for o in chosen)
+        freed = gpu_accounting.plus(freed, option.freed(load, tiers[id(option)]))
+    victims = tuple(StepDown(o.instance, tiers[id(o)], "recycle" if o.recycle else "evict") for o in chosen)
     may_come = bool(lacking) and not gpu_accounting.beyond(lacking, _busy_bytes(view, needy, used))
     return _Choice(victims, freed, not lacking, lacking, may_come)
 
@@ -662,10 +662,10 @@ def _relieve_host(view: View, now: float, plan: Plan, used: set[int]) -> None:
     spare = [(i, m) for m in view.models for i in _spare(m) if not i.leases]
     for instance, model in sorted([*resting, *spare], key=lambda pair: _dispensable(pair[0])):
         option = _option(instance, model, view.gpus, now)
-        if short <= 0 or id(instance) in used or not option.rungs:
+        if short <= 0 or id(instance) in used or not option.tiers:
             continue
-        freed = {tier: option.freed(view.gpus, tier).get(HOST, 0) for tier in option.rungs}
-        to = next((tier for tier in option.rungs if freed[tier] >= short), max(freed, key=lambda tier: freed[tier]))
+        freed = {tier: option.freed(view.gpus, tier).get(HOST, 0) for tier in option.tiers}
+        to = next((tier for tier in option.tiers if freed[tier] >= short), max(freed, key=lambda tier: freed[tier]))
         if freed[to] > 0:
             plan.actions.append(StepDown(instance, to, "evict"))
             used.add(id(instance))
@@ -712,7 +712,7 @@ def _reap(model: ModelView, now: float, plan: Plan, used: set[int], *, hurried: 
 
 
 class Costs:
-    """What waking from each rung took, per model: an exponential average that follows changes within a few wakes."""
+    """What waking from each tier took, per model: an exponential average that follows changes within a few wakes."""
 
     _WEIGHT: Final = 0.3
 

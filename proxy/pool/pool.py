@@ -75,9 +75,9 @@ from proxy.pool.model import (
     limit_s,
     note_unexpected,
     reset,
-    rungs_from,
     stop_grace_s,
     tier_found,
+    tiers_from,
     too_slow,
 )
 from proxy.pool.stalls import Stalls
@@ -114,7 +114,7 @@ _CLOSE_S = 60.0
 """How long `close` may take where nobody says so."""
 _REMOVE_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEP_RETRY_S = (60.0, 300.0, 1800.0)
-"""Between two tries to step down to a rung that could not be had without harm, as for want of space."""
+"""Between two tries to step down to a tier that could not be had without harm, as for want of space."""
 _WAKES_KEPT = 50
 _MEMORY_RETRY_S = 10.0
 """When one may ask again who was refused for want of host memory."""
@@ -244,8 +244,8 @@ class Pool:
 
     async def _open_runtime(self, runtime: Runtime) -> None:
         await runtime.open()
-        for tier, reason in runtime.rungs().missing.items():
-            log.warning("no rung %s with runtime %s: %s", tier.label, runtime.name, reason)
+        for tier, reason in runtime.tiers().missing.items():
+            log.warning("no tier %s with runtime %s: %s", tier.label, runtime.name, reason)
 
     async def _adopt(self, found: Found, images: Mapping[str, Image]) -> None:
         """Take over an instance as it is; one that runs but does not serve is ended."""
@@ -418,7 +418,7 @@ class Pool:
         return [key for key, model in self._models.items() if self._lacks_checkpoint(model)]
 
     def _lacks_checkpoint(self, model: Model) -> bool:
-        if Tier.CHECKPOINTED not in model.runtime.rungs().offered or Tier.CHECKPOINTED not in model.timetable:
+        if Tier.CHECKPOINTED not in model.runtime.tiers().offered or Tier.CHECKPOINTED not in model.timetable:
             return False
         if model.settings.min_ready or model.draining:
             return False
@@ -686,7 +686,7 @@ class Pool:
         """From nothing to an engine that serves, by its own checkpoint where there is to be one."""
         instance = slot.instance
         await self._steps.climb(new, slot, Tier.STOPPED, stages)
-        wanted = Tier.CHECKPOINTED in new.runtime.rungs().offered and Tier.CHECKPOINTED in new.timetable
+        wanted = Tier.CHECKPOINTED in new.runtime.tiers().offered and Tier.CHECKPOINTED in new.timetable
         if not wanted or await self._lacks_memory(new, engine=False):
             return Tier.STOPPED  # it is warm, and writes its checkpoint when it is idle
         # In one step: nobody is to see it ready.
@@ -950,7 +950,7 @@ class Pool:
         return name if name in self._models else self.resolve(name)
 
     async def order_wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
-        """Have an instance of a model ready: its id, the rung that was found, the wake if there was one.
+        """Have an instance of a model ready: its id, the tier that was found, the wake if there was one.
 
         A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
         Instances that an earlier order has closed are open again. Raises what `lease` does.
@@ -971,7 +971,7 @@ class Pool:
     def order_down(
         self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False
     ) -> list[Order]:
-        """Send the instances of a model, or one of them, down to a rung or the next colder one that they have.
+        """Send the instances of a model, or one of them, down to a tier or the next colder one that they have.
 
         Never cuts an answer off: with requests about, it is refused, or with `wait` the instance takes no new ones and
         goes after its last. Those that are there already have an order that has come true. `discard`: a golden
@@ -1056,16 +1056,16 @@ class Pool:
         return InstanceNotFoundError(f"{model.key!r} has no instance {instance_id!r}; there are: {there}.")
 
     def _goal(self, model: Model, slot: Slot, to: Tier) -> Tier:
-        """The rung that an order means for an instance. Raises ConflictError when it has none."""
+        """The tier that an order means for an instance. Raises ConflictError when it has none."""
         instance = slot.instance
         if _height(instance) >= to:
             return to
         goal = policy.ordered_step(instance, to, model.view())
         if goal is None:
-            missing = model.runtime.rungs().missing
+            missing = model.runtime.tiers().missing
             reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)
             reason = reason or "this engine failed to go there before; one that is started anew may"
-            raise ConflictError(f"{instance.id} has no rung {to.label}, nor a colder one but stopped: {reason}.")
+            raise ConflictError(f"{instance.id} has no tier {to.label}, nor a colder one but stopped: {reason}.")
         return goal
 
     def _refuse_order(self, model: Model, moving: Sequence[Slot], *, wait: bool) -> None:
@@ -1112,7 +1112,7 @@ class Pool:
             order.end(failure)
 
     def _fail_order(self, slot: Slot, to: Tier, failure: str) -> None:
-        """The step to `to` failed; an order for a colder rung than that goes on."""
+        """The step to `to` failed; an order for a colder tier than that goes on."""
         if slot.order is not None and to >= slot.order.to:
             self._end_order(slot, failure)
 
@@ -1294,7 +1294,7 @@ class Pool:
             model.runtime.shares_images and slot.image.present and (action.reason == "idle" or last_of_discarded)
         )
         if action.to is Tier.STOPPED and frees_image:
-            reset(slot.image)  # the last rung frees everything, and no clone is prepared any more
+            reset(slot.image)  # the last tier frees everything, and no clone is prepared any more
             slot.discards_image = True
         log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
         work = (
@@ -1365,7 +1365,7 @@ class Pool:
     # --- waking ---
 
     async def _wake(self, model: Model, slot: Slot, generation: int, evictions: Evictions) -> None:
-        """Bring an instance to ready from the warmest rung that works."""
+        """Bring an instance to ready from the warmest tier that works."""
         instance = slot.instance
         found = instance.waking_from or Tier.STOPPED
         stages = Stages()
@@ -1376,12 +1376,12 @@ class Pool:
             with stages.measure("evict"):
                 await asyncio.wait(evictions.tasks.values())
                 await self._gpus.make_sure(evictions)
-        for tier in rungs_from(found, slot):
+        for tier in tiers_from(found, slot):
             try:
                 if tier >= Tier.CHECKPOINTED:
                     await self._check_memory(instance)
                 await self._steps.climb(model, slot, tier, stages)
-            except Exception as error:  # noqa: BLE001 - whatever it was, a colder rung may work and nobody may be left waiting
+            except Exception as error:  # noqa: BLE001 - whatever it was, a colder tier may work and nobody may be left waiting
                 reason = str(error) or too_slow(model.settings, tier)
                 note_unexpected(instance, error)
                 failures.append(f"{tier.label}: {reason}")
@@ -1562,7 +1562,7 @@ class Pool:
             limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
             async with asyncio.timeout(limit_s):
                 await self._steps.go_down(model, slot, origin, to)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two rungs
+        except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two tiers
             setting = "checkpoint_timeout" if to is Tier.CHECKPOINTED else "wake_timeout"
             text = str(error) or f"no result within {setting} ({limit_s:g} s)"
             note_unexpected(instance, error)
@@ -1732,7 +1732,7 @@ class Pool:
             yield
 
     def tier(self, key: str) -> Tier:
-        """The rung that a request for the model would find."""
+        """The tier that a request for the model would find."""
         return tier_found(self._models[key].slots.values())
 
     def status(self) -> dict[str, Any]:
@@ -1785,7 +1785,7 @@ async def _ended_within(limit_s: float, tasks: Sequence[asyncio.Task[None]]) -> 
 
 
 def _height(instance: Instance) -> Tier:
-    """The rung that an instance is on, or will be when the move under way has ended."""
+    """The tier that an instance is on, or will be when the move under way has ended."""
     return Tier.READY if instance.state is State.WAKING else instance.tier
 
 

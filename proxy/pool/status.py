@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
     """A model with its instances. `now` by the pool's clock."""
-    rungs = model.runtime.rungs()
+    tiers = model.runtime.tiers()
     return {
         "name": model.served_name,
         "aliases": [*model.settings.aliases],
@@ -27,8 +27,8 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "estimate_s": round(estimate_s, 3),
         "runtime": model.runtime.name,
         "shares_checkpoint": model.runtime.shares_images,
-        "rungs": sorted(t.label for t in rungs.offered),
-        "missing_rungs": {t.label: reason for t, reason in rungs.missing.items()},
+        "tiers": sorted(t.label for t in tiers.offered),
+        "missing_tiers": {t.label: reason for t, reason in tiers.missing.items()},
         "repeats_randomness": model.reseed_gap,
         "gpu_need_bytes": model.ledger.need(model.key),
         "host_need_bytes": model.memory.need(model.key),

@@ -70,7 +70,7 @@ class Steps:
         """Whether a copy of a new checkpoint goes to the archive."""
 
     async def climb(self, model: Model, slot: Slot, tier: Tier, stages: Stages) -> None:
-        """One attempt from one rung, within its time limit."""
+        """One attempt from one tier, within its time limit."""
         async with asyncio.timeout(limit_s(model.settings, tier)):
             match tier:
                 case Tier.STOPPED:
@@ -124,7 +124,7 @@ class Steps:
         if self._is_checkpointed(model):
             note_gap(model, instance.id, await unless_it_ends(slot.watcher, reseed.asked_gap(client, settings)))
         slot.canary, slot.weights_copy, slot.unproven = None, "none", False
-        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.rungs().offered:
+        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.tiers().offered:
             with stages.measure("canary"):
                 slot.canary = await unless_it_ends(slot.watcher, client.canary())
 
@@ -168,7 +168,7 @@ class Steps:
             await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
-        return Tier.CHECKPOINTED in model.runtime.rungs().offered and Tier.CHECKPOINTED in model.timetable
+        return Tier.CHECKPOINTED in model.runtime.tiers().offered and Tier.CHECKPOINTED in model.timetable
 
     async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
@@ -319,7 +319,7 @@ class Steps:
 
     def keep_copy(self, model: Model, slot: Slot) -> None:
         """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
-        if self._archives() and Tier.ARCHIVED in model.runtime.rungs().offered:
+        if self._archives() and Tier.ARCHIVED in model.runtime.tiers().offered:
             self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
 
     async def _copy_to_archive(self, model: Model, slot: Slot) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Rungs:
-    """The rungs a runtime offers between ready and stopped, and why it lacks the others."""
+class Tiers:
+    """The tiers a runtime offers between ready and stopped, and why it lacks the others."""
 
     offered: frozenset[Tier]
     missing: Mapping[Tier, str] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Runtime(Protocol):
     def strays(self) -> Sequence[str]:
         """What is there of other warmpools that have ended, a line each; as of `recover`."""
 
-    def rungs(self) -> Rungs:
+    def tiers(self) -> Tiers:
         """What this host offers; valid after `open`."""
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
@@ -202,7 +202,7 @@ class Runtime(Protocol):
         """
 
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
-        """Write the engine to an image and end its processes; from any live rung.
+        """Write the engine to an image and end its processes; from any live tier.
 
         A failure with `alive` leaves the engine as it was; one without leaves nothing running.
         """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.settings import ModelSettings
-    from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Rungs, Runtime, Vitals
+    from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Runtime, Tiers, Vitals
     from proxy.telemetry.overdue import Overdue
     from proxy.telemetry.stages import Stages
 
@@ -78,8 +78,8 @@ class Bounded:
     def strays(self) -> Sequence[str]:
         return self._runtime.strays()
 
-    def rungs(self) -> Rungs:
-        return self._runtime.rungs()
+    def tiers(self) -> Tiers:
+        return self._runtime.tiers()
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         try:

@@ -15,7 +15,7 @@ from proxy.checkpoint.store import DamagedError, OtherVersionError, StoreError
 from proxy.errors import Fault, RuntimeFailure
 from proxy.host import cpu
 from proxy.runtime import vllm_extension
-from proxy.runtime.base import Footprint, ImageFacts, Outdated, Rungs
+from proxy.runtime.base import Footprint, ImageFacts, Outdated, Tiers
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class KeepsImages(abc.ABC):
     def _image(self, handle: Handle) -> str:
         return handle.image or (handle.model if self.shares_images else handle.instance_id)
 
-    def _open_store(self, reason: str | None) -> Rungs:
-        """The rungs there are, the store open if this host can checkpoint (`reason` None: it can)."""
+    def _open_store(self, reason: str | None) -> Tiers:
+        """The tiers there are, the store open if this host can checkpoint (`reason` None: it can)."""
         if reason is None:
             try:
                 self._store.open()
@@ -74,11 +74,11 @@ class KeepsImages(abc.ABC):
                 reason = str(error)
         offered = {Tier.SLEEPING, Tier.SUSPENDED}
         if reason is not None:
-            return Rungs(frozenset(offered), {Tier.CHECKPOINTED: reason})
+            return Tiers(frozenset(offered), {Tier.CHECKPOINTED: reason})
         self._store.sweep()
         archived = {Tier.ARCHIVED} if self._store.archive is not None else set()
         refused = self._store.archive_refused
-        return Rungs(
+        return Tiers(
             frozenset({*offered, Tier.CHECKPOINTED, *archived}),
             {Tier.ARCHIVED: refused} if refused is not None else {},
         )
@@ -139,12 +139,12 @@ class KeepsImages(abc.ABC):
             raise failure("unarchive", error) from error
 
     @abc.abstractmethod
-    def rungs(self) -> Rungs:
-        """See `Runtime.rungs`."""
+    def tiers(self) -> Tiers:
+        """See `Runtime.tiers`."""
 
     async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
         """See `Runtime.images_for`."""
-        if not self.shares_images or Tier.CHECKPOINTED not in self.rungs().offered:
+        if not self.shares_images or Tier.CHECKPOINTED not in self.tiers().offered:
             return {}
         return {key: facts for key, (_, facts) in (await self._usable_images(models)).items()}
 
@@ -223,7 +223,7 @@ class KeepsImages(abc.ABC):
         self, models: Mapping[str, ModelSettings], instances: Container[str] | None
     ) -> dict[str, Outdated]:
         found: dict[str, Outdated] = {}
-        if Tier.CHECKPOINTED not in self.rungs().offered:
+        if Tier.CHECKPOINTED not in self.tiers().offered:
             return found
         for image in sorted({*self._store.names(), *self._store.archived()}):
             if not self.shares_images and instances is not None and image not in instances:

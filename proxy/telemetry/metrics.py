@@ -110,7 +110,7 @@ class Metrics:
         )
         self.wake_failures = Counter(
             "warmpool_wake_failures",
-            "Rungs that failed to wake, by model and tier.",
+            "Tiers that failed to wake, by model and tier.",
             ["model", "tier"],
             registry=r,
         )

@@ -28,7 +28,7 @@ from proxy.host import command, owned, processes
 from proxy.host import facts as host
 from proxy.host.files import write_if_other
 from proxy.runtime import criu, namespaces, port_owner, ports, vllm_extension
-from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Rungs, Vitals
+from proxy.runtime.base import Found, Handle, ImageFacts, Outdated, Recovered, Tiers, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.image_store import CONTAINER_IMAGE, KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
@@ -119,7 +119,7 @@ class PodmanRuntime(KeepsImages):
         self._tails = LogTails(claim)
         self._ports = ports.Ports(*settings.port_range())
         self._pid_namespaces = namespaces.PidNamespaces()
-        self._rungs = Rungs(frozenset())
+        self._tiers = Tiers(frozenset())
         self._facts: dict[str, str] = {}
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
@@ -154,7 +154,7 @@ class PodmanRuntime(KeepsImages):
             if isinstance(error, PodmanError):
                 raise HostError(str(error)) from error
             raise
-        self._rungs = self._open_store(await self._look_around(info))
+        self._tiers = self._open_store(await self._look_around(info))
 
     async def _info(self) -> dict[str, Any]:
         info = await self._podman.get("/info")
@@ -208,9 +208,9 @@ class PodmanRuntime(KeepsImages):
         self._store.close()
         self._claim.release()
 
-    def rungs(self) -> Rungs:
+    def tiers(self) -> Tiers:
         """What `open` found."""
-        return self._rungs
+        return self._tiers
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """See `Runtime.recover`. Raises HostError when podman cannot be asked."""
@@ -223,7 +223,7 @@ class PodmanRuntime(KeepsImages):
         images: dict[str, ImageFacts] = {}
         golden: dict[str, Manifest] = {}
         lost: frozenset[str] = frozenset()
-        if Tier.CHECKPOINTED in self._rungs.offered:
+        if Tier.CHECKPOINTED in self._tiers.offered:
             usable = await self._usable_images(models)
             images = {key: image for key, (_, image) in usable.items()}
             lost = self._lost(models, images)
@@ -481,7 +481,7 @@ class PodmanRuntime(KeepsImages):
         environment = {processes.MARK: self._mark(it.handle.instance_id)}
         mounts: list[tuple[str, str, bool]] = []
         arguments: tuple[str, ...] = ()
-        if it.model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+        if it.model.is_vllm and Tier.CHECKPOINTED in self._tiers.offered:
             copies = _WEIGHTS if it.model.weights_copy else None
             environment |= vllm_extension.environment(_EXTENSION, copies, python_path)
             mounts.append((str(vllm_extension.folder(self._claim.folder)), _EXTENSION, False))
@@ -527,7 +527,7 @@ class PodmanRuntime(KeepsImages):
         options = container.criu_options(settings, dispatcher)
         if not self._annotated:
             _write_host_criu_config(options)
-        if it.model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+        if it.model.is_vllm and Tier.CHECKPOINTED in self._tiers.offered:
             vllm_extension.folder(self._claim.folder)  # mounted
         return write_if_other(folder / f"{key}.criu.conf", options.encode())
 

@@ -29,7 +29,7 @@ from proxy.checkpoint.store import CRIU_FOLDER, CheckpointStore, StoreError
 from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.host import command, processes
 from proxy.runtime import criu, log_size, port_owner, ports, vllm_extension
-from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Rungs, Vitals
+from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Tiers, Vitals
 from proxy.runtime.cuda import Cuda
 from proxy.runtime.image_store import KeepsImages, Origin, failure
 from proxy.runtime.log_tail import LogTails
@@ -85,7 +85,7 @@ class ProcessRuntime(KeepsImages):
         self._engines: dict[str, _Engine] = {}
         self._tails = LogTails(claim)
         self._ports = ports.Ports(*settings.port_range())
-        self._rungs = Rungs(frozenset())
+        self._tiers = Tiers(frozenset())
         self._criu_version = ""
         self._reaper = OrphanReaper()
         self._cutter: asyncio.Task[None] | None = None
@@ -107,7 +107,7 @@ class ProcessRuntime(KeepsImages):
             raise HostError(f"the orphan reaper cannot be started: {error}") from error
         self._cutter = asyncio.create_task(log_size.keep_small(self._logs, self._claim.log_size), name="engine logs")
         self._criu_version, reason = await criu.why_not(self._settings.criu)
-        self._rungs = self._open_store(reason)
+        self._tiers = self._open_store(reason)
 
     async def close(self) -> None:
         """Dismiss the orphan reaper and give up the claim."""
@@ -122,9 +122,9 @@ class ProcessRuntime(KeepsImages):
         """See `Runtime.strays`: none, the orphan reaper ends processes with their warmpool."""
         return ()
 
-    def rungs(self) -> Rungs:
+    def tiers(self) -> Tiers:
         """What `open` found."""
-        return self._rungs
+        return self._tiers
 
     # --- starting and ending ---
 
@@ -144,7 +144,7 @@ class ProcessRuntime(KeepsImages):
         }
         words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
-        if model.is_vllm and Tier.CHECKPOINTED in self._rungs.offered:
+        if model.is_vllm and Tier.CHECKPOINTED in self._tiers.offered:
             words += vllm_extension.arguments(model)
             copies = str(self._store.weights(self._image(handle))) if model.weights_copy else None
             given |= vllm_extension.environment(
@@ -410,7 +410,7 @@ class ProcessRuntime(KeepsImages):
 
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         """See `Runtime.recover`."""
-        if Tier.CHECKPOINTED not in self._rungs.offered:
+        if Tier.CHECKPOINTED not in self._tiers.offered:
             return Recovered()
         images = await self._usable_images(models)
         found = []

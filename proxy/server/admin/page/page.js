@@ -229,7 +229,7 @@ function show() {
 }
 
 function modelCard(key) {
-  const title = h("div", { class: "title" }), ladder = h("ol", { class: "ladder", "aria-label": "Rungs" }), facts = h("p", { class: "facts" });
+  const title = h("div", { class: "title" }), ladder = h("ol", { class: "ladder", "aria-label": "Tiers" }), facts = h("p", { class: "facts" });
   const list = h("ul", { class: "instances" }), doors = h("button", { type: "button", onclick: () => order(key, doors.dataset.order) });
   const buttons = ["wake", "suspend", "checkpoint", "stop"].map((name) =>
     h("button", { type: "button", "data-order": name, onclick: () => order(key, name) }, ORDERS[name].label));
@@ -237,8 +237,8 @@ function modelCard(key) {
   card.show = ([, entry]) => {
     card.dataset.tier = entry.tier;
     put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "closed") : null);
-    put(ladder, ...TIERS.filter((t) => t === "ready" || t === "stopped" || t === entry.tier || entry.rungs.includes(t) || entry.missing_rungs[t]).map((tier) => {
-      const missing = entry.missing_rungs[tier];
+    put(ladder, ...TIERS.filter((t) => t === "ready" || t === "stopped" || t === entry.tier || entry.tiers.includes(t) || entry.missing_tiers[t]).map((tier) => {
+      const missing = entry.missing_tiers[tier];
       return h("li", { class: tier === entry.tier ? "here" : missing ? "missing" : null, title: missing || null, "aria-current": tier === entry.tier ? "step" : null }, h("span", null, tier));
     }));
     put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
