@@ -10,6 +10,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer
 from prometheus_client import exposition
 
 from proxy.config.settings import Settings
@@ -17,6 +19,7 @@ from proxy.pool import status as pool_status
 from proxy.pool.instance import State
 from proxy.pool.memory import Ledger
 from proxy.pool.pool import Pool
+from proxy.server.admin import events, pieces
 from proxy.server.admin.status import Admin
 from proxy.server.models import Local
 from proxy.telemetry import metrics
@@ -26,8 +29,6 @@ from tests.fakes import FakeRuntime, model_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
-
-    from aiohttp import web
 
 
 class Many:
@@ -65,8 +66,7 @@ async def told(many: Many) -> None:
 
 
 async def scraped(many: Many) -> None:
-    response: web.StreamResponse = await many.admin.metrics(Asked())  # type: ignore[arg-type]
-    assert response.status == 200
+    assert await many.metrics.scrape()
 
 
 async def cpu_s(work: Callable[[Many], Coroutine[Any, Any, None]], many: Many) -> float:
@@ -151,3 +151,65 @@ async def test_requests_that_end_while_metrics_are_read_are_counted_once(tmp_pat
     await scraping
     assert b'warmpool_requests_total{model="m1",status="200"} 101.0' in many.metrics.exposition()
     assert b'warmpool_requests_total{model="m1",status="200"} 101.0' in await many.metrics.scrape()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/admin/status"])
+async def test_long_answers_are_written_a_piece_in_each_turn_of_the_loop(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = Many(tmp_path, 1000)
+    turn, written = 0, Counter[int]()
+    write = web.StreamResponse.write
+
+    async def noted(self: web.StreamResponse, data: Any) -> None:
+        written[turn] += len(data)
+        await write(self, data)
+
+    async def turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(web.StreamResponse, "write", noted)
+    application = web.Application()
+    application.router.add_get("/metrics", many.admin.metrics)
+    application.router.add_get("/admin/status", many.admin.status)
+    counting = asyncio.create_task(turns())
+    async with TestServer(application) as server, ClientSession() as session:
+        async with session.get(server.make_url(path)) as response:
+            body = await response.read()
+        assert response.status == 200
+        assert response.content_length == len(body)
+        async with session.head(server.make_url(path)) as response:
+            assert (response.status, await response.read()) == (200, b"")
+    counting.cancel()
+    assert sum(written.values()) == len(body) > 2 * pieces.PIECE_BYTES
+    assert max(written.values()) <= pieces.PIECE_BYTES
+
+
+async def test_two_states_of_many_models_are_compared_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = Many(tmp_path, 300)
+    turn, compared = 0, Counter[int]()
+    old = await many.admin.read_status()
+    many.pool._models["m7"].draining = True
+    new = {**await many.admin.read_status(), "ready": not old["ready"]}
+    del new["models"]["m8"], new["wakes"]
+    new["models"]["another"] = {}
+    whole = events.merge_patch
+
+    def noted(*args: Any) -> dict[str, Any]:
+        compared[turn] += 1
+        return whole(*args)
+
+    monkeypatch.setattr(events, "merge_patch", noted)
+    comparing = asyncio.create_task(events.patch_in_turns(old, new))
+    while not comparing.done():
+        turn += 1
+        await asyncio.sleep(0)
+    patch = await comparing
+    monkeypatch.undo()
+    assert patch == whole(old, new)
+    assert (patch["models"]["m7"], patch["models"]["m8"], patch["wakes"]) == ({"draining": True}, None, None)
+    assert compared.total() >= 600
+    assert max(compared.values()) <= 60

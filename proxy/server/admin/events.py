@@ -16,6 +16,8 @@ import orjson
 from aiohttp import web
 
 from proxy.errors import DrainingError, QueueFullError
+from proxy.host.turns import in_turns
+from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +29,8 @@ MAX_LISTENERS: Final = 64
 HEARTBEAT_S: Final = 15.0
 _PAUSE_S: Final = 0.2
 """Between two changes, however fast things change."""
+_TURN: Final = 10
+"""How many models are compared in one turn of the event loop."""
 _REFRESH_S: Final = 5.0
 """How often is looked at what changes without a word, as memory does."""
 
@@ -85,7 +89,7 @@ class Events:
                 event = b": still here\n\n"
             if event is None:
                 return
-            await response.write(event)
+            await pieces.write(response, event)
 
     async def _watch(self) -> None:
         """Compare and tell until nobody listens any more."""
@@ -97,7 +101,7 @@ class Events:
                 now = await self._read()
                 if self._last is None:
                     self._send(_event("snapshot", now | {"now_unix_s": time.time()}))
-                elif patch := merge_patch(self._last, now):
+                elif patch := await patch_in_turns(self._last, now):
                     self._send(_event("change", patch), or_else=now)
                 self._last = now
                 await asyncio.sleep(_PAUSE_S)
@@ -156,4 +160,21 @@ def merge_patch(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
                 patch[name] = inner
         elif name not in old or before != value:
             patch[name] = value
+    return patch
+
+
+async def patch_in_turns(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """As `merge_patch`, for what holds many objects: a few of them in one turn of the event loop."""
+    patch: dict[str, Any] = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        before = old.get(name)
+        if not (isinstance(value, dict) and isinstance(before, dict)):
+            patch |= merge_patch({name: before} if name in old else {}, {name: value})
+            continue
+        inner: dict[str, Any] = {each: None for each in before if each not in value}
+        async for each in in_turns(value, _TURN):
+            was = {each: before[each]} if each in before else {}
+            inner |= merge_patch(was, {each: value[each]})
+        if inner:
+            patch[name] = inner
     return patch

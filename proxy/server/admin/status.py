@@ -8,6 +8,7 @@ import orjson
 from aiohttp import web
 
 from proxy import __version__
+from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
     from proxy.pool.memory import Ledger
@@ -32,16 +33,17 @@ class Admin:
         ready = self._pool.ready
         return web.json_response({"ready": ready}, status=200 if ready else 503)
 
-    async def metrics(self, _: web.Request) -> web.StreamResponse:
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Prometheus' text format."""
         size, free = await self._ledger.checkpoint_space()
         self._metrics.checkpoint_dir_size.set(size)
         self._metrics.checkpoint_dir_free.set(free)
-        return web.Response(body=await self._metrics.scrape(), headers={"Content-Type": self._metrics.content_type})
+        return await pieces.answer(request, await self._metrics.scrape(), {"Content-Type": self._metrics.content_type})
 
-    async def status(self, _: web.Request) -> web.StreamResponse:
+    async def status(self, request: web.Request) -> web.StreamResponse:
         """Models, instances, leases, queues, the last wakes, memory; the fields are in docs/api.md."""
-        return web.Response(body=orjson.dumps(await self.read_status()), content_type="application/json")
+        body = orjson.dumps(await self.read_status())
+        return await pieces.answer(request, body, {"Content-Type": "application/json"})
 
     async def read_status(self) -> dict[str, Any]:
         """What `/admin/status` answers."""
