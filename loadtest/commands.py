@@ -24,7 +24,7 @@ from loadtest.client import Client, Target, TargetError
 from loadtest.display import Display
 from loadtest.report import page, pictures
 from proxy.checkpoint.store import SUFFIX, CheckpointStore, StoreError
-from proxy.config import settings as configuration
+from proxy.config.values import parse_duration
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -514,7 +514,7 @@ def _seconds(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return configuration.parse_duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r}: {error}") from error
 

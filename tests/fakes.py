@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from proxy.config.settings import ModelSettings, Settings
+from proxy.config.settings import Settings
 from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.pool.pool import Pool
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
     from proxy.checkpoint.manifest import Manifest
-    from proxy.config.settings import WarmupSettings
+    from proxy.config.engine import WarmupSettings
+    from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory

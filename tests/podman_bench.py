@@ -14,7 +14,8 @@ import psutil
 
 from loadtest import image
 from proxy.checkpoint.store import CheckpointStore
-from proxy.config.settings import ModelSettings, PodmanRuntimeSettings
+from proxy.config.model import ModelSettings
+from proxy.config.runtime import PodmanRuntimeSettings
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.state_dir import Claim
 from tests.support import HttpBench, files_in, why_no_criu

@@ -21,7 +21,7 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.runtime.base import Handle, Runtime
 
 FACTS = ImageFacts(sleep_level=1, canary="yes", details={"gpu": {"ready": {"GPU-1": 1 << 30}}})

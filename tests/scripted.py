@@ -24,7 +24,7 @@ from tests.support import PATIENCE_S
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
     from proxy.runtime.base import Handle
 

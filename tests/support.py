@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 import psutil
 
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 
 if TYPE_CHECKING:
     from proxy.runtime.base import Handle

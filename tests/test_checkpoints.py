@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from proxy.checkpoint.manifest import FORMAT, Manifest, kind_of
 from proxy.checkpoint.store import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from proxy.host import cpu
 from proxy.host.facts import huge_pages_of
 from proxy.pool import golden

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from proxy import __version__
 from proxy.cli.main import EXIT_CONFIG, cli
-from proxy.config.settings import load
+from proxy.config.load import load
 from tests.support import ROOT
 
 if TYPE_CHECKING:

@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from proxy.config import settings as config
+from proxy.config.load import load
+from proxy.config.pool import PoolSettings
 from proxy.config.reference import reference
 from proxy.config.reference_page import page
-from proxy.config.settings import Settings, TracingSettings, format_duration, format_size, load, parse_duration
+from proxy.config.settings import Settings
+from proxy.config.tracing import TracingSettings
+from proxy.config.values import format_duration, format_size, parse_duration
 from proxy.errors import ConfigError
 from proxy.tiers import Tier
 from tests.support import ROOT
@@ -222,7 +225,7 @@ def test_durations_survive_being_written(milliseconds: int) -> None:
 
 @given(st.integers(0, 1 << 50))
 def test_sizes_survive_being_written(count: int) -> None:
-    settings = config.PoolSettings(checkpoint_reserve=format_size(count))
+    settings = PoolSettings(checkpoint_reserve=format_size(count))
     assert settings.checkpoint_reserve == count
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.config.settings import CriuSettings, ModelSettings
+from proxy.config.engine import CriuSettings
+from proxy.config.model import ModelSettings
 from proxy.host.files import write_if_other
 from proxy.runtime.podman import container
 

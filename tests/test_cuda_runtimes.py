@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from proxy.checkpoint.store import CheckpointStore
-from proxy.config.settings import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
+from proxy.config.runtime import PodmanRuntimeSettings, ProcessRuntimeSettings
+from proxy.config.settings import Settings
 from proxy.errors import RuntimeFailure
 from proxy.gpu.cuda import GpuMemory, Gpus, ProcessState
 from proxy.host import processes
@@ -32,7 +33,7 @@ from tests.support import HttpBench, engine_settings, get_json
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.runtime.base import Handle
 
 images = pytest.fixture(tmpfs_folder)

@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from proxy import errors
 from proxy.cli.main import cli
-from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, RESERVED_ENV, ModelSettings, Settings
+from proxy.config.load import RESERVED_ENV
+from proxy.config.model import ModelSettings
+from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 from proxy.pool.instance import State
 from proxy.server import app
 from proxy.telemetry.metrics import Metrics

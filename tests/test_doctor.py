@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from proxy.config.settings import PodmanRuntimeSettings, ProcessRuntimeSettings, Settings
+from proxy.config.runtime import PodmanRuntimeSettings, ProcessRuntimeSettings
+from proxy.config.settings import Settings
 from proxy.doctor import examination, report, selftest
 from proxy.doctor.containers import RUNTIME_CONF
 from proxy.doctor.needs import Needs

@@ -18,7 +18,7 @@ import orjson
 import pytest
 
 from proxy.cli.control_client import Address, Control, ControlError, address_of
-from proxy.config.settings import AdminSettings, LimitSettings, ServerSettings, TlsSettings
+from proxy.config.server import AdminSettings, LimitSettings, ServerSettings, TlsSettings
 from proxy.errors import ConfigError, HostError
 from proxy.host import private_files
 from proxy.server import listeners

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tomli_w
 
-from proxy.config.settings import ModelSettings, Settings, load
+from proxy.config.load import load
+from proxy.config.model import ModelSettings
+from proxy.config.settings import Settings
 from proxy.engine.api_key import key_of, problem_of
 from proxy.errors import ConfigError
 from tests.served import ASK, Proxy

@@ -11,14 +11,15 @@ import pytest
 
 from loadtest import vllm_cpu
 from proxy.config import import_env
-from proxy.config import settings as config
+from proxy.config.load import load
 from proxy.runtime.podman.container import NO_IO_URING
 from tests.support import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.config.settings import PodmanEngineSettings, Settings
+    from proxy.config.engine import PodmanEngineSettings
+    from proxy.config.settings import Settings
 
 FOLDER = ROOT / "config"
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -35,7 +36,7 @@ def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def example(name: str) -> Settings:
-    return config.load(FOLDER / name)
+    return load(FOLDER / name)
 
 
 def engine(settings: Settings, key: str) -> PodmanEngineSettings:
@@ -59,7 +60,7 @@ def options(command: list[str]) -> dict[str, str | None]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_it_loads(path: Path) -> None:
-    assert config.load(path).models
+    assert load(path).models
 
 
 @pytest.mark.parametrize("path", WRITTEN_BY_HAND, ids=lambda path: path.name)
@@ -122,9 +123,9 @@ def test_an_imported_env_is_gpu_load_without_what_never_did_anything(tmp_path: P
     env.write_text("MODEL_ID=Qwen/Qwen2-1.5B-Instruct\nCONT_NAME=vllm-llm-demo\n")
     path = tmp_path / "imported.toml"
     path.write_text(import_env.convert(env).toml)
-    imported, load = config.load(path), example("gpu-load.toml")
-    assert (imported.server, imported.pool) == (load.server, load.pool)
-    ours, theirs = engine(imported, "vllm_llm_demo"), engine(load, "vllm_llm_demo")
+    imported, by_hand = load(path), example("gpu-load.toml")
+    assert (imported.server, imported.pool) == (by_hand.server, by_hand.pool)
+    ours, theirs = engine(imported, "vllm_llm_demo"), engine(by_hand, "vllm_llm_demo")
 
     without_effect = {"ASYNCIO_DEFAULT_BACKEND", "PYTHON_ASYNCIO_NO_IO_URING", "UV_USE_IO_URING"}
     assert environment(ours) == {n: v for n, v in environment(theirs).items() if n not in without_effect}
@@ -134,7 +135,7 @@ def test_an_imported_env_is_gpu_load_without_what_never_did_anything(tmp_path: P
     differing = {"env", "devices", "command", "entrypoint", "seccomp"}
     assert ours.model_dump(exclude=differing) == theirs.model_dump(exclude=differing)
 
-    models = [settings.models["vllm_llm_demo"] for settings in (imported, load)]
+    models = [settings.models["vllm_llm_demo"] for settings in (imported, by_hand)]
     assert len({(m.name, m.start_timeout, m.warmup.requests) for m in models}) == 1
 
 

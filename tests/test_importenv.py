@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.config import import_env
-from proxy.config import settings as config
+from proxy.config.load import load
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from proxy.config.settings import ModelSettings, PodmanEngineSettings, Settings
+    from proxy.config.engine import PodmanEngineSettings
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
 
 FULL = """\
 # What the scripts' setup writes
@@ -59,7 +61,7 @@ def loaded(folder: Path, text: str) -> Settings:
     """What `warmpool serve` makes of the configuration."""
     path = folder / "imported.toml"
     path.write_text(convert(folder, text).toml, encoding="utf-8")
-    return config.load(path)
+    return load(path)
 
 
 def only_model(settings: Settings) -> tuple[str, ModelSettings, PodmanEngineSettings]:
@@ -403,7 +405,7 @@ def test_it_gives_a_configuration_or_says_why_not(lines: list[str], more: str) -
             said = "\n".join(error.problems)
         else:
             import_env.write_new(path.with_name("imported.toml"), toml)
-            config.load(path.with_name("imported.toml"))
+            load(path.with_name("imported.toml"))
             return
     # The file's keys are named, not those of the configuration it would have become.
     assert all(line.startswith(("line ", "MODEL_ID is required", "is not text")) for line in said.split("\n")), said

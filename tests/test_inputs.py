@@ -13,7 +13,7 @@ import pytest
 from proxy.checkpoint import inputs
 from proxy.checkpoint.inputs import Reader
 from proxy.checkpoint.manifest import Inputs
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from proxy.errors import PortTakenError
 from proxy.runtime.log_size import cut
 from proxy.runtime.ports import LOOPBACK

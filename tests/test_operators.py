@@ -11,7 +11,7 @@ import tomli_w
 from click.testing import CliRunner
 
 from proxy.cli.main import cli
-from proxy.config import settings as config
+from proxy.config.load import load
 from proxy.errors import ConfigError
 from tests.support import engine_model
 from tests.test_http import ASK
@@ -87,7 +87,7 @@ def test_config_show_masks_what_is_secret_in_urls_and_commands_and_env(tmp_path:
 def test_no_error_of_the_configuration_shows_a_secret(tmp_path: Path, tables: dict[str, Any]) -> None:
     path = written(tmp_path, **tables)
     with pytest.raises(ConfigError) as raised:
-        config.load(path)
+        load(path)
     assert SECRET not in str(raised.value)
     assert SECRET.upper() not in str(raised.value)
     result = CliRunner().invoke(cli, ["config", "check", str(path)])
@@ -106,7 +106,7 @@ def test_no_error_of_the_environment_shows_a_secret(tmp_path: Path, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(ConfigError) as raised:
-                config.load(path)
+                load(path)
         assert SECRET not in str(raised.value), name
 
 
@@ -120,4 +120,4 @@ def test_the_commands_show_no_password_of_a_servers_url() -> None:
 def test_an_error_about_a_variable_still_names_it(tmp_path: Path) -> None:
     process = {"command": ["x"], "env": {"HF_TOKEN": 1}}
     with pytest.raises(ConfigError, match=r"models\.demo\.process\.env\.HF_TOKEN: "):
-        config.load(written(tmp_path, models={"demo": {"process": process}}))
+        load(written(tmp_path, models={"demo": {"process": process}}))

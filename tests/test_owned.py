@@ -13,7 +13,8 @@ import orjson
 import pytest
 
 from proxy.checkpoint.store import CheckpointStore, StoreError
-from proxy.config.settings import AdminSettings, PoolSettings
+from proxy.config.pool import PoolSettings
+from proxy.config.server import AdminSettings
 from proxy.errors import HostError
 from proxy.host import owned
 from proxy.host.owned import NotOwnedError

@@ -16,7 +16,7 @@ import pytest
 
 from loadtest.image import python
 from proxy.checkpoint.store import MANIFEST, SUFFIX, StoreError
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.runtime import namespaces
 from proxy.telemetry.stages import Stages

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from loadtest.image import python
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from proxy.errors import PortTakenError
 from proxy.telemetry.stages import Stages
 from tests.podman_bench import (

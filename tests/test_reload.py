@@ -13,8 +13,9 @@ import pytest
 import tomli_w
 
 from proxy.config import diff
-from proxy.config import settings as config
-from proxy.config.settings import ModelSettings, Settings
+from proxy.config.load import load
+from proxy.config.model import ModelSettings
+from proxy.config.settings import Settings
 from proxy.errors import ConfigError, HostError, ModelNotFoundError, RuntimeFailure
 from proxy.host import daemon_thread
 from proxy.tiers import Tier
@@ -336,4 +337,4 @@ def test_what_config_load_raises_names_the_key(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("[models.a]\nnonsense = 1\n")
     with pytest.raises(ConfigError, match="nonsense"):
-        config.load(path)
+        load(path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from proxy.cli.main import cli
 from proxy.cli.route_check import OWN, REFUSED, compare
-from proxy.config.settings import RouteSettings
+from proxy.config.model import RouteSettings
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
 from proxy.server.forward.routes import ROUTES, find
 from tests.scripted import GOOD, Scripted, post

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from proxy.checkpoint.store import CheckpointStore
-from proxy.config.settings import ModelSettings, ProcessRuntimeSettings
+from proxy.config.model import ModelSettings
+from proxy.config.runtime import ProcessRuntimeSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
@@ -439,7 +440,7 @@ def test_the_guard_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None
     script = f"""
 import asyncio, sys
 from pathlib import Path
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from tests.support import processes_with
 from tests.test_runtimes import ProcessBench
 async def main():

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from proxy.config.settings import TracingSettings
+from proxy.config.tracing import TracingSettings
 from proxy.errors import HostError
 from proxy.server.forward import tracing
 from tests.front import Front

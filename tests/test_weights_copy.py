@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.engine_weights import Worker
-from proxy.config.settings import ModelSettings
+from proxy.config.model import ModelSettings
 from proxy.errors import EngineError
 from proxy.runtime import vllm_extension
 from tests.fakes import Rig, settle

@@ -27,7 +27,7 @@ from proxy.host import daemon_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
 
 log = logging.getLogger("warmpool.inputs")
 

@@ -42,7 +42,7 @@ import zstandard
 from proxy.checkpoint import manifest as manifests
 from proxy.checkpoint import zero_pages
 from proxy.checkpoint.manifest import Manifest, ManifestError, OtherFormatError, by_kind, kind_of
-from proxy.config.settings import format_size
+from proxy.config.values import format_size
 from proxy.errors import WarmpoolError
 from proxy.host import cpu, facts, owned
 from proxy.host.owned import NotOwnedError

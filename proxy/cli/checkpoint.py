@@ -22,7 +22,8 @@ from rich.table import Table
 
 from proxy.checkpoint.manifest import Manifest
 from proxy.checkpoint.store import SUFFIX, CheckpointStore, Compression, StoreError
-from proxy.config import settings as config
+from proxy.config.load import load
+from proxy.config.values import format_duration
 from proxy.doctor import preflight
 from proxy.doctor.view import Host
 from proxy.errors import HostError, RuntimeFailure
@@ -142,7 +143,7 @@ def _console() -> Console:
 
 
 def _age(unix_s: float) -> str:
-    return f"{config.format_duration(float(max(0, int(time.time() - unix_s))))} ago"
+    return f"{format_duration(float(max(0, int(time.time() - unix_s))))} ago"
 
 
 def group(wiring: Wiring) -> click.Group:
@@ -168,7 +169,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def create(model: str, path: Path | None, json: bool) -> None:
         """Make the golden checkpoint of MODEL, and prove it by a restore."""
-        settings = config.load(path)
+        settings = load(path)
         key = _model(settings, model)
         shop = _shop(wiring, settings, key)
 
@@ -190,7 +191,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def ls(path: Path | None, json: bool) -> None:
         """List the checkpoints, on tmpfs and archived."""
-        settings = config.load(path)
+        settings = load(path)
         rows = _run(_listing(wiring, settings))
         if json:
             click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
@@ -207,7 +208,7 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def inspect(image: str, path: Path | None) -> None:
         """Print the manifest of IMAGE as JSON; secrets are not in it, the canary's text is left out."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
         manifest = _run(_manifest(store, settings, image))
         shown = manifest.model_dump(mode="json") | {
@@ -223,7 +224,7 @@ def group(wiring: Wiring) -> click.Group:
     @click.option("--digests-only", is_flag=True, help="Only read the files; works beside a running proxy.")
     def verify(image: str, path: Path | None, digests_only: bool) -> None:
         """Check the digest of every file of IMAGE, then restore it and compare its answer with the canary."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
         manifest = _run(_load(store, name))
@@ -249,7 +250,7 @@ def group(wiring: Wiring) -> click.Group:
     @as_json
     def analyze(image: str, path: Path | None, json: bool) -> None:
         """Say what fills IMAGE, and how to make it smaller."""
-        settings = config.load(path)
+        settings = load(path)
         manifest = _run(_manifest(wiring.store(settings), settings, image))
         if json:
             shown = {
@@ -267,7 +268,7 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def rm(image: str, path: Path | None) -> None:
         """Delete IMAGE: from tmpfs, from the archive, and what was set aside."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, [*store.names(), *store.archived(), *store.quarantined()])
 
@@ -288,7 +289,7 @@ def group(wiring: Wiring) -> click.Group:
     )
     def export(image: str, file: Path | None, path: Path | None, compression: Compression | None) -> None:
         """Write IMAGE to FILE (default: its name here), for another machine of the same kind."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
         chosen = compression or _compression_of(settings, _run(_load(store, name)), file)
@@ -303,7 +304,7 @@ def group(wiring: Wiring) -> click.Group:
     @option
     def import_(file: Path, path: Path | None) -> None:
         """Take the image that `export` wrote to FILE into the store, digests checked."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
 
         async def work() -> tuple[Manifest, str | None]:
@@ -322,7 +323,7 @@ def group(wiring: Wiring) -> click.Group:
     @click.option("--keep", is_flag=True, help="Leave it on tmpfs as well.")
     def archive(image: str, path: Path | None, keep: bool) -> None:
         """Move IMAGE from tmpfs to pool.archive_dir, compressed with zstd."""
-        settings = config.load(path)
+        settings = load(path)
         store = wiring.store(settings)
         name = _image(store, settings, image, store.names())
 

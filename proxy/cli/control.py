@@ -21,7 +21,8 @@ from rich.live import Live
 
 from proxy.cli import status_table
 from proxy.cli.control_client import Address, Control, ControlError, address_of
-from proxy.config import settings as config
+from proxy.config.load import load
+from proxy.config.server import ServerSettings
 from proxy.errors import ConfigError, HostError, WarmpoolError
 from proxy.systemd import units
 
@@ -72,11 +73,11 @@ def _configured(path: Path | None) -> Address:
     if path is None and units.CONFIG.is_file():
         path = units.CONFIG
     try:
-        return address_of(config.load(path).server)
+        return address_of(load(path).server)
     except ConfigError:
         if path is not None:
             raise
-        return address_of(config.ServerSettings())
+        return address_of(ServerSettings())
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -90,7 +91,7 @@ def _models(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[Com
     """The models of the configuration, for the shell; nothing where there is none that can be used."""
     path = ctx.params.get("path") or os.environ.get("WARMPOOL_CONFIG")
     try:
-        settings = config.load(Path(path) if path else None)
+        settings = load(Path(path) if path else None)
     except WarmpoolError:
         return []
     return [CompletionItem(key) for key in settings.models if key.startswith(incomplete)]
@@ -338,7 +339,7 @@ async def _log_folder(address: Address, path: Path | None, model: str) -> tuple[
             found = await control.status()
         return Path(found["log_dir"]), str(_key(found, model))
     except HostError:
-        settings = config.load(path)
+        settings = load(path)
         key = settings.names().get(model, model)
         if key not in settings.models:
             raise ControlError(f"no model {model!r}; there are: {', '.join(settings.models)}") from None

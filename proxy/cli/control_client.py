@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from proxy.config.settings import ServerSettings
+    from proxy.config.server import ServerSettings
 
 _CONNECT_S: Final = 5.0
 _SILENCE_S: Final = 45.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from proxy.config import settings as config
+from proxy.config.load import load
 from proxy.errors import HostError
 from proxy.systemd import units
 from proxy.systemd.units import Change, Installation, Step
@@ -46,7 +46,7 @@ _YES = click.option("--yes", is_flag=True, help="Do it; without, it is only said
 @_ROOT
 def install_(path: Path, start: bool, yes: bool, root: Path) -> None:
     """Run warmpool under systemd, on this configuration. Again after an upgrade or a change of the address."""
-    settings = config.load(root / path.relative_to("/") if path.is_absolute() else path)
+    settings = load(root / path.relative_to("/") if path.is_absolute() else path)
     made = Installation(root)
     wanted = units.units(settings, _program(), path.absolute())
     steps = made.steps(wanted)

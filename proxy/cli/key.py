@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from proxy.config import settings as config
+from proxy.config.load import load
+from proxy.config.values import parse_duration
 from proxy.host import private_files
 from proxy.server.auth import api_keys
 
@@ -37,7 +38,7 @@ def _file_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _keys_file(file: Path | None, path: Path | None) -> Path:
-    found = file or (config.load(path).server.keys_file if path is not None else None)
+    found = file or (load(path).server.keys_file if path is not None else None)
     if found is None:
         raise click.UsageError("say which file: --file FILE, or --config with server.keys_file in it")
     return found
@@ -82,7 +83,7 @@ def _moment(after: str | None) -> dt.datetime | None:
     if after is None:
         return None
     try:
-        return dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(seconds=config.parse_duration(after))
+        return dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(seconds=parse_duration(after))
     except ValueError as error:
         raise click.UsageError(f"--expires: {error}") from None
 

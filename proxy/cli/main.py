@@ -18,8 +18,9 @@ from proxy.checkpoint.store import CheckpointStore
 from proxy.cli import checkpoint, control, install, key, route_check
 from proxy.config import import_env as importenv
 from proxy.config import reference, reference_page
-from proxy.config import settings as config
+from proxy.config.load import load
 from proxy.config.masking import masked
+from proxy.config.runtime import RuntimeSettings
 from proxy.doctor import examination, report
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
@@ -88,7 +89,7 @@ def cli() -> None:
 )
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C."""
-    settings = config.load(path)
+    settings = load(path)
     logs.to_stderr(log_format, log_level)
     if earlier := of_earlier_version(settings.pool.state_dir.absolute(), Path.cwd()):
         logging.getLogger("warmpool").warning(earlier)
@@ -105,9 +106,7 @@ def serve(path: Path | None, log_format: str, log_level: str) -> None:
 
     async def run() -> None:
         try:
-            await server.serve(
-                pool, settings, metrics, load=lambda: config.load(path), usage=usage, last_resort=last_resort
-            )
+            await server.serve(pool, settings, metrics, load=lambda: load(path), usage=usage, last_resort=last_resort)
         except HostError as error:
             last_resort.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
             raise
@@ -130,7 +129,7 @@ def config_group() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
     """Say whether FILE can be used here, with every problem if not (exit status 78)."""
-    settings = config.load(file)
+    settings = load(file)
     server.check_files(settings.server)
     click.echo(f"{file}: good; models: {', '.join(settings.names())}")
 
@@ -139,7 +138,7 @@ def check(file: Path) -> None:
 @_CONFIG_OPTION
 def show(path: Path | None) -> None:
     """Print the values in effect, file and environment together, as TOML; secrets are masked."""
-    click.echo(tomli_w.dumps(masked(config.load(path).model_dump(mode="json"))), nl=False)
+    click.echo(tomli_w.dumps(masked(load(path).model_dump(mode="json"))), nl=False)
 
 
 @config_group.command("import-env")
@@ -197,8 +196,8 @@ def _runtimes(settings: Settings, gpus: Gpus | None = None) -> dict[str, Runtime
 @click.pass_context
 def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> None:
     """Say what this host lacks for checkpoints and how to mend it; exit status 1 when they cannot work."""
-    settings = config.load(path) if path is not None else None
-    runtimes = settings.runtime if settings is not None else config.RuntimeSettings()
+    settings = load(path) if path is not None else None
+    runtimes = settings.runtime if settings is not None else RuntimeSettings()
 
     def make(name: str, claim: Claim, store: CheckpointStore) -> Runtime:
         if name == "podman":

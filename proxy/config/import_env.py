@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import tomli_w
 from pydantic import ValidationError
 
-from proxy.config.settings import Settings, format_duration
+from proxy.config.settings import Settings
+from proxy.config.values import format_duration
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:

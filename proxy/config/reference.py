@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from pydantic import BaseModel
 
-from proxy.config.settings import ModelSettings, PodmanEngineSettings, ProcessEngineSettings, Settings, VolumeSettings
+from proxy.config.engine import PodmanEngineSettings, ProcessEngineSettings, VolumeSettings
+from proxy.config.model import ModelSettings
+from proxy.config.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,7 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, PlainSerializer, Secr
 from pydantic_core import PydanticUndefined
 
 from proxy.config import diff
-from proxy.config.settings import Settings, parse_duration
+from proxy.config.settings import Settings
+from proxy.config.values import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

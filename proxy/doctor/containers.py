@@ -18,7 +18,7 @@ from proxy.runtime.state_dir import Claim
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from proxy.config.settings import PodmanEngineSettings
+    from proxy.config.engine import PodmanEngineSettings
     from proxy.doctor.needs import Situation
     from proxy.doctor.view import Host
 

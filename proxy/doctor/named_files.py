@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.doctor.needs import Situation
 
 NAME: Final = "files of engines"

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
-from proxy.config.settings import PodmanEngineSettings, PoolSettings, RuntimeSettings
+from proxy.config.pool import PoolSettings
+from proxy.config.runtime import RuntimeSettings
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from proxy.config.settings import ModelSettings, Settings
+    from proxy.config.engine import PodmanEngineSettings
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
     from proxy.doctor.view import Host, Ran
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from proxy.checkpoint.store import MANIFEST, CheckpointStore
-from proxy.config.settings import CriuSettings, ModelSettings
+from proxy.config.engine import CriuSettings
+from proxy.config.model import ModelSettings
 from proxy.doctor.report import Check
 from proxy.errors import HostError, RuntimeFailure, WarmpoolError
 from proxy.host import owned

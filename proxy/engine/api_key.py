@@ -10,7 +10,7 @@ from proxy.errors import ConfigError
 from proxy.host import private_files
 
 if TYPE_CHECKING:
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
 
 log = logging.getLogger("warmpool.engine")
 

@@ -22,7 +22,7 @@ from proxy.errors import EngineError, Fault
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from proxy.config.settings import WarmupSettings
+    from proxy.config.engine import WarmupSettings
     from proxy.telemetry.stages import Stages
 
 log = logging.getLogger("warmpool.engine")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
-    from proxy.config.settings import ModelSettings, Settings
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
     from proxy.runtime.base import Handle, Runtime
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from proxy.host import facts as host
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.config.settings import PoolSettings
+    from proxy.config.pool import PoolSettings
 
 
 class Ledger:

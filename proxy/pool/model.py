@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
     from types import TracebackType
 
-    from proxy.config.settings import ModelSettings, Settings
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
     from proxy.engine.client import EngineClient
     from proxy.pool.gpu_accounting import Bytes, GpuLedger
     from proxy.pool.instance import Instance, WakeRecord

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proxy.config import diff
-from proxy.config.settings import format_size
+from proxy.config.values import format_size
 from proxy.engine.api_key import key_of
 from proxy.engine.client import EngineClient
 from proxy.errors import (
@@ -95,7 +95,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from proxy.config.diff import Changes
-    from proxy.config.settings import ModelSettings, Settings
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
     from proxy.runtime.base import Found, ImageFacts, Outdated, Runtime

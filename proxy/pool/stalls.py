@@ -18,7 +18,7 @@ from proxy.pool.model import client_of, handle_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.pool.model import Model, Slot
     from proxy.runtime.base import Vitals
 

@@ -23,7 +23,7 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
     from proxy.pool.gpu_accounting import GpuLedger
     from proxy.pool.gpu_monitor import GpuWatch

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
     from proxy.checkpoint.manifest import Manifest
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.telemetry.stages import Stages
     from proxy.tiers import Tier
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 
     from proxy.checkpoint.manifest import Manifest
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Runtime, Tiers, Vitals
     from proxy.telemetry.overdue import Overdue
     from proxy.telemetry.stages import Stages

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.inputs import Edited, Reader
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.runtime.base import Handle
 
 log = logging.getLogger("warmpool.runtime")

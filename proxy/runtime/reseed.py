@@ -20,7 +20,7 @@ from proxy.host import command
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
     from proxy.runtime.base import Handle
 

@@ -14,7 +14,7 @@ from proxy.host.files import write_if_other
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.config.settings import ModelSettings
+    from proxy.config.model import ModelSettings
 
 _WORKER: Final = ("--worker-extension-cls", "warmpool_vllm.Worker")
 _FRONTEND: Final = ("--middleware", "warmpool_vllm.Frontend")

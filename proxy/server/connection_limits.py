@@ -23,7 +23,7 @@ from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from proxy.config.settings import is_loopback
+from proxy.config.values import is_loopback
 from proxy.errors import SlowUploadError, envelope
 from proxy.server.faults import stack_of
 from proxy.telemetry.refusals import Refusals, network_of
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from aiohttp.streams import StreamReader
 
-    from proxy.config.settings import LimitSettings, Settings
+    from proxy.config.server import LimitSettings
+    from proxy.config.settings import Settings
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.guard")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from proxy.config.settings import is_loopback
+from proxy.config.values import is_loopback
 from proxy.errors import HostError
 from proxy.host import owned
 
 if TYPE_CHECKING:
     import ssl
 
-    from proxy.config.settings import AdminSettings, ServerSettings
+    from proxy.config.server import AdminSettings, ServerSettings
 
 BACKLOG: Final = 4096
 """Connections that may wait to be accepted (net.core.somaxconn may allow fewer)."""

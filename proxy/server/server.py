@@ -32,7 +32,8 @@ from proxy.systemd import notify
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-    from proxy.config.settings import ServerSettings, Settings
+    from proxy.config.server import ServerSettings
+    from proxy.config.settings import Settings
     from proxy.pool.pool import Pool
     from proxy.pool.usage import Usage
     from proxy.server.last_resort import LastResort

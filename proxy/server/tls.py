@@ -12,7 +12,7 @@ from proxy.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proxy.config.settings import TlsSettings
+    from proxy.config.server import TlsSettings
 
 _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 

@@ -21,7 +21,8 @@ from proxy.runtime.ports import LOOPBACK
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from proxy.config.settings import CriuSettings, ModelSettings, PodmanEngineSettings
+    from proxy.config.engine import CriuSettings, PodmanEngineSettings
+    from proxy.config.model import ModelSettings
 
 LABEL: Final = "io.warmpool."
 CRIU_CONFIG: Final = "org.criu.config"

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     import psutil
 
-    from proxy.config.settings import ModelSettings, PodmanRuntimeSettings
+    from proxy.config.model import ModelSettings
+    from proxy.config.runtime import PodmanRuntimeSettings
     from proxy.gpu.cuda import Gpus
     from proxy.runtime.state_dir import Claim
     from proxy.telemetry.stages import Stages

@@ -40,7 +40,8 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from proxy.config.settings import ModelSettings, ProcessRuntimeSettings
+    from proxy.config.model import ModelSettings
+    from proxy.config.runtime import ProcessRuntimeSettings
     from proxy.gpu.cuda import Gpus
     from proxy.runtime.state_dir import Claim
     from proxy.telemetry.stages import Stages

@@ -15,7 +15,7 @@ from proxy.server.auth.middleware import ADMIN
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from proxy.config.settings import CorsSettings
+    from proxy.config.server import CorsSettings
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

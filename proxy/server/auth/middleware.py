@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import hdrs, web
 
-from proxy.config.settings import is_loopback
+from proxy.config.values import is_loopback
 from proxy.errors import (
     AuthenticationError,
     BodyTooLargeError,

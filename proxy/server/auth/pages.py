@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import hdrs, web
 
-from proxy.config.settings import is_loopback
+from proxy.config.values import is_loopback
 from proxy.errors import ForbiddenError
 
 if TYPE_CHECKING:
     import asyncio
 
-    from proxy.config.settings import ServerSettings
+    from proxy.config.server import ServerSettings
 
 _SITE: Final = "Sec-Fetch-Site"
 _LOOKS: Final = ("GET", "HEAD")

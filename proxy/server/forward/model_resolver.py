@@ -22,7 +22,8 @@ from proxy.server.forward.routes import ModelIn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from proxy.config.settings import ParameterSettings, Settings
+    from proxy.config.model import ParameterSettings
+    from proxy.config.settings import Settings
     from proxy.server.forward.routes import Match
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from aiohttp import web
 
-from proxy.config.settings import parse_duration
+from proxy.config.values import parse_duration
 from proxy.engine import http1
 from proxy.engine.connection import ExchangeError, SilenceError
 from proxy.errors import (

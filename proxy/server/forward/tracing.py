@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
-    from proxy.config.settings import TracingSettings
+    from proxy.config.tracing import TracingSettings
     from proxy.pool.model import Lease
 
 CONTEXT_FIELDS: Final = frozenset({b"traceparent", b"tracestate"})

@@ -1,0 +1,41 @@
+"""The types that keys have, and what every section of the settings is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer
+
+from proxy.config.values import (
+    format_duration,
+    format_optional_duration,
+    format_size,
+    parse_duration,
+    parse_optional_duration,
+)
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is not an absolute path")
+    return path
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), PlainSerializer(format_duration)]
+OptionalDuration = Annotated[
+    float | None, BeforeValidator(parse_optional_duration), PlainSerializer(format_optional_duration)
+]
+Size = Annotated[ByteSize, PlainSerializer(format_size)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+ModelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+ArgumentList = Annotated[list[str], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A table of the configuration: no unknown keys, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

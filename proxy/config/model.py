@@ -1,0 +1,310 @@
+"""The section `models.NAME`: one model that clients can name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import Field, SecretStr, model_validator
+
+from proxy.config.engine import (
+    HealthSettings,
+    PodmanEngineSettings,
+    ProcessEngineSettings,
+    ReseedSettings,
+    WarmupSettings,
+)
+from proxy.config.fields import AbsolutePath, Count, Duration, OptionalDuration, PositiveInt, Section, Size
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENGINE_TABLES: Final = ("process", "podman")
+"""The tables of a model that say what its engine is; each is the name of a runtime."""
+_WORKER_EXTENSION: Final = "--worker-extension-cls"
+
+
+class IdleSettings(Section):
+    """The idle timetable: how long after its last request an instance steps down to each tier."""
+
+    sleeping: OptionalDuration = Field(
+        default=30.0, description="Asleep by the engine's own sleep mode, where it has one."
+    )
+    suspended: OptionalDuration = Field(default=120.0, description="Suspended: frozen, and its GPU memory in host RAM.")
+    checkpointed: OptionalDuration = Field(default=600.0, description="Checkpointed: an image on tmpfs, no process.")
+    archived: OptionalDuration = Field(
+        default=None, description="Archived: the image compressed on disk, in pool.archive_dir."
+    )
+    stopped: OptionalDuration = Field(
+        default=None, description="Stopped: the instance is removed, and its image unless other instances share it."
+    )
+
+    @model_validator(mode="after")
+    def _colder_is_later(self) -> IdleSettings:
+        previous_name, previous_s = "", 0.0
+        for name in ("sleeping", "suspended", "checkpointed", "archived", "stopped"):
+            after_s = getattr(self, name)
+            if after_s is None:
+                continue
+            if after_s < previous_s:
+                raise ValueError(f"{name} comes before {previous_name}: a colder tier must have the longer time")
+            previous_name, previous_s = name, after_s
+        return self
+
+    def timetable(self) -> Mapping[Tier, float]:
+        """Tier → seconds of idleness after which an instance should be there; tiers set to "never" are missing."""
+        times = {
+            Tier.SLEEPING: self.sleeping,
+            Tier.SUSPENDED: self.suspended,
+            Tier.CHECKPOINTED: self.checkpointed,
+            Tier.ARCHIVED: self.archived,
+            Tier.STOPPED: self.stopped,
+        }
+        return {tier: after_s for tier, after_s in times.items() if after_s is not None}
+
+
+class RouteSettings(Section):
+    """What of a model clients may use; engine routes that are not here are never forwarded."""
+
+    chat: bool = Field(default=True, description="/v1/chat/completions, and /batch and /render below it.")
+    completions: bool = Field(default=True, description="/v1/completions and /render below it.")
+    responses: bool = Field(
+        default=True, description="/v1/responses and /render below it, a response by its id, and /cancel below that."
+    )
+    messages: bool = Field(
+        default=True, description="/v1/messages (Anthropic's API), /count_tokens and /render below it."
+    )
+    audio: bool = Field(default=True, description="/v1/audio/transcriptions and /v1/audio/translations.")
+    realtime: bool = Field(default=True, description="/v1/realtime (WebSocket).")
+    embeddings: bool = Field(default=True, description="/v1/embeddings and /v2/embed.")
+    rerank: bool = Field(default=True, description="/rerank, /v1/rerank and /v2/rerank.")
+    score: bool = Field(default=True, description="/score, /v1/score and /generative_scoring.")
+    classify: bool = Field(default=True, description="/classify.")
+    pooling: bool = Field(default=True, description="/pooling.")
+    tokenize: bool = Field(default=True, description="/tokenize, /detokenize and /tokenizer_info.")
+    systemone: bool = Field(default=True, description="/v1/systemone (structured decisions).")
+    invocations: bool = Field(
+        default=True,
+        description="/invocations (SageMaker's route to chat, completions, embeddings, rerank, score, classify and "
+        "pooling): only where none of these is off.",
+    )
+    lora: bool = Field(
+        default=False,
+        description="/v1/load_lora_adapter and /v1/unload_lora_adapter: clients may then have the engine load files.",
+    )
+
+
+class ParameterSettings(Section):
+    """What becomes of the parameters of requests for text: chat, completions, responses and messages."""
+
+    defaults: dict[str, Any] = Field(
+        default={}, description="Set where a request has none: { temperature = 0.7, max_tokens = 512 }."
+    )
+    caps: dict[str, int | float] = Field(
+        default={}, description="Larger numbers are lowered to this: { max_tokens = 4096, n = 4 }."
+    )
+    remove: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description='Left out of every request: ["logit_bias", "vllm_xargs"].'
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> ParameterSettings:
+        for table in ("defaults", "caps", "remove"):
+            if "model" in getattr(self, table):
+                raise ValueError(f"{table}: `model` is not a parameter; use `name` and `aliases`")
+        for name in self.remove:
+            if name in self.defaults or name in self.caps:
+                raise ValueError(f"remove: {name!r} has a default or a cap too; keep one of them")
+        for name, cap in self.caps.items():
+            default = self.defaults.get(name, cap)
+            if isinstance(default, bool) or not isinstance(default, int | float) or default > cap:
+                raise ValueError(f"defaults: {name} must be a number up to its cap, {cap}")
+        return self
+
+    @property
+    def present(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.defaults or self.caps or self.remove)
+
+    def names(self) -> list[str]:
+        """Every parameter that is looked at."""
+        return [*self.defaults, *self.caps, *self.remove]
+
+
+class ModelSettings(Section):
+    """One model that clients can name."""
+
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="The name clients use; default is the table's key.",
+        examples=["org/Model-7B"],
+    )
+    aliases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default=[], description="Further names for it."
+    )
+    adapters: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default=[], description="Names of LoRA adapters that the engine has; requests for them go on as they are."
+    )
+    max_instances: PositiveInt = Field(default=1, description="How many engines of it there may be.")
+    min_ready: Count = Field(default=0, description="How many engines are kept ready, requests or not.")
+    max_concurrency: PositiveInt = Field(default=256, description="Requests one engine is given at once.")
+    max_queue: PositiveInt = Field(default=1000, description="How many requests may wait for it.")
+    queue_timeout: Duration = Field(default=300.0, description="How long a request waits for an engine before 503.")
+    start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
+    wake_timeout: Duration = Field(
+        default=60.0, description="How long any other tier may take to wake, or to step down to."
+    )
+    checkpoint_timeout: Duration = Field(default=300.0, description="How long writing a checkpoint may take.")
+    response_timeout: OptionalDuration = Field(
+        default=None,
+        description="How long an engine may be silent within an answer before that answer is ended; if no other one "
+        "got a byte in that time, the engine counts as broken and is replaced.",
+    )
+    stall_after: OptionalDuration = Field(
+        default=600.0,
+        description="How long an engine with running requests may send none of them a byte before it is looked at. It "
+        "is replaced only if it answers no request for one token within wake_timeout, and its own counters of tokens "
+        "and the CPU time of its processes stand still; or if its processes were stopped or its container was paused.",
+    )
+    canary: Literal["first", "always", "never"] = Field(
+        default="first",
+        description="Whether a restored engine must repeat a known answer before it serves: "
+        "once per image, each time, never.",
+    )
+    golden_sleep_level: Literal[1, 2] = Field(
+        default=2,
+        description="How an engine with a sleep mode sleeps until its checkpoint is written, and in it: 2 drops the "
+        "weights, which are loaded again when it is woken; 1 keeps them in memory, and so in the checkpoint.",
+    )
+    sleep_level: Literal[1, 2] = Field(
+        default=1,
+        description="How it sleeps once there is a checkpoint: 1 keeps the weights of each instance in pinned memory; "
+        "2, with weights_copy only, drops them, and all instances are woken from the one copy.",
+    )
+    weights: list[AbsolutePath] = Field(
+        default=[],
+        description="Folders with the model's *.safetensors on this host: read ahead while an engine is restored, so "
+        "that its weights come from memory.",
+    )
+    weights_copy: bool = Field(
+        default=False,
+        description="vLLM with --enable-sleep-mode only: keep a copy of the weights, as they lie on the GPU, in "
+        "pool.checkpoint_dir, from which several threads bring them back, instead of having vLLM load them again. "
+        "Needs as much memory there as the weights take.",
+    )
+    gpu_memory: Annotated[Size, Field(ge=1)] | None = Field(
+        default=None,
+        description="GPU memory that one engine takes on each of `gpus` when it is ready. Only used until it was "
+        "measured: here, or for the checkpoint.",
+        examples=["72GiB"],
+    )
+    host_memory: Annotated[Size, Field(ge=1)] | None = Field(
+        default=None,
+        description="Host memory that one engine's processes take when it is ready. Only used until it was measured.",
+        examples=["6GiB"],
+    )
+    gpus: Annotated[list[Count], Field(min_length=1)] = Field(
+        default=[0], description="The GPUs that gpu_memory is about, by the driver's index."
+    )
+    keep: bool = Field(
+        default=True,
+        description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
+        "the next step down writes it anew; only for one instance.",
+    )
+    engine: Literal["vllm", "generic"] | None = Field(
+        default=None,
+        description="What the engine is. vLLM is given a worker extension and a middleware of warmpool's (arguments "
+        "added to its command), by which it gets fresh randomness after a restore. Without: vllm where a word of the "
+        "command or entry point is `vllm` (or a module of it), or the container image with its own entry point is "
+        "called so; else generic.",
+        examples=["generic"],
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="The API key that the engine asks for (vLLM: --api-key or VLLM_API_KEY, given to it in `env`). It "
+        "goes with every request to the engine, clients' too, whose own keys never go there.",
+        examples=["EXAMPLE-KEY"],
+    )
+    api_key_file: AbsolutePath | None = Field(
+        default=None,
+        description="A file with that key instead, which nobody else may read (mode 0600). Read when an engine is "
+        "reached for the first time.",
+        examples=["/etc/warmpool/engine-key"],
+    )
+    reseed: ReseedSettings = ReseedSettings()
+    routes: RouteSettings = RouteSettings()
+    parameters: ParameterSettings = ParameterSettings()
+    idle: IdleSettings = IdleSettings()
+    health: HealthSettings = HealthSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    process: ProcessEngineSettings | None = Field(default=None, description="The engine, as a local process.")
+    podman: PodmanEngineSettings | None = Field(default=None, description="The engine, in a podman container.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSettings:
+        tables = [name for name in ENGINE_TABLES if getattr(self, name) is not None]
+        if not tables:
+            raise ValueError("no engine: add a table `process` or `podman` with a `command`")
+        if len(tables) > 1:
+            raise ValueError(f"more than one engine: keep one of the tables {', '.join(tables)}")
+        if self.min_ready > self.max_instances:
+            raise ValueError(f"min_ready is {self.min_ready}, more than max_instances ({self.max_instances})")
+        if self.sleep_level == 2 and not self.weights_copy:
+            raise ValueError("sleep_level = 2 needs weights_copy: the weights would be read from files at every wake")
+        if self.weights_copy and self.golden_sleep_level != 2:
+            raise ValueError("weights_copy needs golden_sleep_level = 2: at 1 the checkpoint holds the weights already")
+        self._check_engine()
+        if self.max_instances > 1:
+            self._check_several()
+        return self
+
+    def _check_engine(self) -> None:
+        if self.api_key is not None and not re.fullmatch(r"[!-~]{1,4096}", self.api_key.get_secret_value()):
+            raise ValueError("api_key must be one word of printable ASCII, at most 4096 characters")
+        if self.engine == "vllm" and self.reseed.present:
+            raise ValueError('reseed is for engines that are not vLLM: remove it, or set engine = "generic"')
+        if self.weights_copy and self.engine == "generic":
+            raise ValueError('weights_copy needs vLLM: remove it, or set engine = "vllm"')
+        if self.weights_copy and self.own_worker_extension:
+            raise ValueError(f"weights_copy needs warmpool's own worker extension: remove {_WORKER_EXTENSION}")
+
+    def _check_several(self) -> None:
+        if not self.keep:
+            raise ValueError("keep = false needs max_instances = 1: the others would have no checkpoint")
+        if self.podman is not None and self.podman.network == "host":
+            raise ValueError('podman.network = "host" needs max_instances = 1: clones would share one port')
+        if self.podman is not None and self.podman.criu.tcp_established:
+            raise ValueError("podman.criu.tcp_established needs max_instances = 1: connections cannot be cloned")
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether its engines are vLLM."""
+        if self.engine is not None:
+            return self.engine == "vllm"
+        return self.weights_copy or (not self.reseed.present and self._looks_like_vllm())
+
+    def _looks_like_vllm(self) -> bool:
+        named = any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())
+        image = self.podman.image if self.podman is not None and self.podman.entrypoint is None else ""
+        return named or "vllm" in PurePath(image).name
+
+    def _words(self) -> list[str]:
+        """The command, behind the entry point if it is given."""
+        if self.podman is not None:
+            return [*(self.podman.entrypoint or ()), *self.podman.command]
+        return self.process.command if self.process is not None else []
+
+    @property
+    def own_worker_extension(self) -> str | None:
+        """The option by which the command gives vLLM a worker extension of the user's own."""
+        names = (word.partition("=")[0].replace("_", "-") for word in self._words())
+        return next((word for word, name in zip(self._words(), names, strict=True) if name == _WORKER_EXTENSION), None)
+
+    @property
+    def runtime(self) -> str:
+        """The name of the runtime that starts its engines."""
+        return next(name for name in ENGINE_TABLES if getattr(self, name) is not None)

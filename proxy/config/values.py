@@ -1,0 +1,67 @@
+"""Values as people write them: durations, sizes, addresses. Usable without the settings, and without pydantic."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_NEVER = frozenset({"never", "off"})
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of a duration such as ``"90s"``, ``"1m30s"`` or ``"250ms"``.
+
+    Raises ValueError for anything else; a bare number too, since its unit would be a guess.
+    """
+    if isinstance(value, str) and _DURATION.fullmatch(value.strip()):
+        return sum(float(n) * _UNITS_S[unit] for n, unit in _DURATION_PART.findall(value))
+    raise ValueError('a duration needs a unit: "500ms", "90s", "1m30s", "2h" or "1d"')
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest text that `parse_duration` reads back as `seconds` (to the millisecond)."""
+    left_ms = round(seconds * 1000)
+    parts = []
+    for unit, size_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, left_ms = divmod(left_ms, size_ms)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts) or "0s"
+
+
+def parse_optional_duration(value: object) -> float | None:
+    """As `parse_duration`; None for "never", "off" and None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in _NEVER):
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "never"') from None
+
+
+def format_optional_duration(seconds: float | None) -> str:
+    """The shortest text that `parse_optional_duration` reads back."""
+    return "never" if seconds is None else format_duration(seconds)
+
+
+def format_size(count: int) -> str:
+    """A size in the largest binary unit that divides it: ``"16GiB"``, ``"1536KiB"``, ``"100B"``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return f"{count}B"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this host reach an address; names other than localhost are not looked up."""
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
