@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from proxy.gpu.cuda import NOT_INITIALIZED, DriverError, GpuMemory, Gpus, ProcessState
+from proxy.gpu.cuda import NOT_INITIALIZED, DriverError, Gpus, ProcessState
+from proxy.gpu.nvml import GpuMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from proxy.gpu.cuda import Monitor
+    from proxy.gpu.nvml import Monitor
 
 T = TypeVar("T")
 GIB = 1 << 30

@@ -14,7 +14,8 @@ from proxy.checkpoint.store import CheckpointStore
 from proxy.config.runtime import PodmanRuntimeSettings, ProcessRuntimeSettings
 from proxy.config.settings import Settings
 from proxy.errors import RuntimeFailure
-from proxy.gpu.cuda import GpuMemory, Gpus, ProcessState
+from proxy.gpu.cuda import Gpus, ProcessState
+from proxy.gpu.nvml import GpuMemory
 from proxy.host import processes
 from proxy.pool.gpu_accounting import READY
 from proxy.pool.pool import Pool

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from proxy.gpu.cuda import CudaDriver, GpuError, Gpus, Nvml, ProcessState
+from proxy.gpu.cuda import CudaDriver, GpuError, Gpus, ProcessState
+from proxy.gpu.nvml import Nvml
 from tests.fake_cuda import GIB, LATE, FakeDriver, FakeNvml, gpus_of
 
 if TYPE_CHECKING:

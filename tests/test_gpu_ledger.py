@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.gpu.cuda import GpuMemory
+from proxy.gpu.nvml import GpuMemory
 from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
 from proxy.pool.instance import Instance, State
 from proxy.tiers import Tier

@@ -1,4 +1,4 @@
-"""CUDA suspend and resume by process, through the driver API in-process, and GPU memory from NVML.
+"""CUDA suspend and resume by process, through the driver API in-process.
 
 A process's CUDA state is locked, copied to its own host memory ("checkpointed", which frees the GPU), copied back
 ("restored") and unlocked (CUDA driver API, "CUDA Checkpointing", driver 570 or later; cuda-checkpoint's README). Calls
@@ -12,17 +12,16 @@ why and nothing else is lost.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import enum
 import importlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from proxy.errors import WarmpoolError
+from proxy.gpu.nvml import MemoryReader, Monitor, Nvml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,72 +154,6 @@ class CudaDriver:
         self._check("unlock", pid, self._cuda.cuCheckpointProcessUnlock(pid, None))
 
 
-@dataclass(frozen=True, slots=True)
-class GpuMemory:
-    """A GPU's memory, in bytes."""
-
-    index: int
-    name: str
-    uuid: str
-    total_bytes: int
-    used_bytes: int
-
-    @property
-    def free_bytes(self) -> int:
-        """What is not in use."""
-        return self.total_bytes - self.used_bytes
-
-
-class Monitor(Protocol):
-    """What is asked of NVML."""
-
-    def driver_version(self) -> str:
-        """Such as ``580.159.04``."""
-
-    def gpus(self) -> list[GpuMemory]:
-        """Every GPU, by index."""
-
-    def processes(self) -> dict[int, dict[str, int]]:
-        """Host pid → UUID of a GPU → bytes of its memory that the process holds."""
-
-
-class Nvml:
-    """`pynvml` (nvidia-ml-py). Raises ImportError, or RuntimeError where there is no driver."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = importlib.import_module("pynvml")
-        try:
-            self._nvml.nvmlInit()
-        except self._nvml.NVMLError as error:
-            raise RuntimeError(f"NVML: {error}") from error
-
-    def _handles(self) -> list[Any]:
-        return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
-
-    def driver_version(self) -> str:
-        """See `Monitor`."""
-        return str(self._nvml.nvmlSystemGetDriverVersion())
-
-    def gpus(self) -> list[GpuMemory]:
-        """See `Monitor`."""
-        found = []
-        for index, handle in enumerate(self._handles()):
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
-            name, uuid = self._nvml.nvmlDeviceGetName(handle), self._nvml.nvmlDeviceGetUUID(handle)
-            found.append(GpuMemory(index, str(name), str(uuid), int(memory.total), int(memory.used)))
-        return found
-
-    def processes(self) -> dict[int, dict[str, int]]:
-        """See `Monitor`."""
-        held: dict[int, dict[str, int]] = {}
-        for handle in self._handles():
-            uuid = str(self._nvml.nvmlDeviceGetUUID(handle))
-            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                by_gpu = held.setdefault(process.pid, {})
-                by_gpu[uuid] = by_gpu.get(uuid, 0) + int(process.usedGpuMemory or 0)
-        return held
-
-
 def criu_has_cuda_plugin() -> bool:
     """Whether CRIU saves and restores CUDA state itself; then nobody else may.
 
@@ -229,8 +162,8 @@ def criu_has_cuda_plugin() -> bool:
     return any(path.exists() for path in PLUGINS) and shutil.which("cuda-checkpoint") is not None
 
 
-class Gpus:
-    """Suspends and resumes processes on GPUs. `open` before use."""
+class Gpus(MemoryReader):
+    """Suspends and resumes processes on GPUs, and says what they hold. `open` before use."""
 
     def __init__(
         self,
@@ -239,10 +172,10 @@ class Gpus:
         monitor: Callable[[], Monitor] = Nvml,
         lock_timeout_s: float = 10.0,
     ) -> None:
+        super().__init__()
         self._make_driver, self._make_monitor = driver, monitor
         self._lock_timeout_ms = max(1, round(lock_timeout_s * 1000))
         self._driver: Driver | None = None
-        self._monitor: Monitor | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def open(self) -> str | None:
@@ -250,8 +183,8 @@ class Gpus:
         if self._driver is not None:
             return None
         try:
-            self._monitor = self._make_monitor()
-            version = self._monitor.driver_version()
+            monitor = self._monitor = self._make_monitor()
+            version = monitor.driver_version()
             self._driver = self._make_driver()
         except ImportError as error:
             return f"the extra warmpool[gpu] is not installed ({error.name})"
@@ -346,35 +279,6 @@ class Gpus:
     async def has_cuda(self, pids: Iterable[int]) -> bool:
         """Whether any of these uses CUDA."""
         return self.usable and bool(await self.states(pids))
-
-    @property
-    def measurable(self) -> bool:
-        """Whether there is an NVML to ask."""
-        return self._monitor is not None
-
-    async def memory(self) -> list[GpuMemory]:
-        """Every GPU's memory; none where NVML cannot be asked."""
-        return await self._ask(lambda monitor: monitor.gpus(), [])
-
-    async def held_bytes(self, pids: Iterable[int]) -> int:
-        """GPU memory that these processes hold, in bytes."""
-        return sum((await self.held_by_gpu(pids)).values())
-
-    async def held_by_gpu(self, pids: Iterable[int]) -> dict[str, int]:
-        """UUID of a GPU → bytes of its memory that these processes hold; empty where NVML cannot be asked."""
-        held: Mapping[int, Mapping[str, int]] = await self._ask(lambda monitor: monitor.processes(), {})
-        total: dict[str, int] = {}
-        for pid in pids:
-            for uuid, count in held.get(pid, {}).items():
-                total[uuid] = total.get(uuid, 0) + count
-        return total
-
-    async def _ask(self, question: Callable[[Monitor], T], otherwise: T) -> T:
-        monitor = self._monitor
-        if monitor is not None:
-            with contextlib.suppress(Exception):  # NVML's own errors: a figure less, and nothing worse
-                return await asyncio.to_thread(question, monitor)
-        return otherwise
 
 
 def _state_of(driver: Driver, pid: int) -> int | None:

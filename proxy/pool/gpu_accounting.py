@@ -20,7 +20,7 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from proxy.gpu.cuda import GpuMemory
+    from proxy.gpu.nvml import GpuMemory
     from proxy.pool.instance import Instance
 
 Bytes: TypeAlias = "Mapping[str, int]"

@@ -16,7 +16,8 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from proxy.gpu.cuda import GpuMemory, Gpus
+    from proxy.gpu.cuda import Gpus
+    from proxy.gpu.nvml import GpuMemory
     from proxy.pool.gpu_accounting import Bytes, GpuLedger
     from proxy.pool.model import Evictions, Model, Slot
     from proxy.telemetry.metrics import Metrics

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy.gpu.cuda import MAX_LEFT_BYTES, Gpus, Nvml, ProcessState
+from proxy.gpu.cuda import MAX_LEFT_BYTES, Gpus, ProcessState
+from proxy.gpu.nvml import Nvml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
