@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from proxy.pool.instance import State
 from proxy.pool.stalls import Reading, stands_still
 from proxy.runtime.base import Vitals
 from tests.support import PATIENCE_S
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("both_ways")
 
 ASK: dict[str, Any] = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 SOON = {"stall_after": "2s", "wake_timeout": "2s"}
+SOONER = {"stall_after": "1s", "wake_timeout": "1s"}
 
 
 def reading(at: float, progress: Mapping[str, str], cpu_s: Mapping[int, float]) -> Reading:
@@ -40,10 +42,17 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 async def until_engine_runs(front: Front, count: int) -> None:
-    """Return when the engine works on so many requests."""
+    """Return when there is an engine that works on so many requests."""
+    instances = front.pool._models["demo"].slots
+    await until(lambda: any(slot.instance.state is State.READY for slot in instances.values()))
     async with asyncio.timeout(PATIENCE_S):
         while (await front.engine_state())["running"] != count:
             await asyncio.sleep(0.02)
+
+
+async def until_looked_at(front: Front) -> None:
+    """Return when the engine was looked at because it is silent, and was not given up."""
+    await until(lambda: bool(front.pool._stalls._next))
 
 
 @pytest.mark.parametrize(
@@ -81,16 +90,24 @@ async def test_a_hung_engine_with_good_health_is_replaced_and_its_clients_get_an
 
 
 async def test_a_long_answer_in_one_piece_is_no_stall(front_of: Any) -> None:
-    front: Front = await front_of("--tokens-per-second", "5", **SOON)
-    response, _ = await front.post("/v1/completions", {**ASK, "max_tokens": 60})
-    assert response.status == 200
+    front: Front = await front_of("--tokens-per-second", "5", **SOONER)
+    answer = asyncio.create_task(front.post("/v1/completions", {**ASK, "max_tokens": 25}))
+    await until_looked_at(front)
+    assert not answer.done()
+    assert (await answer)[0].status == 200
     assert (await stalls_of(front), (await front.engine_state())["loads"]) == (0, 1)
 
 
 async def test_a_full_batch_is_no_stall(front_of: Any) -> None:
-    front: Front = await front_of("--tokens-per-second", "5", "--max-num-seqs", "1", **SOON)
-    answers = [asyncio.create_task(front.post("/v1/completions", {**ASK, "max_tokens": 60})) for _ in range(2)]
-    assert [response.status for response, _ in await asyncio.gather(*answers)] == [200, 200]
+    front: Front = await front_of("--tokens-per-second", "5", "--max-num-seqs", "1", **SOONER)
+    long = asyncio.create_task(front.post("/v1/completions", {**ASK, "max_tokens": 4000}))
+    await until_engine_runs(front, 1)
+    short = asyncio.create_task(front.post("/v1/completions", ASK))
+    await until_looked_at(front)
+    assert not long.done()
+    assert not short.done()
+    long.cancel()  # and so nobody waits for its end
+    assert (await short)[0].status == 200
     assert (await stalls_of(front), (await front.engine_state())["loads"]) == (0, 1)
 
 
@@ -109,7 +126,7 @@ async def test_an_engine_that_somebody_stopped_is_replaced(front_of: Any) -> Non
 
 async def test_without_stall_after_nothing_is_looked_at(front_of: Any) -> None:
     front: Front = await front_of("--tokens-per-second", "5", stall_after="never", wake_timeout="1s")
-    assert (await front.post("/v1/completions", {**ASK, "max_tokens": 20}))[0].status == 200
+    assert (await front.post("/v1/completions", {**ASK, "max_tokens": 10}))[0].status == 200
     assert front.pool._stalls._looks == {} == front.pool._stalls._next
 
 
