@@ -203,13 +203,14 @@ class Setup:
         return {**base, "pool": {**base.get("pool", {}), **(pool or {})}, "models": models}
 
     def _table(self) -> dict[str, Any]:
-        health = {"interval": "20ms"}
+        # Fresh random numbers after a restore, or each start would log that there are none.
+        more = {"health": {"interval": "20ms"}, "reseed": {"path": "/debug/reseed"}}
         if self.runtime == "podman":
             command = [image.build() if not _built else _built[0], *self.engine.arguments()]
             _built[:] = command[:1]
-            return {"podman": {"image": command[0], "command": command[1:]}, "health": health}
+            return {"podman": {"image": command[0], "command": command[1:]}, **more}
         command = ["{python}", "-m", "loadtest.engine", *self.engine.arguments()]
-        return {"process": {"command": command, "cwd": str(ROOT)}, "health": health}
+        return {"process": {"command": command, "cwd": str(ROOT)}, **more}
 
 
 _built: list[str] = []

@@ -256,6 +256,16 @@ def test_a_load_format_goes_into_the_command(tmp_path: Path) -> None:
     assert model["golden_sleep_level"] == 1
 
 
+async def test_the_engine_of_the_load_tests_gets_fresh_random_numbers(tmp_path: Path) -> None:
+    setup = serving.Setup(engine=serving.Engine(memory="8MiB", load_s=0.05))
+    with setup.folders(tmp_path) as where:
+        async with serving.serving(setup.settings({"checkpointed": "1h"}), where) as served:
+            await served.ask("demo", "fresh")
+            log = served.log.read_text()
+    assert "ready" in log
+    assert "its answers repeat" not in log
+
+
 def vllm_config(tmp_path: Path, **entry: Any) -> serving.Setup:
     config = tmp_path / "vllm.toml"
     command = ["/model", "--max-model-len", "512", "--enable-sleep-mode", "--load-format=auto", "--port", "{port}"]

@@ -42,6 +42,9 @@ async def exposed(front: Front) -> dict[str, set[str]]:
     front.metrics.instance_gpu.labels("demo").set(1)
     front.metrics.gpu_leaks.labels("demo")
     front.metrics.refused.labels("key")
+    for of_operations in (front.metrics.overdue, front.metrics.hanging):
+        of_operations.labels("restore")
+    front.metrics.written_off.labels("demo").set(0)
     async with front.session.get("/metrics") as response:
         text = await response.text()
     found: dict[str, set[str]] = {}
