@@ -187,6 +187,22 @@ async def test_a_path_cannot_forge_a_line_of_the_log(edge: Front, caplog: pytest
     assert not [m for m in caplog.messages if set(m) & set("\n\r\0")]
 
 
+@pytest.mark.parametrize("garbage", [b"zz\r\n", b"\x00", b"5\nhello\n", b"GET / HTTP/1.1\r\n\r\n"])
+async def test_garbage_behind_a_good_chunk_is_refused_at_once(edge_of: Any, garbage: bytes) -> None:
+    """Not by the time limit for uploads, which is longer than this test waits."""
+    edge: Front = await edge_of(limits={"upload_timeout": "1h"})
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(post(CHUNKED, body=b'5\r\n{"a":\r\n'))
+    await asyncio.sleep(0.05)  # the handler has begun to read
+    writer.write(garbage)
+    async with asyncio.timeout(PATIENCE_S):
+        raw = await reader.read()
+    writer.close()
+    assert raw.startswith(b"HTTP/1.1 400"), raw
+    assert raw.count(b"HTTP/1.") == 1, "one answer, and the end"
+    assert edge.sample("warmpool_refused_total", reason="malformed") == 1
+
+
 async def test_a_proper_request_passes_with_length_and_in_chunks(edge: Front) -> None:
     for request in (post(LENGTH, "Connection: close"), post(CHUNKED, "Connection: close", body=CHUNKS)):
         assert (await exchange(edge, request)).startswith(b"HTTP/1.1 200")

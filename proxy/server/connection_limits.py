@@ -170,10 +170,13 @@ class GuardedProtocol(RequestHandler):
         if self._refused or self._upgraded:
             super().data_received(data)
             return
-        before, in_body = self._request_count, self._body is not None
+        before, before_body = self._request_count, self._body
+        in_body = before_body is not None
         super().data_received(data)
         if self._request_count != before:
             self._check_new(self._request_count - before)
+            if before_body is not None and not before_body.is_eof():
+                self._end_broken(before_body)
         if self._body is not None and self._body.is_eof():
             self._body = None
         # The rest of a body may come before its handler has begun; it is no head. What comes while a request is
@@ -197,6 +200,16 @@ class GuardedProtocol(RequestHandler):
             self._body = payload
             self._body_began = self._loop.time()
             self._doors.owes(self)
+
+    def _end_broken(self, body: StreamReader) -> None:
+        """A body broke off: a message came before its end, which is the parser's error. Who reads it is told."""
+        if self._current_request is None and len(self._messages) < 2:  # answered already
+            return
+        self._body = None
+        self._note("malformed", "a request whose body is not framed as its fields say")
+        body.set_exception(web.RequestPayloadError("not framed as its fields say"))
+        body.feed_eof()
+        self._close = True  # what still comes is no request
 
     def _in_head(self, size: int) -> None:
         """Part of a request's headers, or an empty line before them."""
