@@ -130,6 +130,39 @@ async def test_a_key_is_good_as_openais_and_as_anthropics(keyed: Keyed) -> None:
             assert response.status == 200
 
 
+@pytest.mark.parametrize("field", ["Authorization", "x-api-key", "api-key"])
+async def test_of_several_keys_any_that_is_known_counts(keyed: Keyed, field: str) -> None:
+    key = keyed.keys["team"]
+    shown = {"Authorization": "Bearer placeholder", "x-api-key": "sk-none", "api-key": "none"}
+    good = {**shown, field: f"Bearer {key}" if field == "Authorization" else key}
+    for headers in (good, {field: good[field]}):
+        response, _ = await keyed.front.post("/v1/completions", ASK, headers=headers)
+        assert response.status == 200
+    response, answer = await keyed.front.post("/v1/completions", ASK, headers=shown)
+    assert (response.status, error_of(answer)["code"]) == (401, "invalid_api_key")
+    # As far as a WebSocket gets here: past the keys, to a model that does not offer it.
+    handshake = {
+        **shown, "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    protocol = {"Sec-WebSocket-Protocol": f"realtime, openai-insecure-api-key.{key}"}
+    for headers, status in (
+        (handshake, 401),
+        ({**handshake, **protocol}, 404),
+        ({**handshake, field: good[field]}, 404),
+    ):
+        async with keyed.front.session.get("/v1/realtime?model=none", headers=headers) as answered:
+            assert answered.status == status
+
+
+async def test_an_expired_key_beside_a_good_one(keyed: Keyed) -> None:
+    keyed.change("other", expires=dt.datetime.now(dt.UTC) - dt.timedelta(days=1))
+    keyed.front.guard.reload()
+    headers = {"Authorization": f"Bearer {keyed.keys['other']}", "x-api-key": keyed.keys["team"]}
+    response, _ = await keyed.front.post("/v1/completions", ASK, headers=headers)
+    assert response.status == 200
+
+
 async def test_the_clients_raise_their_own_errors(keyed: Keyed) -> None:
     url = f"{keyed.front.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="wrong", max_retries=0) as client:

@@ -19,6 +19,7 @@ from proxy.engine import http1
 from proxy.engine.connection import Exchange, ExchangeError
 from proxy.errors import RequestError
 from proxy.server import request_id
+from proxy.server.auth.caller import KEY_FIELDS, keys_shown
 from proxy.server.auth.middleware import refuse_expired
 from proxy.server.auth.pages import contained
 from proxy.server.connection_limits import GuardedProtocol
@@ -60,6 +61,7 @@ _UNUSUAL: Final = frozenset(
     b"proxy-connection origin x-warmpool-max-wait".split()
 )
 """What aiohttp's server, the guard or the relay have to see to. (Every `sec-` too.)"""
+_KEY_FIELDS: Final = tuple(name.encode("ascii") for name in KEY_FIELDS)
 _BODILESS: Final = frozenset({204, 304})
 _OWN: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
 
@@ -71,7 +73,7 @@ class Shape:
         "closes",
         "fields",
         "host",
-        "key",
+        "keys",
         "known",
         "known_of",
         "line",
@@ -83,7 +85,7 @@ class Shape:
         self,
         match: routes.Match,
         fields: bytes,
-        key: str | None,
+        keys: tuple[str, ...],
         request_id: str | None,
         *,
         host: str,
@@ -96,8 +98,8 @@ class Shape:
         self.line = b"POST %b HTTP/1.1\r\n" % match.target.encode("ascii")
         self.fields = fields
         """Those for the engine, and the beginning of the request's id."""
-        self.key = key
-        """The API key."""
+        self.keys = keys
+        """The API keys that it shows."""
         self.request_id = request_id
         self.known: Known | None = None
         """Whose key it is, as long as `known_of` are the keys in force."""
@@ -156,20 +158,18 @@ def shape_of(head: bytes) -> Shape | None:
     return Shape(
         match,
         b"".join(b"%b: %b\r\n" % field for field in passed_on(fields, NOT_TO_ENGINE)) + b"X-Request-Id: ",
-        _key_in(found),
+        _keys_in(found),
         _request_id_in(found),
         host=found[b"host"].decode("ascii"),
         closes=option == b"close",
     )
 
 
-def _key_in(found: dict[bytes, bytes]) -> str | None:
-    """As `guard` finds it."""
-    scheme, _, value = found.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() == b"bearer":
-        return value.strip().decode("ascii")
-    shown = found.get(b"x-api-key")
-    return shown.decode("ascii") if shown is not None else None
+def _keys_in(found: dict[bytes, bytes]) -> tuple[str, ...]:
+    """As the guard finds them."""
+    bearer = [found[b"authorization"].decode("ascii")] if b"authorization" in found else []
+    others = [found[name].decode("ascii") for name in _KEY_FIELDS if name in found]
+    return keys_shown(bearer, others)
 
 
 def _request_id_in(found: dict[bytes, bytes]) -> str | None:
@@ -293,7 +293,7 @@ class Front:
     def _known(self, shape: Shape) -> Known:
         keys = self._guard.keys
         if shape.known is None or shape.known_of is not keys:
-            shape.known, shape.known_of = self._guard.identify(shape.key), keys
+            shape.known, shape.known_of = self._guard.identify(shape.keys), keys
         refuse_expired(shape.known.entry)
         return shape.known
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from aiohttp import web
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiohttp.web import BaseRequest
 
 
@@ -49,7 +51,25 @@ class Caller(Protocol):
 
 KEY_PROTOCOL: Final = "openai-insecure-api-key."
 """How OpenAI's clients in browsers send a key with a WebSocket: as a subprotocol, since they cannot send headers."""
+KEY_FIELDS: Final = ("x-api-key", "api-key")
+"""Where clients send a key, beside `Authorization`: Anthropic's in the first, Azure's in the second."""
+_MOST_KEYS: Final = 8
+"""Each is compared by its digest."""
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
+
+
+def keys_shown(authorization: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """The keys that a request shows, in the values of `Authorization` and of the other fields; any of them may count.
+
+    Clients and what is between fill in more than one: a placeholder in the one, the key in the other.
+    """
+    found: list[str] = []
+    for value in authorization:
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            found.append(key.strip())
+    found += others
+    return tuple(dict.fromkeys(found))[:_MOST_KEYS]
 
 
 def caller_of(request: BaseRequest) -> Caller | None:

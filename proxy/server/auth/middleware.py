@@ -30,7 +30,7 @@ from proxy.errors import (
     RouteNotFoundError,
 )
 from proxy.server.auth import api_keys
-from proxy.server.auth.caller import CALLER, KEY_PROTOCOL
+from proxy.server.auth.caller import CALLER, KEY_FIELDS, KEY_PROTOCOL, keys_shown
 from proxy.server.auth.pages import Pages, refuse_borrowed_loopback, refuse_other_sites
 from proxy.server.auth.prompt_tokens import prompt_tokens
 from proxy.server.auth.rate_limit import Account
@@ -41,7 +41,7 @@ from proxy.server.forward.routes import spelled_as
 from proxy.telemetry.refusals import Refusals
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from proxy.config.settings import Settings
     from proxy.server.auth.api_keys import Entry, Keys
@@ -260,7 +260,7 @@ class Guard:
             raise BodyTooLargeError(f"The body has {text} bytes; the limit is {self._body_limit}.")
 
     async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        known = self.identify(_presented(request))
+        known = self.identify(_shown(request))
         self._check_length(request)
         # Those who only look pay nothing; a WebSocket is more than a look.
         if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
@@ -288,17 +288,24 @@ class Guard:
             )
         return Admission(Holder(known, self._clock), self._clock)
 
-    def identify(self, key: str | None) -> Known:
-        """What is known of the key that a request presents. Raises AuthenticationError."""
-        if key is None:
+    def identify(self, shown: Sequence[str]) -> Known:
+        """What is known of the first key that is good, of those that a request shows. Raises AuthenticationError."""
+        if not shown:
             raise AuthenticationError("No API key. Send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`.")
         assert self.keys is not None  # noqa: S101 - asked before
-        found = self.keys.find(key)
-        if found is None:
-            raise AuthenticationError("Incorrect API key.")
-        id_, entry = found
-        refuse_expired(entry)
-        return self._known[id_]
+        refusal = AuthenticationError("Incorrect API key.")
+        for key in shown:
+            found = self.keys.find(key)
+            if found is None:
+                continue
+            id_, entry = found
+            try:
+                refuse_expired(entry)
+            except AuthenticationError as error:
+                refusal = error
+                continue
+            return self._known[id_]
+        raise refusal
 
     # --- administration ---
 
@@ -342,16 +349,13 @@ def refuse_expired(entry: Entry) -> None:
         raise AuthenticationError("This API key has expired.")
 
 
-def _presented(request: web.Request) -> str | None:
-    """The key that a request brings, as OpenAI's clients do or as Anthropic's."""
-    scheme, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if hdrs.SEC_WEBSOCKET_PROTOCOL in request.headers:
-        for offered in ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL)).split(","):
-            if offered.strip().startswith(KEY_PROTOCOL):
-                return offered.strip().removeprefix(KEY_PROTOCOL)
-    return request.headers.get("x-api-key")
+def _shown(request: web.Request) -> tuple[str, ...]:
+    """The keys that a request brings, as OpenAI's clients do, as Anthropic's, as Azure's, or as those in browsers."""
+    headers = request.headers
+    others = [value for name in KEY_FIELDS for value in headers.getall(name, ())]
+    offered = [name.strip() for name in ",".join(headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")]
+    others += [name.removeprefix(KEY_PROTOCOL) for name in offered if name.startswith(KEY_PROTOCOL)]
+    return keys_shown(headers.getall(hdrs.AUTHORIZATION, ()), others)
 
 
 def _shows(request: web.Request, token: bytes) -> bool:
