@@ -15,8 +15,9 @@ import tomli_w
 import zstandard
 
 from loadtest.serving import NEVER, ServeError, learn_versions, warmpool
+from proxy.config.values import short_size
 from proxy.host.processes import GPU_STATE
-from proxy.pool.golden import advice, short_size
+from proxy.pool.golden import advice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

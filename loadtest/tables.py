@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loadtest import attribution, stats
 from loadtest.results import TTFT
-from proxy.pool.golden import short_size
+from proxy.config.values import short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

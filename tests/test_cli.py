@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from proxy import __version__
-from proxy.cli.main import EXIT_CONFIG, cli
+from proxy.checkpoint.store import SUFFIX
+from proxy.cli import checkpoint, key, serve
+from proxy.cli.failures import EXIT_CONFIG
+from proxy.cli.main import cli
 from proxy.config.load import load
+from proxy.server.auth import api_keys
+from proxy.telemetry import logs
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -147,3 +156,68 @@ def test_check_reads_the_files_of_the_edge_too(tmp_path: Path) -> None:
     assert result.exit_code == 78
     for problem in ("keys.toml: cannot be read: No such file", "32 or more", "cannot be used"):
         assert problem in result.output
+
+
+LIGHT = """
+import os, sys
+import click
+from click.shell_completion import ShellComplete
+from proxy.cli.main import cli
+
+def paths(command, path=()):
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from paths(inner, (*path, name))
+
+asked = 0
+shell = ShellComplete(cli, {}, "warmpool", "_WARMPOOL_COMPLETE")
+for path in paths(cli):
+    found = [item.value for start in ("", "-") for item in shell.get_completions([*path], start)]
+    assert "--help" in found, path
+    asked += 1
+assert "demo" in [item.value for item in shell.get_completions(["wake"], "de")]
+try:
+    cli(["--version"], prog_name="warmpool")
+except SystemExit as end:
+    assert not end.code
+heavy = {"aiohttp", "asyncio", "pydantic", "rich", "prometheus_client", "psutil"}
+parts = ("proxy.pool", "proxy.server", "proxy.runtime")
+print(asked, sorted(m for m in sys.modules if m in heavy or m.startswith(parts)))
+"""
+
+
+def test_completing_and_version_import_no_more_than_they_need() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT],
+        env={**os.environ, "WARMPOOL_CONFIG": EMBEDDED},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    asked, _, heavy = done.stdout.splitlines()[-1].partition(" ")
+    assert int(asked) > 30
+    assert heavy == "[]"
+
+
+def test_the_choices_of_options_are_those_of_what_takes_them() -> None:
+    assert serve.FORMATS == logs.FORMATS
+    assert tuple(api_keys.PRIORITIES) == key.PRIORITIES
+    assert tuple(SUFFIX) == checkpoint.COMPRESSIONS
+
+
+def test_models_are_completed_from_what_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed() -> list[str]:
+        return [item.value for item in ShellComplete(cli, {}, "warmpool", "_X").get_completions(["wake"], "de")]
+
+    path = tmp_path / "warmpool.toml"
+    monkeypatch.setenv("WARMPOOL_CONFIG", str(path))
+    assert completed() == []
+    path.write_text("[models")
+    assert completed() == []
+    path.write_text(
+        '[models.demo.process]\ncommand = ["x", "{port}"]\n[models.other.process]\n[models.dex]\nname = "y"\n'
+    )
+    assert completed() == ["demo", "dex"]
+    monkeypatch.setenv("WARMPOOL_MODELS__DEEP_ONE__IDLE__SLEEPING", "10s")
+    assert completed() == ["deep_one", "demo", "dex"]

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from proxy.cli import status_table
 from proxy.cli.control_client import apply_patch
-from proxy.cli.main import EXIT_HOST, cli
+from proxy.cli.failures import EXIT_HOST
+from proxy.cli.main import cli
 from tests.served import Proxy
 from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, engine_model, why_no_criu
 

@@ -200,7 +200,7 @@ async def test_off_the_context_passes_through_as_it_is(front: Front) -> None:
 
 
 def test_off_nothing_is_imported() -> None:
-    code = "import sys, proxy.cli.main; print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    code = "import sys, proxy.cli.run_server; print([m for m in sys.modules if m.startswith('opentelemetry')])"
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert tracing.start(TracingSettings()) is None

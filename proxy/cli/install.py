@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from proxy.config.load import load
 from proxy.errors import HostError
 from proxy.systemd import units
 from proxy.systemd.units import Change, Installation, Step
@@ -31,7 +30,7 @@ _ROOT = click.option(
 _YES = click.option("--yes", is_flag=True, help="Do it; without, it is only said what would be done.")
 
 
-@click.command("install")
+@click.command()
 @click.option(
     "--config",
     "-c",
@@ -44,8 +43,10 @@ _YES = click.option("--yes", is_flag=True, help="Do it; without, it is only said
 @click.option("--start", is_flag=True, help="Start warmpool, or restart it without losing a request.")
 @_YES
 @_ROOT
-def install_(path: Path, start: bool, yes: bool, root: Path) -> None:
+def install(path: Path, start: bool, yes: bool, root: Path) -> None:
     """Run warmpool under systemd, on this configuration. Again after an upgrade or a change of the address."""
+    from proxy.config.load import load
+
     settings = load(root / path.relative_to("/") if path.is_absolute() else path)
     made = Installation(root)
     wanted = units.units(settings, _program(), path.absolute())
@@ -75,7 +76,7 @@ def install_(path: Path, start: bool, yes: bool, root: Path) -> None:
             click.echo(f"Installed. Start it: systemctl restart {SERVICE}")
 
 
-@click.command("uninstall")
+@click.command()
 @_YES
 @_ROOT
 def uninstall(yes: bool, root: Path) -> None:

@@ -6,24 +6,21 @@ import datetime as dt
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
-from proxy.config.load import load
+from proxy.cli.options import config_option
 from proxy.config.values import parse_duration
-from proxy.host import private_files
-from proxy.server.auth import api_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from proxy.server.auth.api_keys import Entry
 
-_RELOAD = "warmpool takes it up when it is started or told to reload (systemctl reload warmpool, or SIGHUP)."
+PRIORITIES: Final = ("low", "normal", "high")
+"""As `server.auth.api_keys` has them, which is imported when a command runs."""
+_RELOAD: Final = "warmpool takes it up when it is started or told to reload (systemctl reload warmpool, or SIGHUP)."
 
 
 def _file_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,13 +28,12 @@ def _file_option(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option(
         "--file", "-f", "file", type=click.Path(path_type=Path), help="The file of keys; default: server.keys_file."
     )(command)
-    return click.option(
-        "--config", "-c", "path", type=click.Path(path_type=Path), envvar="WARMPOOL_CONFIG",
-        help="The TOML file that says where it is.",
-    )(command)  # fmt: skip
+    return config_option("The TOML file that says where it is.")(command)
 
 
 def _keys_file(file: Path | None, path: Path | None) -> Path:
+    from proxy.config.load import load
+
     found = file or (load(path).server.keys_file if path is not None else None)
     if found is None:
         raise click.UsageError("say which file: --file FILE, or --config with server.keys_file in it")
@@ -57,7 +53,7 @@ def key() -> None:
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Most tokens in a minute, prompts and answers.")
 @click.option("--concurrency", type=click.IntRange(1), help="Most requests at once.")
 @click.option(
-    "--priority", type=click.Choice([*api_keys.PRIORITIES]), default="normal", show_default=True,
+    "--priority", type=click.Choice(PRIORITIES), default="normal", show_default=True,
     help="Who is served first of those who wait.",
 )  # fmt: skip
 @click.option("--expires", metavar="DURATION", help='When it stops to be good, from now: "90d".')
@@ -65,6 +61,10 @@ def new(
     name: str, file: Path | None, path: Path | None, models: tuple[str, ...], expires: str | None, **rest: Any
 ) -> None:
     """Make a key for NAME and print it, once: the file has only a salted hash of it."""
+    from pydantic import ValidationError
+
+    from proxy.server.auth import api_keys
+
     target = _keys_file(file, path)
     limits = {**rest, "models": [*models] or None, "expires": _moment(expires)}
     with api_keys.changing(target) as entries:
@@ -92,6 +92,11 @@ def _moment(after: str | None) -> dt.datetime | None:
 @_file_option
 def list_(file: Path | None, path: Path | None) -> None:
     """Who has a key, and what it may do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from proxy.server.auth import api_keys
+
     table = Table("id", "name", "created", "expires", "may use", "limits", box=None)
     for id_, entry in api_keys.read(_keys_file(file, path)).entries().items():
         table.add_row(*_row(id_, entry))
@@ -122,6 +127,8 @@ def _row(id_: str, entry: Entry) -> tuple[str, ...]:
 @_file_option
 def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
     """Take a key out of the file, by its id or its name."""
+    from proxy.server.auth import api_keys
+
     with api_keys.changing(_keys_file(file, path)) as entries:
         found = [id_ for id_, entry in entries.items() if id_or_name in (id_, entry.name)]
         if not found:
@@ -135,5 +142,7 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def admin_token(file: Path) -> None:
     """Write a new admin token to FILE (mode 0600 if it is new), for server.admin.token_file."""
+    from proxy.host import private_files
+
     private_files.write(file, secrets.token_urlsafe(32) + os.linesep)
     click.echo(f"{file} has a new admin token. {_RELOAD}")

@@ -10,8 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from proxy.config.values import format_duration
-from proxy.pool.golden import short_size
+from proxy.config.values import format_duration, short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

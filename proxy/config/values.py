@@ -55,6 +55,14 @@ def format_size(count: int) -> str:
     return f"{count}B"
 
 
+def short_size(count: int) -> str:
+    """A size for people, to three digits: ``"4.05 GiB"``, ``"812 MiB"``, ``"0 B"``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
+    return f"{count} B"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only processes of this host reach an address; names other than localhost are not looked up."""
     if host == "localhost":

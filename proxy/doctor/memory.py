@@ -6,6 +6,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from proxy.checkpoint.store import LOCK, MANIFEST
+from proxy.config.values import short_size
 from proxy.doctor.report import Check, Repair
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ _LEAST_PROCESSES: Final = 4096
 _GIB: Final = 1 << 30
 
 
-def _about(count: int) -> str:
-    """A size for reading: three digits at most."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
-
-
 async def images(it: Situation) -> list[Check]:
     """Whether images are in RAM, and how much room there is for them."""
     name = "tmpfs"
@@ -47,7 +40,7 @@ async def images(it: Situation) -> list[Check]:
         return [Check(name, "fail", f"{folder} is on ramfs, which never says how much is free", fix)]
     reserve = it.needs.pool.checkpoint_reserve
     if space.free_bytes < reserve:
-        text = f"{folder}: {_about(space.free_bytes)} free, less than the reserve of {_about(reserve)}"
+        text = f"{folder}: {short_size(space.free_bytes)} free, less than the reserve of {short_size(reserve)}"
         return [Check(name, "fail", text, f"free some, lower pool.checkpoint_reserve, or\n{fix}")]
     if mount.kind != "tmpfs":
         return [Check(name, "warn", f"{folder} is on {mount.kind}: restores read from disk", fix)]
@@ -56,10 +49,10 @@ async def images(it: Situation) -> list[Check]:
 
 def _tmpfs(host: Host, folder: Path, mount: Mount, space: Space, ram_bytes: int) -> Check:
     huge = next((o for o in mount.options if o.startswith("huge=")), "huge=never")
-    found = f"{folder}: {_about(space.total_bytes)}, {_about(space.free_bytes)} free, {huge}"
+    found = f"{folder}: {short_size(space.total_bytes)}, {short_size(space.free_bytes)} free, {huge}"
     if space.total_bytes > ram_bytes > 0:
         size = f"mount -o remount,size={_half_gib(ram_bytes)}G {mount.point}"
-        return Check("tmpfs", "warn", f"{found}; more than there is RAM ({_about(ram_bytes)})", size)
+        return Check("tmpfs", "warn", f"{found}; more than there is RAM ({short_size(ram_bytes)})", size)
     if host.memory().get("SwapTotal", 0) > 0 and "noswap" not in mount.options:
         fix = f"swapoff -a, or mount {mount.point} with noswap (kernel 6.4 or later)"
         return Check("tmpfs", "warn", f"{found}; swap is on: images, prompts included, can end up on disk", fix)
@@ -214,7 +207,7 @@ async def limits(it: Situation) -> list[Check]:
 def _limit(name: str, value: int) -> str:
     if value < 0:
         return "unlimited"
-    return _about(value) if name == "memlock" else str(value)
+    return short_size(value) if name == "memlock" else str(value)
 
 
 def _refused(it: Situation, found: dict[str, tuple[int, int]]) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from proxy.config.values import short_size
 from proxy.engine.api_key import key_of
 from proxy.engine.client import EngineClient
 from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
@@ -334,11 +335,3 @@ def advice(manifest: Manifest) -> list[str]:
         )
         found.append((0, f"{text} a third for 4 GB, half for 8 GB."))
     return [text for _, text in sorted(found, key=lambda entry: -entry[0])]
-
-
-def short_size(count: int) -> str:
-    """A size for people, to three digits: ``"4.05 GiB"``, ``"812 MiB"``, ``"0 B"``."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
-    return f"{count} B"

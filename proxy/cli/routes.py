@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import aiohttp
 import click
 import orjson
 
 from proxy.errors import HostError
-from proxy.server.forward.routes import ROUTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,6 +58,8 @@ class Comparison:
 
 def compare(described: Any) -> Comparison:
     """What an engine's OpenAPI document names, told apart. Raises ValueError where it is no such document."""
+    from proxy.server.forward.routes import ROUTES
+
     served = {*_served(described)}
     listed = {(route.method, _plain(route.path)) for route in ROUTES if not route.websocket}
     known = {_plain(path) for path in REFUSED}
@@ -93,6 +92,8 @@ def _sorted(routes: set[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 async def _described_by(engine: str) -> Any:
+    import aiohttp
+
     url = f"{engine.rstrip('/')}/openapi.json"
     try:
         async with (
@@ -117,6 +118,10 @@ def routes(ctx: click.Context, engine: str | None) -> None:
     With ENGINE, the URL of a running engine (http://127.0.0.1:18100), compare them with its /openapi.json; exit status
     1 where it serves some that warmpool does not know.
     """
+    import asyncio
+
+    from proxy.server.forward.routes import ROUTES
+
     if engine is None:
         for route in ROUTES:
             click.echo(f"{route.group:<12} {route.method:<5} {route.path}")

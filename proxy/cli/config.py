@@ -1,0 +1,75 @@
+"""`warmpool config …`: configurations checked, shown, converted and explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from proxy.cli.options import CONFIG
+
+
+@click.group()
+def config() -> None:
+    """Look at configurations."""
+
+
+@config.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> None:
+    """Say whether FILE can be used here, with every problem if not (exit status 78)."""
+    from proxy.config.load import load
+    from proxy.server import server
+
+    settings = load(file)
+    server.check_files(settings.server)
+    click.echo(f"{file}: good; models: {', '.join(settings.names())}")
+
+
+@config.command()
+@CONFIG
+def show(path: Path | None) -> None:
+    """Print the values in effect, file and environment together, as TOML; secrets are masked."""
+    import tomli_w
+
+    from proxy.config.load import load
+    from proxy.config.masking import masked
+
+    click.echo(tomli_w.dumps(masked(load(path).model_dump(mode="json"))), nl=False)
+
+
+@config.command("import-env")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Write this new file, mode 0600, instead of printing."
+)
+def import_env(file: Path, output: Path | None) -> None:
+    """Turn FILE, the .env of the scripts, into a configuration."""
+    from proxy.config import import_env as importenv
+
+    converted = importenv.convert(file)
+    for warning in converted.warnings:
+        click.echo(f"warmpool: {file}: {warning}", err=True)
+    if output is None:
+        click.echo(converted.toml, nl=False)
+        return
+    try:
+        importenv.write_new(output, converted.toml)
+    except OSError as error:
+        raise click.FileError(str(output), hint=error.strerror) from None
+
+
+@config.command("reference")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["toml", "markdown"]),
+    default="toml",
+    show_default=True,
+    help="A file to start from, or the tables of docs/reference.md.",
+)
+def reference_(form: str) -> None:
+    """Print every key, its meaning and its default."""
+    from proxy.config import reference, reference_page
+
+    click.echo(reference.reference() if form == "toml" else reference_page.page(), nl=False)

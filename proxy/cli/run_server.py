@@ -1,0 +1,60 @@
+"""The server, wired together and run to its end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from proxy.cli import wiring
+from proxy.cli.failures import EXIT_HOST
+from proxy.config.load import load
+from proxy.errors import HostError
+from proxy.gpu.cuda import Gpus
+from proxy.host import facts
+from proxy.pool.pool import Pool
+from proxy.pool.usage import Usage
+from proxy.runtime.state_dir import of_earlier_version
+from proxy.server import server
+from proxy.server.last_resort import LastResort
+from proxy.telemetry import logs
+from proxy.telemetry.metrics import Metrics
+
+_EXIT_S: Final = 5.0
+"""How long the interpreter may take to end after the server has."""
+
+
+def run(path: Path | None, log_format: str, log_level: str) -> None:
+    """Serve until a signal. Raises ConfigError, HostError."""
+    settings = load(path)
+    logs.to_stderr(log_format, log_level)
+    if earlier := of_earlier_version(settings.pool.state_dir.absolute(), Path.cwd()):
+        logging.getLogger("warmpool").warning(earlier)
+    metrics = Metrics()
+    gpus = Gpus()
+    usage = Usage(settings.pool.state_dir / "usage.json")
+    usage.load()
+    pool = Pool(settings, wiring.runtimes(settings, gpus), metrics, gpus=gpus, usage=usage, memory=facts.memory)
+    # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
+    # tenth of a request's time.
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 100)
+    last_resort = LastResort()
+
+    async def run() -> None:
+        try:
+            await server.serve(pool, settings, metrics, load=lambda: load(path), usage=usage, last_resort=last_resort)
+        except HostError as error:
+            last_resort.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
+            raise
+        finally:
+            # Event loop and interpreter wait for tasks and threads, which may hang.
+            last_resort.within(_EXIT_S)
+
+    try:
+        uvloop.run(run())
+    finally:
+        gpus.close()
