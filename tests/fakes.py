@@ -102,6 +102,10 @@ class FakeRuntime:
         self.processes: dict[str, Process] = {}
         self.images: dict[str, Image] = {}
         self.quarantined: dict[str, Image] = {}
+        self.keeps_copies = False
+        """Whether copies of images stay in the archive."""
+        self.archive_copies: set[str] = set()
+        """The owners of those images."""
         self.copies: set[int] = set()
         """Of weights, by the boot of the engine that wrote them."""
         self.reseed_gap: str | None = None
@@ -300,15 +304,23 @@ class FakeRuntime:
     async def verify_image(self, handle: Handle, *, whole: bool) -> None:
         await self._enter("verify_image" if whole else "look_at_image")
 
-    async def quarantine_image(self, handle: Handle) -> None:
+    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
         await self._enter("quarantine_image")
-        image = self.images.pop(self._owner(handle), None)
+        owner = self._owner(handle)
+        image = self.images.pop(owner, None)
         if image is not None:
-            self.quarantined[self._owner(handle)] = image
+            self.quarantined[owner] = image
+            if keep_copy and owner in self.archive_copies:
+                self.images[owner] = replace(image, archived=True)
+                return True
+        self.archive_copies.discard(owner)
+        return False
 
     async def copy_to_archive(self, handle: Handle) -> None:
         await self._enter("copy_to_archive")
         self._image(handle, "archive")
+        if self.keeps_copies:
+            self.archive_copies.add(self._owner(handle))
 
     async def archive_image(self, handle: Handle) -> None:
         await self._enter("archive_image")

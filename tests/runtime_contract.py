@@ -283,6 +283,25 @@ class RuntimeContract:
         await bench.runtime.drop(handle)
         assert await self.start(bench) == handle
 
+    async def test_the_copy_of_a_quarantined_image_is_kept_where_nothing_is_against_it(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
+        self._needs(bench, Tier.ARCHIVED)
+        handle, boot = await self.checkpointed(bench)
+        await bench.runtime.copy_to_archive(handle)
+        assert await bench.runtime.quarantine_image(handle, keep_copy=True)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.restore(handle, Stages())
+        await bench.runtime.drop(handle)
+        await bench.runtime.unarchive_image(handle)
+        handle = await bench.runtime.restore(handle, Stages())
+        await bench.healthy(handle)
+        assert await bench.boot_id(handle) == boot
+        await bench.runtime.drop(handle)
+        assert not await bench.runtime.quarantine_image(handle)
+        with pytest.raises(RuntimeFailure):
+            await bench.runtime.unarchive_image(handle)
+
     async def test_an_archived_image_comes_back_from_the_archive(self, bench: Bench, checkpoints: None) -> None:
         self._needs(bench, Tier.ARCHIVED)
         handle, boot = await self.checkpointed(bench)

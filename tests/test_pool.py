@@ -750,6 +750,51 @@ async def test_damage_that_is_found_on_the_way_to_the_archive_sets_the_image_asi
     await damage_leads_to_a_new_image(rig)
 
 
+async def test_a_damaged_image_of_which_there_is_a_copy_is_restored_from_that(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    rig.runtime.archive_copies.add("demo")
+    rig.runtime.failures["restore"] = [damaged("restore")]
+    lease = await use(rig)
+    assert lease.wake is not None
+    assert lease.wake.reached_from is Tier.ARCHIVED
+    assert (rig.runtime.calls["start"], rig.runtime.calls["unarchive_image"]) == (1, 1)
+    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == (["demo"], ["demo"])
+    for _ in range(3):
+        await rig.pass_time(10)
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+    assert rig.runtime.calls["checkpoint"] == 1
+
+
+@pytest.mark.parametrize("copy", ["good", "damaged"])
+async def test_a_copy_takes_the_place_of_an_image_that_turns_out_to_be_damaged_later(rig_of: Any, copy: str) -> None:
+    rig = await golden(rig_of)
+    rig.runtime.archive_copies.add("demo")
+    rig.runtime.failures |= {"restore": [OSError(errno.ENOENT, "no")], "verify_image": [damaged("verify")]}
+    rig.runtime.failures["unarchive_image"] = [damaged("unarchive")] if copy == "damaged" else []
+    lease = await use(rig)
+    assert lease.wake is not None
+    assert lease.wake.reached_from is Tier.STOPPED
+    await settle()
+    for _ in range(3):
+        await rig.pass_time(10)
+    await settle()
+    assert rig.runtime.calls["unarchive_image"] == 1
+    assert rig.runtime.calls["checkpoint"] == (1 if copy == "good" else 2)
+    assert (await use(rig)).found is Tier.CHECKPOINTED
+
+
+async def test_an_image_that_does_not_come_up_has_no_copy_that_would(rig_of: Any) -> None:
+    rig = await golden(rig_of)
+    rig.runtime.archive_copies.add("demo")
+    for _ in range(2):
+        rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no", fault=Fault.IMAGE)]
+        await use(rig)
+        for _ in range(3):
+            await rig.pass_time(10)
+    await settle()
+    assert (rig.runtime.calls["unarchive_image"], rig.runtime.archive_copies) == (0, set())
+
+
 async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:
     rig = await golden(rig_of)
     rig.engines["demo-1"].answer = "other"

@@ -48,6 +48,7 @@ class FakeBench:
 
     def __init__(self, *, shares_images: bool) -> None:
         self.runtime = FakeRuntime(shares_images=shares_images)
+        self.runtime.keeps_copies = True
         self.model = ModelSettings(**model_settings())
 
     async def healthy(self, handle: Handle) -> None:

@@ -293,12 +293,17 @@ class CheckpointStore:
         """Delete the folder of `begin`."""
         _delete(self.partial(image))
 
-    def load(self, image: str) -> Manifest:
-        """The manifest of an image whose files are all there in full. Raises StoreError otherwise."""
+    def manifest(self, image: str) -> Manifest:
+        """The manifest of an image, whatever became of its files. Raises StoreError."""
         path = self.path(image)
         manifest = _read_manifest(path)
         if manifest.image != image.removesuffix(_NEXT):
             raise DamagedError(f"{path}: its manifest is that of {manifest.image!r}")
+        return manifest
+
+    def load(self, image: str) -> Manifest:
+        """The manifest of an image whose files are all there in full. Raises StoreError otherwise."""
+        path, manifest = self.path(image), self.manifest(image)
         for name, size in manifest.bytes_by_file.items():
             try:
                 actual = (path / name).lstat()

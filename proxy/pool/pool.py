@@ -1377,7 +1377,8 @@ class Pool:
             with stages.measure("evict"):
                 await asyncio.wait(evictions.tasks.values())
                 await self._gpus.make_sure(evictions)
-        for tier in tiers_from(found, slot):
+        tiers = tiers_from(found, slot)
+        for tier in tiers:
             try:
                 if tier >= Tier.CHECKPOINTED:
                     await self._check_memory(instance)
@@ -1390,6 +1391,8 @@ class Pool:
                 self._metrics.wake_failures.labels(model.key, tier.label).inc()
                 log_lines = await self._last_log_lines(model, slot)
                 await self._clear_away(model, slot, tier, error)
+                if tier is Tier.CHECKPOINTED and slot.image.archived:  # only its copy is any good
+                    tiers.insert(tiers.index(tier) + 1, Tier.ARCHIVED)
                 continue
             if instance.generation != generation or instance.state is not State.WAKING:
                 return
@@ -1486,7 +1489,7 @@ class Pool:
         if fault is Fault.DAMAGE:
             await self._quarantine(model, slot, "it is damaged")
         elif image.failures >= MAX_IMAGE_FAILURES:
-            await self._quarantine(model, slot, f"it failed {image.failures} times")
+            await self._quarantine(model, slot, f"it failed {image.failures} times", damaged=False)
         elif image.verification is None or image.verification.done():
             work = self._verify(model, slot)
             image.verification = self._spawn(f"verify the checkpoint of {slot.instance.id}", work)
@@ -1505,15 +1508,24 @@ class Pool:
         except TimeoutError:
             log.warning("%s: its checkpoint was not read within checkpoint_timeout", slot.instance.id)
 
-    async def _quarantine(self, model: Model, slot: Slot, reason: str) -> None:
-        """Set the image aside; instances that are nothing but this image go with it."""
+    async def _quarantine(self, model: Model, slot: Slot, reason: str, *, damaged: bool = True) -> None:
+        """Set the image aside; instances that are nothing but this image go with it.
+
+        `damaged`: by its files, not by what it holds, so that a copy of it may be good.
+        """
         log.error("%s: its checkpoint is set aside: %s", slot.instance.id, reason)
         self._metrics.quarantines.labels(model.key).inc()
-        reset(slot.image)
-        self._forget_resting(model, slot.image, "its checkpoint was set aside")
+        image, canary = slot.image, slot.image.canary
+        resting = slot.instance.state in (State.CHECKPOINTED, State.ARCHIVED) and not model.runtime.shares_images
+        keep_copy = damaged and not image.archived and not resting
+        reset(image)
+        self._forget_resting(model, image, "its checkpoint was set aside")
+        # A clone that could not be made has no handle yet.
+        handle = slot.handle or Handle(slot.instance.id, model.key, "", 0)
         try:
-            # A clone that could not be made has none yet.
-            await model.runtime.quarantine_image(slot.handle or Handle(slot.instance.id, model.key, "", 0))
+            if await model.runtime.quarantine_image(handle, keep_copy=keep_copy) and not image.present:
+                image.present, image.archived, image.canary = True, True, canary
+                log.info("%s: its checkpoint is restored from the copy in the archive", slot.instance.id)
         except (RuntimeFailure, OSError) as error:
             log.error("%s: %s", slot.instance.id, error)
 

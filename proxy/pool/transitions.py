@@ -309,6 +309,9 @@ class Steps:
     async def _still_there(self, model: Model, slot: Slot) -> bool:
         """Whether the image of an engine that runs can be restored once more, as far as the sizes of its files say."""
         try:
+            if slot.image.archived:  # what was on tmpfs was damaged
+                await model.runtime.unarchive_image(handle_of(slot))
+                slot.image.archived = False
             await model.runtime.verify_image(handle_of(slot), whole=False)
         except OverdueError:
             return True  # nor could another one be written now

@@ -228,8 +228,11 @@ class Runtime(Protocol):
         `whole`: by every digest, which reads all of it; else by the sizes of its files.
         """
 
-    async def quarantine_image(self, handle: Handle) -> None:
-        """Set an image aside that failed to restore: it is kept for inspection and never used."""
+    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
+        """Set an image aside that failed to restore: it is kept for inspection and never used.
+
+        Its copy in the archive is deleted, unless there is nothing against it (`keep_copy`); whether there is one then.
+        """
 
     async def copy_to_archive(self, handle: Handle) -> None:
         """Write a copy of the image to the archive, if it is not there; a failure leaves everything as it was."""

@@ -165,8 +165,10 @@ class Bounded:
     async def discard_image(self, handle: Handle) -> None:
         await self._on(handle, "discard_image", _IMAGE_S, lambda: self._runtime.discard_image(handle))
 
-    async def quarantine_image(self, handle: Handle) -> None:
-        await self._on(handle, "quarantine_image", _IMAGE_S, lambda: self._runtime.quarantine_image(handle))
+    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
+        return await self._on(
+            handle, "quarantine_image", _IMAGE_S, lambda: self._runtime.quarantine_image(handle, keep_copy=keep_copy)
+        )
 
     async def verify_image(self, handle: Handle, *, whole: bool) -> None:
         # Beside whatever else is done with the instance, as below.

@@ -100,11 +100,21 @@ class KeepsImages(abc.ABC):
         except (StoreError, OSError) as error:
             raise failure("verify", error, alive=True) from error
 
-    async def quarantine_image(self, handle: Handle) -> None:
+    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
         """See `Runtime.quarantine_image`."""
         image = self._image(handle)
+        kept = keep_copy and await self._has_copy(image)
         await asyncio.to_thread(self._store.quarantine, image)
-        await self._store.remove_archive(image)
+        if not kept:
+            await self._store.remove_archive(image)
+        return kept
+
+    async def _has_copy(self, image: str) -> bool:
+        """Whether the archive holds what an image, some file of which may be damaged, should be."""
+        try:
+            return await self._is_archived(self._store.manifest(image))
+        except StoreError:
+            return False
 
     async def copy_to_archive(self, handle: Handle) -> None:
         """See `Runtime.copy_to_archive`."""
