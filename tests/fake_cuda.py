@@ -12,7 +12,7 @@ from proxy.gpu.cuda import NOT_INITIALIZED, DriverError, Gpus, ProcessState
 from proxy.gpu.nvml import GpuMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from proxy.gpu.nvml import Monitor
 
@@ -33,7 +33,6 @@ class FakeDriver:
         self.failures: dict[tuple[str, int], str] = {}
         self.leaves: dict[int, int] = {}
         self.calls: Counter[str] = Counter()
-        self.pairs: list[Sequence[tuple[bytes, bytes]]] = []
         self.takes_s = 0.0
         self.at_once = 0
         self.most_at_once = 0
@@ -67,8 +66,7 @@ class FakeDriver:
     def checkpoint(self, pid: int) -> None:
         self._call("checkpoint", pid, ProcessState.LOCKED, ProcessState.CHECKPOINTED)
 
-    def restore(self, pid: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        self.pairs.append(pairs)
+    def restore(self, pid: int) -> None:
         self._call("restore", pid, ProcessState.CHECKPOINTED, ProcessState.LOCKED)
 
     def unlock(self, pid: int) -> None:

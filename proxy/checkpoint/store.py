@@ -683,7 +683,7 @@ def _peek(source: Path) -> Manifest:
     most = manifests.LIMIT_BYTES + _HEADERS_BYTES
     with (
         _decompressing(source) as file,
-        tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most)), mode="r|") as tar,
+        _tar_of(file, most) as tar,
     ):
         member = tar.next()
         content = tar.extractfile(member) if member is not None and member.name == MANIFEST else None
@@ -700,7 +700,7 @@ def _unpack(
     most = manifest.total_bytes() + manifests.LIMIT_BYTES + _HEADERS_BYTES * (len(missing) + 2)
     with (
         _decompressing(source) as file,
-        tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most)), mode="r|") as tar,
+        _tar_of(file, most) as tar,
     ):
         for member in tar:
             expected = missing.pop(member.name, None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from proxy.doctor.report import Check, Repair
+from proxy.host import command
 from proxy.runtime.podman import strays
 from proxy.runtime.podman.container import LABEL
 from proxy.runtime.state_dir import Claim
@@ -39,15 +39,9 @@ _INSTALL: Final = "make host   # Debian 12 and 13; elsewhere as the distribution
 _NOT_USED: Final = "no model runs in podman"
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """The first dotted number in a text: (1, 1, 5) of ``"runc version 1.1.5+ds1"``; () without one."""
-    found = re.search(r"\d+(?:\.\d+)+", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
 def has_own_criu_config(it: Situation) -> bool:
     """Whether the OCI runtime reads the CRIU configuration that warmpool writes for each container."""
-    return it.podman.runtime != "crun" or numbers(it.podman.runtime_version) >= _CRUN_WITH_ANNOTATION
+    return it.podman.runtime != "crun" or command.version_in(it.podman.runtime_version) >= _CRUN_WITH_ANNOTATION
 
 
 async def podman(it: Situation) -> list[Check]:
@@ -60,7 +54,7 @@ async def podman(it: Situation) -> list[Check]:
     facts = it.podman
     if facts.reason:
         return [Check(name, "fail", f"podman info fails: {facts.reason}", "podman info   # says more")]
-    version = numbers(facts.version)
+    version = command.version_in(facts.version)
     if facts.rootless:
         return [Check(name, "fail", f"{facts.version}, rootless", "run warmpool and this command as root")]
     if version[:1] < (4,):
@@ -105,7 +99,7 @@ async def runtime(it: Situation) -> list[Check]:
         return [Check(name, "skip", "cannot be asked for without podman")]
     if not facts.runtime:
         return [Check(name, "fail", "podman does not say which runtime it uses", "podman info   # says more")]
-    version = ".".join(map(str, numbers(facts.runtime_version))) or "of unknown version"
+    version = ".".join(map(str, command.version_in(facts.runtime_version))) or "of unknown version"
     found = f"{facts.runtime} {version}, cgroup {facts.cgroup_version or 'version unknown'}"
     if facts.runtime not in ("runc", "crun"):
         return [Check(name, "fail", f"{found}: cannot be checkpointed", _use_runc(it.host), _write_runtime(it.host))]

@@ -57,16 +57,16 @@ async def _program(it: Situation, program: str, keys: Iterable[str]) -> Check:
         settings = ", ".join(f"models.{key}.podman.criu.program" for key in keys)
         return Check(name, "fail", f"no program {program}", f"correct {settings}" if settings else _INSTALL)
     ran = await it.host.run(program, "--version")
-    found = re.search(r"^Version:\s*(\S+)", ran.output, re.MULTILINE)
-    if found is None:
+    found = criu.version_in(ran.output)
+    if not found:
         return Check(name, "fail", f"{path} does not say its version: {ran.reason()}", _INSTALL)
-    if not criu.is_recent(found[1]):
-        return Check(name, "fail", f"{found[1]}, {path}: too old for current kernels", _INSTALL)
+    if not criu.is_recent(found):
+        return Check(name, "fail", f"{found}, {path}: too old for current kernels", _INSTALL)
     checked = await it.host.run(program, "check")
     if checked.status != 0:
         fix = "criu check" if it.host.uid() == 0 else "run as root"
-        return Check(name, "fail", f"{found[1]}, {path}; criu check fails: {checked.reason()}", fix)
-    return Check(name, "ok", f"{found[1]}, {path}; criu check passes")
+        return Check(name, "fail", f"{found}, {path}; criu check fails: {checked.reason()}", fix)
+    return Check(name, "ok", f"{found}, {path}; criu check passes")
 
 
 async def kernel(it: Situation) -> list[Check]:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Final
 from proxy.checkpoint.store import LOCK, MANIFEST
 from proxy.config.values import short_size
 from proxy.doctor.report import Check, Repair
+from proxy.host.capabilities import CAP_SYS_RESOURCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from proxy.doctor.needs import Situation
-    from proxy.doctor.view import Host, Mount, Space
+    from proxy.doctor.view import Host, Space
+    from proxy.host.mounts import Mount
 
 _NEVER: Final = "no model is ever checkpointed"
 _HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SHARED_HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-_CAP_SYS_RESOURCE: Final = 24  # linux/capability.h
 _SPARE_FILES: Final = 512
 _LEAST_PROCESSES: Final = 4096
 _GIB: Final = 1 << 30
@@ -188,7 +189,7 @@ async def limits(it: Situation) -> list[Check]:
     """Resource limits of this process, which warmpool and, without CAP_SYS_RESOURCE, its containers are bound to."""
     name = "limits"
     found = it.host.limits()
-    may_raise = it.host.has_capability(_CAP_SYS_RESOURCE)
+    may_raise = it.host.has_capability(CAP_SYS_RESOURCE)
     text = ", ".join(f"{limit} {_limit(limit, pair[0])}" for limit, pair in found.items())
     text += "" if may_raise else "; no CAP_SYS_RESOURCE, containers get no more than these"
     if refused := _refused(it, found) if not may_raise else "":

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from proxy.host import capabilities, mounts
+from proxy.host.command import run
+
 _TIMEOUT_S: Final = 30.0
-_ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 _LIMITS: Final = {
     "nofile": resource.RLIMIT_NOFILE,
     "nproc": resource.RLIMIT_NPROC,
@@ -33,15 +35,6 @@ class Ran:
         """Its last words, in one line."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         return lines[-1][:300] if lines else f"exit status {self.status}, no output"
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """The filesystem that holds a path."""
-
-    point: str
-    kind: str
-    options: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +75,9 @@ class Host:
         """Whether there is something at a path."""
         return os.path.lexists(self.path(path))
 
-    def mount_of(self, path: Path) -> Mount | None:
-        """The filesystem that holds an absolute path, which need not exist (proc_pid_mountinfo(5))."""
-        found: Mount | None = None
-        for line in (self.text("/proc/self/mountinfo") or "").splitlines():
-            fields, _, rest = line.partition(" - ")
-            words, tail = fields.split(), rest.split()
-            if len(words) < 6 or len(tail) < 3:
-                continue
-            point = _ESCAPED.sub(lambda m: chr(int(m[1], 8)), words[4])
-            deeper = found is None or len(point) >= len(found.point)
-            if deeper and path.is_relative_to(point):
-                found = Mount(point, tail[0], frozenset((words[5] + "," + tail[2]).split(",")))
-        return found
+    def mount_of(self, path: Path) -> mounts.Mount | None:
+        """The filesystem that holds an absolute path, which need not exist."""
+        return mounts.holding(path, mounts.parse(self.text(mounts.MOUNTINFO) or ""))
 
     def space(self, path: Path) -> Space | None:
         """Of the filesystem of a path, or of the nearest folder above that exists."""
@@ -117,8 +100,7 @@ class Host:
 
     def has_capability(self, number: int) -> bool:
         """Whether this process has a capability of linux/capability.h."""
-        found = re.search(r"^CapEff:\s*([0-9a-fA-F]+)", self.text("/proc/self/status") or "", re.MULTILINE)
-        return bool(int(found[1], 16) >> number & 1) if found else False
+        return capabilities.has(number, self.text(capabilities.STATUS) or "")
 
     def limits(self) -> dict[str, tuple[int, int]]:
         """Soft and hard resource limits of this process by name; -1 is none."""
@@ -133,26 +115,13 @@ class Host:
     async def run(self, *command: str, timeout_s: float = _TIMEOUT_S) -> Ran:
         """Run a command to its end, without input and in the C locale."""
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except (OSError, ValueError) as error:
-            return Ran(None, f"{command[0]} cannot be run: {error}")
-        try:
             async with asyncio.timeout(timeout_s):
-                output, _ = await process.communicate()
+                status, output = await run(*command, environment={**os.environ, "LC_ALL": "C"})
         except TimeoutError:
             return Ran(None, f"{' '.join(command[:2])}: no answer after {timeout_s:.0f} s")
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        return Ran(process.returncode, output.decode("utf-8", "replace"))
+        except (OSError, ValueError) as error:
+            return Ran(None, f"{command[0]} cannot be run: {error}")
+        return Ran(status, output)
 
     async def listens(self, socket: Path) -> bool:
         """Whether somebody accepts connections on a unix socket."""

@@ -12,7 +12,6 @@ why and nothing else is lost.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import enum
 import importlib
 import shutil
@@ -30,8 +29,6 @@ T = TypeVar("T")
 
 MIN_DRIVER: Final = 570
 """The first driver with the checkpoint API."""
-REMAP_DRIVER: Final = 580
-"""The first that restores onto another GPU of the same chip."""
 NOT_INITIALIZED: Final = "CUDA_ERROR_NOT_INITIALIZED"
 """The answer for a process that never used CUDA."""
 _NOT_READY: Final = "CUDA_ERROR_NOT_READY"
@@ -90,8 +87,8 @@ class Driver(Protocol):
     def checkpoint(self, pid: int) -> None:
         """Copy a locked process's GPU memory to its host memory and free the GPU."""
 
-    def restore(self, pid: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Copy it back; with `pairs` of old and new GPU UUIDs (16 bytes each), onto other GPUs of the same chip."""
+    def restore(self, pid: int) -> None:
+        """Copy it back."""
 
     def unlock(self, pid: int) -> None:
         """Let a locked process go on."""
@@ -127,27 +124,9 @@ class CudaDriver:
         """See `Driver`."""
         self._check("checkpoint", pid, self._cuda.cuCheckpointProcessCheckpoint(pid, None))
 
-    def restore(self, pid: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+    def restore(self, pid: int) -> None:
         """See `Driver`."""
-        arguments = None
-        if pairs:
-            arguments = self.restore_arguments(pairs)
-        self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, arguments))
-
-    def restore_arguments(self, pairs: Sequence[tuple[bytes, bytes]]) -> Any:
-        """CUcheckpointRestoreArgs for pairs of old and new GPU UUIDs."""
-        arguments = self._cuda.CUcheckpointRestoreArgs()
-        arguments.gpuPairs = [self._pair(old, new) for old, new in pairs]
-        arguments.gpuPairsCount = len(pairs)
-        return arguments
-
-    def _pair(self, old: bytes, new: bytes) -> Any:
-        pair = self._cuda.CUcheckpointGpuPair()
-        for field, uuid in (("oldUuid", old), ("newUuid", new)):
-            value = self._cuda.CUuuid()
-            ctypes.memmove(value.getPtr(), uuid, len(value.bytes))  # its attribute `bytes` is read-only
-            setattr(pair, field, value)
-        return pair
+        self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, None))
 
     def unlock(self, pid: int) -> None:
         """See `Driver`."""
@@ -258,10 +237,9 @@ class Gpus(MemoryReader):
     async def _unlock(self, pids: Sequence[int]) -> None:
         _raise_first(await self._side_by_side(lambda driver, pid: driver.unlock(pid), pids))
 
-    async def resume(self, pids: Iterable[int], pairs: Sequence[tuple[bytes, bytes]] = ()) -> list[int]:
+    async def resume(self, pids: Iterable[int]) -> list[int]:
         """Bring every suspended CUDA process among these back to its GPU; those processes.
 
-        `pairs`: onto other GPUs of the same chip (old and new UUID, every GPU that was in use; driver 580).
         Raises GpuError; the processes are of no use then.
         """
         states = await self.states(pids)
@@ -269,16 +247,12 @@ class Gpus(MemoryReader):
 
         def bring_back(driver: Driver, pid: int) -> None:
             if states[pid] != ProcessState.LOCKED and states[pid] != ProcessState.RUNNING:
-                driver.restore(pid, pairs)
+                driver.restore(pid)
             if states[pid] != ProcessState.RUNNING:
                 driver.unlock(pid)
 
         _raise_first(await self._side_by_side(bring_back, states))
         return list(states)
-
-    async def has_cuda(self, pids: Iterable[int]) -> bool:
-        """Whether any of these uses CUDA."""
-        return self.usable and bool(await self.states(pids))
 
 
 def _state_of(driver: Driver, pid: int) -> int | None:

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from proxy.host import mounts
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,7 +52,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, _Names]]:
     """From the own cgroup up to the mount, of each hierarchy that accounts for memory."""
     try:
         own = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+        mounted = [*mounts.parse((root / "proc/self/mountinfo").read_text())]
     except OSError:
         return
     for line in own:
@@ -58,14 +60,11 @@ def _folders(root: Path) -> Iterator[tuple[Path, _Names]]:
         v1 = "memory" in controllers.split(",")
         if not v1 and controllers:
             continue
-        for mount in mounts:
-            fields, _, rest = mount.partition(" - ")
-            kind, _, options = rest.split()[:3]
-            if kind != ("cgroup" if v1 else "cgroup2") or (v1 and "memory" not in options.split(",")):
+        for mount in mounted:
+            if mount.kind != ("cgroup" if v1 else "cgroup2") or (v1 and "memory" not in mount.options):
                 continue
-            inside, point = fields.split()[3], fields.split()[4]
-            below = path.removeprefix(inside if inside != "/" else "").strip("/")
-            top = root / point.lstrip("/")
+            below = path.removeprefix(mount.root if mount.root != "/" else "").strip("/")
+            top = root / mount.point.lstrip("/")
             folder = top / below
             while folder != top and folder.is_relative_to(top):
                 yield folder, _V1 if v1 else _V2

@@ -10,10 +10,9 @@ from typing import Final
 
 import psutil
 
-from proxy.host import cgroups
+from proxy.host import cgroups, mounts
 
 NVIDIA: Final = Path("/proc/driver/nvidia")
-MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def kernel() -> str:
@@ -63,21 +62,13 @@ def gpus(proc: Path = NVIDIA) -> list[str]:
     return models
 
 
-def huge_pages_of(path: Path, mounts: Path = MOUNTS) -> str:
+def huge_pages_of(path: Path, mountinfo: Path = mounts.MOUNTINFO) -> str:
     """When the tmpfs that a path is on takes huge pages: "never", "always", "within_size" or "advise".
 
-    Empty where it is on something else (proc(5), mountinfo; the kernel's tmpfs documentation).
+    Empty where it is on something else (the kernel's tmpfs documentation).
     """
-    best, found = -1, ""
-    for line in mounts.read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4]))
-        kind, _, options = rest.split()
-        if path.is_relative_to(point) and len(point.parts) >= best:
-            best = len(point.parts)
-            huge = [o.removeprefix("huge=") for o in options.split(",") if o.startswith("huge=")]
-            found = (huge[0] if huge else "never") if kind == "tmpfs" else ""
-    return found
+    mount = mounts.holding(path, mounts.parse(mountinfo.read_text()))
+    return mount.option("huge") or "never" if mount is not None and mount.kind == "tmpfs" else ""
 
 
 def gpu_facts(proc: Path = NVIDIA) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING, Final
 
@@ -21,12 +22,18 @@ MIN_VERSION: Final = (4, 2)
 async def version(program: str) -> str:
     """Its version, or an empty string when it does not say one. Raises OSError."""
     _, output = await command.run(program, "--version")
-    return next((w for line in output.splitlines() if line.startswith("Version:") for w in line.split()[1:]), "")
+    return version_in(output)
+
+
+def version_in(output: str) -> str:
+    """The version in what `criu --version` prints; an empty string where there is none."""
+    found = re.search(r"^Version:\s*(\S+)", output, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def is_recent(text: str) -> bool:
     """Whether a version is one that works."""
-    return tuple(int(n) for n in text.split(".")[:2] if n.isdigit()) >= MIN_VERSION
+    return command.version_in(text) >= MIN_VERSION
 
 
 async def why_not(program: str) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from proxy.host import command
+from proxy.host import mounts as mountinfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,8 +20,7 @@ log = logging.getLogger("warmpool.podman")
 
 def mounts() -> list[str]:
     """Where something is mounted."""
-    with Path("/proc/self/mountinfo").open() as mounts:
-        return [line.split()[4] for line in mounts]
+    return [mount.point for mount in mountinfo.parse(mountinfo.MOUNTINFO.read_text())]
 
 
 async def unmount(path: str) -> None:

@@ -7,7 +7,6 @@ configuration file that the container names by annotation (runc, and crun from 1
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import resource
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from proxy.host import capabilities
 from proxy.host.files import write_if_other
 from proxy.runtime.ports import LOOPBACK
 
@@ -28,7 +28,6 @@ LABEL: Final = "io.warmpool."
 CRIU_CONFIG: Final = "org.criu.config"
 IO_URING: Final = ("io_uring_setup", "io_uring_enter", "io_uring_register")
 _ENOSYS: Final = 38
-_CAP_SYS_RESOURCE: Final = 24  # linux/capability.h
 _PID_MAX: Final = Path("/proc/sys/kernel/pid_max")
 DEFAULT_SECCOMP: Final = Path("/usr/share/containers/seccomp.json")
 
@@ -198,21 +197,13 @@ def _mount(source: str, target: Path, writable: bool) -> dict[str, Any]:
 
 def _ulimits(wanted: Mapping[str, str]) -> list[dict[str, Any]]:
     limits = {name: tuple(int(n) for n in value.split(":")) for name, value in wanted.items()}
-    if not _may_raise_limits():
+    if not capabilities.has(capabilities.CAP_SYS_RESOURCE):
         # podman's own defaults would be refused by the kernel; and it lowers its processes to the number of pids.
         files, processes = (resource.getrlimit(k)[1] for k in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
         pids = int(_PID_MAX.read_text())
         limits.setdefault("nofile", (files, files))
         limits.setdefault("nproc", (min(processes, pids),) * 2 if processes != resource.RLIM_INFINITY else (pids, pids))
     return [{"type": name, "soft": pair[0], "hard": pair[-1]} for name, pair in sorted(limits.items())]
-
-
-def _may_raise_limits() -> bool:
-    """Whether we have CAP_SYS_RESOURCE."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
-    return os.geteuid() == 0
 
 
 def _apply_security(spec: dict[str, Any], option: str) -> None:

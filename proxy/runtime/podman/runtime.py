@@ -175,7 +175,7 @@ class PodmanRuntime(KeepsImages):
     async def _look_around(self, info: Mapping[str, str]) -> str | None:
         """None when containers can be checkpointed here, else what is missing."""
         version, reason = await criu.why_not("criu")
-        numbers = _version_numbers(info["version"])
+        numbers = command.version_in(info["version"])
         self._annotated = info["runtime"] != "crun" or numbers >= _CRUN_WITH_ANNOTATION
         self._facts = {
             "kernel": host.kernel(),
@@ -1195,19 +1195,6 @@ def _addressed(it: _Container, answer: Mapping[str, Any]) -> Handle:
 
 def _flag(wanted: bool) -> str:
     return "true" if wanted else "false"
-
-
-def _version_numbers(text: str) -> tuple[int, ...]:
-    """Of ``"runc version 1.1.5+ds1\\ncommit: …"``: (1, 1, 5)."""
-    words = text.split()
-    number = words[words.index("version") + 1] if "version" in words[:-1] else ""
-    digits = []
-    for part in number.split("."):
-        leading = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not leading:
-            break
-        digits.append(int(leading))
-    return tuple(digits)
 
 
 def _note_times(answer: Any, stage: str, wanted: tuple[str, ...], began: float, stages: Stages) -> dict[str, int]:
