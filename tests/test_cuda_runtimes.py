@@ -282,7 +282,8 @@ async def test_two_models_of_which_one_fits_take_turns_on_the_gpu(tmp_path: Path
         assert states == {"a": "suspended", "b": "ready"}
         assert pool.status()["models"]["a"]["instances"][0]["cycles"] == 2
         figures = {"GPU-1": 60 * GIB}
-        assert pool._ledger.figures("b") == {"ready": figures, "sleeping": figures}, "so it has to be suspended first"
+        held = pool._state.ledger.figures("b")
+        assert held == {"ready": figures, "sleeping": figures}, "so it has to be suspended first"
     finally:
         await pool.close()
         gpus.close()
@@ -291,5 +292,5 @@ async def test_two_models_of_which_one_fits_take_turns_on_the_gpu(tmp_path: Path
 async def _weighed(pool: Pool, name: str) -> None:
     """Return when the pool knows what the model's engine holds."""
     async with asyncio.timeout(30):
-        while not pool._ledger.knows(name, READY):
+        while not pool._state.ledger.knows(name, READY):
             await asyncio.sleep(0.01)

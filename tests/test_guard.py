@@ -320,7 +320,7 @@ async def test_requests_at_once(keyed_of: Any) -> None:
 async def test_the_priority_of_a_key_orders_the_queue(keyed_of: Any) -> None:
     keyed: Keyed = await keyed_of({"high": {"priority": "high"}, "low": {"priority": "low"}}, "--load-seconds", "2")
     finished: list[str] = []
-    keyed.front.pool._models["demo"].settings = keyed.front.pool._models["demo"].settings.model_copy(
+    keyed.front.pool._state.models["demo"].settings = keyed.front.pool._state.models["demo"].settings.model_copy(
         update={"max_concurrency": 1}
     )
 

@@ -96,7 +96,7 @@ class Host:
     async def use(self, model: str) -> None:
         async with await self.rig.pool.lease(model):
             pass
-        await self.rig.pool._memory_watch.weigh()
+        await self.rig.pool._moves.memory_watch.weigh()
         await settle()
 
 
@@ -124,8 +124,8 @@ async def test_a_request_waits_for_a_busy_engine_whose_memory_it_needs() -> None
     host = Host(500, {"a": 300, "b": 300})
     await host.rig.pool.open()
     async with await host.rig.pool.lease("a"):
-        await host.rig.pool._memory_watch.weigh()
-        waits = host.rig.pool._spawn("b", host.use("b"))
+        await host.rig.pool._moves.memory_watch.weigh()
+        waits = host.rig.pool._moves.spawn("b", host.use("b"))
         await settle()
         assert host.rig.states() == {"a-1": "ready"}
         await host.rig.pass_time(11)
@@ -141,7 +141,7 @@ async def test_idle_engines_go_when_others_take_the_hosts_memory() -> None:
     for model in "ab":
         await host.use(model)
     host.total = 500
-    await host.rig.pool._memory_watch.weigh()
+    await host.rig.pool._moves.memory_watch.weigh()
     host.rig.pool.tick()
     await settle()
     assert host.rig.states() == {"b-1": "ready"}

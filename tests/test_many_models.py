@@ -41,8 +41,8 @@ class Many:
         )
         self.metrics = Metrics()
         self.pool = Pool(self.settings, {"process": FakeRuntime()}, self.metrics)
-        for key, model in self.pool._models.items():
-            self.pool._new_slot(model, f"{key}-1").instance.state = State.CHECKPOINTED
+        for key, model in self.pool._state.models.items():
+            self.pool._state.new_slot(model, f"{key}-1").instance.state = State.CHECKPOINTED
             self.metrics.count_request(key, 200)
             for n in range(50):
                 self.metrics.observe_ttft(key, "ready", n / 100)
@@ -192,7 +192,7 @@ async def test_two_states_of_many_models_are_compared_in_turns(tmp_path: Path, m
     many = Many(tmp_path, 300)
     turn, compared = 0, Counter[int]()
     old = await many.admin.read_status()
-    many.pool._models["m7"].draining = True
+    many.pool._state.models["m7"].draining = True
     new = {**await many.admin.read_status(), "ready": not old["ready"]}
     del new["models"]["m8"], new["wakes"]
     new["models"]["another"] = {}

@@ -87,7 +87,8 @@ async def test_errors_are_the_classes_that_clients_expect(client: openai.AsyncOp
 
 
 async def test_rate_limit_and_unavailable(front: Front) -> None:
-    front.pool._models["demo"].settings = front.pool._models["demo"].settings.model_copy(update={"max_queue": 0})
+    model = front.pool._state.models["demo"]
+    model.settings = model.settings.model_copy(update={"max_queue": 0})
     async with openai.AsyncOpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError) as full:
             await client.completions.create(model="demo", prompt="Hello")

@@ -139,7 +139,7 @@ async def test_an_engine_without_sleep_mode_skips_that_tier(rig_of: Any) -> None
         engine.sleeps = False  # type: ignore[attr-defined]
         return engine
 
-    rig.pool._steps._connect = without_sleep
+    rig.pool._moves.steps._connect = without_sleep
     await use(rig)
     await rig.pass_time(10)
     assert rig.states() == {"demo-1": "ready"}
@@ -529,7 +529,7 @@ async def test_an_engine_that_refuses_to_sleep_stays_ready_if_it_is_awake(rig: R
 
 
 async def test_a_removal_that_fails_is_tried_again_and_not_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.pool.pool._REMOVE_RETRY_S", (0.0,))
+    monkeypatch.setattr("proxy.pool.stepping_down._REMOVE_RETRY_S", (0.0,))
     await use(rig)
     rig.runtime.failures["remove"] = [RuntimeFailure("remove", "stuck")] * 3
     rig.runtime.kill("demo-1")

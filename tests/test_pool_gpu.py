@@ -217,7 +217,7 @@ async def test_other_programs_count(rig_of: RigOf) -> None:
     await known(rig, "a", "b")
     await use(rig, "a")
     rig.nvml.held[FOREIGN] = 30 * GIB
-    await rig.pool._gpus.weigh()
+    await rig.pool._moves.gpus.weigh()
     await use(rig, "b")
     assert rig.states() == {"a-1": "suspended", "b-1": "ready"}
     rig.nvml.held[FOREIGN] = 2 * GIB
@@ -393,7 +393,7 @@ async def test_a_checkpoint_remembers_what_its_engine_holds_for_the_next_start(r
 
 async def test_a_checkpoint_that_is_taken_at_once_is_weighed_before(rig_of: RigOf) -> None:
     rig = await rig_of(idle=TO_TMPFS, a=(60, 2))
-    rig.pool._gpus.due.set = lambda: None  # type: ignore[method-assign]
+    rig.pool._moves.gpus.due.set = lambda: None  # type: ignore[method-assign]
     await use(rig, "a")
     (order,) = rig.pool.order_down("a", Tier.CHECKPOINTED)
     await order.carried_out()

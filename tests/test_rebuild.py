@@ -95,7 +95,7 @@ def used(*models: str) -> Usage:
 
 async def rig_with(usage: Usage, models: dict[str, Any] = MODELS, **pool: Any) -> Rig:
     rig = Rig(models, shares_images=True, **pool)
-    rig.pool._usage = usage
+    rig.pool._state.usage = usage
     await rig.pool.open()
     return rig
 
@@ -119,7 +119,7 @@ async def test_the_models_used_most_are_checkpointed_again_and_no_others() -> No
 async def test_checkpoints_that_an_upgrade_has_made_useless_are_made_anew_however_many() -> None:
     usage = used("b")
     rig = Rig(MODELS, shares_images=True, prewarm=1)
-    rig.pool._usage = usage
+    rig.pool._state.usage = usage
     rig.runtime.lost = {"a", "b"}
     await rig.pool.open()
     await finish(rig, usage)

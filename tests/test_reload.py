@@ -215,7 +215,7 @@ async def test_a_runtime_that_cannot_work_changes_nothing() -> None:
         async def open(self) -> None:
             raise HostError("podman is not installed")
 
-    rig.pool._all_runtimes = {**rig.pool._all_runtimes, "podman": Podman()}
+    rig.pool._state.all_runtimes = {**rig.pool._state.all_runtimes, "podman": Podman()}
     podman = {"podman": {"image": "x", "command": ["--port", "{port}"]}}
     wanted = Settings(models={"a": model_settings(), "b": podman})
     with pytest.raises(HostError):

@@ -43,7 +43,7 @@ async def until(what: Callable[[], bool]) -> None:
 
 async def until_engine_runs(front: Front, count: int) -> None:
     """Return when there is an engine that works on so many requests."""
-    instances = front.pool._models["demo"].slots
+    instances = front.pool._state.models["demo"].slots
     await until(lambda: any(slot.instance.state is State.READY for slot in instances.values()))
     async with asyncio.timeout(PATIENCE_S):
         while (await front.engine_state())["running"] != count:
@@ -52,7 +52,7 @@ async def until_engine_runs(front: Front, count: int) -> None:
 
 async def until_looked_at(front: Front) -> None:
     """Return when the engine was looked at because it is silent, and was not given up."""
-    await until(lambda: bool(front.pool._stalls._next))
+    await until(lambda: bool(front.pool._moves.stalls._next))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ async def test_an_engine_that_somebody_stopped_is_replaced(front_of: Any) -> Non
 async def test_without_stall_after_nothing_is_looked_at(front_of: Any) -> None:
     front: Front = await front_of("--tokens-per-second", "5", stall_after="never", wake_timeout="1s")
     assert (await front.post("/v1/completions", {**ASK, "max_tokens": 10}))[0].status == 200
-    assert front.pool._stalls._looks == {} == front.pool._stalls._next
+    assert front.pool._moves.stalls._looks == {} == front.pool._moves.stalls._next
 
 
 async def test_an_engine_over_its_response_timeout_counts_as_broken(front_of: Any) -> None:

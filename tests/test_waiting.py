@@ -126,7 +126,7 @@ async def test_a_limit_that_is_none_is_refused(front: Front, limit: str) -> None
 
 async def test_it_bounds_the_wait_and_the_wake_goes_on() -> None:
     rig = Rig()
-    rig.pool._costs.record("demo", Tier.STOPPED, 0.05)
+    rig.pool._state.costs.record("demo", Tier.STOPPED, 0.05)
     rig.runtime.gates["start"] = asyncio.Event()
     await rig.pool.open()
     with pytest.raises(MaxWaitError, match=r"within 0\.1 s"):

@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
 
-from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure
+from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure, WakeFailedError
 from proxy.pool import policy, wake_failure
-from proxy.pool.instance import State
+from proxy.pool.instance import RESTING, State
 from proxy.pool.wait_queue import Line
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
@@ -115,6 +115,30 @@ class Slot:
     order: Order | None = None
     """What an operator wants of it and has not come true yet."""
     wake_began: float = 0.0
+
+    def give(self, order: Order) -> None:
+        """Have it go where an operator wants it; an order that it has ends."""
+        before, self.order = self.order, order
+        self.instance.ordered = order.to
+        if before is not None:
+            before.end(f"an order to go to {order.to.label} came after it")
+
+    def end_order(self, failure: str | None = None) -> None:
+        """Its order, if it has one, came true, or could not."""
+        order, self.order = self.order, None
+        self.instance.ordered = None
+        if order is not None:
+            order.end(failure)
+
+    def fail_order(self, to: Tier, failure: str) -> None:
+        """The step to `to` failed; an order for a colder tier than that goes on."""
+        if self.order is not None and to >= self.order.to:
+            self.end_order(failure)
+
+    def note_order(self) -> None:
+        """End its order if that came true."""
+        if self.order is not None and self.instance.state in RESTING and self.instance.tier >= self.order.to:
+            self.end_order()
 
     @property
     def renewable(self) -> bool:
@@ -263,6 +287,19 @@ class Model:
             worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
             wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances(), i)},
         )
+
+    def fail_waiters(self, error: Exception) -> None:
+        """Tell everybody who waits for it that there is none."""
+        for waiter in self.queue:
+            if not waiter.granted.done():
+                waiter.granted.set_exception(error)
+        self.queue.clear()
+
+    def wake_failed(self, failure: WakeFailure, now: float) -> WakeFailedError:
+        """What those who ask for it are told after a wake that failed, until it is tried again."""
+        left_s = max(1.0, self.start_at - now)
+        message = f"{failure.told_to_clients(self.served_name)}. It is tried again in {math.ceil(left_s)} s."
+        return WakeFailedError(message, retry_after_s=left_s, detail="; ".join(failure.reasons))
 
     def back_off(self, now: float) -> None:
         """Start nothing for a while that nobody waits for; longer after each failure in a row."""

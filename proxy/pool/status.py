@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from proxy.pool import policy
+from proxy.pool.instance import State
 from proxy.pool.model import tier_found
+from proxy.pool.state import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from proxy.pool.instance import WakeRecord
     from proxy.pool.model import Model, Slot
+    from proxy.pool.state import PoolState
 
 
-def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
-    """A model with its instances. `now` by the pool's clock."""
+def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
+    """All of it but the GPUs; `models`: what `model_status` says of each."""
+    now = state.clock()
+    return {
+        "ready": state.ready,
+        "draining": state.draining or state.phase >= Phase.DRAINING,
+        "leases": state.open_leases,
+        "models": models,
+        "coming": [instance_status(m, slot, now) for m in state.coming.values() for slot in m.slots.values()],
+        "leaving": [instance_status(m, slot, now) for m in state.leaving for slot in m.slots.values()],
+        "wakes": [*state.wakes],
+        "strays": [line for runtime in state.runtimes.values() for line in runtime.strays()],
+        "overdue": state.overdue.status(),
+        "written_off": state.written_off.status(),
+    }
+
+
+def publish(state: PoolState) -> Iterator[None]:
+    """Bring the gauges up to date, a model a step; asked for when they are read: requests have no time for it."""
+    models: dict[str, list[Model]] = {}
+    for model in state.everyone():
+        models.setdefault(model.key, []).append(model)
+    for key, same in models.items():
+        instances = [i for m in same for i in m.instances()]
+        counts = Counter(i.state for i in instances)
+        for kind in State:
+            if kind is not State.GONE:
+                state.metrics.instances.labels(key, kind.value).set(counts[kind])
+        state.metrics.queue_depth.labels(key).set(sum(len(m.queue) for m in same))
+        state.metrics.leases.labels(key).set(sum(i.leases for i in instances))
+        yield
+
+
+def model_status(state: PoolState, key: str) -> dict[str, Any]:
+    """A model with its instances."""
+    model, now = state.models[key], state.clock()
     tiers = model.runtime.tiers()
     return {
         "name": model.served_name,
@@ -24,7 +64,7 @@ def model_status(model: Model, estimate_s: float, now: float) -> dict[str, Any]:
         "queue": len(model.queue),
         "backs_off_s": round(max(0.0, model.start_at - now), 3),
         "last_failure": None if model.last_failure is None else model.last_failure.status(),
-        "estimate_s": round(estimate_s, 3),
+        "estimate_s": round(state.estimate_s(key), 3),
         "runtime": model.runtime.name,
         "shares_checkpoint": model.runtime.shares_images,
         "tiers": sorted(t.label for t in tiers.offered),

@@ -1,0 +1,219 @@
+"""Who gets an engine: leases, the queue of those who wait, and whom to refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from typing import TYPE_CHECKING
+
+from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, QueueFullError
+from proxy.pool import policy
+from proxy.pool.instance import Instance, State, WakeRecord
+from proxy.pool.model import Lease, Waiter, client_of, hand_on, tier_found
+from proxy.pool.state import ADMITTING, Phase
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from proxy.pool.effects import Effects
+    from proxy.pool.model import Model, Slot
+    from proxy.pool.state import PoolState
+
+log = logging.getLogger("warmpool.pool")
+
+
+class Admission:
+    """Grants leases and takes them back."""
+
+    def __init__(self, state: PoolState, effects: Effects) -> None:
+        self._state, self._effects = state, effects
+
+    async def lease(
+        self,
+        name: str,
+        *,
+        priority: int = 0,
+        max_wait_s: float | None = None,
+        preferred: str | None = None,
+        counts: bool = True,
+    ) -> Lease:
+        """A hold on a ready instance of the model, once there is one.
+
+        On the `preferred` one as long as that holds the engine it had: it is woken, or waited for.
+        `counts`: it is a use of the model.
+        Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
+        that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
+        ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free in `queue_timeout`), MaxWaitError
+        (nothing will, or did, in `max_wait_s`), WakeFailedError
+        or DrainingError. Cancelling hands on what was granted in the same moment.
+        """
+        model = self._state.models[self._state.resolve(name)]
+        if self._state.phase not in ADMITTING:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        if self._state.draining or model.draining:
+            what = "The server" if self._state.draining else f"The model {name!r}"
+            raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
+        if counts:
+            self._state.usage.note(model.key)
+        if (lease := self._at_once(model, preferred)) is not None:
+            return lease
+        held = policy.holding(model.instances(), preferred) if preferred is not None else None
+        found = tier_found(model.slots.values() if held is None else [model.slots[held.id]])
+        self._refuse_if_failing(model)
+        self._refuse_if_full(model)
+        self._refuse_if_longer(model, max_wait_s)
+        limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
+        since = self._state.clock()
+        rank = since - priority * self._state.settings.pool.priority_head_start
+        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred)
+        self._state.waiting += 1
+        model.queue.add(waiter, priority, rank)
+        if preferred is not None:
+            model.wanted[preferred] += 1
+        self._state.quiet.clear()
+        try:
+            self._effects.tick()
+            async with asyncio.timeout(limit_s):
+                return await waiter.granted
+        except TimeoutError:
+            hand_on(waiter)
+            kind = NoCapacityError if limit_s == model.settings.queue_timeout else MaxWaitError
+            raise kind(
+                f"No instance of {name!r} became free within {limit_s:g} s.",
+                retry_after_s=self._expected_wait_s(model),
+            ) from None
+        except asyncio.CancelledError:
+            hand_on(waiter)
+            raise
+        finally:
+            # One that was granted or failed has left the queue already.
+            model.queue.discard(waiter)
+            self._state.waiting -= 1
+            if preferred is not None:
+                model.wanted[preferred] -= 1
+            self._state.note_quiet()
+            self._state.tell()
+
+    def try_lease(self, key: str) -> Lease | None:
+        """A hold on a ready instance of a model, by its key, if there is one with room for which nobody waits.
+
+        None wherever `lease` would wait or refuse; nothing has happened then.
+        """
+        model = self._state.models.get(key)
+        if model is None or model.draining or not self._state.admits:
+            return None
+        if (lease := self._at_once(model)) is not None:
+            self._state.usage.note(key)
+        return lease
+
+    def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
+        if self._state.waiting and model.queue:
+            return None
+        instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
+        if instance is None:
+            return None
+        lease = self._grant(model, instance, Tier.READY, 0.0, None)
+        if self._state.listeners:
+            self._state.tell()
+        return lease
+
+    def _refuse_if_failing(self, model: Model) -> None:
+        if model.last_failure is not None and policy.is_failing(model.view(), self._state.clock()):
+            raise model.wake_failed(model.last_failure, self._state.clock())
+
+    def _refuse_if_full(self, model: Model) -> None:
+        everywhere = sum(len(m.queue) for m in self._state.models.values())
+        if len(model.queue) >= model.settings.max_queue or everywhere >= self._state.settings.pool.max_queue:
+            raise QueueFullError(
+                f"{len(model.queue)} requests wait for {model.served_name!r} already.",
+                retry_after_s=self._expected_wait_s(model),
+            )
+
+    def _refuse_if_longer(self, model: Model, max_wait_s: float | None) -> None:
+        expected_s = self._state.estimate_s(model.key)
+        if max_wait_s is not None and expected_s > max_wait_s:
+            raise MaxWaitError(
+                f"An instance of {model.served_name!r} is expected in {expected_s:.1f} s, "
+                f"more than the {max_wait_s:g} s that the request would wait.",
+                retry_after_s=self._expected_wait_s(model),
+            )
+
+    def _expected_wait_s(self, model: Model) -> float:
+        return max(1.0, self._state.estimate_s(model.key))
+
+    def _grant(self, model: Model, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> Lease:
+        instance.begin_lease(time.time())
+        self._state.open_leases += 1
+        self._state.quiet.clear()
+        return Lease(self, model.slots[instance.id], found, queue_s, wake)
+
+    def lease_ended(self, slot: Slot, generation: int) -> None:
+        """Take a lease back."""
+        self._state.open_leases -= 1
+        instance = slot.instance
+        if instance.generation == generation:
+            instance.end_lease(self._state.clock(), time.time())
+            goes_on = instance.state is State.READY and slot.order is None
+            if instance.leases and not self._state.waiting and goes_on:
+                # It goes on, and nobody waits: there is nothing to decide.
+                if self._state.listeners:
+                    self._state.tell()
+                return
+            if goes_on:
+                # Unless others wait for its place, nothing is to be decided now; what an idle one does next has time.
+                model = self._state.models.get(instance.model)
+                mine = model is not None and model.slots.get(instance.id) is slot  # a reload may have replaced it
+                others_wait = any(m.queue for m in self._state.models.values() if m is not model)
+                if model is not None and mine and not others_wait:
+                    self.dispatch(model)
+                    if not instance.leases:
+                        self._state.note_quiet()
+                        self._effects.tick_soon()
+                    self._state.tell()
+                    return
+        self._state.note_quiet()
+        self._effects.tick()
+
+    def dispatch(self, model: Model) -> None:
+        """Grant leases in the order of the queue as long as there is room; past who waits for one instance."""
+        done: list[Waiter] = []
+        for waiter in model.queue:
+            if not waiter.granted.done():
+                instance = policy.pick(model.instances(), model.settings.max_concurrency, waiter.preferred)
+                if instance is None and waiter.preferred is None:
+                    break
+                if instance is None:
+                    continue
+                self._grant_to(waiter, model, instance)
+            done.append(waiter)
+        for waiter in done:
+            model.queue.discard(waiter)
+
+    def _grant_to(self, waiter: Waiter, model: Model, instance: Instance) -> None:
+        waited_s = self._state.clock() - waiter.since
+        wake = instance.last_wake
+        # A wake that ended before the request came is not the one it waited for.
+        if wake is not None and wake.ended < waiter.since:
+            wake = None
+        queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
+        waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
+
+    async def examine(self, slot: Slot, generation: int) -> None:
+        """Look at an engine that failed a request, and give it up if it does not serve."""
+        instance = slot.instance
+        if self._state.phase is Phase.CLOSED or instance.generation != generation:
+            return
+        model = self._state.home(instance)
+        most_s = model.settings.response_timeout
+        if most_s is not None and (silent_s := client_of(slot).silent_s) >= most_s:
+            self._effects.give_up_stalled(model, slot, f"no byte for {silent_s:.0f} s, which is over response_timeout")
+            return
+        healthy = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                healthy = await client_of(slot).healthy(model.settings.health.path)
+        if not healthy and instance.generation == generation:
+            log.warning("%s failed a request and does not answer %s", instance.id, model.settings.health.path)
+            self._effects.give_up(model, slot)

@@ -1,0 +1,137 @@
+"""At the start: engines and checkpoints that an earlier process left are taken over as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from typing import TYPE_CHECKING
+
+from proxy.errors import EngineError, RuntimeFailure
+from proxy.pool.instance import Event, State
+from proxy.pool.model import NO_EVICTIONS, client_of, handle_of, image_of, limit_s, note_unexpected, too_slow
+from proxy.pool.transitions import DEEPEST_SLEEP
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy.pool.model import Image, Model, Slot
+    from proxy.pool.moves import Moves
+    from proxy.pool.state import PoolState
+    from proxy.runtime.base import Found, Runtime
+
+log = logging.getLogger("warmpool.pool")
+
+_ADOPT_S = 5.0
+"""How long an engine that runs already may take to say that it serves."""
+
+
+class Adoption:
+    """Takes over what a runtime recovered."""
+
+    def __init__(self, state: PoolState, moves: Moves) -> None:
+        self._state, self._effects, self._moves = state, moves, moves
+        self._steps, self._wakes, self._downs = moves.steps, moves.wakes, moves.downs
+
+    async def adopt(self, name: str, runtime: Runtime) -> None:
+        """Take over what a runtime finds: images, and the instances of its models."""
+        models = self._state.models
+        mine = {key: m.settings for key, m in models.items() if m.settings.runtime == name}
+        recovered = await runtime.recover(mine)
+        self._state.lost |= recovered.lost
+        images = {owner: image_of(facts) for owner, facts in recovered.images.items()}
+        model_of = {found.handle.instance_id: found.handle.model for found in recovered.instances}
+        for owner, facts in recovered.images.items():
+            self._state.ledger.learn(owner if runtime.shares_images else model_of[owner], facts.details.get("gpu"))
+        for key in mine.keys() & images.keys() if runtime.shares_images else ():
+            models[key].image = images[key]
+            log.info("%s: golden checkpoint adopted", key)
+        await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
+
+    async def _adopt(self, found: Found, images: Mapping[str, Image]) -> None:
+        """Take over an instance as it is; one that runs but does not serve is ended."""
+        model = self._state.models[found.handle.model]
+        if len(model.slots) >= model.settings.max_instances:
+            try:
+                await model.runtime.remove(found.handle)
+            except RuntimeFailure as error:
+                log.error(
+                    "%s, of which there is one too many, stays until the next start: %s",
+                    found.handle.instance_id,
+                    error,
+                )
+            return
+        slot = self._state.new_slot(model, found.handle.instance_id)
+        self._steps.attach(model, slot, found.handle)
+        if not model.runtime.shares_images and slot.instance.id in images:
+            slot.image = images[slot.instance.id]
+        instance = slot.instance
+        if found.tier is Tier.READY:
+            if found.restored:
+                self._steps.note_restored(model, slot)
+            state = await self._state_of_running(model, slot)
+            left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
+            if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):
+                self._go_on_waking(model, slot, Tier.STOPPED, left_s)
+                return
+            if state is State.READY and self._steps.owes_proof(model, slot):
+                self._go_on_waking(model, slot, Tier.CHECKPOINTED, model.settings.wake_timeout)
+                return
+            instance.state = state
+        else:
+            instance.state = State.CHECKPOINTED if not slot.image.archived else State.ARCHIVED
+        if instance.state is State.BROKEN:
+            log.warning("%s runs but does not serve: ended", instance.id)
+            self._effects.move(model, slot, "mend", self._downs.mend(model, slot))
+            return
+        if instance.state not in (State.CHECKPOINTED, State.ARCHIVED):
+            self._steps.watch(model, slot)
+        instance.idle_since = self._state.clock()
+        log.info("%s adopted: %s", instance.id, instance.state.value)
+
+    def _go_on_waking(self, model: Model, slot: Slot, origin: Tier, left_s: float) -> None:
+        """An engine that loads, and whose time is not over, or one that was restored and has to prove itself."""
+        instance = slot.instance
+        instance.waking_from = origin
+        slot.wake_began = self._state.clock() - (limit_s(model.settings, origin) - left_s)
+        instance.apply(Event.WAKE)
+        self._steps.watch(model, slot)
+        log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "to prove itself")
+        self._effects.move(model, slot, "wake", self._wake_adopted(model, slot, instance.generation, origin, left_s))
+
+    async def _wake_adopted(self, model: Model, slot: Slot, generation: int, origin: Tier, left_s: float) -> None:
+        """The rest of a wake that another warmpool began; all of it once more if that fails."""
+        stages, began, instance = Stages(), self._state.clock(), slot.instance
+        rest = self._steps.load if origin is Tier.STOPPED else self._steps.prove
+        try:
+            async with asyncio.timeout(left_s):
+                await rest(model, slot, stages)
+        except Exception as error:  # noqa: BLE001 - as in `_wake`
+            note_unexpected(instance, error)
+            reason = str(error) or too_slow(model.settings, origin)
+            log.warning("%s was adopted and did not come up: %s", instance.id, reason)
+            await self._wakes.clear_away(model, slot, origin, error)
+            await self._wakes.wake(model, slot, generation, NO_EVICTIONS)
+            return
+        if instance.generation == generation and instance.state is State.WAKING:
+            self._wakes.woken(model, instance, origin, origin, began, stages, whole=False)
+
+    async def _state_of_running(self, model: Model, slot: Slot) -> State:
+        client = client_of(slot)
+        with contextlib.suppress(EngineError, RuntimeFailure, TimeoutError):
+            async with asyncio.timeout(_ADOPT_S):
+                if not await model.runtime.listens(handle_of(slot)):
+                    return State.BROKEN
+                asleep = await client.is_sleeping()
+                if asleep:
+                    slot.instance.sleep_level = DEEPEST_SLEEP  # which one is not to be learned: wake it thoroughly
+                    return State.SLEEPING
+                if await client.healthy(model.settings.health.path):
+                    if asleep is None:
+                        slot.instance.barred.add(Tier.SLEEPING)
+                    return State.READY
+        return State.BROKEN

@@ -1,0 +1,195 @@
+"""What operators ask for: wake, step down, stop, drain and undrain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError
+from proxy.pool import policy
+from proxy.pool.instance import Instance, State, WakeRecord
+from proxy.pool.model import Order, reset
+from proxy.pool.state import Phase
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from proxy.pool.admission import Admission
+    from proxy.pool.model import Model, Slot
+    from proxy.pool.moves import Moves
+    from proxy.pool.state import PoolState
+
+log = logging.getLogger("warmpool.pool")
+
+
+class Commands:
+    """Operators' commands to instances and models."""
+
+    def __init__(self, state: PoolState, moves: Moves, admission: Admission) -> None:
+        self._state, self._moves, self._admission = state, moves, admission
+
+    def find(self, name: str) -> str:
+        """The key of the model that an operator calls `name`: its key, or what clients call it.
+
+        Raises ModelNotFoundError.
+        """
+        return name if name in self._state.models else self._state.resolve(name)
+
+    async def order_wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
+        """Have an instance of a model ready: its id, the tier that was found, the wake if there was one.
+
+        A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
+        Instances that an earlier order has closed are open again. Raises what `lease` does.
+        """
+        model = self._state.models[key]
+        model.end_back_off()
+        surplus = len(model.slots) > model.settings.max_instances  # they go because the configuration says so
+        for slot in model.slots.values() if not surplus else ():
+            if slot.order is not None and slot.instance.state in (State.RETIRING, State.WAKING):
+                slot.end_order("an order to wake came after it")
+        self._moves.tick()
+        ready = next((i for i in model.instances() if i.state is State.READY), None)
+        if ready is not None and self._state.ready:
+            return ready.id, Tier.READY, None
+        async with await self._admission.lease(model.served_name, counts=False) as lease:
+            return lease.instance_id, lease.found, lease.wake
+
+    def order_down(
+        self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False
+    ) -> list[Order]:
+        """Send the instances of a model, or one of them, down to a tier or the next colder one that they have.
+
+        Never cuts an answer off: with requests about, it is refused, or with `wait` the instance takes no new ones and
+        goes after its last. Those that are there already have an order that has come true. `discard`: a golden
+        checkpoint goes too, with the last instance.
+        Raises InstanceNotFoundError, ConflictError or DrainingError, with nothing changed.
+        """
+        if self._state.phase is not Phase.SERVING:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        model = self._state.models[key]
+        slots = [slot for slot in model.slots.values() if instance_id in (None, slot.instance.id)]
+        if instance_id is not None and not slots:
+            raise self._not_found(model, instance_id)
+        goals = {slot.instance.id: self._goal(model, slot, to) for slot in slots}
+        moving = [slot for slot in slots if _to_move(slot, goals[slot.instance.id])]
+        if moving:
+            self._refuse_order(model, moving, wait=wait)
+        if discard and to is Tier.STOPPED and instance_id is None:
+            model.discarding = bool(model.slots)
+            self._moves.withdraw(key, "the model was stopped")
+        orders = []
+        for slot in slots:
+            order = slot.order
+            goal = goals[slot.instance.id]
+            if order is None or order.to < goal:
+                order = Order(slot.instance.id, _height(slot.instance), goal)
+                slot.give(order)
+            orders.append(order)
+        self._moves.tick()
+        return orders
+
+    def force_stop(self, key: str, *, instance_id: str | None = None, discard: bool = False) -> list[Order]:
+        """End the instances of a model, or one of them, at once and whatever they do: answers are cut off.
+
+        One that cannot be ended is written off, which fails its order. `discard`: a golden checkpoint goes too.
+        Raises InstanceNotFoundError or DrainingError, with nothing changed.
+        """
+        if self._state.phase is not Phase.SERVING:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        self._moves.withdraw(key, "an operator stopped the model by force")
+        slots = [(m, s) for m in self._state.everyone() if m.key == key for s in m.slots.values()]
+        chosen = [(m, s) for m, s in slots if instance_id in (None, s.instance.id)]
+        if instance_id is not None and not chosen:
+            raise self._not_found(self._state.models[key], instance_id)
+        orders = []
+        for model, slot in chosen:
+            orders.append(Order(slot.instance.id, _height(slot.instance), Tier.STOPPED))
+            slot.give(orders[-1])
+            if discard and model.runtime.shares_images and instance_id is None and slot.image.present:
+                reset(slot.image)
+                slot.discards_image = True
+            self._moves.force(model, slot)
+        self._moves.tick()
+        return orders
+
+    @staticmethod
+    def _not_found(model: Model, instance_id: str) -> InstanceNotFoundError:
+        there = ", ".join(model.slots) or "none"
+        return InstanceNotFoundError(f"{model.key!r} has no instance {instance_id!r}; there are: {there}.")
+
+    def _goal(self, model: Model, slot: Slot, to: Tier) -> Tier:
+        """The tier that an order means for an instance. Raises ConflictError when it has none."""
+        instance = slot.instance
+        if _height(instance) >= to:
+            return to
+        goal = policy.ordered_step(instance, to, model.view())
+        if goal is None:
+            missing = model.runtime.tiers().missing
+            reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)
+            reason = reason or "this engine failed to go there before; one that is started anew may"
+            raise ConflictError(f"{instance.id} has no tier {to.label}, nor a colder one but stopped: {reason}.")
+        return goal
+
+    def _refuse_order(self, model: Model, moving: Sequence[Slot], *, wait: bool) -> None:
+        """Raise ConflictError if something is in the way of an order to go down."""
+        if model.settings.min_ready and not model.draining:
+            raise ConflictError(
+                f"min_ready keeps {model.settings.min_ready} of {model.served_name!r} ready: drain the model first."
+            )
+        if wait:
+            return
+        busy = [f"{s.instance.id} is answering {s.instance.leases}" for s in moving if s.instance.leases]
+        if busy:
+            raise ConflictError(f'{"; ".join(busy)} requests. With "when_busy": "wait" it goes after the last.')
+        if waiting := sum(not w.granted.done() for w in model.queue):
+            raise ConflictError(
+                f'{waiting} requests wait for {model.served_name!r} and would wake it again. With "when_busy": "wait" '
+                f"it goes after them."
+            )
+
+    def drain(self, key: str | None = None) -> None:
+        """Admit nothing new, for one model or at all, until `admit`; what runs or waits goes on."""
+        self._set_draining(key, draining=True)
+        log.info("%s closed to new requests", key or "all models")
+
+    def admit(self, key: str | None = None) -> None:
+        """Take `drain` back."""
+        for model in self._state.models.values() if key is None else (self._state.models[key],):
+            model.end_back_off()
+        self._set_draining(key, draining=False)
+        log.info("%s open to requests", key or "all models")
+
+    def _set_draining(self, key: str | None, *, draining: bool) -> None:
+        if key is None:
+            self._state.draining = draining
+        else:
+            self._state.models[key].draining = draining
+        self._moves.tick()
+
+    def unused(self, key: str | None = None) -> bool:
+        """Whether no request runs or waits, for one model or at all."""
+        models = [model for name, model in self._state.models.items() if key in (None, name)]
+        return not any(m.queue or any(i.leases for i in m.instances()) for m in models)
+
+    async def until_unused(self, key: str | None = None) -> None:
+        """Return when no request runs or waits, for one model or at all, or the server is about to end."""
+        changed = asyncio.Event()
+        silence = self._state.listen(changed.set)
+        try:
+            while not self.unused(key) and not self._state.stopping:
+                changed.clear()
+                await changed.wait()
+        finally:
+            silence()
+
+
+def _height(instance: Instance) -> Tier:
+    """The tier that an instance is on, or will be when the move under way has ended."""
+    return Tier.READY if instance.state is State.WAKING else instance.tier
+
+
+def _to_move(slot: Slot, goal: Tier) -> bool:
+    """Whether an order to go to `goal` asks something new of an instance."""
+    return _height(slot.instance) < goal and (slot.order is None or slot.order.to < goal)

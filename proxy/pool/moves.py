@@ -1,0 +1,309 @@
+"""The tasks that move instances: begun here, one for an instance at a time, and looked after until they end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from proxy.config.values import format_size
+from proxy.errors import NoMemoryError, RuntimeFailure
+from proxy.pool import gpu_accounting, policy
+from proxy.pool.gpu_monitor import GpuWatch
+from proxy.pool.image_faults import ImageFaults
+from proxy.pool.instance import DESCENT, MOVING, TRANSITIONS, Event, State
+from proxy.pool.memory_monitor import MemoryWatch
+from proxy.pool.model import NO_EVICTIONS, Evictions, client_of, is_left, reset
+from proxy.pool.stalls import Stalls
+from proxy.pool.state import Phase
+from proxy.pool.stepping_down import SteppingDown
+from proxy.pool.transitions import Steps
+from proxy.pool.waking import Waking
+from proxy.telemetry.overdue import GIVE_UP_S
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from proxy.config.model import ModelSettings
+    from proxy.engine.client import EngineClient
+    from proxy.gpu.cuda import Gpus
+    from proxy.host.facts import Memory
+    from proxy.pool.model import Model, Slot
+    from proxy.pool.state import PoolState
+    from proxy.runtime.base import Handle
+
+log = logging.getLogger("warmpool.pool")
+
+_MEMORY_RETRY_S = 10.0
+"""When one may ask again who was refused for want of host memory."""
+
+
+class Moves:
+    """The `Effects` of the pool's parts. `tick` and `tick_soon` are the pool's."""
+
+    def __init__(
+        self,
+        state: PoolState,
+        *,
+        tick: Callable[[], None],
+        tick_soon: Callable[[], None],
+        connect: Callable[[Handle, str, ModelSettings], EngineClient],
+        gpus: Gpus | None,
+        memory: Callable[[], Memory] | None,
+    ) -> None:
+        self._state = state
+        self.tick, self.tick_soon = tick, tick_soon
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.gpus = GpuWatch(
+            gpus,
+            state.ledger,
+            state.metrics,
+            clock=state.clock,
+            everyone=state.everyone,
+            step_down=self.step_down,
+            give_up=self.give_up,
+            changed=tick,
+        )
+        self.memory_watch = MemoryWatch(
+            memory if state.settings.pool.memory_check else None,
+            state.memory,
+            state.metrics,
+            everyone=state.everyone,
+            changed=tick,
+        )
+        self.stalls = Stalls(everyone=state.everyone, give_up=self.give_up_stalled)
+        self.faults = ImageFaults(state, self)
+        self.steps = Steps(
+            connect=connect,
+            spawn=self.spawn,
+            ended=self.ended,
+            ledger=state.ledger,
+            gpus=self.gpus,
+            archives=lambda: state.settings.pool.archive_copies,
+            damaged=self.faults.quarantine,
+        )
+        self.downs = SteppingDown(state, self, self.steps, self.faults)
+        self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_watch)
+
+    async def start_watching(self) -> None:
+        """Look after memory and after engines that stand still."""
+        await self.gpus.start()
+        await self.memory_watch.start()
+        self.stalls.start()
+
+    def cancel(self) -> list[asyncio.Task[None]]:
+        """End everything that goes on; the tasks that have to come to their end."""
+        for task in self.tasks:
+            task.cancel()
+        watches = (self.stalls, self.memory_watch, self.gpus)
+        return [*self.tasks, *(asyncio.create_task(watch.stop(), name="looks") for watch in watches)]
+
+    async def settled(self) -> None:
+        """Return when no instance is on its way anywhere, those left aside that the next warmpool goes on with."""
+        while moves := self.tasks - {s.task for m in self._state.everyone() for s in m.slots.values() if is_left(m, s)}:
+            await asyncio.wait(moves)
+
+    # --- what was decided ---
+
+    def begin(self, action: policy.Action) -> None:
+        match action:
+            case policy.Clone(key):
+                model = self._state.models[key]
+                slot = self._state.new_slot(model, self._state.free_id(model))
+                slot.instance.apply(Event.CLONE)
+                self.move(model, slot, "clone", self.wakes.clone(model, slot))
+            case policy.Wake():
+                self._begin_wake(action)
+            case policy.StepDown():
+                self.step_down(action)
+            case policy.Refuse(key, needed_bytes, missing_bytes):
+                self._refuse_for_memory(self._state.models[key], needed_bytes, missing_bytes)
+            case policy.Retire(instance, reason):
+                instance.apply(Event.RETIRE)
+                log.info("%s retiring: %s", instance.id, reason)
+            case policy.Readmit(instance):
+                instance.apply(Event.READMIT)
+                log.info("%s readmitted", instance.id)
+
+    def _refuse_for_memory(self, model: Model, needed_bytes: int, missing_bytes: int) -> None:
+        text = (
+            f"There is not enough host memory for {model.served_name!r}: it needs {format_size(needed_bytes)}, "
+            f"{format_size(missing_bytes)} more than can be made free."
+        )
+        log.error("%s: no wake: %s", model.key, text)
+        model.fail_waiters(NoMemoryError(text, retry_after_s=_MEMORY_RETRY_S))
+
+    def _begin_wake(self, action: policy.Wake) -> None:
+        evictions = self._evict(action) if action.victims else NO_EVICTIONS
+        model = self._state.models[action.model]
+        known = action.instance
+        slot = model.slots[known.id] if known is not None else self._state.new_slot(model, self._state.free_id(model))
+        instance = slot.instance
+        found = Tier.STOPPED if instance.state is State.NEW else instance.tier
+        instance.waking_from = found
+        slot.wake_began = self._state.clock()
+        instance.apply(Event.WAKE)
+        log.info("%s waking from %s", instance.id, found.label)
+        self.move(model, slot, "wake", self.wakes.wake(model, slot, instance.generation, evictions))
+
+    def _evict(self, action: policy.Wake) -> Evictions:
+        held = self._state.ledger.charge(action.instance) if action.instance is not None else gpu_accounting.NOTHING
+        needed = gpu_accounting.beyond(self._state.ledger.need(action.model) or gpu_accounting.NOTHING, held)
+        if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.ledger.gpus}):
+            needed = {}  # as much was free before anybody made room: nothing is to be seen to
+        expected = {}
+        for slot in (s for m in self._state.everyone() for s in m.slots.values()):
+            if slot.instance.state in (State.SLEEPING, State.SUSPENDED):
+                expected[slot.instance.id] = self._state.ledger.expected(slot.instance, slot.instance.tier)
+        for victim in action.victims:
+            expected[victim.instance.id] = self._state.ledger.expected(victim.instance, victim.to)
+        tasks = {victim.instance.id: self.step_down(victim) for victim in action.victims}
+        return Evictions(tasks, needed, expected)
+
+    def step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
+        instance = action.instance
+        model = self._state.home(instance)
+        slot = model.slots[instance.id]
+        origin = instance.tier
+        instance.apply(DESCENT[action.to])
+        instance.evicted = action.reason == "evict"
+        # All may begin to go in one moment: the last one takes the image along.
+        last_of_discarded = model.discarding and all(s.instance.state is State.STOPPING for s in model.slots.values())
+        frees_image = (
+            model.runtime.shares_images and slot.image.present and (action.reason == "idle" or last_of_discarded)
+        )
+        if action.to is Tier.STOPPED and frees_image:
+            reset(slot.image)  # the last tier frees everything, and no clone is prepared any more
+            slot.discards_image = True
+        log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
+        work = (
+            self.downs.remove(model, slot, action.reason)
+            if action.to is Tier.STOPPED
+            else self.downs.descend(model, slot, origin, action.to, action.reason)
+        )
+        return self.move(model, slot, "step down", work)
+
+    def note_moved(self) -> None:
+        self.gpus.due.set()
+        self.memory_watch.due.set()
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: %r", task.get_name(), error, exc_info=error)
+        self.tick()
+
+    def move(self, model: Model, slot: Slot, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
+        task = slot.task = self.spawn(f"{name} {slot.instance.id}", work)
+        task.add_done_callback(partial(self._moved, model, slot))
+        return task
+
+    def _moved(self, model: Model, slot: Slot, task: asyncio.Task[None]) -> None:
+        instance = slot.instance
+        if self._state.phase is Phase.CLOSED or slot.task is not task or instance.state not in MOVING:
+            return
+        error = None if task.cancelled() else task.exception()
+        reason = f"{task.get_name()} ended in state {instance.state.value}: {error!r}"
+        log.error("%s", reason)
+        if model.coming:
+            self.withdraw(model.key, reason)
+            return
+        if instance.state in (State.BROKEN, State.STOPPING):
+            self.downs.write_off(model, slot, reason)
+            return
+        if instance.state is State.WAKING:
+            self.wakes.fail(model, slot, [reason], [])
+        else:
+            instance.apply(Event.BROKE)
+        self.move(model, slot, "mend", self.downs.mend(model, slot))
+
+    def remove(self, model: Model, slot: Slot, reason: str) -> None:
+        """Begin to end an instance that rests."""
+        slot.instance.apply(Event.STOP)
+        self.move(model, slot, "remove", self.downs.remove(model, slot, reason))
+
+    def give_way(self, reason: str) -> None:
+        for key in [*self._state.coming]:
+            self.withdraw(key, reason)
+
+    def withdraw(self, key: str, reason: str) -> None:
+        """End what is made ready for a model, if anything is; its outdated engines serve on."""
+        new = self._state.coming.pop(key, None)
+        if new is None:
+            return
+        if key in self._state.models:
+            self._state.models[key].renewal = reason
+        new.coming, new.leaving = False, True
+        self._state.leaving.append(new)
+        for slot in new.slots.values():
+            log.warning("%s does not take over: %s", slot.instance.id, reason)
+            work, slot.discards_image = slot.task, slot.image.present and new.runtime.shares_images
+            reset(slot.image)
+            slot.instance.apply(Event.BROKE)
+            slot.instance.apply(Event.STOP)
+            self.move(new, slot, "remove", self._remove_after(work, new, slot))
+            if work is not None and work is not asyncio.current_task():
+                work.cancel()
+
+    async def _remove_after(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
+        if work is not None:
+            await asyncio.wait([work])
+        await self.downs.remove(model, slot, "withdrawn")
+
+    # --- engines that end, or are ended ---
+
+    def ended(self, model: Model, slot: Slot, watcher: asyncio.Task[str]) -> None:
+        if watcher.cancelled() or slot.watcher is not watcher:
+            return
+        reason = watcher.result() if watcher.exception() is None else repr(watcher.exception())
+        log.warning("%s: the engine ended in state %s: %s", slot.instance.id, slot.instance.state.value, reason)
+        self._state.metrics.engine_exits.labels(model.key).inc()
+        self.give_up(model, slot)
+
+    def give_up(self, model: Model, slot: Slot) -> None:
+        """The engine is of no use any more. During a move the move's own task finds out."""
+        if slot.instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
+            slot.instance.apply(Event.BROKE)
+            self._state.memory.broke(model.key)
+            self.move(model, slot, "mend", self.downs.mend(model, slot))
+            self.tick()
+
+    def give_up_stalled(self, model: Model, slot: Slot, reason: str) -> None:
+        """An engine that stands still: its clients get an error, and the next request another engine."""
+        log.error("%s stands still and is replaced: %s", slot.instance.id, reason)
+        self._state.metrics.engine_stalls.labels(model.key).inc()
+        client_of(slot).give_up("the engine stands still")
+        self.give_up(model, slot)
+
+    def force(self, model: Model, slot: Slot) -> None:
+        instance, work = slot.instance, slot.task
+        log.warning("%s is stopped by force in state %s", instance.id, instance.state.value)
+        if slot.client is not None:
+            slot.client.give_up("an operator stopped the engine")
+        if (instance.state, Event.BROKE) in TRANSITIONS:
+            instance.apply(Event.BROKE)
+        if instance.state is not State.STOPPING:
+            instance.apply(Event.STOP)
+        self.move(model, slot, "force", self._force_down(work, model, slot))
+        if work is not None:
+            work.cancel()
+
+    async def _force_down(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
+        if work is not None:
+            await asyncio.wait([work], timeout=2 * GIVE_UP_S)
+        await self.steps.unwatch(slot)
+        if slot.handle is not None:
+            try:
+                await model.runtime.drop(slot.handle)
+            except RuntimeFailure as error:
+                log.error("%s: %s", slot.instance.id, error)
+        await self.downs.remove(model, slot, "force")

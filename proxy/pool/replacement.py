@@ -1,0 +1,176 @@
+"""Outdated engines, and those that are made ready beside them to take their place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from proxy.errors import OverdueError, RuntimeFailure
+from proxy.host import facts as host
+from proxy.pool import policy
+from proxy.pool.instance import DESCENDING, Event, State
+from proxy.pool.model import Model, Order, handle_of, note_unexpected
+from proxy.pool.transitions import DEEPEST_SLEEP
+from proxy.telemetry.stages import Stages
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from proxy.pool.model import Slot
+    from proxy.pool.moves import Moves
+    from proxy.pool.state import PoolState
+    from proxy.runtime.base import Outdated
+
+log = logging.getLogger("warmpool.pool")
+
+
+class Replacements:
+    """Finds what is outdated and switches models over to new engines."""
+
+    def __init__(self, state: PoolState, moves: Moves) -> None:
+        self._state, self._effects = state, moves
+        self._steps, self._wakes, self._faults = moves.steps, moves.wakes, moves.faults
+        self.changed = asyncio.Event()
+        """Set when a model is found to be outdated."""
+
+    async def look_for_changes(self) -> None:
+        """Find the models whose engines are not what their configuration resolves to now."""
+        before = dict(self._state.models)
+        for name, runtime in [*self._state.runtimes.items()]:
+            mine = {key: m.settings for key, m in before.items() if m.settings.runtime == name}
+            try:
+                found = await runtime.outdated(mine, {i for key in mine for i in before[key].slots})
+            except RuntimeFailure as error:
+                log.warning("whether engines are outdated is not known: %s", error)
+                continue
+            for key in mine:
+                if self._state.models.get(key) is before[key]:
+                    self._note_outdated(before[key], found.get(key))
+        self._effects.tick()
+
+    def _note_outdated(self, model: Model, outdated: Outdated | None) -> None:
+        known = model.outdated
+        if outdated is None:
+            # One that was lost is missed until there is an engine again.
+            if known is not None and (known.usable or model.slots):
+                self._effects.withdraw(model.key, "what had changed was undone")
+                model.outdated = None
+            return
+        if known is not None and known.reason == outdated.reason:
+            return
+        log.warning("%s is outdated: %s", model.key, outdated.reason)
+        model.outdated, model.renewal = outdated, ""
+        self._effects.withdraw(model.key, "more has changed")
+        if not outdated.usable:
+            self._faults.forget_all(model, "its checkpoint does not fit any more")
+            self._keep_from_reloading(model)
+        self.changed.set()
+
+    def _keep_from_reloading(self, model: Model) -> None:
+        """Engines that would load their weights again at their wake go now; the others do not drop them any more."""
+        for slot in model.slots.values():
+            instance = slot.instance
+            if instance.state in (State.SLEEPING, State.SUSPENDED) and instance.sleep_level == DEEPEST_SLEEP:
+                slot.give(Order(instance.id, instance.tier, Tier.STOPPED))
+            else:
+                instance.barred.add(Tier.SLEEPING)
+
+    def outdated(self) -> dict[str, str]:
+        """Key → in which way; of those models that nothing is made for yet."""
+        missing = self._state.models.keys() - self._state.coming.keys()
+        return {key: o.reason for key in missing if (o := self._state.models[key].outdated) is not None}
+
+    async def room_beside(self, key: str) -> bool:
+        """Whether an engine can be started beside those of a model, with nobody stepping down for it."""
+        model = self._state.models[key]
+        if not self._state.ready or model.draining:
+            return False
+        if policy.has_room(self._state.view(), key) and not await self._lacks_memory(model, engine=True):
+            return True
+        model.renewal = "waits for room beside the engines that are awake"
+        return False
+
+    async def _lacks_memory(self, model: Model, *, engine: bool) -> bool:
+        """Whether there is too little host memory for another engine, or on tmpfs for an image, or none can say."""
+        try:
+            print_ = await model.runtime.footprint(model.key)
+        except OverdueError as error:
+            log.warning("%s: how much memory it needs is not known: %s", model.key, error)
+            return True
+        if print_ is None:
+            return False
+        if engine:
+            return print_.engine > host.available_bytes()
+        return print_.image > min(print_.free, host.available_bytes())
+
+    async def renew(self, key: str) -> bool:
+        """Start, warm up, checkpoint and prove an engine beside a model's outdated ones, which serve meanwhile.
+
+        Then the model is switched: new requests are for the new engine, the old ones go after their last request.
+        False where that did not come about: it failed, or a request needed the place; the status says which.
+        """
+        old = self._state.models[key]
+        new = Model(
+            key, old.settings, old.served_name, old.runtime, self._state.ledger, self._state.memory, coming=True
+        )
+        self._state.coming[key] = new
+        slot = self._state.new_slot(new, self._state.free_id(new))
+        slot.instance.waking_from = Tier.STOPPED
+        slot.wake_began = self._state.clock()
+        slot.instance.apply(Event.WAKE)
+        old.renewal = f"{slot.instance.id} is being made ready"
+        log.info("%s is started beside the outdated engines of %s", slot.instance.id, key)
+        await asyncio.wait([self._effects.move(new, slot, "renew", self._prepare(new, slot))])
+        return self._state.models.get(key) is new
+
+    async def _prepare(self, new: Model, slot: Slot) -> None:
+        stages, began = Stages(), self._state.clock()
+        try:
+            origin = await self._make_ready(new, slot, stages)
+            while moves := self._moves_of(self._state.models[new.key]):
+                await asyncio.wait(moves)
+            slot.handle = new.runtime.promote(handle_of(slot))
+        except Exception as error:  # noqa: BLE001 - whatever it was, the outdated engines serve on
+            note_unexpected(slot.instance, error)
+            self._effects.withdraw(new.key, f"failed: {str(error) or 'no result in time'}")
+            return
+        self._take_over(new, slot)
+        self._wakes.woken(new, slot.instance, Tier.STOPPED, origin, began, stages, whole=False)
+
+    def _moves_of(self, model: Model) -> list[asyncio.Task[None]]:
+        """What may read the model's image, or write it."""
+        slots = model.slots.values()
+        return [s.task for s in slots if s.task is not None and s.instance.state in (*DESCENDING, State.WAKING)]
+
+    async def _make_ready(self, new: Model, slot: Slot, stages: Stages) -> Tier:
+        """From nothing to an engine that serves, by its own checkpoint where there is to be one."""
+        instance = slot.instance
+        await self._steps.climb(new, slot, Tier.STOPPED, stages)
+        wanted = Tier.CHECKPOINTED in new.runtime.tiers().offered and Tier.CHECKPOINTED in new.timetable
+        if not wanted or await self._lacks_memory(new, engine=False):
+            return Tier.STOPPED  # it is warm, and writes its checkpoint when it is idle
+        # In one step: nobody is to see it ready.
+        instance.apply(Event.AT_READY)
+        instance.apply(Event.CHECKPOINT)
+        with stages.measure("checkpoint"):
+            async with asyncio.timeout(new.settings.checkpoint_timeout):
+                await self._steps.go_down(new, slot, Tier.READY, Tier.CHECKPOINTED)
+        self._state.ledger.arrived(instance, Tier.CHECKPOINTED)
+        instance.apply(Event.AT_CHECKPOINTED)
+        instance.waking_from = Tier.CHECKPOINTED
+        instance.apply(Event.WAKE)
+        await self._steps.climb(new, slot, Tier.CHECKPOINTED, stages)
+        return Tier.CHECKPOINTED
+
+    def _take_over(self, new: Model, slot: Slot) -> None:
+        """Have a model that was made ready take the place of the one of the same key."""
+        old = self._state.models[new.key]
+        del self._state.coming[new.key]
+        new.coming = False
+        self._state.models[new.key] = new
+        new.queue, old.queue = old.queue, new.queue
+        new.draining = old.draining
+        log.info("%s: new requests go to %s", new.key, slot.instance.id)
+        if new.image.present or slot.image.present:
+            self._steps.keep_copy(new, slot)
+        self._state.send_away(old)

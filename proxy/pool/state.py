@@ -1,0 +1,225 @@
+"""What the parts of the pool share: its models, its accounts of memory, its phase, and those who listen."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from proxy.errors import ModelNotFoundError
+from proxy.pool import policy
+from proxy.pool.gpu_accounting import GpuLedger
+from proxy.pool.instance import Instance, State
+from proxy.pool.memory_accounting import MemoryLedger
+from proxy.pool.model import Image, Model, Order, Slot, stop_grace_s, tier_found
+from proxy.pool.written_off import WrittenOff
+from proxy.runtime.bounded import Bounded
+from proxy.telemetry.overdue import Overdue
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from proxy.config.model import ModelSettings
+    from proxy.config.settings import Settings
+    from proxy.pool.usage import Usage
+    from proxy.runtime.base import Runtime
+    from proxy.telemetry.metrics import Metrics
+
+log = logging.getLogger("warmpool.pool")
+
+_WAKES_KEPT = 50
+
+
+class Phase(enum.IntEnum):
+    """The life of a pool; it only goes on, never back."""
+
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    STOPPING = enum.auto()
+    """Requests that come all the same are served; nothing is begun that no request waits for."""
+    DRAINING = enum.auto()
+    """Nothing new is admitted; what runs or waits goes on."""
+    CLOSED = enum.auto()
+
+
+ADMITTING: Final = frozenset({Phase.SERVING, Phase.STOPPING})
+"""The phases in which requests are served."""
+
+
+class PoolState:
+    """Passive: nothing here decides or awaits."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runtimes: Mapping[str, Runtime],
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float],
+        usage: Usage,
+    ) -> None:
+        self.settings = settings
+        """The configuration in force."""
+        self.metrics = metrics
+        self.clock = clock
+        self.usage = usage
+        self.overdue = Overdue(metrics)
+        self.written_off = WrittenOff(metrics)
+        self.all_runtimes: Mapping[str, Runtime] = {
+            name: Bounded(runtime, self.overdue, stop_grace_s(settings, name)) for name, runtime in runtimes.items()
+        }
+        self.runtimes = {m.runtime: self.all_runtimes[m.runtime] for m in settings.models.values()}
+        """Those that are open."""
+        self.ledger = GpuLedger(settings.pool.gpu_creep)
+        self.memory = MemoryLedger()
+        self.costs = policy.Costs()
+        self.models = {key: self.new_model(key, model) for key, model in settings.models.items()}
+        self.leaving: list[Model] = []
+        """Models that the configuration has no more, or with other engines, until their last instance is gone."""
+        self.coming: dict[str, Model] = {}
+        """By key: models whose engine is made ready to take over from an outdated one."""
+        self.lost: set[str] = set()
+        """Models whose checkpoint could not be used at the start, as after an upgrade."""
+        self.phase = Phase.STARTING
+        self.draining = False
+        """Closed to new requests by an operator."""
+        self.open_leases = 0
+        self.waiting = 0
+        """Those in a queue, and those who have just left one."""
+        self.wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
+        self.quiet = asyncio.Event()
+        """Set while no request runs or waits."""
+        self.quiet.set()
+        self.listeners: set[Callable[[], None]] = set()
+        self.configure_accounts()
+
+    @property
+    def admits(self) -> bool:
+        """Whether requests are admitted, of clients that come all the same among them."""
+        return self.phase in ADMITTING and not self.draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether new clients are welcome."""
+        return self.phase is Phase.SERVING and not self.draining
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is about to end."""
+        return self.phase >= Phase.STOPPING
+
+    def advance(self, phase: Phase) -> None:
+        """Go on to a later phase."""
+        self.phase = max(self.phase, phase)
+
+    def new_model(self, key: str, settings: ModelSettings, *, coming: bool = False) -> Model:
+        """A model with no instance yet."""
+        runtime = self.runtimes[settings.runtime]
+        name = self.settings.served_name(key)
+        return Model(key, settings, name, runtime, self.ledger, self.memory, coming=coming)
+
+    def everyone(self) -> list[Model]:
+        """All models, those that come and go among them."""
+        return [*self.models.values(), *self.coming.values(), *self.leaving]
+
+    def home(self, instance: Instance) -> Model:
+        """The model that an instance belongs to; of that name there may be two."""
+        return next(m for m in self.everyone() if (s := m.slots.get(instance.id)) and s.instance is instance)
+
+    def new_slot(self, model: Model, instance_id: str) -> Slot:
+        """Another instance of a model."""
+        slot = Slot(Instance(instance_id, model.key), model.image if model.runtime.shares_images else Image())
+        model.slots[instance_id] = slot
+        return slot
+
+    def free_id(self, model: Model) -> str:
+        """An id that no instance of the model has, nor one that was written off."""
+        taken = {instance_id for m in self.everyone() if m.key == model.key for instance_id in m.slots}
+        ids = (f"{model.key}-{n}" for n in itertools.count(1))
+        return next(i for i in ids if i not in taken and i not in self.written_off)
+
+    def resolve(self, name: str) -> str:
+        """The key of the model that clients call `name`. Raises ModelNotFoundError."""
+        return self.settings.key_of(name)
+
+    def view(self) -> policy.View:
+        """What the policy decides by."""
+        everyone = self.everyone()
+        return policy.View(
+            [m.view() for m in everyone],
+            self.settings.pool.max_awake,
+            self.settings.pool.switch_after,
+            self.memory.load(
+                self.ledger.load(i for m in everyone for i in m.instances()),
+                (i for m in everyone for i in m.instances()),
+                {i: (s.image.present, not m.runtime.shares_images) for m in everyone for i, s in m.slots.items()},
+            ),
+        )
+
+    def note_quiet(self) -> None:
+        """Say so when no request runs or waits."""
+        if self.open_leases == 0 and not any(m.queue for m in self.models.values()):
+            self.quiet.set()
+
+    def estimate_s(self, key: str) -> float:
+        """How long a request for the model would wait for a wake, from measured ones, in seconds."""
+        model = self.models[key]
+        tier = tier_found(model.slots.values())
+        whole_s = self.costs.estimate_s(key, tier)
+        waking = [
+            s.wake_began for s in model.slots.values() if s.instance.state is State.WAKING and s.instance.tier is tier
+        ]
+        return max(0.0, whole_s - (self.clock() - min(waking))) if waking else whole_s
+
+    def send_away(self, model: Model) -> None:
+        """Have the instances of a model that was replaced or removed go, each after its last request."""
+        model.fail_waiters(ModelNotFoundError(model.served_name))
+        model.leaving = True
+        # The image of that name may be another engine's soon: nothing here may touch it.
+        model.image = Image()
+        self.leaving.append(model)
+        for slot in model.slots.values():
+            if model.runtime.shares_images:
+                slot.image = model.image
+            slot.give(Order(slot.instance.id, slot.instance.tier, Tier.STOPPED))
+        self.forget_if_gone(model)
+
+    def forget_if_gone(self, model: Model) -> None:
+        """Drop a model that leaves when its last instance is gone."""
+        if model.leaving and not model.slots:
+            self.leaving.remove(model)
+            if model.key not in self.models:
+                self.metrics.forget(model.key)
+
+    def configure_accounts(self) -> None:
+        """Tell the accounts what the configuration says of memory."""
+        for key, model in self.settings.models.items():
+            self.ledger.configure(key, model.gpu_memory, model.gpus)
+            self.memory.configure(key, model.host_memory)
+        self.memory.reserve_bytes = int(self.settings.pool.memory_reserve)
+
+    async def open_runtime(self, runtime: Runtime) -> None:
+        """Open a runtime. Raises HostError when it cannot work here."""
+        await runtime.open()
+        for tier, reason in runtime.tiers().missing.items():
+            log.warning("no tier %s with runtime %s: %s", tier.label, runtime.name, reason)
+
+    def give_up_orders(self) -> None:
+        """The server shuts down: no order comes true any more."""
+        for model in self.everyone():
+            for slot in model.slots.values():
+                slot.end_order("the server is shutting down")
+
+    def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback` called after whatever `status` says may have changed; the result ends that."""
+        self.listeners.add(callback)
+        return lambda: self.listeners.discard(callback)
+
+    def tell(self) -> None:
+        """Call those who listen."""
+        for callback in [*self.listeners]:
+            callback()
