@@ -82,6 +82,14 @@ async def keyed_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any,
         assert all(known.account.running == 0 for known in keyed.front.guard._known.values())
 
 
+def answered(front: Front, status: str) -> float:
+    """How many requests of any model were answered so."""
+    families = [f for f in front.metrics.registry.collect() if f.name == "warmpool_requests"]
+    return sum(
+        s.value for f in families for s in f.samples if s.name.endswith("_total") and s.labels["status"] == status
+    )
+
+
 @pytest.fixture
 async def keyed(keyed_of: Any) -> Keyed:
     """Two keys: `team` for everything, `other` for org/Other."""
@@ -106,6 +114,7 @@ async def test_without_a_key_nothing_but_health(keyed: Keyed) -> None:
             assert response.status == 200
     assert front.pool.status()["models"]["demo"]["instances"] == [], "nothing was woken"
     assert front.sample("warmpool_refused_total", reason="key") == 6
+    assert answered(front, "401") == 6
 
 
 @pytest.mark.parametrize(
@@ -198,6 +207,7 @@ async def test_a_key_is_good_for_its_models_only(keyed: Keyed) -> None:
     assert (response.status, error_of(answer)["code"]) == (403, "model_not_allowed")
     assert front.pool.status()["models"]["demo"]["instances"] == []
     assert front.sample("warmpool_refused_total", reason="model") == 1
+    assert answered(front, "403") == 1
     assert (await keyed.ask("other", model="org/Other"))[0].status == 200
 
 
@@ -237,6 +247,7 @@ async def test_requests_by_the_minute(keyed_of: Any) -> None:
         assert response.status == 200, "looking is free"
     assert (await keyed.ask("free"))[0].status == 200
     assert keyed.front.sample("warmpool_refused_total", reason="limit") == 1
+    assert answered(keyed.front, "429") == 1
 
 
 @pytest.mark.parametrize("usage", [True, False], ids=["said", "estimated"])

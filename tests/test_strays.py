@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from proxy.runtime.podman import strays
+from proxy.runtime.podman.api import PodmanError
 from proxy.runtime.state_dir import Claim
+from tests.fakes import settle
 from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
+from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 images = pytest.fixture(tmpfs_folder)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not what():
+            await asyncio.sleep(0.01)
 
 
 def entry(name: str, folder: Path | None, owner: str) -> dict[str, Any]:
@@ -37,6 +49,34 @@ def test_those_of_a_folder_that_is_held_are_no_strays(tmp_path: Path) -> None:
 def test_those_that_name_no_folder_are_of_an_earlier_version(tmp_path: Path) -> None:
     (found,) = strays.among([entry("old", None, "0123456789ab")], Claim(tmp_path).owner)
     assert found.found == "1 container of a warmpool of an earlier version: old"
+
+
+async def test_the_status_shows_those_of_the_last_ten_minutes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listed: list[Any] = [entry("a", None, "a" * 12)]
+    now, failing = 0.0, False
+
+    async def podman_lists() -> list[Any]:
+        if failing:
+            raise PodmanError(0, "podman's service cannot be reached")
+        return listed
+
+    caplog.set_level(logging.INFO)
+    known = strays.Strays(podman_lists, Claim(tmp_path).owner, clock=lambda: now)
+    assert known.lines() == []
+    await known.look()
+    listed.append(entry("b", None, "b" * 12))
+    now = strays.AGAIN_S
+    assert [line.count(": a") for line in known.lines()] == [1]
+    await settle()
+    assert len(known.lines()) == 1
+    now, failing = strays.AGAIN_S + 1, True
+    assert len(known.lines()) == 1
+    await until(lambda: "could not be looked for" in caplog.text)
+    now, failing = 2 * strays.AGAIN_S + 2, False
+    assert len(known.lines()) == 1
+    await until(lambda: len(known.lines()) == 2)
+    assert [record.message.count(": b") for record in caplog.records if record.levelname == "WARNING"] == [0, 1]
+    await known.close()
 
 
 @pytest.mark.podman

@@ -19,7 +19,7 @@ from proxy.pool.memory import Ledger
 from proxy.server.admin.routes import attach
 from proxy.server.admin.status import Admin
 from proxy.server.auth.cors import Cors
-from proxy.server.auth.middleware import ADMIN, Guard
+from proxy.server.auth.middleware import ADMIN, PASSED, Guard
 from proxy.server.connection_limits import CONNECTION, REFUSALS
 from proxy.server.faults import method_of, path_of, quieten, stack_of
 from proxy.server.forward import tracing
@@ -78,7 +78,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
                 "%s %s failed (%s): %s", method_of(request), path_of(request), request_id(request), stack_of(error)
             )
             answer = RequestError("Internal error; the server's log says more.")
-        if request.match_info.handler != relay.forward:
+        if request.match_info.handler != relay.forward or PASSED not in request:
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
         operator = ADMIN.match(path_of(request)) is not None
         response = web.Response(

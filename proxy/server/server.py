@@ -63,6 +63,7 @@ class Reloader:
 
     `load` reads the configuration anew; `also` read what else comes from files, whether it was good or not, so that a
     key is revoked all the same, and return what they could not read. No file is waited for longer than `_READ_S`.
+    `changed` is called after a good one.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Reloader:
         manager: Manager,
         load: Callable[[], Settings],
         also: Sequence[Callable[[], Awaitable[str]]] = (),
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._manager = manager
         self._load = load
         self._also = also
+        self._changed = changed
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
 
@@ -104,6 +107,7 @@ class Reloader:
                 if changes.pending:
                     log.warning("reload: takes effect after a restart only: %s", ", ".join(changes.pending))
                 said = f"serving {len(self._pool.settings.models)} models; reloaded: {changes}"
+                self._changed()
             unread = [await read() for read in self._also]
             self._manager.ready("; ".join((said, *filter(None, unread))))
 
@@ -112,6 +116,28 @@ class Reloader:
         for task in [*self._tasks]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class _Preflight:
+    """Says what would keep checkpoints from being written, before an engine has been started for one."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Look, in the background, instead of a look that is under way."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.create_task(self._look(), name="preflight")
+
+    async def _look(self) -> None:
+        for problem in await preflight.problems(self._pool.settings, Host()):
+            log.error("checkpoints will fail: %s", problem)
+
+    async def close(self) -> None:
+        """No more of it."""
+        await _ended([self._task] if self._task is not None else [])
 
 
 class _End:
@@ -193,7 +219,8 @@ async def serve(
     ]
     if tls is not None:
         files.append(partial(_read_again, "certificates", tls.read, tls.take))
-    reloader = Reloader(pool, manager, load or (lambda: settings), files)
+    in_the_way = _Preflight(pool)
+    reloader = Reloader(pool, manager, load or (lambda: settings), files, in_the_way.begin)
     application = app.build(pool, settings, metrics, guard)
     traffic = application[app.TRAFFIC]
     runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
@@ -215,12 +242,13 @@ async def serve(
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
-        background.append(asyncio.create_task(_say_what_is_in_the_way(settings), name="preflight"))
+        in_the_way.begin()
         if usage is not None:
             background += [asyncio.create_task(prewarm.keep(usage)), asyncio.create_task(prewarm.rebuild(pool, usage))]
             background.append(asyncio.create_task(renewal.keep_current(pool, usage)))
         await end.stop.wait()
         await reloader.close()
+        await in_the_way.close()
         await _ended(background)
         limit_s = pool.settings.server.drain_timeout
         log.info("stopping: up to %g s for running requests, once more to stop at once", limit_s)
@@ -235,17 +263,12 @@ async def serve(
     finally:
         await _ended([watchdog, *background])
         await reloader.close()
+        await in_the_way.close()
         await pool.close(end.left_s())
         await runner.cleanup()
         for sock in sockets:
             sock.close()
         log.info("stopped")
-
-
-async def _say_what_is_in_the_way(settings: Settings) -> None:
-    """What would keep checkpoints from being written, said before the first engine has been started for one."""
-    for problem in await preflight.problems(settings, Host()):
-        log.error("checkpoints will fail: %s", problem)
 
 
 def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:

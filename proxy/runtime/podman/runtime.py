@@ -124,7 +124,7 @@ class PodmanRuntime(KeepsImages):
         self._facts: dict[str, str] = {}
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
-        self._strays: Sequence[str] = ()
+        self._strays = strays.Strays(self._of_warmpools, claim.owner)
         self._bridges: dict[str, str] = {}
         """Network → its bridge's device; empty for a network of another kind."""
         self._annotated = True
@@ -203,6 +203,7 @@ class PodmanRuntime(KeepsImages):
 
     async def close(self) -> None:
         """Disconnect and give up the claim."""
+        await self._strays.close()
         await self._podman.close()
         self._ports.close()
         self._pid_namespaces.close()
@@ -229,7 +230,7 @@ class PodmanRuntime(KeepsImages):
             images = {key: image for key, (_, image) in usable.items()}
             lost = self._lost(models, images)
             golden = {key: manifest for key, (manifest, _) in usable.items()}
-        await self._look_for_strays()
+        await self._strays.look()
         entries = await self._ours()
         helpers = await asyncio.to_thread(abandoned.helpers) if entries else []
         found = await asyncio.gather(*(self._recovered(entry, models, images, helpers) for entry in entries))
@@ -255,15 +256,12 @@ class PodmanRuntime(KeepsImages):
 
     def strays(self) -> Sequence[str]:
         """See `Runtime.strays`."""
-        return self._strays
+        return self._strays.lines()
 
-    async def _look_for_strays(self) -> None:
-        """Those of other state folders that nobody holds: said here, and shown by the status."""
+    async def _of_warmpools(self) -> list[dict[str, Any]]:
         labelled = orjson.dumps({"label": [f"{container.LABEL}owner"]}).decode()
-        entries = await self._podman.get("/containers/json", all="true", filters=labelled)
-        self._strays = [*map(str, await asyncio.to_thread(strays.among, entries, self._claim.owner))]
-        for line in self._strays:
-            log.warning("%s", line)
+        entries: list[dict[str, Any]] = await self._podman.get("/containers/json", all="true", filters=labelled)
+        return entries
 
     async def _ours(self) -> list[dict[str, Any]]:
         owned = orjson.dumps({"label": [f"{container.LABEL}owner={self._claim.owner}"]}).decode()

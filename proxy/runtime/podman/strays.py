@@ -5,17 +5,27 @@ They are shown, never touched: a state folder may be moved, or be that of a warm
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import logging
 import os
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from proxy.runtime.podman.api import PodmanError
 from proxy.runtime.podman.container import LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+log = logging.getLogger("warmpool.runtime")
+
+AGAIN_S: Final = 600.0
+"""How old what is shown may be before it is looked for again."""
+_LOOK_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,50 @@ class Stray:
 
     def __str__(self) -> str:
         return f"{self.found}; if it is not to start again: {self.removal}"
+
+
+class Strays:
+    """What is known of them. `listed`: all containers of warmpools, as podman lists them; raises PodmanError."""
+
+    def __init__(
+        self,
+        listed: Callable[[], Awaitable[Iterable[Mapping[str, Any]]]],
+        owner: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._listed, self._owner, self._clock = listed, owner, clock
+        self._lines: list[str] = []
+        self._looked_at: float | None = None
+        self._again: asyncio.Task[None] | None = None
+
+    def lines(self) -> Sequence[str]:
+        """One for each; what is older than AGAIN_S is looked for again, for whoever asks next."""
+        if self._looked_at is not None and self._clock() - self._looked_at > AGAIN_S:
+            self._looked_at = self._clock()
+            self._again = asyncio.create_task(self._look_again(), name="look for containers that nobody holds")
+        return self._lines
+
+    async def look(self) -> None:
+        """Look for them, and say which are new. Raises PodmanError."""
+        found = [*map(str, await asyncio.to_thread(among, await self._listed(), self._owner))]
+        for line in found:
+            if line not in self._lines:
+                log.warning("%s", line)
+        self._lines, self._looked_at = found, self._clock()
+
+    async def _look_again(self) -> None:
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                await self.look()
+        except (PodmanError, TimeoutError) as error:
+            log.info("containers that nobody holds could not be looked for: %s", str(error) or "podman is too slow")
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        if self._again is not None:
+            self._again.cancel()
+            await asyncio.wait([self._again])
 
 
 def among(entries: Iterable[Mapping[str, Any]], owner: str) -> Sequence[Stray]:

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool.guard")
 
+PASSED: web.RequestKey[bool] = web.RequestKey("passed", bool)
+"""Of a request that may pass: what became of it is for its handler to say."""
 PUBLIC: Final = frozenset({"/health", "/ready"})
 """For load balancers: they say one bit each."""
 PAGE: Final = frozenset({"/admin", "/admin/"})
@@ -251,6 +253,7 @@ class Guard:
         except RequestError as error:
             self._note(request, error)
             raise
+        request[PASSED] = True
         return await handler(request)
 
     def _check_length(self, request: web.Request) -> None:
@@ -265,11 +268,13 @@ class Guard:
         # Those who only look pay nothing; a WebSocket is more than a look.
         if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
             request[CALLER] = Holder(known, self._clock)
+            request[PASSED] = True
             return await handler(request)
         admission = take_admitted(request) or self.admit(known)
         status = 0
         try:
             request[CALLER] = admission.holder
+            request[PASSED] = True
             response = await handler(request)
             status = response.status
             return response
