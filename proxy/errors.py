@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class WarmpoolError(Exception):
@@ -104,6 +104,12 @@ def fault_of(error: BaseException) -> Fault:
     return error.fault if isinstance(error, EngineError | RuntimeFailure) else Fault.HOST
 
 
+_LATER: Final = frozenset({429, 503})
+"""These always say when to try again."""
+RETRY: Final = {"Retry-After": "1"}
+"""For a 503 that is no error's."""
+
+
 class RequestError(WarmpoolError):
     """An answer to a client: HTTP status, OpenAI type and code, and when it is worth trying again.
 
@@ -126,12 +132,14 @@ class RequestError(WarmpoolError):
 
     def headers(self) -> dict[str, str]:
         """`Retry-After` in whole seconds, rounded up (RFC 9110, 10.2.3), where a later try makes sense."""
-        if self.retry_after_s is None:
+        if self.retry_after_s is None and self.status not in _LATER:
             return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s or 0)))}
 
-    def body(self, *, for_operator: bool = False) -> bytes:
-        """The error envelope as JSON."""
+    def body(self, *, for_operator: bool = False, anthropic: bool = False) -> bytes:
+        """The error envelope as JSON: OpenAI's, or Anthropic's."""
+        if anthropic:
+            return anthropic_envelope(self.message, status=self.status, code=self.code)
         return envelope(str(self) if for_operator else self.message, type_=self.type, param=self.param, code=self.code)
 
 
@@ -209,6 +217,26 @@ class MethodNotAllowedError(RequestError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+    def __init__(self, path: str, allowed: Iterable[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__(f"{path} takes {self.allowed} only.")
+
+    def headers(self) -> dict[str, str]:
+        """With the methods that it takes (RFC 9110, 15.5.6)."""
+        return {"Allow": self.allowed}
+
+
+class UpgradeRequiredError(RequestError):
+    """A request for a WebSocket that is no handshake, or not of a version that is spoken here."""
+
+    status = 426
+    type = "invalid_request_error"
+    code = "upgrade_required"
+
+    def headers(self) -> dict[str, str]:
+        """With the protocol (RFC 9110, 15.5.22) and its version (RFC 6455, 4.4)."""
+        return {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
 
 
 class ModelNotFoundError(RequestError):
@@ -332,6 +360,18 @@ class EngineFailedError(RequestError):
 def envelope(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> bytes:
     """One OpenAI error envelope as JSON."""
     return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})
+
+
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def anthropic_envelope(message: str, *, status: int, code: str | None = None) -> bytes:
+    """The same in the envelope of Anthropic's API, whose clients choose their exception by `type`."""
+    type_ = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return orjson.dumps({"type": "error", "error": {"type": type_, "message": message, "code": code}})
 
 
 def sse_error(body: bytes) -> bytes:

@@ -189,7 +189,7 @@ async def test_what_cannot_begin_is_an_http_answer(front: Front, path: str, stat
 
 async def test_a_request_without_an_upgrade_is_told_so(front: Front) -> None:
     async with front.session.get(PATH) as response:
-        assert (response.status, "upgrade" in error_of(await response.read())["message"]) == (400, True)
+        assert (response.status, "upgrade" in error_of(await response.read())["message"]) == (426, True)
     assert front.pool.status()["models"]["demo"]["instances"] == []
 
 

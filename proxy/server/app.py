@@ -21,12 +21,13 @@ from proxy.server.admin.status import Admin
 from proxy.server.auth.cors import Cors
 from proxy.server.auth.middleware import ADMIN, PASSED, Guard
 from proxy.server.connection_limits import CONNECTION, REFUSALS
+from proxy.server.expect import waits_with_body
 from proxy.server.faults import method_of, path_of, quieten, stack_of
 from proxy.server.forward import tracing
 from proxy.server.forward.affinity import ResponseIds
 from proxy.server.forward.model_resolver import Addressing
 from proxy.server.forward.relay import Relay
-from proxy.server.forward.routes import ROUTES, pattern
+from proxy.server.forward.routes import ROUTES, pattern, speaks_anthropic
 from proxy.server.forward.websocket import Realtime
 from proxy.server.front import Front
 from proxy.server.inflight import Traffic
@@ -68,7 +69,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
         except web.HTTPNotFound:
             answer = RouteNotFoundError(f"There is no route {request.method} {request.path}.")
         except web.HTTPMethodNotAllowed as error:
-            answer = MethodNotAllowedError(f"{request.path} takes {', '.join(sorted(error.allowed_methods))} only.")
+            answer = MethodNotAllowedError(request.path, error.allowed_methods)
         except web.HTTPException as error:
             answer = InvalidRequestError(error.reason)
         except web.RequestPayloadError:
@@ -82,12 +83,12 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
             metrics.requests.labels(UNKNOWN_MODEL, str(answer.status)).inc()
         operator = ADMIN.match(path_of(request)) is not None
         response = web.Response(
-            body=answer.body(for_operator=operator),
+            body=answer.body(for_operator=operator, anthropic=speaks_anthropic(request.path)),
             status=answer.status,
             headers=answer.headers(),
             content_type="application/json",
         )
-        if isinstance(answer, SlowUploadError):
+        if isinstance(answer, SlowUploadError) or waits_with_body(request):
             response.force_close()
         return response
 

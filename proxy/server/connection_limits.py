@@ -15,6 +15,7 @@ import asyncio
 import logging
 import resource
 from collections import Counter
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import hdrs, web
@@ -26,6 +27,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from proxy.config.values import is_loopback
 from proxy.errors import SlowUploadError, envelope
 from proxy.server.faults import stack_of
+from proxy.server.forward.response import date
 from proxy.telemetry.refusals import Refusals, network_of
 
 if TYPE_CHECKING:
@@ -191,10 +193,14 @@ class GuardedProtocol(RequestHandler):
         """Headers are complete: of one request, or of several that were sent at once."""
         self._head_began, self._head_bytes = None, 0
         for index in range(-min(count, len(self._messages)), 0):
-            message, _ = self._messages[index]
-            if not isinstance(message, _ErrInfo) and (problem := _problem_with(message)) is not None:
+            message, payload = self._messages[index]
+            if isinstance(message, _ErrInfo):
+                continue
+            if (problem := _problem_with(message)) is not None:
                 error = BadHttpMessage(problem)
                 self._messages[index] = (_ErrInfo(status=400, exc=error, message=problem), EMPTY_PAYLOAD)
+            elif hdrs.EXPECT in message.headers:
+                self._messages[index] = (_unexpecting(message), payload)
         message, payload = self._messages[-1]
         if not isinstance(message, _ErrInfo) and not payload.is_eof():
             self._body = payload
@@ -324,14 +330,28 @@ class GuardedProtocol(RequestHandler):
         else:
             status, text, code = _meaning(exc, self.max_line_size, self.max_field_size)
             self._note("malformed", f"a malformed request ({status} {code}, {type(exc).__name__})")
-        response = web.Response(
-            body=_body(status, text, code),
-            status=status,
-            content_type="application/json",
-            headers={"Server": "warmpool"},
-        )
-        response.force_close()
-        return response
+        return _Refusal(status, _raw(status, text, code))
+
+
+class _Refusal(web.StreamResponse):
+    """The answer to what aiohttp makes a request of HTTP/1.0 of, since it could not be parsed."""
+
+    def __init__(self, status: int, data: bytes) -> None:
+        super().__init__(status=status)
+        self._data = data
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """The connection ends."""
+        return False
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Write it."""
+        if request.transport is not None and not request.transport.is_closing():
+            request.transport.write(self._data)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Everything was written."""
 
 
 class _GuardedServer(web.Server):
@@ -386,6 +406,13 @@ class GuardedRunner(web.AppRunner):
         )
 
 
+def _unexpecting(message: Any) -> Any:
+    """Without `Expect`, which aiohttp would answer at once; see `proxy.server.expect`. Raw headers keep it."""
+    headers = message.headers.copy()
+    del headers[hdrs.EXPECT]
+    return message._replace(headers=headers)
+
+
 def _counted(host: str | None) -> str | None:
     """What connections are counted by; None: not counted."""
     return None if host is None or is_loopback(host) else network_of(host)
@@ -432,11 +459,11 @@ def _body(status: int, message: str, code: str) -> bytes:
 
 
 def _raw(status: int, message: str, code: str) -> bytes:
-    reason = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}[status]
     body = _body(status, message, code)
     retry = "Retry-After: 1\r\n" if status == 503 else ""
     head = (
-        f"HTTP/1.1 {status} {reason}\r\nServer: warmpool\r\nContent-Type: application/json\r\n{retry}"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nServer: warmpool\r\nDate: {date().decode('ascii')}\r\n"
+        f"Content-Type: application/json\r\n{retry}"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body

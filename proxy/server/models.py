@@ -9,7 +9,7 @@ import orjson
 from aiohttp import web
 
 import proxy
-from proxy.errors import ModelNotFoundError
+from proxy.errors import RETRY, ModelNotFoundError
 from proxy.server.auth.caller import caller_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Local:
 
     async def ping(self, _: web.Request) -> web.StreamResponse:
         """200 when requests are admitted, as SageMaker asks for it; engines are woken by requests, not by questions."""
-        return web.Response(status=200 if self._pool.ready else 503)
+        ready = self._pool.ready
+        return web.Response(status=200 if ready else 503, headers=None if ready else RETRY)
 
 
 def _json(value: object) -> web.Response:

@@ -8,6 +8,7 @@ import orjson
 from aiohttp import web
 
 from proxy import __version__
+from proxy.errors import RETRY
 from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Admin:
     async def ready(self, _: web.Request) -> web.StreamResponse:
         """200 when requests are admitted, 503 while starting and draining."""
         ready = self._pool.ready
-        return web.json_response({"ready": ready}, status=200 if ready else 503)
+        return web.json_response({"ready": ready}, status=200 if ready else 503, headers=None if ready else RETRY)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Prometheus' text format."""

@@ -28,6 +28,7 @@ from proxy.errors import (
 )
 from proxy.server.auth.caller import caller_of
 from proxy.server.auth.pages import contained
+from proxy.server.expect import ask_for_body
 from proxy.server.faults import method_of, path_of
 from proxy.server.forward import routes
 from proxy.server.forward.handed import take_begun
@@ -150,7 +151,8 @@ class Relay:
                 if begun is None:
                     raise
                 exchange.status = error.status
-                return await _end_with(begun, error.body())
+                anthropic = routes.speaks_anthropic(exchange.request.path)
+                return await _end_with(begun, error.body(anthropic=anthropic))
 
     def _found(self, model: str) -> dict[str, str]:
         return {"x-warmpool-tier": self._pool.tier(model).label}
@@ -197,7 +199,8 @@ class Relay:
         begun = await exchange.heartbeat.stop() if exchange.heartbeat is not None else None
         if begun is not None and not _is_stream(head):
             exchange.status = head.status
-            return await _end_with(begun, await _error_of(upstream))
+            anthropic = routes.speaks_anthropic(exchange.request.path)
+            return await _end_with(begun, await _error_of(upstream, anthropic=anthropic))
         answer = exchange.answer = begun or Answer(exchange.request)
         framed = answer.framed(http1.CHUNKED if begun is not None else head.length)
         first, done = upstream.start(framed=framed, drop_trailer=NOT_TO_CLIENT)
@@ -391,6 +394,7 @@ async def _body_of(request: web.Request, limit: int) -> bytes:
         # Nearly every body has come with its head.
         if content.is_eof() and content.total_bytes <= min(_READ_AT_ONCE, limit):
             return content.read_nowait()
+        ask_for_body(request)
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLargeError(f"The body is over the limit of {limit} bytes.") from None
@@ -452,7 +456,7 @@ def _is_stream(head: http1.Head) -> bool:
     return head.status == 200 and [t.split(b";")[0].strip().lower() for t in types] == [b"text/event-stream"]
 
 
-async def _error_of(upstream: Exchange) -> bytes:
+async def _error_of(upstream: Exchange, *, anthropic: bool) -> bytes:
     """What an engine answered instead of a stream, as an error envelope."""
     try:
         body = await upstream.read(_ERROR_BYTES)
@@ -460,7 +464,8 @@ async def _error_of(upstream: Exchange) -> bytes:
             return body
     except (ExchangeError, orjson.JSONDecodeError, TypeError, KeyError):
         pass
-    return UpstreamError(f"The engine answered {upstream.head.status} instead of a stream.").body()
+    error = UpstreamError(f"The engine answered {upstream.head.status} instead of a stream.")
+    return error.body(anthropic=anthropic)
 
 
 async def _end_with(answer: Answer, error: bytes) -> web.StreamResponse:

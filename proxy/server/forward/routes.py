@@ -119,6 +119,11 @@ _NAMES: Final = frozenset({"id", "model"})
 """The parts of warmpool's own paths that clients name, and so may have to percent-encode."""
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Whether the clients of a path expect errors in Anthropic's envelope."""
+    return path.startswith("/v1/messages") and path in ("/v1/messages", "/v1/messages/count_tokens")
+
+
 def spelled_as(resource: AbstractResource | None, target: str) -> bool:
     """Whether a request's target, as it came, has the path of the resource that was found letter by letter."""
     if resource is None:
@@ -164,6 +169,6 @@ def find(method: str, path: str, query: str = "") -> Match:
             {r.method for r in ROUTES if r.path == path} | {v for v, regex, _ in _WITH_ID if regex.fullmatch(path)}
         )
         if allowed:
-            raise MethodNotAllowedError(f"{path} takes {', '.join(allowed)} only.")
+            raise MethodNotAllowedError(path, allowed)
         raise RouteNotFoundError(f"There is no route {method} {path}.")
     return Match(route, f"{path}?{query}" if query else path, id_)

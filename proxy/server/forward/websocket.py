@@ -18,7 +18,7 @@ import aiohttp
 import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from proxy.errors import InvalidRequestError, RouteNotFoundError, UpstreamError
+from proxy.errors import InvalidRequestError, RouteNotFoundError, UpgradeRequiredError, UpstreamError
 from proxy.server.auth.caller import KEY_PROTOCOL, caller_of
 from proxy.server.faults import path_of
 from proxy.server.forward import routes
@@ -85,7 +85,7 @@ class Realtime:
         began = time.perf_counter()
         match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
         if not _asks_for_upgrade(request):
-            raise InvalidRequestError(f"{match.route.path} is a WebSocket: the request must ask for an upgrade.")
+            raise UpgradeRequiredError(f"{match.route.path} is a WebSocket: the request must ask for an upgrade.")
         address = self._addressing.find(match, "", b"")
         caller = caller_of(request)
         if caller is not None:
