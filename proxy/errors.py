@@ -292,6 +292,22 @@ class MediaTypeError(RequestError):
     code = "unsupported_media_type"
 
 
+class ContentCodingError(RequestError):
+    """A body in a content coding that is not decoded here."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_content_encoding"
+
+    def __init__(self, accepted: Iterable[str]) -> None:
+        self.accepted = ", ".join([*accepted, "identity"])
+        super().__init__(f"A body may be in one of these content codings: {self.accepted}.")
+
+    def headers(self) -> dict[str, str]:
+        """With those that are (RFC 9110, 15.5.16)."""
+        return {"Accept-Encoding": self.accepted}
+
+
 class BodyTooLargeError(RequestError):
     """A request body over the configured limit."""
 

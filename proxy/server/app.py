@@ -21,7 +21,6 @@ from proxy.server.admin.status import Admin
 from proxy.server.auth.cors import Cors
 from proxy.server.auth.middleware import ADMIN, PASSED, Guard
 from proxy.server.connection_limits import CONNECTION, REFUSALS
-from proxy.server.expect import waits_with_body
 from proxy.server.faults import method_of, path_of, quieten, stack_of
 from proxy.server.forward import tracing
 from proxy.server.forward.affinity import ResponseIds
@@ -32,6 +31,7 @@ from proxy.server.forward.websocket import Realtime
 from proxy.server.front import Front
 from proxy.server.inflight import Traffic
 from proxy.server.models import Local
+from proxy.server.request_body import waits_with_body
 from proxy.server.request_id import name_request, request_id
 from proxy.telemetry.metrics import UNKNOWN_MODEL
 

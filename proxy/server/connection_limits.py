@@ -382,6 +382,7 @@ class GuardedRunner(web.AppRunner):
         super().__init__(
             app,
             access_log=None,
+            auto_decompress=False,  # it has no bound for the whole, and knows other codings from host to host
             handler_cancellation=True,
             keepalive_timeout=limits.idle_timeout,
             lingering_time=_LINGER_S,
@@ -407,7 +408,7 @@ class GuardedRunner(web.AppRunner):
 
 
 def _unexpecting(message: Any) -> Any:
-    """Without `Expect`, which aiohttp would answer at once; see `proxy.server.expect`. Raw headers keep it."""
+    """Without `Expect`, which aiohttp would answer at once; see `proxy.server.request_body`. Raw headers keep it."""
     headers = message.headers.copy()
     del headers[hdrs.EXPECT]
     return message._replace(headers=headers)

@@ -15,7 +15,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proxy.errors import InvalidRequestError, MediaTypeError, RouteNotFoundError, WarmpoolError
-from proxy.server.expect import ask_for_body
+from proxy.server.request_body import body_of
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ async def _body(request: web.Request, shape: type[B]) -> B:
     if request.content_type != "application/json":
         raise MediaTypeError("An order needs the header `Content-Type: application/json`; its body may be `{}`.")
     try:
-        ask_for_body(request)
-        fields = orjson.loads(await request.read() or b"{}")
+        fields = orjson.loads(await body_of(request, request.client_max_size) or b"{}")
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not JSON: {error}.") from error
     try:

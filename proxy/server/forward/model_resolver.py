@@ -8,6 +8,7 @@ refused (forms).
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -76,8 +77,9 @@ class Addressing:
 
     def find_json(self, match: Match, body: bytes) -> Address:
         """The address of a request whose route has its model in JSON. Raises as `find` does."""
+        marked = body.startswith(codecs.BOM_UTF8)  # vLLM's server reads over it, as `json.loads` of bytes does
         try:
-            fields = orjson.loads(body)
+            fields = orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :] if marked else body)
         except orjson.JSONDecodeError as error:
             raise InvalidRequestError(f"The body is not JSON: {error}.") from error
         if not isinstance(fields, dict):
@@ -97,7 +99,8 @@ class Addressing:
         if name and changes.keys() == {"model"} and not removed and not repeated:
             body = replaced(body, "model", engine_name)
         elif changes or removed or repeated:
-            body = edited(body, changes, removed, checked)
+            text = body.removeprefix(codecs.BOM_UTF8)
+            body = body[: len(body) - len(text)] + edited(text, changes, removed, checked)
         instance = None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
             instance = self._instance(earlier, key)

@@ -13,13 +13,11 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
-from aiohttp import web
 
 from proxy.config.values import parse_duration
 from proxy.engine import http1
 from proxy.engine.connection import ExchangeError, SilenceError
 from proxy.errors import (
-    BodyTooLargeError,
     EngineFailedError,
     InvalidRequestError,
     RequestError,
@@ -28,13 +26,13 @@ from proxy.errors import (
 )
 from proxy.server.auth.caller import caller_of
 from proxy.server.auth.pages import contained
-from proxy.server.expect import ask_for_body
 from proxy.server.faults import method_of, path_of
 from proxy.server.forward import routes
 from proxy.server.forward.handed import take_begun
 from proxy.server.forward.heartbeat import Heartbeat
 from proxy.server.forward.response import Answer
 from proxy.server.forward.tracing import CONTEXT_FIELDS
+from proxy.server.request_body import body_of
 from proxy.server.request_id import HEADER as REQUEST_ID
 from proxy.server.request_id import request_id
 from proxy.telemetry.logs import lines_of_requests
@@ -43,6 +41,8 @@ from proxy.telemetry.refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from aiohttp import web
 
     from proxy.engine.connection import Exchange, Sink
     from proxy.pool.model import Lease
@@ -83,7 +83,6 @@ _NUMBER: Final = re.compile(r"\d+(\.\d+)?")
 _ERROR_BYTES: Final = 64 << 10
 _STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
 """What a Python stack looks like, in JSON or as text."""
-_READ_AT_ONCE: Final = 32 << 10
 _REQUEST_ID: Final = REQUEST_ID.encode("ascii")
 
 _ATTEMPTS: Final = 2
@@ -117,7 +116,7 @@ class Relay:
             match = routes.find(request.method, request.rel_url.raw_path, request.rel_url.raw_query_string)
             if self._traces is not None:
                 exchange.trace = self._traces.request(request.method, match.route.path, request.headers)
-            body = await _body_of(request, self._pool.settings.server.body_limit)
+            body = await body_of(request, self._pool.settings.server.body_limit)
             address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
             if exchange.caller is not None:
@@ -385,21 +384,6 @@ class _Exchange:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 1)
-
-
-async def _body_of(request: web.Request, limit: int) -> bytes:
-    """All of it. Raises BodyTooLargeError, or InvalidRequestError for one that is not coded as its fields say."""
-    content = request.content
-    try:
-        # Nearly every body has come with its head.
-        if content.is_eof() and content.total_bytes <= min(_READ_AT_ONCE, limit):
-            return content.read_nowait()
-        ask_for_body(request)
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLargeError(f"The body is over the limit of {limit} bytes.") from None
-    except web.RequestPayloadError:
-        raise InvalidRequestError("The body is not what its Content-Encoding or Transfer-Encoding says.") from None
 
 
 def max_wait_s(request: web.Request) -> float | None:
