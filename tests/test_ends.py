@@ -394,7 +394,7 @@ async def test_a_second_signal_ends_at_once_what_would_have_gone_on_for_long(tmp
 def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     program = """
 import threading
-from proxy import logs
+from proxy.telemetry import logs
 from proxy.server.last_resort import LastResort
 logs.to_stderr("text", "info")
 threading.Thread(target=threading.Event().wait).start()

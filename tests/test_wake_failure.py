@@ -117,16 +117,16 @@ def test_clients_see_nothing_of_this_host_but_the_tiers_that_failed() -> None:
     assert told == "The model 'demo' could not be started (tried: checkpointed, stopped)"
 
 
-def test_the_last_lines_are_bounded_and_cannot_steer_a_terminal(tmp_path: Path) -> None:
+async def test_the_last_lines_are_bounded_and_cannot_steer_a_terminal(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert last_lines(log) == []
+    assert (await last_lines(log)) == []
     log.write_bytes(b"before\n" + b"".join(b"line %d\n" % n for n in range(1000)) + b"\x1b[2Jlast\xff\n\n")
-    lines = last_lines(log)
+    lines = await last_lines(log)
     assert (len(lines), lines[-1], lines[0]) == (MAX_LINES, "[2Jlast\ufffd", "line 981")
     log.write_bytes(b"x" * 3 * MAX_BYTES)
-    assert [len(line) for line in last_lines(log)] == [MAX_BYTES]
+    assert [len(line) for line in await last_lines(log)] == [MAX_BYTES]
     log.write_bytes(b"an engine before\n2026-11-29T17:00:00.123456789+00:00 stderr F CUDA out of memory\n")
-    assert last_lines(log, len(b"an engine before\n")) == ["CUDA out of memory"]
+    assert await last_lines(log, len(b"an engine before\n")) == ["CUDA out of memory"]
 
 
 async def test_the_engines_last_lines_are_for_operators_and_never_for_clients(

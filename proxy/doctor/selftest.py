@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import aiofiles
+
 from proxy.checkpoint.store import MANIFEST, CheckpointStore
 from proxy.config.engine import CriuSettings
 from proxy.config.model import ModelSettings
@@ -127,7 +129,7 @@ async def _round_trip(runtime: Runtime, model: ModelSettings, log: Path, stages:
             run, _ = await _counted(log, "", _TICKS)
         with stages.measure("checkpoint"):
             await runtime.checkpoint(handle, ImageFacts(sleep_level=0, canary=None), Stages())
-        before = _last(log)
+        before = await _last(log)
         with stages.measure("restore"):
             handle = await runtime.restore(handle, Stages())
             after_run, after = await _counted(log, run, (before[1] if before else 0) + _TICKS)
@@ -152,29 +154,34 @@ async def _counted(log: Path, run: str, at_least: int) -> tuple[str, int]:
     try:
         async with asyncio.timeout(_PATIENCE_S):
             while True:
-                last = _last(log)
+                last = await _last(log)
                 if last is not None and (last[1] >= at_least or (run and last[0] != run)):
                     return last
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        last_words = await asyncio.to_thread(_tail, log)
+        last_words = await _tail(log)
         raise _TestError(f"the engine does not count; its log ends with: {last_words}") from None
 
 
-def _last(log: Path) -> tuple[str, int] | None:
+async def _last(log: Path) -> tuple[str, int] | None:
     try:
-        ticks = _TICK.findall(log.read_text("utf-8", "replace"))
+        ticks = _TICK.findall(await _text(log))
     except OSError:
         return None
     return (ticks[-1][0], int(ticks[-1][1])) if ticks else None
 
 
-def _tail(log: Path) -> str:
+async def _tail(log: Path) -> str:
     try:
-        lines = log.read_text("utf-8", "replace").splitlines()
+        lines = (await _text(log)).splitlines()
     except OSError as error:
         return f"({error.strerror})"
     return lines[-1] if lines else "(nothing)"
+
+
+async def _text(log: Path) -> str:
+    async with aiofiles.open(log, encoding="utf-8", errors="replace") as file:
+        return await file.read()
 
 
 @contextlib.contextmanager

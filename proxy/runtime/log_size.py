@@ -37,7 +37,10 @@ async def keep_small(paths: Callable[[], Iterable[Path]], limit_bytes: int) -> N
 
 
 def cut(path: Path, limit_bytes: int) -> bool:
-    """Keep the last half of the limit, from the beginning of a line, of a log that is over it. Raises OSError."""
+    """Keep the last half of the limit, from the beginning of a line, of a log that is over it. Raises OSError.
+
+    In one go, in one thread: what the engine writes between the reading and the cut is lost.
+    """
     if path.stat().st_size <= limit_bytes:
         return False
     descriptor = owned.open_file(path, os.O_RDWR)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Final
+
+import aiofiles
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,19 +31,18 @@ class LogTails:
         """The engine is about to be started or restored: what was written before is not its own."""
         self._began[instance_id] = _size(self._claim.log_path(instance_id))
 
-    def read(self, instance_id: str) -> list[str]:
+    async def read(self, instance_id: str) -> list[str]:
         """The last lines since then, MAX_LINES and MAX_BYTES at most; nothing where they cannot be read."""
-        path = self._claim.log_path(instance_id)
-        began = self._began.get(instance_id, 0)
-        return last_lines(path, began if began <= _size(path) else 0)  # it may have been rotated
+        return await last_lines(self._claim.log_path(instance_id), self._began.get(instance_id, 0))
 
 
-def last_lines(path: Path, began: int = 0) -> list[str]:
-    """The last lines of a log from byte `began` on, without control characters."""
+async def last_lines(path: Path, began: int = 0) -> list[str]:
+    """The last lines of a log from byte `began` on, without control characters; of all of it if it is shorter."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(began, _size(path) - MAX_BYTES))
-            text = file.read(MAX_BYTES).decode("utf-8", "replace")
+        async with aiofiles.open(path, "rb") as file:
+            size = await file.seek(0, os.SEEK_END)
+            await file.seek(max(began if began <= size else 0, size - MAX_BYTES))  # it may have been rotated
+            text = (await file.read(MAX_BYTES)).decode("utf-8", "replace")
     except OSError:
         return []
     lines = [_UNPRINTABLE.sub("", _PODMAN.sub("", line)) for line in text.splitlines()]

@@ -617,7 +617,7 @@ class PodmanRuntime(KeepsImages):
 
     async def log_tail(self, handle: Handle) -> list[str]:
         """See `Runtime.log_tail`."""
-        return await asyncio.to_thread(self._tails.read, handle.instance_id)
+        return await self._tails.read(handle.instance_id)
 
     async def drop(self, handle: Handle) -> None:
         """See `Runtime.drop`."""
