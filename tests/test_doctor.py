@@ -888,7 +888,7 @@ async def test_the_host_s_criu_configuration_stays_as_it_was(
     if before is not None:
         host.write(CRIU_CONF, before)
     host.answers |= {"podman import": (0, ""), "podman ps": (0, "left\n"), "podman rm": (0, ""), "ldd": (1, "static")}
-    host.programs |= {"sh", "sleep"}
+    host.programs |= {"sh"}
 
     def make(name: str, claim: Claim, store: CheckpointStore) -> Any:
         assert name == "podman"
@@ -896,7 +896,7 @@ async def test_the_host_s_criu_configuration_stays_as_it_was(
         return PretendedRuntime(claim, "")
 
     def which(program: str) -> str | None:
-        return shutil.which(program) if program in ("sh", "sleep") else FakeHost.which(host, program)
+        return shutil.which(program) if program == "sh" else FakeHost.which(host, program)
 
     host.which = which  # type: ignore[method-assign]
     settings = settings_of(tmp_path, pool={"checkpoint_dir": str(tmp_path)})
