@@ -125,7 +125,7 @@ async def test_an_upload_over_the_limit_is_refused(front: Front) -> None:
 
 async def test_an_upload_is_tried_again_when_the_engine_drops_it(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     await front.post("/tokenize", {"model": "demo", "prompt": "wake"})
-    client = next(iter(front.pool._state.models["demo"].slots.values())).client
+    client = next(iter(front.pool._state.models["demo"].instances.values())).client
     assert client is not None
     original, calls = client.upstream.exchange, []
 

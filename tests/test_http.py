@@ -113,7 +113,7 @@ async def test_the_body_reaches_the_engine_untouched_but_for_an_alias(front_of: 
 async def test_credentials_stay_here_and_hop_by_hop_headers_too(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
     await front.post("/v1/completions", ASK)
-    client = next(iter(front.pool._state.models["demo"].slots.values())).client
+    client = next(iter(front.pool._state.models["demo"].instances.values())).client
     assert client is not None
     original = client.upstream.exchange
 

@@ -42,7 +42,7 @@ class Many:
         self.metrics = Metrics()
         self.pool = Pool(self.settings, {"process": FakeRuntime()}, self.metrics)
         for key, model in self.pool._state.models.items():
-            self.pool._state.new_slot(model, f"{key}-1").instance.state = State.CHECKPOINTED
+            self.pool._state.new_instance(model, f"{key}-1").adopt(State.CHECKPOINTED, 0.0)
             self.metrics.count_request(key, 200)
             for n in range(50):
                 self.metrics.observe_ttft(key, "ready", n / 100)

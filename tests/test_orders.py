@@ -15,7 +15,7 @@ from tests.test_pool import rig_of, use
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from proxy.pool.model import Order
+    from proxy.pool.command import Command
 
 __all__ = ["rig_of"]
 
@@ -29,7 +29,7 @@ async def rig(rig_of: Any) -> Rig:
     return made
 
 
-async def carried_out(orders: Sequence[Order]) -> None:
+async def carried_out(orders: Sequence[Command]) -> None:
     async with asyncio.timeout(5):
         for order in orders:
             await order.carried_out()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.pool.command import Command
 from proxy.pool.gpu_accounting import EMPTY, HOST, GpuLoad
 from proxy.pool.instance import AWAKE, RESTING, Instance, State
 from proxy.pool.policy import (
@@ -423,9 +424,9 @@ def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() ->
     assert plan(*models, now=16.0, gpus=load).actions == [Wake("a", None, (StepDown(busy, Tier.SLEEPING, "evict"),))]
 
 
-def test_one_that_an_operator_sends_down_is_waited_for() -> None:
+async def test_one_that_an_operator_sends_down_is_waited_for() -> None:
     ordered = instance(State.READY, key="b", leases=1)
-    ordered.ordered = Tier.SUSPENDED
+    ordered.give(Command(ordered.id, Tier.READY, Tier.SUSPENDED))
     load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
     models = needy(since=0.0), model(ordered, key="b")
     assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered, "an order")]

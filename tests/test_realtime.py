@@ -201,7 +201,7 @@ async def test_a_model_may_be_without_and_so_may_its_engine(front_of: Any, monke
     other: Front = await front_of()
     async with other.session.ws_connect(PATH):
         pass
-    client = next(iter(other.pool._state.models["demo"].slots.values())).client
+    client = next(iter(other.pool._state.models["demo"].instances.values())).client
     assert client is not None
     original = client.websocket
     monkeypatch.setattr(client, "websocket", lambda target, **options: original("/v1/nothing", **options))

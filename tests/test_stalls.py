@@ -43,8 +43,8 @@ async def until(what: Callable[[], bool]) -> None:
 
 async def until_engine_runs(front: Front, count: int) -> None:
     """Return when there is an engine that works on so many requests."""
-    instances = front.pool._state.models["demo"].slots
-    await until(lambda: any(slot.instance.state is State.READY for slot in instances.values()))
+    instances = front.pool._state.models["demo"].instances
+    await until(lambda: any(instance.state is State.READY for instance in instances.values()))
     async with asyncio.timeout(PATIENCE_S):
         while (await front.engine_state())["running"] != count:
             await asyncio.sleep(0.02)

@@ -18,7 +18,7 @@ from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from proxy.pool.effects import Effects
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
 
 log = logging.getLogger("warmpool.pool")
@@ -59,8 +59,8 @@ class Admission:
             self._state.usage.note(model.key)
         if (lease := self._at_once(model, preferred)) is not None:
             return lease
-        held = policy.holding(model.instances(), preferred) if preferred is not None else None
-        found = tier_found(model.slots.values() if held is None else [model.slots[held.id]])
+        held = policy.holding(model.instances.values(), preferred) if preferred is not None else None
+        found = tier_found(model.instances.values() if held is None else [model.instances[held.id]])
         self._refuse_if_failing(model)
         self._refuse_if_full(model)
         self._refuse_if_longer(model, max_wait_s)
@@ -111,7 +111,7 @@ class Admission:
     def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
         if self._state.waiting and model.queue:
             return None
-        instance = policy.pick(model.instances(), model.settings.max_concurrency, preferred)
+        instance = policy.pick(model.instances.values(), model.settings.max_concurrency, preferred)
         if instance is None:
             return None
         lease = self._grant(model, instance, Tier.READY, 0.0, None)
@@ -147,15 +147,14 @@ class Admission:
         instance.begin_lease(time.time())
         self._state.open_leases += 1
         self._state.quiet.clear()
-        return Lease(self, model.slots[instance.id], found, queue_s, wake)
+        return Lease(self, model.instances[instance.id], found, queue_s, wake)
 
-    def lease_ended(self, slot: Slot, generation: int) -> None:
+    def lease_ended(self, instance: Instance, generation: int) -> None:
         """Take a lease back."""
         self._state.open_leases -= 1
-        instance = slot.instance
         if instance.generation == generation:
             instance.end_lease(self._state.clock(), time.time())
-            goes_on = instance.state is State.READY and slot.order is None
+            goes_on = instance.state is State.READY and instance.command is None
             if instance.leases and not self._state.waiting and goes_on:
                 # It goes on, and nobody waits: there is nothing to decide.
                 if self._state.listeners:
@@ -164,7 +163,9 @@ class Admission:
             if goes_on:
                 # Unless others wait for its place, nothing is to be decided now; what an idle one does next has time.
                 model = self._state.models.get(instance.model)
-                mine = model is not None and model.slots.get(instance.id) is slot  # a reload may have replaced it
+                mine = (
+                    model is not None and model.instances.get(instance.id) is instance
+                )  # a reload may have replaced it
                 others_wait = any(m.queue for m in self._state.models.values() if m is not model)
                 if model is not None and mine and not others_wait:
                     self.dispatch(model)
@@ -181,7 +182,7 @@ class Admission:
         done: list[Waiter] = []
         for waiter in model.queue:
             if not waiter.granted.done():
-                instance = policy.pick(model.instances(), model.settings.max_concurrency, waiter.preferred)
+                instance = policy.pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred)
                 if instance is None and waiter.preferred is None:
                     break
                 if instance is None:
@@ -200,20 +201,21 @@ class Admission:
         queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
         waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
 
-    async def examine(self, slot: Slot, generation: int) -> None:
+    async def examine(self, instance: Instance, generation: int) -> None:
         """Look at an engine that failed a request, and give it up if it does not serve."""
-        instance = slot.instance
         if self._state.phase is Phase.CLOSED or instance.generation != generation:
             return
         model = self._state.home(instance)
         most_s = model.settings.response_timeout
-        if most_s is not None and (silent_s := client_of(slot).silent_s) >= most_s:
-            self._effects.give_up_stalled(model, slot, f"no byte for {silent_s:.0f} s, which is over response_timeout")
+        if most_s is not None and (silent_s := client_of(instance).silent_s) >= most_s:
+            self._effects.give_up_stalled(
+                model, instance, f"no byte for {silent_s:.0f} s, which is over response_timeout"
+            )
             return
         healthy = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5.0):
-                healthy = await client_of(slot).healthy(model.settings.health.path)
+                healthy = await client_of(instance).healthy(model.settings.health.path)
         if not healthy and instance.generation == generation:
             log.warning("%s failed a request and does not answer %s", instance.id, model.settings.health.path)
-            self._effects.give_up(model, slot)
+            self._effects.give_up(model, instance)

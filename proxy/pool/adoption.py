@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from proxy.errors import EngineError, RuntimeFailure
-from proxy.pool.instance import Event, State
+from proxy.pool.instance import Instance, State
 from proxy.pool.model import NO_EVICTIONS, client_of, handle_of, image_of, limit_s, note_unexpected, too_slow
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
@@ -19,7 +19,8 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.pool.model import Image, Model, Slot
+    from proxy.pool.image import Image
+    from proxy.pool.model import Model
     from proxy.pool.moves import Moves
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Found, Runtime
@@ -55,7 +56,7 @@ class Adoption:
     async def _adopt(self, found: Found, images: Mapping[str, Image]) -> None:
         """Take over an instance as it is; one that runs but does not serve is ended."""
         model = self._state.models[found.handle.model]
-        if len(model.slots) >= model.settings.max_instances:
+        if len(model.instances) >= model.settings.max_instances:
             try:
                 await model.runtime.remove(found.handle)
             except RuntimeFailure as error:
@@ -65,73 +66,73 @@ class Adoption:
                     error,
                 )
             return
-        slot = self._state.new_slot(model, found.handle.instance_id)
-        self._steps.attach(model, slot, found.handle)
-        if not model.runtime.shares_images and slot.instance.id in images:
-            slot.image = images[slot.instance.id]
-        instance = slot.instance
+        instance = self._state.new_instance(model, found.handle.instance_id)
+        self._steps.attach(model, instance, found.handle)
+        if not model.runtime.shares_images and instance.id in images:
+            instance.image = images[instance.id]
         if found.tier is Tier.READY:
             if found.restored:
-                self._steps.note_restored(model, slot)
-            state = await self._state_of_running(model, slot)
+                self._steps.note_restored(model, instance)
+            state = await self._state_of_running(model, instance)
             left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
-            if state is State.BROKEN and left_s > 0 and await client_of(slot).loads(model.settings.health.path):
-                self._go_on_waking(model, slot, Tier.STOPPED, left_s)
+            if state is State.BROKEN and left_s > 0 and await client_of(instance).loads(model.settings.health.path):
+                self._go_on_waking(model, instance, Tier.STOPPED, left_s)
                 return
-            if state is State.READY and self._steps.owes_proof(model, slot):
-                self._go_on_waking(model, slot, Tier.CHECKPOINTED, model.settings.wake_timeout)
+            if state is State.READY and self._steps.owes_proof(model, instance):
+                self._go_on_waking(model, instance, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
-            instance.state = state
+            instance.adopt(state, self._state.clock())
         else:
-            instance.state = State.CHECKPOINTED if not slot.image.archived else State.ARCHIVED
+            resting = State.ARCHIVED if instance.image.archived else State.CHECKPOINTED
+            instance.adopt(resting, self._state.clock())
         if instance.state is State.BROKEN:
             log.warning("%s runs but does not serve: ended", instance.id)
-            self._effects.move(model, slot, "mend", self._downs.mend(model, slot))
+            self._effects.move(model, instance, "mend", self._downs.mend(model, instance))
             return
         if instance.state not in (State.CHECKPOINTED, State.ARCHIVED):
-            self._steps.watch(model, slot)
-        instance.idle_since = self._state.clock()
+            self._steps.watch(model, instance)
         log.info("%s adopted: %s", instance.id, instance.state.value)
 
-    def _go_on_waking(self, model: Model, slot: Slot, origin: Tier, left_s: float) -> None:
+    def _go_on_waking(self, model: Model, instance: Instance, origin: Tier, left_s: float) -> None:
         """An engine that loads, and whose time is not over, or one that was restored and has to prove itself."""
-        instance = slot.instance
-        instance.waking_from = origin
-        slot.wake_began = self._state.clock() - (limit_s(model.settings, origin) - left_s)
-        instance.apply(Event.WAKE)
-        self._steps.watch(model, slot)
+        instance.begin_wake(origin, self._state.clock() - (limit_s(model.settings, origin) - left_s))
+        self._steps.watch(model, instance)
         log.info("%s adopted: it is %s", instance.id, "loading" if origin is Tier.STOPPED else "to prove itself")
-        self._effects.move(model, slot, "wake", self._wake_adopted(model, slot, instance.generation, origin, left_s))
+        self._effects.move(
+            model, instance, "wake", self._wake_adopted(model, instance, instance.generation, origin, left_s)
+        )
 
-    async def _wake_adopted(self, model: Model, slot: Slot, generation: int, origin: Tier, left_s: float) -> None:
+    async def _wake_adopted(
+        self, model: Model, instance: Instance, generation: int, origin: Tier, left_s: float
+    ) -> None:
         """The rest of a wake that another warmpool began; all of it once more if that fails."""
-        stages, began, instance = Stages(), self._state.clock(), slot.instance
+        stages, began = Stages(), self._state.clock()
         rest = self._steps.load if origin is Tier.STOPPED else self._steps.prove
         try:
             async with asyncio.timeout(left_s):
-                await rest(model, slot, stages)
+                await rest(model, instance, stages)
         except Exception as error:  # noqa: BLE001 - as in `_wake`
             note_unexpected(instance, error)
             reason = str(error) or too_slow(model.settings, origin)
             log.warning("%s was adopted and did not come up: %s", instance.id, reason)
-            await self._wakes.clear_away(model, slot, origin, error)
-            await self._wakes.wake(model, slot, generation, NO_EVICTIONS)
+            await self._wakes.clear_away(model, instance, origin, error)
+            await self._wakes.wake(model, instance, generation, NO_EVICTIONS)
             return
         if instance.generation == generation and instance.state is State.WAKING:
             self._wakes.woken(model, instance, origin, origin, began, stages, whole=False)
 
-    async def _state_of_running(self, model: Model, slot: Slot) -> State:
-        client = client_of(slot)
+    async def _state_of_running(self, model: Model, instance: Instance) -> State:
+        client = client_of(instance)
         with contextlib.suppress(EngineError, RuntimeFailure, TimeoutError):
             async with asyncio.timeout(_ADOPT_S):
-                if not await model.runtime.listens(handle_of(slot)):
+                if not await model.runtime.listens(handle_of(instance)):
                     return State.BROKEN
                 asleep = await client.is_sleeping()
                 if asleep:
-                    slot.instance.sleep_level = DEEPEST_SLEEP  # which one is not to be learned: wake it thoroughly
+                    instance.sleeps(DEEPEST_SLEEP)  # which one is not to be learned: wake it thoroughly
                     return State.SLEEPING
                 if await client.healthy(model.settings.health.path):
                     if asleep is None:
-                        slot.instance.barred.add(Tier.SLEEPING)
+                        instance.bar(Tier.SLEEPING)
                     return State.READY
         return State.BROKEN

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError
 from proxy.pool import policy
+from proxy.pool.command import Command
 from proxy.pool.instance import Instance, State, WakeRecord
-from proxy.pool.model import Order, reset
 from proxy.pool.state import Phase
 from proxy.tiers import Tier
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from proxy.pool.admission import Admission
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.pool.moves import Moves
     from proxy.pool.state import PoolState
 
@@ -45,12 +45,12 @@ class Commands:
         """
         model = self._state.models[key]
         model.end_back_off()
-        surplus = len(model.slots) > model.settings.max_instances  # they go because the configuration says so
-        for slot in model.slots.values() if not surplus else ():
-            if slot.order is not None and slot.instance.state in (State.RETIRING, State.WAKING):
-                slot.end_order("an order to wake came after it")
+        surplus = len(model.instances) > model.settings.max_instances  # they go because the configuration says so
+        for instance in model.instances.values() if not surplus else ():
+            if instance.command is not None and instance.state in (State.RETIRING, State.WAKING):
+                instance.end_command("an order to wake came after it")
         self._moves.tick()
-        ready = next((i for i in model.instances() if i.state is State.READY), None)
+        ready = next((i for i in model.instances.values() if i.state is State.READY), None)
         if ready is not None and self._state.ready:
             return ready.id, Tier.READY, None
         async with await self._admission.lease(model.served_name, counts=False) as lease:
@@ -58,7 +58,7 @@ class Commands:
 
     def order_down(
         self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False
-    ) -> list[Order]:
+    ) -> list[Command]:
         """Send the instances of a model, or one of them, down to a tier or the next colder one that they have.
 
         Never cuts an answer off: with requests about, it is refused, or with `wait` the instance takes no new ones and
@@ -69,28 +69,28 @@ class Commands:
         if self._state.phase is not Phase.SERVING:
             raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
         model = self._state.models[key]
-        slots = [slot for slot in model.slots.values() if instance_id in (None, slot.instance.id)]
-        if instance_id is not None and not slots:
+        instances = [instance for instance in model.instances.values() if instance_id in (None, instance.id)]
+        if instance_id is not None and not instances:
             raise self._not_found(model, instance_id)
-        goals = {slot.instance.id: self._goal(model, slot, to) for slot in slots}
-        moving = [slot for slot in slots if _to_move(slot, goals[slot.instance.id])]
+        goals = {instance.id: self._goal(model, instance, to) for instance in instances}
+        moving = [instance for instance in instances if _to_move(instance, goals[instance.id])]
         if moving:
             self._refuse_order(model, moving, wait=wait)
         if discard and to is Tier.STOPPED and instance_id is None:
-            model.discarding = bool(model.slots)
+            model.discarding = bool(model.instances)
             self._moves.withdraw(key, "the model was stopped")
         orders = []
-        for slot in slots:
-            order = slot.order
-            goal = goals[slot.instance.id]
+        for instance in instances:
+            order = instance.command
+            goal = goals[instance.id]
             if order is None or order.to < goal:
-                order = Order(slot.instance.id, _height(slot.instance), goal)
-                slot.give(order)
+                order = Command(instance.id, _height(instance), goal)
+                instance.give(order)
             orders.append(order)
         self._moves.tick()
         return orders
 
-    def force_stop(self, key: str, *, instance_id: str | None = None, discard: bool = False) -> list[Order]:
+    def force_stop(self, key: str, *, instance_id: str | None = None, discard: bool = False) -> list[Command]:
         """End the instances of a model, or one of them, at once and whatever they do: answers are cut off.
 
         One that cannot be ended is written off, which fails its order. `discard`: a golden checkpoint goes too.
@@ -99,29 +99,28 @@ class Commands:
         if self._state.phase is not Phase.SERVING:
             raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
         self._moves.withdraw(key, "an operator stopped the model by force")
-        slots = [(m, s) for m in self._state.everyone() if m.key == key for s in m.slots.values()]
-        chosen = [(m, s) for m, s in slots if instance_id in (None, s.instance.id)]
+        instances = [(m, s) for m in self._state.everyone() if m.key == key for s in m.instances.values()]
+        chosen = [(m, s) for m, s in instances if instance_id in (None, s.id)]
         if instance_id is not None and not chosen:
             raise self._not_found(self._state.models[key], instance_id)
         orders = []
-        for model, slot in chosen:
-            orders.append(Order(slot.instance.id, _height(slot.instance), Tier.STOPPED))
-            slot.give(orders[-1])
-            if discard and model.runtime.shares_images and instance_id is None and slot.image.present:
-                reset(slot.image)
-                slot.discards_image = True
-            self._moves.force(model, slot)
+        for model, instance in chosen:
+            orders.append(Command(instance.id, _height(instance), Tier.STOPPED))
+            instance.give(orders[-1])
+            if discard and model.runtime.shares_images and instance_id is None and instance.image.present:
+                instance.image.gone()
+                instance.discards_image = True
+            self._moves.force(model, instance)
         self._moves.tick()
         return orders
 
     @staticmethod
     def _not_found(model: Model, instance_id: str) -> InstanceNotFoundError:
-        there = ", ".join(model.slots) or "none"
+        there = ", ".join(model.instances) or "none"
         return InstanceNotFoundError(f"{model.key!r} has no instance {instance_id!r}; there are: {there}.")
 
-    def _goal(self, model: Model, slot: Slot, to: Tier) -> Tier:
+    def _goal(self, model: Model, instance: Instance, to: Tier) -> Tier:
         """The tier that an order means for an instance. Raises ConflictError when it has none."""
-        instance = slot.instance
         if _height(instance) >= to:
             return to
         goal = policy.ordered_step(instance, to, model.view())
@@ -132,7 +131,7 @@ class Commands:
             raise ConflictError(f"{instance.id} has no tier {to.label}, nor a colder one but stopped: {reason}.")
         return goal
 
-    def _refuse_order(self, model: Model, moving: Sequence[Slot], *, wait: bool) -> None:
+    def _refuse_order(self, model: Model, moving: Sequence[Instance], *, wait: bool) -> None:
         """Raise ConflictError if something is in the way of an order to go down."""
         if model.settings.min_ready and not model.draining:
             raise ConflictError(
@@ -140,7 +139,7 @@ class Commands:
             )
         if wait:
             return
-        busy = [f"{s.instance.id} is answering {s.instance.leases}" for s in moving if s.instance.leases]
+        busy = [f"{s.id} is answering {s.leases}" for s in moving if s.leases]
         if busy:
             raise ConflictError(f'{"; ".join(busy)} requests. With "when_busy": "wait" it goes after the last.')
         if waiting := sum(not w.granted.done() for w in model.queue):
@@ -171,7 +170,7 @@ class Commands:
     def unused(self, key: str | None = None) -> bool:
         """Whether no request runs or waits, for one model or at all."""
         models = [model for name, model in self._state.models.items() if key in (None, name)]
-        return not any(m.queue or any(i.leases for i in m.instances()) for m in models)
+        return not any(m.queue or any(i.leases for i in m.instances.values()) for m in models)
 
     async def until_unused(self, key: str | None = None) -> None:
         """Return when no request runs or waits, for one model or at all, or the server is about to end."""
@@ -190,6 +189,6 @@ def _height(instance: Instance) -> Tier:
     return Tier.READY if instance.state is State.WAKING else instance.tier
 
 
-def _to_move(slot: Slot, goal: Tier) -> bool:
+def _to_move(instance: Instance, goal: Tier) -> bool:
     """Whether an order to go to `goal` asks something new of an instance."""
-    return _height(slot.instance) < goal and (slot.order is None or slot.order.to < goal)
+    return _height(instance) < goal and (instance.command is None or instance.command.to < goal)

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from proxy.pool import policy
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.instance import Instance
+    from proxy.pool.model import Model
 
 
 class Effects(Protocol):
@@ -24,13 +25,13 @@ class Effects(Protocol):
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task of the pool's; its end is a reason to decide anew."""
 
-    def move(self, model: Model, slot: Slot, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def move(self, model: Model, instance: Instance, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
 
     def step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
         """Begin to take an instance to a colder tier."""
 
-    def remove(self, model: Model, slot: Slot, reason: str) -> None:
+    def remove(self, model: Model, instance: Instance, reason: str) -> None:
         """Begin to end an instance that rests."""
 
     def withdraw(self, key: str, reason: str) -> None:
@@ -39,11 +40,11 @@ class Effects(Protocol):
     def note_moved(self) -> None:
         """Something moved: memory is to be looked at."""
 
-    def ended(self, model: Model, slot: Slot, watcher: asyncio.Task[str]) -> None:
+    def ended(self, model: Model, instance: Instance, watcher: asyncio.Task[str]) -> None:
         """The watcher of an engine says that it has ended."""
 
-    def give_up(self, model: Model, slot: Slot) -> None:
+    def give_up(self, model: Model, instance: Instance) -> None:
         """The engine is of no use any more. During a move the move's own task finds out."""
 
-    def give_up_stalled(self, model: Model, slot: Slot, reason: str) -> None:
+    def give_up_stalled(self, model: Model, instance: Instance, reason: str) -> None:
         """An engine that stands still: its clients get an error, and the next request another engine."""

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from proxy.pool import gpu_accounting, policy
-from proxy.pool.instance import RESTING, State
+from proxy.pool.instance import RESTING, Instance, State
 from proxy.pool.model import handle_of
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from proxy.gpu.cuda import Gpus
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.gpu_accounting import Bytes, GpuLedger
-    from proxy.pool.model import Evictions, Model, Slot
+    from proxy.pool.model import Evictions, Model
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.pool")
@@ -48,7 +48,7 @@ class GpuWatch:
         clock: Callable[[], float],
         everyone: Callable[[], Iterable[Model]],
         step_down: Callable[[policy.StepDown], asyncio.Task[None]],
-        give_up: Callable[[Model, Slot], None],
+        give_up: Callable[[Model, Instance], None],
         changed: Callable[[], None],
     ) -> None:
         self._gpus, self._ledger, self._metrics = gpus, ledger, metrics
@@ -90,47 +90,45 @@ class GpuWatch:
             log.exception("GPU memory could not be weighed")
 
     async def _weigh_all(self, gpus: Gpus) -> None:
-        seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
+        seen = [(m, s, s.state, s.generation) for m, s in self._live()]
         readings = asyncio.gather(*(m.runtime.gpu_bytes(handle_of(s)) for m, s, _, _ in seen))
         memory, held = await asyncio.gather(gpus.memory(), readings)
         if not memory:
             return
         settled = [s for _, s in self._live()] == [s for _, s, _, _ in seen]
-        for (model, slot, state, generation), count in zip(seen, held, strict=True):
-            instance = slot.instance
-            same = instance.state is state and instance.generation == generation and instance.id in model.slots
+        for (model, instance, state, generation), count in zip(seen, held, strict=True):
+            same = instance.state is state and instance.generation == generation and instance.id in model.instances
             settled = settled and same and (state in RESTING or state is State.RETIRING)
             if same:
                 self._ledger.weigh(instance, count, outgoing=model.leaving)
-                self._tell_if_worn(slot)
-        ours = [(slot.instance, count) for (_, slot, _, _), count in zip(seen, held, strict=True)]
+                self._tell_if_worn(instance)
+        ours = [(instance, count) for (_, instance, _, _), count in zip(seen, held, strict=True)]
         self._ledger.read(memory, ours, settled=settled)
         self._publish_gpus()
 
-    def _live(self) -> list[tuple[Model, Slot]]:
+    def _live(self) -> list[tuple[Model, Instance]]:
         """The instances that have processes."""
         return [
             (m, s)
             for m in self._everyone()
-            for s in m.slots.values()
-            if s.handle is not None and s.instance.state not in gpu_accounting.HOLDS_NOTHING
+            for s in m.instances.values()
+            if s.handle is not None and s.state not in gpu_accounting.HOLDS_NOTHING
         ]
 
-    def _tell_if_worn(self, slot: Slot) -> None:
-        instance = slot.instance
+    def _tell_if_worn(self, instance: Instance) -> None:
         if self._ledger.newly_worn(instance):
             log.warning(
                 "%s holds %d MiB more of the GPU than at first, after %d cycles: %s",
                 instance.id,
                 self._ledger.growth_bytes(instance) >> 20,
                 self._ledger.cycles(instance),
-                "it is replaced from its checkpoint when it is idle" if slot.renewable else "it has no checkpoint",
+                "it is replaced from its checkpoint when it is idle" if instance.renewable else "it has no checkpoint",
             )
 
-    async def weigh_once(self, model: Model, slot: Slot, kind: str) -> None:
+    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what a model holds awake or asleep in passing, where that was never seen."""
         if self._gpus is not None and not model.leaving and not self._ledger.knows(model.key, kind):
-            self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(slot)))})
+            self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(instance)))})
 
     async def make_sure(self, evictions: Evictions) -> None:
         """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
@@ -144,27 +142,27 @@ class GpuWatch:
 
     async def _find_room(self, evictions: Evictions) -> None:
         # One that fell asleep would go off the GPU behind the wake: now, so that there may be enough.
-        slots = {s.instance.id: (m, s) for m, s in self._live() if s.instance.id in evictions.expected}
-        victims = [slots[i] for i in evictions.tasks if i in slots]
-        for model, slot in victims:
-            if policy.may_suspend(slot.instance, model.view(), self._clock()):
-                self._step_down(policy.StepDown(slot.instance, Tier.SUSPENDED, "evict"))
-        leaving = [s.task for _, s in victims if s.instance.state is State.SUSPENDING and s.task is not None]
+        instances = {s.id: (m, s) for m, s in self._live() if s.id in evictions.expected}
+        victims = [instances[i] for i in evictions.tasks if i in instances]
+        for model, instance in victims:
+            if policy.may_suspend(instance, model.view(), self._clock()):
+                self._step_down(policy.StepDown(instance, Tier.SUSPENDED, "evict"))
+        leaving = [s.task for _, s in victims if s.state is State.SUSPENDING and s.task is not None]
         if leaving:
             await asyncio.wait(leaving)
         await self.weigh()
         if not await self._lacking(evictions.needed):
             return
         stopping = []
-        for instance_id, (model, slot) in slots.items():
-            if slot.instance.state not in (State.SLEEPING, State.SUSPENDED):
+        for instance_id, (model, instance) in instances.items():
+            if instance.state not in (State.SLEEPING, State.SUSPENDED):
                 continue
-            leaked = self._ledger.leaked_bytes(slot.instance, evictions.expected[instance_id])
+            leaked = self._ledger.leaked_bytes(instance, evictions.expected[instance_id])
             if leaked:
                 log.error("%s holds %d MiB more of the GPU than expected: stopped", instance_id, leaked >> 20)
                 self._metrics.gpu_leaks.labels(model.key).inc()
-                self._give_up(model, slot)
-                stopping += [slot.task] if slot.task is not None else []
+                self._give_up(model, instance)
+                stopping += [instance.task] if instance.task is not None else []
         if stopping:
             await asyncio.wait(stopping)
         if lacking := await self._lacking(evictions.needed):
@@ -181,12 +179,12 @@ class GpuWatch:
                 self._metrics.gpu_memory.labels(str(gpu["index"]), kind).set(gpu[f"{kind}_bytes"])
         for model in self._everyone():
             if not model.leaving:
-                held = sum(self._ledger.charged(model.instances()).values())
+                held = sum(self._ledger.charged(model.instances.values()).values())
                 self._metrics.instance_gpu.labels(model.key).set(held)
 
     def status(self) -> list[dict[str, Any]]:
         """For `/admin/status`: every GPU, and whose its memory is."""
-        charged = self._ledger.charged(i for m in self._everyone() for i in m.instances())
+        charged = self._ledger.charged(i for m in self._everyone() for i in m.instances.values())
         return [
             {
                 "index": gpu.index,

@@ -1,20 +1,27 @@
 """One managed engine: its states, the transition table, its leases and its generations.
 
 Everything that changes an instance's state is in `TRANSITIONS`; an event that is not there raises
-`IllegalTransitionError` and changes nothing. This module knows nothing of processes, HTTP or clocks.
+`IllegalTransitionError` and changes nothing. Nothing here starts or asks anything, and nobody else stores to what an
+instance is: tier, generation, leases, sleep level, command.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from proxy.errors import IllegalTransitionError
+from proxy.pool.image import Image
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping
+
+    from proxy.engine.client import EngineClient
+    from proxy.pool.command import Command
+    from proxy.runtime.base import Handle
 
 
 class State(enum.Enum):
@@ -179,11 +186,36 @@ class Instance:
     """
 
     __slots__ = (
-        "barred", "evicted", "generation", "id", "idle_since", "last_used_unix_s", "last_wake", "leases",
-        "model", "ordered", "postponed", "sleep_level", "state", "waking_from",
+        "barred",
+        "canary",
+        "client",
+        "command",
+        "discards_image",
+        "evicted",
+        "failed_steps",
+        "generation",
+        "handle",
+        "id",
+        "idle_since",
+        "image",
+        "last_used_unix_s",
+        "last_wake",
+        "leases",
+        "loading",
+        "model",
+        "postponed",
+        "sleep_level",
+        "state",
+        "task",
+        "unproven",
+        "wake_began",
+        "waking_from",
+        "warmup",
+        "watcher",
+        "weights_copy",
     )  # fmt: skip
 
-    def __init__(self, id_: str, model: str) -> None:
+    def __init__(self, id_: str, model: str, image: Image | None = None) -> None:
         self.id = id_
         self.model = model
         self.state = State.NEW
@@ -199,10 +231,33 @@ class Instance:
         """Tiers that this engine cannot step down to; not tried again until it was started anew."""
         self.postponed: dict[Tier, float] = {}
         """Tiers that could not be stepped down to for now, as for want of space, and when to try again."""
-        self.ordered: Tier | None = None
-        """An operator wants it on this tier, or a colder one; it takes no new request until it is there."""
+        self.command: Command | None = None
+        """What an operator wants of it and has not come true yet."""
         self.waking_from: Tier | None = None
+        self.wake_began = 0.0
         self.last_wake: WakeRecord | None = None
+
+        # What the transitions work with.
+        self.image = Image() if image is None else image
+        self.handle: Handle | None = None
+        self.client: EngineClient | None = None
+        self.task: asyncio.Task[None] | None = None
+        """The one move under way."""
+        self.watcher: asyncio.Task[str] | None = None
+        """Ends when the engine does."""
+        self.canary: str | None = None
+        """What the running engine answers."""
+        self.unproven = False
+        """It was restored, and was not given fresh randomness nor asked for its canary, if that is due, since."""
+        self.warmup: list[dict[str, float]] = []
+        self.weights_copy: Literal["none", "good", "lost"] = "none"
+        """`good`: there is a copy of the weights that fits this engine; `lost`: there was one."""
+        self.failed_steps = 0
+        """Steps down that failed without harm, in a row."""
+        self.discards_image = False
+        """Removing it deletes the image that it shares."""
+        self.loading = False
+        """Started from nothing and not healthy yet: another warmpool could go on from here."""
 
     def __repr__(self) -> str:
         return f"<Instance {self.id} {self.state.value} leases={self.leases} generation={self.generation}>"
@@ -225,6 +280,82 @@ class Instance:
         if event is Event.BROKE:
             self.leases = 0  # whoever holds one finds its generation over
         return target
+
+    def begin_wake(self, origin: Tier, began: float) -> None:
+        """It is woken from a tier since `began`."""
+        self.apply(Event.WAKE)
+        self.waking_from, self.wake_began = origin, began
+
+    def woken(self, record: WakeRecord) -> None:
+        """It is ready, and idle since then."""
+        self.apply(Event.AT_READY)
+        self.waking_from, self.last_wake, self.idle_since = None, record, record.ended
+
+    def begin_step_down(self, to: Tier, *, evicted: bool) -> None:
+        """It goes to a colder tier; `evicted`: to make room."""
+        self.apply(DESCENT[to])
+        self.evicted = evicted
+
+    def rest(self, tier: Tier, now: float) -> None:
+        """It has come to rest on a tier, and is idle there from `now`."""
+        self.apply(ARRIVAL[tier])
+        self.idle_since = now
+
+    def adopt(self, state: State, now: float) -> None:
+        """An earlier process left it in this state; only a new one can be found so."""
+        if self.state is not State.NEW:
+            raise IllegalTransitionError(f"{self.id}: adopted in state {self.state.value!r}")
+        self.state, self.idle_since = state, now
+
+    def started(self) -> None:
+        """Its engine was started from nothing: what the one before could not do is not known of this one."""
+        self.sleep_level = 0
+        self.barred.clear()
+        self.postponed.clear()
+
+    def sleeps(self, level: int) -> None:
+        """Its engine, or the one in its image, is in this sleep level; 0: it is awake."""
+        self.sleep_level = level
+
+    def bar(self, tier: Tier) -> None:
+        """This engine cannot step down to a tier."""
+        self.barred.add(tier)
+
+    def postpone(self, tier: Tier, until: float) -> None:
+        """It does not step down to a tier before then."""
+        self.postponed[tier] = until
+
+    def give(self, command: Command) -> None:
+        """Have it go where an operator wants it; a command that it has ends."""
+        before, self.command = self.command, command
+        if before is not None:
+            before.end(f"an order to go to {command.to.label} came after it")
+
+    def end_command(self, failure: str | None = None) -> None:
+        """Its command, if it has one, came true, or could not."""
+        command, self.command = self.command, None
+        if command is not None:
+            command.end(failure)
+
+    def fail_command(self, to: Tier, failure: str) -> None:
+        """The step to `to` failed; a command to go to a colder tier than that goes on."""
+        if self.command is not None and to >= self.command.to:
+            self.end_command(failure)
+
+    def note_command(self) -> None:
+        """End its command if that came true."""
+        if self.command is not None and self.state in RESTING and self.tier >= self.command.to:
+            self.end_command()
+
+    @property
+    def ordered(self) -> Tier | None:
+        """An operator wants it on this tier, or a colder one; it takes no new request until it is there."""
+        return self.command.to if self.command is not None else None
+
+    @property
+    def renewable(self) -> bool:
+        """Whether its processes can be had again from an image."""
+        return self.image.present and not self.image.archived
 
     @property
     def tier(self) -> Tier:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from proxy.host.facts import Memory
+    from proxy.pool.instance import Instance
     from proxy.pool.memory_accounting import MemoryLedger
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.pool")
@@ -76,7 +77,7 @@ class MemoryWatch:
         try:
             if self._read is not None:
                 memory = await asyncio.to_thread(self._read)
-                self._ledger.read(memory, sum(self._ledger.held(s.instance) for _, s in self._live()))
+                self._ledger.read(memory, sum(self._ledger.held(s) for _, s in self._live()))
         except Exception:
             log.exception("host memory could not be read")
 
@@ -89,28 +90,27 @@ class MemoryWatch:
             log.exception("host memory could not be read")
 
     async def _weigh_all(self, read: Callable[[], Memory]) -> None:
-        seen = [(m, s, s.instance.state, s.instance.generation) for m, s in self._live()]
+        seen = [(m, s, s.state, s.generation) for m, s in self._live()]
         # In this order: what an engine takes in between is within the reserve, and must not count twice.
         memory = await asyncio.to_thread(read)
         held = await asyncio.gather(*(m.runtime.host_bytes(handle_of(s)) for m, s, _, _ in seen))
         self._ledger.read(memory, sum(held))
-        for (model, slot, state, generation), count in zip(seen, held, strict=True):
-            instance = slot.instance
-            if instance.state is state and instance.generation == generation and instance.id in model.slots:
+        for (model, instance, state, generation), count in zip(seen, held, strict=True):
+            if instance.state is state and instance.generation == generation and instance.id in model.instances:
                 self._ledger.weigh(instance, count, outgoing=model.leaving)
         for model in self._everyone():
-            if not self._ledger.knows_image(model.key) and any(s.image.present for s in model.slots.values()):
+            if not self._ledger.knows_image(model.key) and any(s.image.present for s in model.instances.values()):
                 found = await model.runtime.footprint(model.key)
                 if found is not None:
                     self._ledger.learn(model.key, found.engine, found.image)
         self._publish()
 
-    def _live(self) -> list[tuple[Model, Slot]]:
+    def _live(self) -> list[tuple[Model, Instance]]:
         return [
             (m, s)
             for m in self._everyone()
-            for s in m.slots.values()
-            if s.handle is not None and s.instance.state not in HOLDS_NOTHING
+            for s in m.instances.values()
+            if s.handle is not None and s.state not in HOLDS_NOTHING
         ]
 
     def _publish(self) -> None:
@@ -120,4 +120,4 @@ class MemoryWatch:
         self._metrics.host_memory.labels("available").set(memory.available_bytes)
         for model in self._everyone():
             if not model.leaving:
-                self._metrics.instance_host.labels(model.key).set(sum(map(self._ledger.held, model.instances())))
+                self._metrics.instance_host.labels(model.key).set(sum(map(self._ledger.held, model.instances.values())))

@@ -7,11 +7,12 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
-from proxy.errors import EngineError, Fault, OrderFailedError, PortTakenError, RuntimeFailure, WakeFailedError
+from proxy.errors import EngineError, Fault, PortTakenError, RuntimeFailure, WakeFailedError
 from proxy.pool import policy, wake_failure
-from proxy.pool.instance import RESTING, State
+from proxy.pool.image import Image, Place
+from proxy.pool.instance import State
 from proxy.pool.wait_queue import Line
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
@@ -37,136 +38,27 @@ _COUNTED = 256
 _LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
 
 
-@dataclass(slots=True)
-class Image:
-    """What the pool knows of an image; one for all instances of a model where the runtime shares them."""
-
-    present: bool = False
-    archived: bool = False
-    """It is in the archive, and has to be brought back to tmpfs first."""
-    failures: int = 0
-    """Restores that failed, in a row."""
-    sleep_level: int = 0
-    canary: str | None = None
-    canary_checked: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever writes it or moves it."""
-    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever writes the copy of the weights."""
-    verification: asyncio.Task[None] | None = None
-    """Its files are read after a restore that failed."""
-
-
-class Order:
-    """An operator's order to an instance to go down to a tier."""
-
-    __slots__ = ("_ended", "found", "instance_id", "to")
-
-    def __init__(self, instance_id: str, found: Tier, to: Tier) -> None:
-        self.instance_id = instance_id
-        self.found = found
-        """Where the instance was when the order came; ready, if it was being woken."""
-        self.to = to
-        self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def open(self) -> bool:
-        """Whether it has still to come true."""
-        return not self._ended.done()
-
-    def end(self, failure: str | None = None) -> None:
-        """It came true, or could not."""
-        if self.open:
-            self._ended.set_result(failure)
-
-    async def carried_out(self) -> None:
-        """Return when the instance is there. Raises OrderFailedError; cancelling does not take the order back."""
-        failure = await asyncio.shield(self._ended)
-        if failure is not None:
-            raise OrderFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")
-
-
-@dataclass(slots=True)
-class Slot:
-    """An instance with what the pool holds of it."""
-
-    # "good": there is a copy of the weights that fits this engine; "lost": there was one.
-
-    instance: Instance
-    image: Image
-    handle: Handle | None = None
-    client: EngineClient | None = None
-    task: asyncio.Task[None] | None = None
-    """The one move under way."""
-    watcher: asyncio.Task[str] | None = None
-    """Ends when the engine does."""
-    canary: str | None = None
-    """What the running engine answers."""
-    unproven: bool = False
-    """It was restored, and was not given fresh randomness nor asked for its canary, if that is due, since."""
-    warmup: list[dict[str, float]] = field(default_factory=list)
-    weights_copy: Literal["none", "good", "lost"] = "none"
-    failed_steps: int = 0
-    """Steps down that failed without harm, in a row."""
-    discards_image: bool = False
-    """Removing it deletes the image that it shares."""
-    loading: bool = False
-    """Started from nothing and not healthy yet: another warmpool could go on from here."""
-    order: Order | None = None
-    """What an operator wants of it and has not come true yet."""
-    wake_began: float = 0.0
-
-    def give(self, order: Order) -> None:
-        """Have it go where an operator wants it; an order that it has ends."""
-        before, self.order = self.order, order
-        self.instance.ordered = order.to
-        if before is not None:
-            before.end(f"an order to go to {order.to.label} came after it")
-
-    def end_order(self, failure: str | None = None) -> None:
-        """Its order, if it has one, came true, or could not."""
-        order, self.order = self.order, None
-        self.instance.ordered = None
-        if order is not None:
-            order.end(failure)
-
-    def fail_order(self, to: Tier, failure: str) -> None:
-        """The step to `to` failed; an order for a colder tier than that goes on."""
-        if self.order is not None and to >= self.order.to:
-            self.end_order(failure)
-
-    def note_order(self) -> None:
-        """End its order if that came true."""
-        if self.order is not None and self.instance.state in RESTING and self.instance.tier >= self.order.to:
-            self.end_order()
-
-    @property
-    def renewable(self) -> bool:
-        """Whether its processes can be had again from an image."""
-        return self.image.present and not self.image.archived
-
-
 class _Lender(Protocol):
     """Who gives leases."""
 
-    def lease_ended(self, slot: Slot, generation: int) -> None: ...
+    def lease_ended(self, instance: Instance, generation: int) -> None: ...
 
-    async def examine(self, slot: Slot, generation: int) -> None: ...
+    async def examine(self, instance: Instance, generation: int) -> None: ...
 
 
 class Lease:
     """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
 
-    __slots__ = ("_pool", "_slot", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
+    __slots__ = ("_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
 
-    def __init__(self, pool: _Lender, slot: Slot, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
-        assert slot.client is not None  # noqa: S101 - ready instances have one
+    def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
+        assert instance.client is not None  # noqa: S101 - ready instances have one
         self._pool: _Lender | None = pool
-        self._slot = slot
-        self.client = slot.client
-        self.model = slot.instance.model
-        self.instance_id = slot.instance.id
-        self.generation = slot.instance.generation
+        self._instance = instance
+        self.client = instance.client
+        self.model = instance.model
+        self.instance_id = instance.id
+        self.generation = instance.generation
         self.found = found
         """What the request found when it came."""
         self.queue_s = queue_s
@@ -178,12 +70,12 @@ class Lease:
         """Give the instance back."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.lease_ended(self._slot, self.generation)
+            pool.lease_ended(self._instance, self.generation)
 
     async def suspect(self) -> None:
         """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
         if self._pool is not None:
-            await self._pool.examine(self._slot, self.generation)
+            await self._pool.examine(self._instance, self.generation)
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,7 +119,7 @@ class Model:
     runtime: Runtime
     ledger: GpuLedger
     memory: MemoryLedger
-    slots: dict[str, Slot] = field(default_factory=dict)
+    instances: dict[str, Instance] = field(default_factory=dict)
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""
     queue: Line[Waiter] = field(default_factory=Line)
@@ -261,9 +153,6 @@ class Model:
     def timetable(self) -> Mapping[Tier, float]:
         return self.settings.idle.timetable()
 
-    def instances(self) -> list[Instance]:
-        return [slot.instance for slot in self.slots.values()]
-
     def view(self) -> policy.ModelView:
         first = self.queue.first()
         # Some may have been cancelled in this moment; among many they make no difference.
@@ -271,7 +160,7 @@ class Model:
         waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
         return policy.ModelView(
             key=self.key,
-            instances=self.instances(),
+            instances=[*self.instances.values()],
             tiers=self.runtime.tiers().offered,
             timetable={} if self.coming else self.timetable,
             max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
@@ -284,8 +173,8 @@ class Model:
             start_at=self.start_at,
             failing=frozenset(self.failing),
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
-            worn=frozenset(i for i, s in self.slots.items() if s.renewable and self.ledger.worn(s.instance)),
-            wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances(), i)},
+            worn=frozenset(i for i, s in self.instances.items() if s.renewable and self.ledger.worn(s)),
+            wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances.values(), i)},
         )
 
     def fail_waiters(self, error: Exception) -> None:
@@ -313,13 +202,6 @@ class Model:
         self.failing.clear()
 
 
-def reset(image: Image) -> None:
-    """There is no image any more."""
-    image.present = image.archived = image.canary_checked = False
-    image.failures = 0
-    image.canary = None
-
-
 def hand_on(waiter: Waiter) -> None:
     """Give back a lease that was granted in the moment its waiter was cancelled."""
     granted = waiter.granted
@@ -327,24 +209,25 @@ def hand_on(waiter: Waiter) -> None:
         granted.result().release()
 
 
-def tiers_from(found: Tier, slot: Slot) -> list[Tier]:
+def tiers_from(found: Tier, instance: Instance) -> list[Tier]:
     """The tiers to try, warmest first."""
     tiers = [] if found is Tier.STOPPED else [found]
-    if found < Tier.CHECKPOINTED and slot.image.present:
-        tiers.append(Tier.ARCHIVED if slot.image.archived else Tier.CHECKPOINTED)
+    if found < Tier.CHECKPOINTED and instance.image.present:
+        tiers.append(Tier.ARCHIVED if instance.image.archived else Tier.CHECKPOINTED)
     return [*tiers, Tier.STOPPED]
 
 
-def tier_found(slots: Iterable[Slot]) -> Tier:
+def tier_found(instances: Iterable[Instance]) -> Tier:
     """The tier that a request finds: that of the warmest instance. A broken one goes on from its image."""
-    slots = [*slots]
-    broken = [s.image for s in slots if s.instance.state is State.BROKEN and s.image.present]
+    instances = [*instances]
+    broken = [s.image for s in instances if s.state is State.BROKEN and s.image.present]
     images = (Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED for image in broken)
-    return min((policy.best_tier(s.instance for s in slots), *images))
+    return min((policy.best_tier(s for s in instances), *images))
 
 
 def image_of(facts: ImageFacts) -> Image:
-    return Image(True, facts.archived, sleep_level=facts.sleep_level, canary=facts.canary)
+    place = Place.ARCHIVE if facts.archived else Place.TMPFS
+    return Image(place, sleep_level=facts.sleep_level, canary=facts.canary)
 
 
 def note_unexpected(instance: Instance, error: Exception) -> None:
@@ -368,22 +251,22 @@ def stop_grace_s(settings: Settings, runtime: str) -> float:
     return settings.runtime.podman.stop_grace if runtime == "podman" else settings.runtime.process.stop_grace
 
 
-def is_left(model: Model, slot: Slot) -> bool:
+def is_left(model: Model, instance: Instance) -> bool:
     """Whether the engine goes on without us, for the next warmpool to adopt."""
     if model.coming:
         return False
-    fit = slot.instance.state in _LEFT_RUNNING or (slot.instance.state is State.WAKING and slot.loading)
-    return fit and slot.handle is not None and model.runtime.leave(slot.handle)
+    fit = instance.state in _LEFT_RUNNING or (instance.state is State.WAKING and instance.loading)
+    return fit and instance.handle is not None and model.runtime.leave(instance.handle)
 
 
-def handle_of(slot: Slot) -> Handle:
-    assert slot.handle is not None  # noqa: S101 - an instance that was started has one
-    return slot.handle
+def handle_of(instance: Instance) -> Handle:
+    assert instance.handle is not None  # noqa: S101 - an instance that was started has one
+    return instance.handle
 
 
-def client_of(slot: Slot) -> EngineClient:
-    assert slot.client is not None  # noqa: S101 - made with the handle
-    return slot.client
+def client_of(instance: Instance) -> EngineClient:
+    assert instance.client is not None  # noqa: S101 - made with the handle
+    return instance.client
 
 
 _KILLED: Final = ("signal 9", "exit status 137", "out of memory")

@@ -12,9 +12,9 @@ from proxy.errors import NoMemoryError, RuntimeFailure
 from proxy.pool import gpu_accounting, policy
 from proxy.pool.gpu_monitor import GpuWatch
 from proxy.pool.image_faults import ImageFaults
-from proxy.pool.instance import DESCENT, MOVING, TRANSITIONS, Event, State
+from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
 from proxy.pool.memory_monitor import MemoryWatch
-from proxy.pool.model import NO_EVICTIONS, Evictions, client_of, is_left, reset
+from proxy.pool.model import NO_EVICTIONS, Evictions, client_of, is_left
 from proxy.pool.stalls import Stalls
 from proxy.pool.state import Phase
 from proxy.pool.stepping_down import SteppingDown
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Handle
 
@@ -102,7 +102,9 @@ class Moves:
 
     async def settled(self) -> None:
         """Return when no instance is on its way anywhere, those left aside that the next warmpool goes on with."""
-        while moves := self.tasks - {s.task for m in self._state.everyone() for s in m.slots.values() if is_left(m, s)}:
+        while moves := self.tasks - {
+            s.task for m in self._state.everyone() for s in m.instances.values() if is_left(m, s)
+        }:
             await asyncio.wait(moves)
 
     # --- what was decided ---
@@ -111,9 +113,9 @@ class Moves:
         match action:
             case policy.Clone(key):
                 model = self._state.models[key]
-                slot = self._state.new_slot(model, self._state.free_id(model))
-                slot.instance.apply(Event.CLONE)
-                self.move(model, slot, "clone", self.wakes.clone(model, slot))
+                instance = self._state.new_instance(model, self._state.free_id(model))
+                instance.apply(Event.CLONE)
+                self.move(model, instance, "clone", self.wakes.clone(model, instance))
             case policy.Wake():
                 self._begin_wake(action)
             case policy.StepDown():
@@ -139,14 +141,15 @@ class Moves:
         evictions = self._evict(action) if action.victims else NO_EVICTIONS
         model = self._state.models[action.model]
         known = action.instance
-        slot = model.slots[known.id] if known is not None else self._state.new_slot(model, self._state.free_id(model))
-        instance = slot.instance
+        instance = (
+            model.instances[known.id]
+            if known is not None
+            else self._state.new_instance(model, self._state.free_id(model))
+        )
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
-        instance.waking_from = found
-        slot.wake_began = self._state.clock()
-        instance.apply(Event.WAKE)
+        instance.begin_wake(found, self._state.clock())
         log.info("%s waking from %s", instance.id, found.label)
-        self.move(model, slot, "wake", self.wakes.wake(model, slot, instance.generation, evictions))
+        self.move(model, instance, "wake", self.wakes.wake(model, instance, instance.generation, evictions))
 
     def _evict(self, action: policy.Wake) -> Evictions:
         held = self._state.ledger.charge(action.instance) if action.instance is not None else gpu_accounting.NOTHING
@@ -154,9 +157,9 @@ class Moves:
         if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.ledger.gpus}):
             needed = {}  # as much was free before anybody made room: nothing is to be seen to
         expected = {}
-        for slot in (s for m in self._state.everyone() for s in m.slots.values()):
-            if slot.instance.state in (State.SLEEPING, State.SUSPENDED):
-                expected[slot.instance.id] = self._state.ledger.expected(slot.instance, slot.instance.tier)
+        for instance in (s for m in self._state.everyone() for s in m.instances.values()):
+            if instance.state in (State.SLEEPING, State.SUSPENDED):
+                expected[instance.id] = self._state.ledger.expected(instance, instance.tier)
         for victim in action.victims:
             expected[victim.instance.id] = self._state.ledger.expected(victim.instance, victim.to)
         tasks = {victim.instance.id: self.step_down(victim) for victim in action.victims}
@@ -165,25 +168,23 @@ class Moves:
     def step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
         instance = action.instance
         model = self._state.home(instance)
-        slot = model.slots[instance.id]
         origin = instance.tier
-        instance.apply(DESCENT[action.to])
-        instance.evicted = action.reason == "evict"
+        instance.begin_step_down(action.to, evicted=action.reason == "evict")
         # All may begin to go in one moment: the last one takes the image along.
-        last_of_discarded = model.discarding and all(s.instance.state is State.STOPPING for s in model.slots.values())
+        last_of_discarded = model.discarding and all(s.state is State.STOPPING for s in model.instances.values())
         frees_image = (
-            model.runtime.shares_images and slot.image.present and (action.reason == "idle" or last_of_discarded)
+            model.runtime.shares_images and instance.image.present and (action.reason == "idle" or last_of_discarded)
         )
         if action.to is Tier.STOPPED and frees_image:
-            reset(slot.image)  # the last tier frees everything, and no clone is prepared any more
-            slot.discards_image = True
+            instance.image.gone()  # the last tier frees everything, and no clone is prepared any more
+            instance.discards_image = True
         log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
         work = (
-            self.downs.remove(model, slot, action.reason)
+            self.downs.remove(model, instance, action.reason)
             if action.to is Tier.STOPPED
-            else self.downs.descend(model, slot, origin, action.to, action.reason)
+            else self.downs.descend(model, instance, origin, action.to, action.reason)
         )
-        return self.move(model, slot, "step down", work)
+        return self.move(model, instance, "step down", work)
 
     def note_moved(self) -> None:
         self.gpus.due.set()
@@ -201,15 +202,14 @@ class Moves:
             log.error("%s: %r", task.get_name(), error, exc_info=error)
         self.tick()
 
-    def move(self, model: Model, slot: Slot, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def move(self, model: Model, instance: Instance, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
-        task = slot.task = self.spawn(f"{name} {slot.instance.id}", work)
-        task.add_done_callback(partial(self._moved, model, slot))
+        task = instance.task = self.spawn(f"{name} {instance.id}", work)
+        task.add_done_callback(partial(self._moved, model, instance))
         return task
 
-    def _moved(self, model: Model, slot: Slot, task: asyncio.Task[None]) -> None:
-        instance = slot.instance
-        if self._state.phase is Phase.CLOSED or slot.task is not task or instance.state not in MOVING:
+    def _moved(self, model: Model, instance: Instance, task: asyncio.Task[None]) -> None:
+        if self._state.phase is Phase.CLOSED or instance.task is not task or instance.state not in MOVING:
             return
         error = None if task.cancelled() else task.exception()
         reason = f"{task.get_name()} ended in state {instance.state.value}: {error!r}"
@@ -218,18 +218,18 @@ class Moves:
             self.withdraw(model.key, reason)
             return
         if instance.state in (State.BROKEN, State.STOPPING):
-            self.downs.write_off(model, slot, reason)
+            self.downs.write_off(model, instance, reason)
             return
         if instance.state is State.WAKING:
-            self.wakes.fail(model, slot, [reason], [])
+            self.wakes.fail(model, instance, [reason], [])
         else:
             instance.apply(Event.BROKE)
-        self.move(model, slot, "mend", self.downs.mend(model, slot))
+        self.move(model, instance, "mend", self.downs.mend(model, instance))
 
-    def remove(self, model: Model, slot: Slot, reason: str) -> None:
+    def remove(self, model: Model, instance: Instance, reason: str) -> None:
         """Begin to end an instance that rests."""
-        slot.instance.apply(Event.STOP)
-        self.move(model, slot, "remove", self.downs.remove(model, slot, reason))
+        instance.apply(Event.STOP)
+        self.move(model, instance, "remove", self.downs.remove(model, instance, reason))
 
     def give_way(self, reason: str) -> None:
         for key in [*self._state.coming]:
@@ -244,66 +244,66 @@ class Moves:
             self._state.models[key].renewal = reason
         new.coming, new.leaving = False, True
         self._state.leaving.append(new)
-        for slot in new.slots.values():
-            log.warning("%s does not take over: %s", slot.instance.id, reason)
-            work, slot.discards_image = slot.task, slot.image.present and new.runtime.shares_images
-            reset(slot.image)
-            slot.instance.apply(Event.BROKE)
-            slot.instance.apply(Event.STOP)
-            self.move(new, slot, "remove", self._remove_after(work, new, slot))
+        for instance in new.instances.values():
+            log.warning("%s does not take over: %s", instance.id, reason)
+            work, instance.discards_image = instance.task, instance.image.present and new.runtime.shares_images
+            instance.image.gone()
+            instance.apply(Event.BROKE)
+            instance.apply(Event.STOP)
+            self.move(new, instance, "remove", self._remove_after(work, new, instance))
             if work is not None and work is not asyncio.current_task():
                 work.cancel()
 
-    async def _remove_after(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
+    async def _remove_after(self, work: asyncio.Task[None] | None, model: Model, instance: Instance) -> None:
         if work is not None:
             await asyncio.wait([work])
-        await self.downs.remove(model, slot, "withdrawn")
+        await self.downs.remove(model, instance, "withdrawn")
 
     # --- engines that end, or are ended ---
 
-    def ended(self, model: Model, slot: Slot, watcher: asyncio.Task[str]) -> None:
-        if watcher.cancelled() or slot.watcher is not watcher:
+    def ended(self, model: Model, instance: Instance, watcher: asyncio.Task[str]) -> None:
+        if watcher.cancelled() or instance.watcher is not watcher:
             return
         reason = watcher.result() if watcher.exception() is None else repr(watcher.exception())
-        log.warning("%s: the engine ended in state %s: %s", slot.instance.id, slot.instance.state.value, reason)
+        log.warning("%s: the engine ended in state %s: %s", instance.id, instance.state.value, reason)
         self._state.metrics.engine_exits.labels(model.key).inc()
-        self.give_up(model, slot)
+        self.give_up(model, instance)
 
-    def give_up(self, model: Model, slot: Slot) -> None:
+    def give_up(self, model: Model, instance: Instance) -> None:
         """The engine is of no use any more. During a move the move's own task finds out."""
-        if slot.instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
-            slot.instance.apply(Event.BROKE)
+        if instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
+            instance.apply(Event.BROKE)
             self._state.memory.broke(model.key)
-            self.move(model, slot, "mend", self.downs.mend(model, slot))
+            self.move(model, instance, "mend", self.downs.mend(model, instance))
             self.tick()
 
-    def give_up_stalled(self, model: Model, slot: Slot, reason: str) -> None:
+    def give_up_stalled(self, model: Model, instance: Instance, reason: str) -> None:
         """An engine that stands still: its clients get an error, and the next request another engine."""
-        log.error("%s stands still and is replaced: %s", slot.instance.id, reason)
+        log.error("%s stands still and is replaced: %s", instance.id, reason)
         self._state.metrics.engine_stalls.labels(model.key).inc()
-        client_of(slot).give_up("the engine stands still")
-        self.give_up(model, slot)
+        client_of(instance).give_up("the engine stands still")
+        self.give_up(model, instance)
 
-    def force(self, model: Model, slot: Slot) -> None:
-        instance, work = slot.instance, slot.task
+    def force(self, model: Model, instance: Instance) -> None:
+        work = instance.task
         log.warning("%s is stopped by force in state %s", instance.id, instance.state.value)
-        if slot.client is not None:
-            slot.client.give_up("an operator stopped the engine")
+        if instance.client is not None:
+            instance.client.give_up("an operator stopped the engine")
         if (instance.state, Event.BROKE) in TRANSITIONS:
             instance.apply(Event.BROKE)
         if instance.state is not State.STOPPING:
             instance.apply(Event.STOP)
-        self.move(model, slot, "force", self._force_down(work, model, slot))
+        self.move(model, instance, "force", self._force_down(work, model, instance))
         if work is not None:
             work.cancel()
 
-    async def _force_down(self, work: asyncio.Task[None] | None, model: Model, slot: Slot) -> None:
+    async def _force_down(self, work: asyncio.Task[None] | None, model: Model, instance: Instance) -> None:
         if work is not None:
             await asyncio.wait([work], timeout=2 * GIVE_UP_S)
-        await self.steps.unwatch(slot)
-        if slot.handle is not None:
+        await self.steps.unwatch(instance)
+        if instance.handle is not None:
             try:
-                await model.runtime.drop(slot.handle)
+                await model.runtime.drop(instance.handle)
             except RuntimeFailure as error:
-                log.error("%s: %s", slot.instance.id, error)
-        await self.downs.remove(model, slot, "force")
+                log.error("%s: %s", instance.id, error)
+        await self.downs.remove(model, instance, "force")

@@ -159,7 +159,7 @@ class Plan:
         self.deadline = when if self.deadline is None else min(self.deadline, when)
 
 
-def pick(instances: Sequence[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
+def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
     """The ready instance with room for one more request, that with the fewest; or None.
 
     Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for.

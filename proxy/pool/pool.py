@@ -20,7 +20,7 @@ from proxy.pool import policy, status
 from proxy.pool.admission import Admission
 from proxy.pool.adoption import Adoption
 from proxy.pool.commands import Commands
-from proxy.pool.instance import AWAKE, Event, State
+from proxy.pool.instance import AWAKE, Instance, State
 from proxy.pool.model import is_left, tier_found
 from proxy.pool.moves import Moves
 from proxy.pool.reconfigure import Reconfiguration
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.runtime.base import Handle, Runtime
     from proxy.telemetry.metrics import Metrics
 
@@ -147,7 +147,7 @@ class Pool:
         Nothing is begun that no request waits for.
         """
         self._state.advance(Phase.STOPPING)
-        self._state.give_up_orders()
+        self._state.give_up_commands()
         self._moves.give_way("the server is stopping")
         self._state.tell()
 
@@ -166,35 +166,35 @@ class Pool:
             self._timer.cancel()
         for model in self._state.models.values():
             model.fail_waiters(DrainingError("The server is shutting down.", retry_after_s=1.0))
-        self._state.give_up_orders()
+        self._state.give_up_commands()
         self._moves.give_way("the server is stopping")
         self._state.written_off.close()
         clock = asyncio.get_running_loop().time
         end = clock() + limit_s
         # A third of the time for each: what moves, engines, runtimes; more for those that come later.
         await _ended_within(end - limit_s * 2 / 3 - clock(), self._moves.cancel())
-        everyone = [(m, s) for m in self._state.everyone() for s in m.slots.values()]
+        everyone = [(m, s) for m in self._state.everyone() for s in m.instances.values()]
         grace_s = max(0.0, end - limit_s * 2 / 5 - clock())
-        ends = [asyncio.create_task(self._end(m, s, grace_s), name=f"end {s.instance.id}") for m, s in everyone]
+        ends = [asyncio.create_task(self._end(m, s, grace_s), name=f"end {s.id}") for m, s in everyone]
         await _ended_within(end - limit_s / 5 - clock(), ends)
         await _ended_within(end - clock(), [asyncio.create_task(r.close()) for r in self._state.runtimes.values()])
 
-    async def _end(self, model: Model, slot: Slot, grace_s: float) -> None:
+    async def _end(self, model: Model, instance: Instance, grace_s: float) -> None:
         """End an engine, by force after `grace_s`."""
-        await self._moves.steps.unwatch(slot)
-        if slot.client is not None:
-            await slot.client.disconnect()
-        if is_left(model, slot):
-            log.info("%s left running, for the next warmpool to adopt", slot.instance.id)
-        elif slot.handle is not None:
-            end = model.runtime.drop if slot.image.present else model.runtime.remove
+        await self._moves.steps.unwatch(instance)
+        if instance.client is not None:
+            await instance.client.disconnect()
+        if is_left(model, instance):
+            log.info("%s left running, for the next warmpool to adopt", instance.id)
+        elif instance.handle is not None:
+            end = model.runtime.drop if instance.image.present else model.runtime.remove
             try:
                 async with asyncio.timeout(grace_s):
-                    await end(slot.handle)
+                    await end(instance.handle)
             except TimeoutError:
-                log.warning("%s did not end within %.1f s: ended by force", slot.instance.id, grace_s)
-                await model.runtime.drop(slot.handle)
-        del model.slots[slot.instance.id]
+                log.warning("%s did not end within %.1f s: ended by force", instance.id, grace_s)
+                await model.runtime.drop(instance.handle)
+        del model.instances[instance.id]
 
     # --- deciding ---
 
@@ -207,8 +207,8 @@ class Pool:
             for model in self._state.models.values():
                 self._admission.dispatch(model)
             for model in self._state.everyone():
-                for slot in model.slots.values():
-                    slot.note_order()
+                for instance in model.instances.values():
+                    instance.note_command()
             plan = policy.decide(self._state.view(), self._state.clock())
             if self._state.coming and plan.presses():
                 self._moves.give_way("a request needed its place")
@@ -256,7 +256,7 @@ class Pool:
         if model.settings.min_ready or model.draining:
             return False
         on_tmpfs = model.runtime.shares_images and model.image.present and not model.image.archived
-        return not on_tmpfs and all(i.state is State.ARCHIVED for i in model.instances())
+        return not on_tmpfs and all(i.state is State.ARCHIVED for i in model.instances.values())
 
     async def until_room(self) -> None:
         """Return when no request waits for an engine, and one that is started would not make others step down."""
@@ -271,19 +271,18 @@ class Pool:
 
     def _is_tight(self) -> bool:
         limited = bool(self._state.settings.pool.max_awake or self._state.ledger.gpus)
-        return limited and any(i.state in AWAKE for m in self._state.everyone() for i in m.instances())
+        return limited and any(i.state in AWAKE for m in self._state.everyone() for i in m.instances.values())
 
     async def bring_back(self, key: str) -> bool:
         """Bring a model's image from the archive to tmpfs; whether there was one. Raises RuntimeFailure."""
         model = self._state.models[key]
-        slot = next((s for s in model.slots.values() if s.instance.state is State.ARCHIVED), None)
-        if slot is None:
+        instance = next((s for s in model.instances.values() if s.state is State.ARCHIVED), None)
+        if instance is None:
             return False
-        await self._moves.steps.unarchive(model, slot, Stages())
-        for same in [s for s in model.slots.values() if s.image is slot.image]:
-            if same.instance.state is State.ARCHIVED:
-                same.instance.apply(Event.AT_CHECKPOINTED)
-                same.instance.idle_since = self._state.clock()
+        await self._moves.steps.unarchive(model, instance, Stages())
+        for same in [s for s in model.instances.values() if s.image is instance.image]:
+            if same.state is State.ARCHIVED:
+                same.rest(Tier.CHECKPOINTED, self._state.clock())
         self.tick()
         return True
 
@@ -298,7 +297,7 @@ class Pool:
 
     def tier(self, key: str) -> Tier:
         """The tier that a request for the model would find."""
-        return tier_found(self._state.models[key].slots.values())
+        return tier_found(self._state.models[key].instances.values())
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from proxy.config import diff
 from proxy.errors import DrainingError
+from proxy.pool.command import Command
 from proxy.pool.instance import DESCENDING
-from proxy.pool.model import Order, image_of
+from proxy.pool.model import image_of
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ class Reconfiguration:
     async def _at_rest(self, models: Sequence[Model]) -> None:
         """Return when nothing is being written of an engine that will be gone."""
         while moves := [
-            slot.task
+            instance.task
             for model in models
-            for slot in model.slots.values()
-            if slot.instance.state in DESCENDING and slot.task is not None
+            for instance in model.instances.values()
+            if instance.state in DESCENDING and instance.task is not None
         ]:
             await asyncio.wait(moves)
 
@@ -110,10 +111,10 @@ class Reconfiguration:
 
     def _shrink(self, model: Model) -> None:
         """Fewer instances than there are: the coldest go, one that answers after its last request."""
-        surplus = max(0, len(model.slots) - model.settings.max_instances)
-        for slot in sorted(model.slots.values(), key=lambda s: (-s.instance.tier, s.instance.leases))[:surplus]:
-            slot.give(Order(slot.instance.id, slot.instance.tier, Tier.STOPPED))
+        surplus = max(0, len(model.instances) - model.settings.max_instances)
+        for instance in sorted(model.instances.values(), key=lambda s: (-s.tier, s.leases))[:surplus]:
+            instance.give(Command(instance.id, instance.tier, Tier.STOPPED))
 
 
 def _on_its_way_down(model: Model) -> bool:
-    return any(i.state in DESCENDING for i in model.instances())
+    return any(i.state in DESCENDING for i in model.instances.values())

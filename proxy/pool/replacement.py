@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from proxy.errors import OverdueError, RuntimeFailure
 from proxy.host import facts as host
 from proxy.pool import policy
-from proxy.pool.instance import DESCENDING, Event, State
-from proxy.pool.model import Model, Order, handle_of, note_unexpected
+from proxy.pool.command import Command
+from proxy.pool.instance import DESCENDING, Event, Instance, State
+from proxy.pool.model import Model, handle_of, note_unexpected
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from proxy.pool.model import Slot
     from proxy.pool.moves import Moves
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Outdated
@@ -39,7 +39,7 @@ class Replacements:
         for name, runtime in [*self._state.runtimes.items()]:
             mine = {key: m.settings for key, m in before.items() if m.settings.runtime == name}
             try:
-                found = await runtime.outdated(mine, {i for key in mine for i in before[key].slots})
+                found = await runtime.outdated(mine, {i for key in mine for i in before[key].instances})
             except RuntimeFailure as error:
                 log.warning("whether engines are outdated is not known: %s", error)
                 continue
@@ -52,7 +52,7 @@ class Replacements:
         known = model.outdated
         if outdated is None:
             # One that was lost is missed until there is an engine again.
-            if known is not None and (known.usable or model.slots):
+            if known is not None and (known.usable or model.instances):
                 self._effects.withdraw(model.key, "what had changed was undone")
                 model.outdated = None
             return
@@ -68,12 +68,11 @@ class Replacements:
 
     def _keep_from_reloading(self, model: Model) -> None:
         """Engines that would load their weights again at their wake go now; the others do not drop them any more."""
-        for slot in model.slots.values():
-            instance = slot.instance
+        for instance in model.instances.values():
             if instance.state in (State.SLEEPING, State.SUSPENDED) and instance.sleep_level == DEEPEST_SLEEP:
-                slot.give(Order(instance.id, instance.tier, Tier.STOPPED))
+                instance.give(Command(instance.id, instance.tier, Tier.STOPPED))
             else:
-                instance.barred.add(Tier.SLEEPING)
+                instance.bar(Tier.SLEEPING)
 
     def outdated(self) -> dict[str, str]:
         """Key → in which way; of those models that nothing is made for yet."""
@@ -114,38 +113,35 @@ class Replacements:
             key, old.settings, old.served_name, old.runtime, self._state.ledger, self._state.memory, coming=True
         )
         self._state.coming[key] = new
-        slot = self._state.new_slot(new, self._state.free_id(new))
-        slot.instance.waking_from = Tier.STOPPED
-        slot.wake_began = self._state.clock()
-        slot.instance.apply(Event.WAKE)
-        old.renewal = f"{slot.instance.id} is being made ready"
-        log.info("%s is started beside the outdated engines of %s", slot.instance.id, key)
-        await asyncio.wait([self._effects.move(new, slot, "renew", self._prepare(new, slot))])
+        instance = self._state.new_instance(new, self._state.free_id(new))
+        instance.begin_wake(Tier.STOPPED, self._state.clock())
+        old.renewal = f"{instance.id} is being made ready"
+        log.info("%s is started beside the outdated engines of %s", instance.id, key)
+        await asyncio.wait([self._effects.move(new, instance, "renew", self._prepare(new, instance))])
         return self._state.models.get(key) is new
 
-    async def _prepare(self, new: Model, slot: Slot) -> None:
+    async def _prepare(self, new: Model, instance: Instance) -> None:
         stages, began = Stages(), self._state.clock()
         try:
-            origin = await self._make_ready(new, slot, stages)
+            origin = await self._make_ready(new, instance, stages)
             while moves := self._moves_of(self._state.models[new.key]):
                 await asyncio.wait(moves)
-            slot.handle = new.runtime.promote(handle_of(slot))
+            instance.handle = new.runtime.promote(handle_of(instance))
         except Exception as error:  # noqa: BLE001 - whatever it was, the outdated engines serve on
-            note_unexpected(slot.instance, error)
+            note_unexpected(instance, error)
             self._effects.withdraw(new.key, f"failed: {str(error) or 'no result in time'}")
             return
-        self._take_over(new, slot)
-        self._wakes.woken(new, slot.instance, Tier.STOPPED, origin, began, stages, whole=False)
+        self._take_over(new, instance)
+        self._wakes.woken(new, instance, Tier.STOPPED, origin, began, stages, whole=False)
 
     def _moves_of(self, model: Model) -> list[asyncio.Task[None]]:
         """What may read the model's image, or write it."""
-        slots = model.slots.values()
-        return [s.task for s in slots if s.task is not None and s.instance.state in (*DESCENDING, State.WAKING)]
+        instances = model.instances.values()
+        return [s.task for s in instances if s.task is not None and s.state in (*DESCENDING, State.WAKING)]
 
-    async def _make_ready(self, new: Model, slot: Slot, stages: Stages) -> Tier:
+    async def _make_ready(self, new: Model, instance: Instance, stages: Stages) -> Tier:
         """From nothing to an engine that serves, by its own checkpoint where there is to be one."""
-        instance = slot.instance
-        await self._steps.climb(new, slot, Tier.STOPPED, stages)
+        await self._steps.climb(new, instance, Tier.STOPPED, stages)
         wanted = Tier.CHECKPOINTED in new.runtime.tiers().offered and Tier.CHECKPOINTED in new.timetable
         if not wanted or await self._lacks_memory(new, engine=False):
             return Tier.STOPPED  # it is warm, and writes its checkpoint when it is idle
@@ -154,15 +150,14 @@ class Replacements:
         instance.apply(Event.CHECKPOINT)
         with stages.measure("checkpoint"):
             async with asyncio.timeout(new.settings.checkpoint_timeout):
-                await self._steps.go_down(new, slot, Tier.READY, Tier.CHECKPOINTED)
+                await self._steps.go_down(new, instance, Tier.READY, Tier.CHECKPOINTED)
         self._state.ledger.arrived(instance, Tier.CHECKPOINTED)
         instance.apply(Event.AT_CHECKPOINTED)
-        instance.waking_from = Tier.CHECKPOINTED
-        instance.apply(Event.WAKE)
-        await self._steps.climb(new, slot, Tier.CHECKPOINTED, stages)
+        instance.begin_wake(Tier.CHECKPOINTED, instance.wake_began)
+        await self._steps.climb(new, instance, Tier.CHECKPOINTED, stages)
         return Tier.CHECKPOINTED
 
-    def _take_over(self, new: Model, slot: Slot) -> None:
+    def _take_over(self, new: Model, instance: Instance) -> None:
         """Have a model that was made ready take the place of the one of the same key."""
         old = self._state.models[new.key]
         del self._state.coming[new.key]
@@ -170,7 +165,7 @@ class Replacements:
         self._state.models[new.key] = new
         new.queue, old.queue = old.queue, new.queue
         new.draining = old.draining
-        log.info("%s: new requests go to %s", new.key, slot.instance.id)
-        if new.image.present or slot.image.present:
-            self._steps.keep_copy(new, slot)
+        log.info("%s: new requests go to %s", new.key, instance.id)
+        if new.image.present or instance.image.present:
+            self._steps.keep_copy(new, instance)
         self._state.send_away(old)

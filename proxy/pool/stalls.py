@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import RuntimeFailure
-from proxy.pool.instance import State
+from proxy.pool.instance import Instance, State
 from proxy.pool.model import client_of, handle_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from proxy.config.model import ModelSettings
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.runtime.base import Vitals
 
 log = logging.getLogger("warmpool.pool")
@@ -67,7 +67,9 @@ def is_stalled_long(settings: ModelSettings, silent_s: float) -> bool:
 class Stalls:
     """Looks after silent engines. `everyone`: all models; `give_up` ends an engine, for the reason given."""
 
-    def __init__(self, *, everyone: Callable[[], Iterable[Model]], give_up: Callable[[Model, Slot, str], None]) -> None:
+    def __init__(
+        self, *, everyone: Callable[[], Iterable[Model]], give_up: Callable[[Model, Instance, str], None]
+    ) -> None:
         self._everyone, self._give_up = everyone, give_up
         self._watcher: asyncio.Task[None] | None = None
         self._looks: dict[str, asyncio.Task[None]] = {}
@@ -90,16 +92,16 @@ class Stalls:
         while True:
             await asyncio.sleep(_EVERY_S)
             for model in self._everyone():
-                for slot in model.slots.values():
-                    self._consider(model, slot, loop.time())
+                for instance in model.instances.values():
+                    self._consider(model, instance, loop.time())
 
-    def _consider(self, model: Model, slot: Slot, now: float) -> None:
-        id_ = slot.instance.id
-        silent_s = slot.client.silent_s if slot.client is not None and _should_run(slot) else 0.0
+    def _consider(self, model: Model, instance: Instance, now: float) -> None:
+        id_ = instance.id
+        silent_s = instance.client.silent_s if instance.client is not None and _should_run(instance) else 0.0
         if not look_due(model.settings, silent_s):
             self._next.pop(id_, None)
         elif id_ not in self._looks and now >= self._next.get(id_, now):
-            task = self._looks[id_] = asyncio.create_task(self._look(model, slot), name=f"look at {id_}")
+            task = self._looks[id_] = asyncio.create_task(self._look(model, instance), name=f"look at {id_}")
             task.add_done_callback(lambda done: self._looked(id_, done))
 
     def _looked(self, id_: str, task: asyncio.Task[None]) -> None:
@@ -107,31 +109,31 @@ class Stalls:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s could not be looked at: %r", id_, error, exc_info=error)
 
-    async def _look(self, model: Model, slot: Slot) -> None:
-        generation = slot.instance.generation
+    async def _look(self, model: Model, instance: Instance) -> None:
+        generation = instance.generation
         try:
-            reason = await self._reason(model, slot)
+            reason = await self._reason(model, instance)
         except RuntimeFailure as error:
-            log.warning("%s could not be looked at: %s", slot.instance.id, error)
+            log.warning("%s could not be looked at: %s", instance.id, error)
             reason = None
-        if reason is not None and slot.instance.generation == generation and _should_run(slot):
-            self._give_up(model, slot, reason)
+        if reason is not None and instance.generation == generation and _should_run(instance):
+            self._give_up(model, instance, reason)
             return
         settings = model.settings
         rest_s = min(settings.stall_after or settings.wake_timeout, settings.wake_timeout)
-        self._next[slot.instance.id] = asyncio.get_running_loop().time() + rest_s
+        self._next[instance.id] = asyncio.get_running_loop().time() + rest_s
 
-    async def _reason(self, model: Model, slot: Slot) -> str | None:
+    async def _reason(self, model: Model, instance: Instance) -> str | None:
         """Why an engine is to be given up; None while anything speaks for it."""
-        before = await self._read(model, slot)
+        before = await self._read(model, instance)
         if before.vitals.stopped:
             await asyncio.sleep(_STOPPED_AGAIN_S)
-            stopped = (await model.runtime.vitals(handle_of(slot))).stopped
+            stopped = (await model.runtime.vitals(handle_of(instance))).stopped
             return "its processes were stopped, or its container paused, by hand" if stopped else None
-        client = client_of(slot)
-        if not is_stalled_long(model.settings, client.silent_s) or await self._generates(model, slot, before.at):
+        client = client_of(instance)
+        if not is_stalled_long(model.settings, client.silent_s) or await self._generates(model, instance, before.at):
             return None
-        after = await self._read(model, slot)
+        after = await self._read(model, instance)
         if not is_stalled_long(model.settings, client.silent_s) or not stands_still(before, after):
             return None
         return (
@@ -139,23 +141,23 @@ class Stalls:
             f"{model.settings.wake_timeout:g} s, and its token counters and CPU time stand still"
         )
 
-    async def _generates(self, model: Model, slot: Slot, began: float) -> bool:
+    async def _generates(self, model: Model, instance: Instance, began: float) -> bool:
         """Ask for one token; where there is none, the whole time is given before anything is concluded."""
         ends = began + model.settings.wake_timeout
         try:
             async with asyncio.timeout_at(ends):
-                if await client_of(slot).generates():
+                if await client_of(instance).generates():
                     return True
         except TimeoutError:
             return False
         await asyncio.sleep(max(0.0, ends - asyncio.get_running_loop().time()))
         return False
 
-    async def _read(self, model: Model, slot: Slot) -> Reading:
-        vitals = await model.runtime.vitals(handle_of(slot))
-        progress = {} if vitals.stopped else await client_of(slot).progress()
+    async def _read(self, model: Model, instance: Instance) -> Reading:
+        vitals = await model.runtime.vitals(handle_of(instance))
+        progress = {} if vitals.stopped else await client_of(instance).progress()
         return Reading(asyncio.get_running_loop().time(), progress, vitals)
 
 
-def _should_run(slot: Slot) -> bool:
-    return slot.instance.state in (State.READY, State.RETIRING) and slot.handle is not None
+def _should_run(instance: Instance) -> bool:
+    return instance.state in (State.READY, State.RETIRING) and instance.handle is not None

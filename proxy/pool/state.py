@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import ModelNotFoundError
 from proxy.pool import policy
+from proxy.pool.command import Command
 from proxy.pool.gpu_accounting import GpuLedger
+from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
 from proxy.pool.memory_accounting import MemoryLedger
-from proxy.pool.model import Image, Model, Order, Slot, stop_grace_s, tier_found
+from proxy.pool.model import Model, stop_grace_s, tier_found
 from proxy.pool.written_off import WrittenOff
 from proxy.runtime.bounded import Bounded
 from proxy.telemetry.overdue import Overdue
@@ -128,17 +130,17 @@ class PoolState:
 
     def home(self, instance: Instance) -> Model:
         """The model that an instance belongs to; of that name there may be two."""
-        return next(m for m in self.everyone() if (s := m.slots.get(instance.id)) and s.instance is instance)
+        return next(m for m in self.everyone() if (s := m.instances.get(instance.id)) and s is instance)
 
-    def new_slot(self, model: Model, instance_id: str) -> Slot:
+    def new_instance(self, model: Model, instance_id: str) -> Instance:
         """Another instance of a model."""
-        slot = Slot(Instance(instance_id, model.key), model.image if model.runtime.shares_images else Image())
-        model.slots[instance_id] = slot
-        return slot
+        instance = Instance(instance_id, model.key, model.image if model.runtime.shares_images else None)
+        model.instances[instance_id] = instance
+        return instance
 
     def free_id(self, model: Model) -> str:
         """An id that no instance of the model has, nor one that was written off."""
-        taken = {instance_id for m in self.everyone() if m.key == model.key for instance_id in m.slots}
+        taken = {instance_id for m in self.everyone() if m.key == model.key for instance_id in m.instances}
         ids = (f"{model.key}-{n}" for n in itertools.count(1))
         return next(i for i in ids if i not in taken and i not in self.written_off)
 
@@ -154,9 +156,9 @@ class PoolState:
             self.settings.pool.max_awake,
             self.settings.pool.switch_after,
             self.memory.load(
-                self.ledger.load(i for m in everyone for i in m.instances()),
-                (i for m in everyone for i in m.instances()),
-                {i: (s.image.present, not m.runtime.shares_images) for m in everyone for i, s in m.slots.items()},
+                self.ledger.load(i for m in everyone for i in m.instances.values()),
+                (i for m in everyone for i in m.instances.values()),
+                {i: (s.image.present, not m.runtime.shares_images) for m in everyone for i, s in m.instances.items()},
             ),
         )
 
@@ -168,11 +170,9 @@ class PoolState:
     def estimate_s(self, key: str) -> float:
         """How long a request for the model would wait for a wake, from measured ones, in seconds."""
         model = self.models[key]
-        tier = tier_found(model.slots.values())
+        tier = tier_found(model.instances.values())
         whole_s = self.costs.estimate_s(key, tier)
-        waking = [
-            s.wake_began for s in model.slots.values() if s.instance.state is State.WAKING and s.instance.tier is tier
-        ]
+        waking = [s.wake_began for s in model.instances.values() if s.state is State.WAKING and s.tier is tier]
         return max(0.0, whole_s - (self.clock() - min(waking))) if waking else whole_s
 
     def send_away(self, model: Model) -> None:
@@ -182,15 +182,15 @@ class PoolState:
         # The image of that name may be another engine's soon: nothing here may touch it.
         model.image = Image()
         self.leaving.append(model)
-        for slot in model.slots.values():
+        for instance in model.instances.values():
             if model.runtime.shares_images:
-                slot.image = model.image
-            slot.give(Order(slot.instance.id, slot.instance.tier, Tier.STOPPED))
+                instance.image = model.image
+            instance.give(Command(instance.id, instance.tier, Tier.STOPPED))
         self.forget_if_gone(model)
 
     def forget_if_gone(self, model: Model) -> None:
         """Drop a model that leaves when its last instance is gone."""
-        if model.leaving and not model.slots:
+        if model.leaving and not model.instances:
             self.leaving.remove(model)
             if model.key not in self.models:
                 self.metrics.forget(model.key)
@@ -208,11 +208,11 @@ class PoolState:
         for tier, reason in runtime.tiers().missing.items():
             log.warning("no tier %s with runtime %s: %s", tier.label, runtime.name, reason)
 
-    def give_up_orders(self) -> None:
+    def give_up_commands(self) -> None:
         """The server shuts down: no order comes true any more."""
         for model in self.everyone():
-            for slot in model.slots.values():
-                slot.end_order("the server is shutting down")
+            for instance in model.instances.values():
+                instance.end_command("the server is shutting down")
 
     def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have `callback` called after whatever `status` says may have changed; the result ends that."""

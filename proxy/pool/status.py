@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from proxy.pool import policy
-from proxy.pool.instance import State
+from proxy.pool.instance import Instance, State
 from proxy.pool.model import tier_found
 from proxy.pool.state import Phase
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from proxy.pool.instance import WakeRecord
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
 
 
@@ -27,8 +27,10 @@ def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
         "draining": state.draining or state.phase >= Phase.DRAINING,
         "leases": state.open_leases,
         "models": models,
-        "coming": [instance_status(m, slot, now) for m in state.coming.values() for slot in m.slots.values()],
-        "leaving": [instance_status(m, slot, now) for m in state.leaving for slot in m.slots.values()],
+        "coming": [
+            instance_status(m, instance, now) for m in state.coming.values() for instance in m.instances.values()
+        ],
+        "leaving": [instance_status(m, instance, now) for m in state.leaving for instance in m.instances.values()],
         "wakes": [*state.wakes],
         "strays": [line for runtime in state.runtimes.values() for line in runtime.strays()],
         "overdue": state.overdue.status(),
@@ -42,7 +44,7 @@ def publish(state: PoolState) -> Iterator[None]:
     for model in state.everyone():
         models.setdefault(model.key, []).append(model)
     for key, same in models.items():
-        instances = [i for m in same for i in m.instances()]
+        instances = [i for m in same for i in m.instances.values()]
         counts = Counter(i.state for i in instances)
         for kind in State:
             if kind is not State.GONE:
@@ -60,7 +62,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "name": model.served_name,
         "aliases": [*model.settings.aliases],
         "draining": model.draining,
-        "tier": tier_found(model.slots.values()).label,
+        "tier": tier_found(model.instances.values()).label,
         "queue": len(model.queue),
         "backs_off_s": round(max(0.0, model.start_at - now), 3),
         "last_failure": None if model.last_failure is None else model.last_failure.status(),
@@ -73,7 +75,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "gpu_need_bytes": model.ledger.need(model.key),
         "host_need_bytes": model.memory.need(model.key),
         "outdated": _outdated(model),
-        "instances": [instance_status(model, slot, now) for slot in model.slots.values()],
+        "instances": [instance_status(model, instance, now) for instance in model.instances.values()],
     }
 
 
@@ -83,9 +85,9 @@ def _outdated(model: Model) -> dict[str, Any] | None:
     return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
 
 
-def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:
+def instance_status(model: Model, instance: Instance, now: float) -> dict[str, Any]:
     """One instance."""
-    instance, wake = slot.instance, slot.instance.last_wake
+    wake = instance.last_wake
     step = policy.next_step(instance, model.view())
     due = None if step is None else round(time.time() + max(0.0, step[1] - now))
     return {
@@ -94,7 +96,7 @@ def instance_status(model: Model, slot: Slot, now: float) -> dict[str, Any]:
         "tier": instance.tier.label,
         "leases": instance.leases,
         "generation": instance.generation,
-        "has_checkpoint": slot.image.present,
+        "has_checkpoint": instance.image.present,
         "gpu_bytes": model.ledger.charge(instance),
         "host_bytes": model.memory.held(instance),
         "gpu_growth_bytes": model.ledger.growth_bytes(instance),

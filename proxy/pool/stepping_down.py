@@ -7,14 +7,14 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import EngineError, Fault, OverdueError, RuntimeFailure, fault_of
-from proxy.pool.instance import ARRIVAL, Event, State
+from proxy.pool.instance import ARRIVAL, Event, Instance, State
 from proxy.pool.model import client_of, note_unexpected
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from proxy.pool.effects import Effects
     from proxy.pool.image_faults import ImageFaults
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.pool.transitions import Steps
 
@@ -31,14 +31,14 @@ class SteppingDown:
     def __init__(self, state: PoolState, effects: Effects, steps: Steps, faults: ImageFaults) -> None:
         self._state, self._effects, self._steps, self._faults = state, effects, steps, faults
 
-    async def descend(self, model: Model, slot: Slot, origin: Tier, to: Tier, reason: str) -> None:
+    async def descend(self, model: Model, instance: Instance, origin: Tier, to: Tier, reason: str) -> None:
         """Take an idle instance down; a failure without harm leaves it where it is, any other breaks it."""
-        instance, client, settings = slot.instance, client_of(slot), model.settings
+        client, settings = client_of(instance), model.settings
         damage: str | None = None
         try:
             limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
             async with asyncio.timeout(limit_s):
-                await self._steps.go_down(model, slot, origin, to)
+                await self._steps.go_down(model, instance, origin, to)
         except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two tiers
             setting = "checkpoint_timeout" if to is Tier.CHECKPOINTED else "wake_timeout"
             text = str(error) or f"no result within {setting} ({limit_s:g} s)"
@@ -50,27 +50,27 @@ class SteppingDown:
             if isinstance(error, RuntimeFailure) and error.leaked_bytes:
                 self._state.metrics.gpu_leaks.labels(model.key).inc()
             if harmless:
-                delay_s = _STEP_RETRY_S[min(slot.failed_steps, len(_STEP_RETRY_S) - 1)]
-                slot.failed_steps += 1
-                instance.postponed[to] = self._state.clock() + delay_s
+                delay_s = _STEP_RETRY_S[min(instance.failed_steps, len(_STEP_RETRY_S) - 1)]
+                instance.failed_steps += 1
+                instance.postpone(to, self._state.clock() + delay_s)
             else:
-                instance.barred.add(to)
+                instance.bar(to)
             if isinstance(error, EngineError):
-                harmless = await self._steps.still_awake(slot)
+                harmless = await self._steps.still_awake(instance)
             if not harmless:
                 log.error("%s broke on its way to %s: %s", instance.id, to.label, text)
-                slot.fail_order(to, f"the engine broke: {text}")
+                instance.fail_command(to, f"the engine broke: {text}")
                 instance.apply(Event.BROKE)
-                await self.mend(model, slot)
+                await self.mend(model, instance)
                 return
             log.warning("%s cannot go to %s, and stays: %s", instance.id, to.label, text)
-            slot.fail_order(to, text)
+            instance.fail_command(to, text)
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
-            if slot.watcher is None and arrived < Tier.CHECKPOINTED:
-                self._steps.watch(model, slot)
+            if instance.watcher is None and arrived < Tier.CHECKPOINTED:
+                self._steps.watch(model, instance)
         else:
             arrived = to
-            slot.failed_steps = 0
+            instance.failed_steps = 0
             if to >= Tier.SUSPENDED:
                 await client.disconnect()
             self._state.metrics.step_downs.labels(model.key, to.label, reason).inc()
@@ -80,71 +80,67 @@ class SteppingDown:
             self._state.ledger.arrived(instance, arrived)
         self._effects.note_moved()
         if damage is not None:
-            await self._faults.quarantine(model, slot, damage)
+            await self._faults.quarantine(model, instance, damage)
 
-    async def remove(self, model: Model, slot: Slot, reason: str) -> None:
+    async def remove(self, model: Model, instance: Instance, reason: str) -> None:
         """End an instance and forget it, in this order; tries again until it has ended, or is written off."""
-        instance = slot.instance
-        await self._steps.unwatch(slot)
-        if slot.client is not None:
-            await slot.client.disconnect()
+        await self._steps.unwatch(instance)
+        if instance.client is not None:
+            await instance.client.disconnect()
         attempt = 0
-        while slot.handle is not None:
+        while instance.handle is not None:
             try:
-                await model.runtime.remove(slot.handle)
-                if slot.discards_image:
-                    await model.runtime.discard_image(slot.handle)
+                await model.runtime.remove(instance.handle)
+                if instance.discards_image:
+                    await model.runtime.discard_image(instance.handle)
                 break
             except RuntimeFailure as error:
                 if isinstance(error, OverdueError) or attempt == len(_REMOVE_RETRY_S):
-                    self.write_off(model, slot, str(error))
+                    self.write_off(model, instance, str(error))
                     return
                 delay_s = _REMOVE_RETRY_S[attempt]
                 attempt += 1
                 log.error("%s cannot be removed, next try in %g s: %s", instance.id, delay_s, error)
                 await asyncio.sleep(delay_s)
-        self._forget(model, slot)
+        self._forget(model, instance)
         self._state.metrics.step_downs.labels(model.key, Tier.STOPPED.label, reason).inc()
         log.info("%s stopped", instance.id)
 
-    def _forget(self, model: Model, slot: Slot, failure: str | None = None) -> None:
+    def _forget(self, model: Model, instance: Instance, failure: str | None = None) -> None:
         """An instance is no more the pool's; `failure`: it has not ended."""
-        instance = slot.instance
         instance.apply(Event.WENT)
-        del model.slots[instance.id]
+        del model.instances[instance.id]
         self._state.ledger.forget(instance.id)
         self._state.memory.forget(instance.id)
         self._effects.note_moved()
         self._state.forget_if_gone(model)
-        model.discarding = model.discarding and bool(model.slots)
-        slot.end_order(failure)
+        model.discarding = model.discarding and bool(model.instances)
+        instance.end_command(failure)
 
-    def write_off(self, model: Model, slot: Slot, reason: str) -> None:
+    def write_off(self, model: Model, instance: Instance, reason: str) -> None:
         """Nothing waits any longer for a broken or stopping instance that does not go."""
-        if slot.instance.state is State.BROKEN:
-            slot.instance.apply(Event.STOP)
-        self._forget(model, slot, f"it is written off: {reason}")
-        if slot.handle is not None:
-            self._state.written_off.add(model, slot, reason)
+        if instance.state is State.BROKEN:
+            instance.apply(Event.STOP)
+        self._forget(model, instance, f"it is written off: {reason}")
+        if instance.handle is not None:
+            self._state.written_off.add(model, instance, reason)
         self._effects.tick()
 
-    async def mend(self, model: Model, slot: Slot) -> None:
+    async def mend(self, model: Model, instance: Instance) -> None:
         """Clear a broken engine away: down to its checkpoint if it has one, else altogether."""
-        instance = slot.instance
-        await self._steps.unwatch(slot)
-        if slot.image.present and slot.handle is not None:
-            if slot.client is not None:
-                await slot.client.disconnect()
+        await self._steps.unwatch(instance)
+        if instance.image.present and instance.handle is not None:
+            if instance.client is not None:
+                await instance.client.disconnect()
             try:
-                await model.runtime.drop(slot.handle)
+                await model.runtime.drop(instance.handle)
             except RuntimeFailure as error:
                 log.error("%s: %s", instance.id, error)
             else:
-                instance.sleep_level = slot.image.sleep_level
-                instance.idle_since = self._state.clock()
-                instance.apply(Event.AT_CHECKPOINTED)
+                instance.sleeps(instance.image.sleep_level)
+                instance.rest(Tier.CHECKPOINTED, self._state.clock())
                 self._state.ledger.arrived(instance, Tier.CHECKPOINTED)
                 self._effects.note_moved()
                 return
         instance.apply(Event.STOP)
-        await self.remove(model, slot, "broken")
+        await self.remove(model, instance, "broken")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from proxy.engine import weights
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.pool import gpu_accounting
-from proxy.pool.model import client_of, handle_of, limit_s, reset, unless_it_ends, until_it_listens
+from proxy.pool.image import Image, Place
+from proxy.pool.model import client_of, handle_of, limit_s, unless_it_ends, until_it_listens
 from proxy.runtime import reseed
 from proxy.runtime.base import Handle, ImageFacts
 from proxy.telemetry.overdue import GIVE_UP_S
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from proxy.engine.client import EngineClient
     from proxy.pool.gpu_accounting import GpuLedger
     from proxy.pool.gpu_monitor import GpuWatch
-    from proxy.pool.model import Image, Model, Slot
+    from proxy.pool.instance import Instance
+    from proxy.pool.model import Model
 
-    Ended = Callable[[Model, Slot, asyncio.Task[str]], None]
+    Ended = Callable[[Model, Instance, asyncio.Task[str]], None]
     Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 log = logging.getLogger("warmpool.pool")
@@ -60,7 +62,7 @@ class Steps:
         ledger: GpuLedger,
         gpus: GpuWatch,
         archives: Callable[[], bool],
-        damaged: Callable[[Model, Slot, str], Awaitable[None]],
+        damaged: Callable[[Model, Instance, str], Awaitable[None]],
     ) -> None:
         self._connect, self._spawn, self._ended = connect, spawn, ended
         self._ledger, self._gpus = ledger, gpus
@@ -69,142 +71,140 @@ class Steps:
         self._archives = archives
         """Whether a copy of a new checkpoint goes to the archive."""
 
-    async def climb(self, model: Model, slot: Slot, tier: Tier, stages: Stages) -> None:
+    async def climb(self, model: Model, instance: Instance, tier: Tier, stages: Stages) -> None:
         """One attempt from one tier, within its time limit."""
         async with asyncio.timeout(limit_s(model.settings, tier)):
             match tier:
                 case Tier.STOPPED:
-                    await self._start(model, slot, stages)
+                    await self._start(model, instance, stages)
                 case Tier.CHECKPOINTED | Tier.ARCHIVED:
-                    await self._restore(model, slot, stages)
+                    await self._restore(model, instance, stages)
                 case Tier.SUSPENDED:
                     with stages.measure("resume"):
-                        await model.runtime.resume(handle_of(slot))
-                    await self._wake_up(slot, stages)
-                    await self._prove(model, slot, stages)
+                        await model.runtime.resume(handle_of(instance))
+                    await self._wake_up(instance, stages)
+                    await self._prove(model, instance, stages)
                 case _:
-                    await self._wake_up(slot, stages)
-                    await self._prove(model, slot, stages)
+                    await self._wake_up(instance, stages)
+                    await self._prove(model, instance, stages)
 
-    async def _start(self, model: Model, slot: Slot, stages: Stages) -> None:
-        settings, instance = model.settings, slot.instance
+    async def _start(self, model: Model, instance: Instance, stages: Stages) -> None:
+        settings = model.settings
         self._ledger.began(instance)
         # Whatever is left of a start that is cut off can be removed by this.
-        slot.handle = slot.handle or Handle(instance.id, model.key, "", 0)
+        instance.handle = instance.handle or Handle(instance.id, model.key, "", 0)
         for others_left in reversed(range(_PORTS_TRIED)):
             with stages.measure("start"):
                 handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
-            self.attach(model, slot, handle)
-            instance.sleep_level = 0
-            instance.barred.clear()
-            instance.postponed.clear()
-            self.watch(model, slot)
+            self.attach(model, instance, handle)
+            instance.started()
+            self.watch(model, instance)
             try:
-                await self.load(model, slot, stages)
+                await self.load(model, instance, stages)
                 return
             except PortTakenError as error:
                 if not others_left:
                     raise
                 log.warning("%s: %s; it is started on another port", instance.id, error)
-                await self.unwatch(slot)
+                await self.unwatch(instance)
                 await model.runtime.drop(handle)
 
-    async def load(self, model: Model, slot: Slot, stages: Stages) -> None:
+    async def load(self, model: Model, instance: Instance, stages: Stages) -> None:
         """From an engine that was started to one that serves and is known."""
-        settings, instance, client = model.settings, slot.instance, client_of(slot)
-        slot.loading = True
+        settings, client = model.settings, client_of(instance)
+        instance.loading = True
         with stages.measure("load"):
-            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, settings.health.interval)
-            await unless_it_ends(slot.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
-        slot.loading = False
+            await until_it_listens(model.runtime, handle_of(instance), instance.watcher, settings.health.interval)
+            await unless_it_ends(instance.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
+        instance.loading = False
         with stages.measure("warmup"):
-            slot.warmup = await unless_it_ends(slot.watcher, client.warm_up(settings.warmup))
+            instance.warmup = await unless_it_ends(instance.watcher, client.warm_up(settings.warmup))
         if await client.is_sleeping() is None:
-            instance.barred.add(Tier.SLEEPING)
+            instance.bar(Tier.SLEEPING)
         if self._is_checkpointed(model):
-            note_gap(model, instance.id, await unless_it_ends(slot.watcher, reseed.asked_gap(client, settings)))
-        slot.canary, slot.weights_copy, slot.unproven = None, "none", False
+            note_gap(model, instance.id, await unless_it_ends(instance.watcher, reseed.asked_gap(client, settings)))
+        instance.canary, instance.weights_copy, instance.unproven = None, "none", False
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.tiers().offered:
             with stages.measure("canary"):
-                slot.canary = await unless_it_ends(slot.watcher, client.canary())
+                instance.canary = await unless_it_ends(instance.watcher, client.canary())
 
-    async def _restore(self, model: Model, slot: Slot, stages: Stages) -> None:
-        settings, instance, image = model.settings, slot.instance, slot.image
-        await self.unwatch(slot)
+    async def _restore(self, model: Model, instance: Instance, stages: Stages) -> None:
+        settings, image = model.settings, instance.image
+        await self.unwatch(instance)
         self._ledger.began(instance)
-        await self.unarchive(model, slot, stages)
+        await self.unarchive(model, instance, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
-            self.attach(model, slot, await model.runtime.restore(handle_of(slot), stages))
-        instance.sleep_level = image.sleep_level
-        self.note_restored(model, slot)
-        self.watch(model, slot)
-        await self._be_healthy(model, slot, stages)
-        if not image.sleep_level and await client_of(slot).is_sleeping() is None:
+            self.attach(model, instance, await model.runtime.restore(handle_of(instance), stages))
+        instance.sleeps(image.sleep_level)
+        self.note_restored(model, instance)
+        self.watch(model, instance)
+        await self._be_healthy(model, instance, stages)
+        if not image.sleep_level and await client_of(instance).is_sleeping() is None:
             # An instance that was adopted or cloned, whose engine nobody has asked.
-            instance.barred.add(Tier.SLEEPING)
-        await self._wake_up(slot, stages)
+            instance.bar(Tier.SLEEPING)
+        await self._wake_up(instance, stages)
         await asyncio.wait([reading])
-        await self._prove(model, slot, stages)
+        await self._prove(model, instance, stages)
         image.failures = 0
         if not settings.keep and not model.leaving:
-            await self.forget_image(model, slot)
+            await self.forget_image(model, instance)
 
-    def note_restored(self, model: Model, slot: Slot) -> None:
+    def note_restored(self, model: Model, instance: Instance) -> None:
         """The engine that runs came from the image."""
-        slot.canary, slot.unproven = slot.image.canary, True
+        instance.canary, instance.unproven = instance.image.canary, True
         # Whether the copy fits, the engine finds out when it wakes.
-        slot.weights_copy = "good" if model.settings.weights_copy else "none"
+        instance.weights_copy = "good" if model.settings.weights_copy else "none"
 
-    async def prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+    async def prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """The rest of a restore, for an engine that is awake."""
-        await self._be_healthy(model, slot, stages)
-        await self._prove(model, slot, stages)
+        await self._be_healthy(model, instance, stages)
+        await self._prove(model, instance, stages)
 
-    async def _be_healthy(self, model: Model, slot: Slot, stages: Stages) -> None:
+    async def _be_healthy(self, model: Model, instance: Instance, stages: Stages) -> None:
         health = model.settings.health
         with stages.measure("health"):
-            await until_it_listens(model.runtime, handle_of(slot), slot.watcher, health.interval)
-            await unless_it_ends(slot.watcher, client_of(slot).wait_healthy(health.path, health.interval))
+            await until_it_listens(model.runtime, handle_of(instance), instance.watcher, health.interval)
+            await unless_it_ends(instance.watcher, client_of(instance).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
         return Tier.CHECKPOINTED in model.runtime.tiers().offered and Tier.CHECKPOINTED in model.timetable
 
-    async def _prove(self, model: Model, slot: Slot, stages: Stages) -> None:
+    async def _prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
-        if slot.unproven and reseed.possible(model.settings):
+        if instance.unproven and reseed.possible(model.settings):
             with stages.measure(reseed.STAGE):
-                work = reseed.reseed(client_of(slot), handle_of(slot), model.settings, model.served_name)
-                note_gap(model, slot.instance.id, await unless_it_ends(slot.watcher, work))
-        if self.owes_canary(model, slot):
+                work = reseed.reseed(client_of(instance), handle_of(instance), model.settings, model.served_name)
+                note_gap(model, instance.id, await unless_it_ends(instance.watcher, work))
+        if self.owes_canary(model, instance):
             with stages.measure("canary"):
-                answer = await unless_it_ends(slot.watcher, client_of(slot).canary())
-            if answer != slot.image.canary:
+                answer = await unless_it_ends(instance.watcher, client_of(instance).canary())
+            if answer != instance.image.canary:
                 raise EngineError(
                     "canary",
                     "the restored engine answers differently from the one that was checkpointed",
                     fault=Fault.IMAGE,
                 )
-            slot.image.canary_checked = True
-        slot.unproven = False
+            instance.image.canary_checked = True
+        instance.unproven = False
 
-    def owes_proof(self, model: Model, slot: Slot) -> bool:
+    def owes_proof(self, model: Model, instance: Instance) -> bool:
         """Whether something is to be asked of it before it serves."""
-        return self.owes_canary(model, slot) or (slot.unproven and reseed.possible(model.settings))
+        return self.owes_canary(model, instance) or (instance.unproven and reseed.possible(model.settings))
 
-    def owes_canary(self, model: Model, slot: Slot) -> bool:
+    def owes_canary(self, model: Model, instance: Instance) -> bool:
         """Whether it has to answer before it serves."""
-        asked, image = model.settings.canary, slot.image
+        asked, image = model.settings.canary, instance.image
         due = asked == "always" or (asked == "first" and not image.canary_checked)
-        return slot.unproven and due and image.canary is not None
+        return instance.unproven and due and image.canary is not None
 
-    async def unarchive(self, model: Model, slot: Slot, stages: Stages) -> None:
+    async def unarchive(self, model: Model, instance: Instance, stages: Stages) -> None:
         """Bring the image from the archive to tmpfs, if that is where it is."""
-        async with slot.image.lock:
-            if slot.image.archived:
+        async with instance.image.lock:
+            if instance.image.archived:
                 with stages.measure("unarchive"):
-                    await model.runtime.unarchive_image(handle_of(slot))
-                slot.image.archived = False
+                    await model.runtime.unarchive_image(handle_of(instance))
+                instance.image.moved(Place.TMPFS)
 
     def _read_weights(self, model: Model, image: Image) -> asyncio.Task[None]:
         """Bring the weights into memory beside the restore, for an engine that has to load them again."""
@@ -215,149 +215,150 @@ class Steps:
 
         return self._spawn(f"read the weights of {model.key}", read())
 
-    async def _wake_up(self, slot: Slot, stages: Stages) -> None:
-        if slot.instance.sleep_level:
-            level, copied = slot.instance.sleep_level, slot.weights_copy == "good"
-            if not await unless_it_ends(slot.watcher, client_of(slot).wake_up(level, stages, copied=copied)):
-                slot.weights_copy = "lost"
-            slot.instance.sleep_level = 0
+    async def _wake_up(self, instance: Instance, stages: Stages) -> None:
+        if instance.sleep_level:
+            level, copied = instance.sleep_level, instance.weights_copy == "good"
+            if not await unless_it_ends(instance.watcher, client_of(instance).wake_up(level, stages, copied=copied)):
+                instance.weights_copy = "lost"
+            instance.sleeps(0)
 
-    async def forget_image(self, model: Model, slot: Slot) -> None:
+    async def forget_image(self, model: Model, instance: Instance) -> None:
         """Delete the image."""
-        reset(slot.image)
+        instance.image.gone()
         try:
-            await model.runtime.discard_image(handle_of(slot))
+            await model.runtime.discard_image(handle_of(instance))
         except RuntimeFailure as error:
-            log.error("%s: %s", slot.instance.id, error)
+            log.error("%s: %s", instance.id, error)
 
-    async def go_down(self, model: Model, slot: Slot, origin: Tier, to: Tier) -> None:
+    async def go_down(self, model: Model, instance: Instance, origin: Tier, to: Tier) -> None:
         """One step down; raises RuntimeFailure or EngineError."""
         match to:
             case Tier.SLEEPING:
-                await self._fall_asleep(model, slot, origin)
+                await self._fall_asleep(model, instance, origin)
             case Tier.SUSPENDED:
-                await self._fall_asleep(model, slot, origin)
-                if slot.instance.sleep_level:
-                    await self._gpus.weigh_once(model, slot, gpu_accounting.SLEEPING)
-                await client_of(slot).disconnect()
-                await model.runtime.suspend(handle_of(slot))
+                await self._fall_asleep(model, instance, origin)
+                if instance.sleep_level:
+                    await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
+                await client_of(instance).disconnect()
+                await model.runtime.suspend(handle_of(instance))
             case Tier.CHECKPOINTED:
-                async with slot.image.lock:
-                    await self._to_image(model, slot, origin)
+                async with instance.image.lock:
+                    await self._to_image(model, instance, origin)
             case _:
-                async with slot.image.lock:
-                    if not slot.image.archived:
-                        await model.runtime.archive_image(handle_of(slot))
-                        slot.image.archived = True
+                async with instance.image.lock:
+                    if not instance.image.archived:
+                        await model.runtime.archive_image(handle_of(instance))
+                        instance.image.moved(Place.ARCHIVE)
 
-    async def _fall_asleep(self, model: Model, slot: Slot, origin: Tier) -> None:
-        if origin is Tier.READY and Tier.SLEEPING not in slot.instance.barred:
+    async def _fall_asleep(self, model: Model, instance: Instance, origin: Tier) -> None:
+        if origin is Tier.READY and Tier.SLEEPING not in instance.barred:
             # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
-            yet_to_come = self._is_checkpointed(model) and not slot.image.present
+            yet_to_come = self._is_checkpointed(model) and not instance.image.present
             level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
-            if slot.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
-                await self._copy_weights(slot)
-            if level == DEEPEST_SLEEP and not yet_to_come and slot.weights_copy != "good":
+            if instance.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
+                await self._copy_weights(instance)
+            if level == DEEPEST_SLEEP and not yet_to_come and instance.weights_copy != "good":
                 level = 1
-            await client_of(slot).sleep(level)
-            slot.instance.sleep_level = level
+            await client_of(instance).sleep(level)
+            instance.sleeps(level)
 
-    async def _copy_weights(self, slot: Slot) -> None:
+    async def _copy_weights(self, instance: Instance) -> None:
         """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""
-        if slot.instance.evicted and slot.weights_copy == "lost":
+        if instance.evicted and instance.weights_copy == "lost":
             return  # somebody waits for its place
-        async with slot.image.copying:
+        async with instance.image.copying:
             try:
-                written = await client_of(slot).save_weights()
+                written = await client_of(instance).save_weights()
             except EngineError as error:
-                log.warning("%s: no copy of its weights: %s", slot.instance.id, error)
+                log.warning("%s: no copy of its weights: %s", instance.id, error)
                 return
-        slot.weights_copy = "good"
-        log.info("%s: %.2f GiB of weights copied", slot.instance.id, written / (1 << 30))
+        instance.weights_copy = "good"
+        log.info("%s: %.2f GiB of weights copied", instance.id, written / (1 << 30))
 
-    async def _to_image(self, model: Model, slot: Slot, origin: Tier) -> None:
+    async def _to_image(self, model: Model, instance: Instance, origin: Tier) -> None:
         """End the processes; where there is no image yet, write one before."""
-        instance, image, client = slot.instance, slot.image, client_of(slot)
-        if image.present and not await self._still_there(model, slot):
-            reset(image)
+        image, client = instance.image, client_of(instance)
+        if image.present and not await self._still_there(model, instance):
+            image.gone()
         if image.present:
-            await self.unwatch(slot)
+            await self.unwatch(instance)
             await client.disconnect()
-            await model.runtime.drop(handle_of(slot))
+            await model.runtime.drop(handle_of(instance))
         else:
-            if slot.canary is None and origin is Tier.READY and model.settings.canary != "never":
-                slot.canary = await client.canary()
+            if instance.canary is None and origin is Tier.READY and model.settings.canary != "never":
+                instance.canary = await client.canary()
             if origin is Tier.READY:
-                await self._gpus.weigh_once(model, slot, gpu_accounting.READY)
-            await self._fall_asleep(model, slot, origin)
+                await self._gpus.weigh_once(model, instance, gpu_accounting.READY)
+            await self._fall_asleep(model, instance, origin)
             if instance.sleep_level and origin <= Tier.SLEEPING:
-                await self._gpus.weigh_once(model, slot, gpu_accounting.SLEEPING)
+                await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
             await client.disconnect()
-            await self.unwatch(slot)
-            details: dict[str, Any] = {"warmup": slot.warmup}
+            await self.unwatch(instance)
+            details: dict[str, Any] = {"warmup": instance.warmup}
             if figures := self._ledger.figures(model.key):
                 details["gpu"] = figures
             await model.runtime.checkpoint(
-                handle_of(slot), ImageFacts(instance.sleep_level, slot.canary, details), Stages()
+                handle_of(instance), ImageFacts(instance.sleep_level, instance.canary, details), Stages()
             )
-            image.present, image.archived, image.failures = True, False, 0
+            image.written(instance.sleep_level, instance.canary)
             if not model.coming:
-                self.keep_copy(model, slot)
-            image.sleep_level, image.canary, image.canary_checked = instance.sleep_level, slot.canary, False
-        instance.sleep_level = image.sleep_level
+                self.keep_copy(model, instance)
+        instance.sleeps(image.sleep_level)
 
-    async def _still_there(self, model: Model, slot: Slot) -> bool:
+    async def _still_there(self, model: Model, instance: Instance) -> bool:
         """Whether the image of an engine that runs can be restored once more, as far as the sizes of its files say."""
         try:
-            if slot.image.archived:  # what was on tmpfs was damaged
-                await model.runtime.unarchive_image(handle_of(slot))
-                slot.image.archived = False
-            await model.runtime.verify_image(handle_of(slot), whole=False)
+            if instance.image.archived:  # what was on tmpfs was damaged
+                await model.runtime.unarchive_image(handle_of(instance))
+                instance.image.moved(Place.TMPFS)
+            await model.runtime.verify_image(handle_of(instance), whole=False)
         except OverdueError:
             return True  # nor could another one be written now
         except RuntimeFailure as error:
-            log.error("%s: its checkpoint is written anew: %s", slot.instance.id, error.reason)
+            log.error("%s: its checkpoint is written anew: %s", instance.id, error.reason)
             return False
         return True
 
-    def keep_copy(self, model: Model, slot: Slot) -> None:
+    def keep_copy(self, model: Model, instance: Instance) -> None:
         """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
         if self._archives() and Tier.ARCHIVED in model.runtime.tiers().offered:
-            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, slot))
+            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, instance))
 
-    async def _copy_to_archive(self, model: Model, slot: Slot) -> None:
+    async def _copy_to_archive(self, model: Model, instance: Instance) -> None:
         try:
-            await model.runtime.copy_to_archive(handle_of(slot))
+            await model.runtime.copy_to_archive(handle_of(instance))
         except RuntimeFailure as error:
             log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
             if error.fault is Fault.DAMAGE:
-                await self._damaged(model, slot, error.reason)
+                await self._damaged(model, instance, error.reason)
         else:
             log.info("%s: a copy of its checkpoint is in the archive", model.key)
 
-    async def still_awake(self, slot: Slot) -> bool:
+    async def still_awake(self, instance: Instance) -> bool:
         """Whether an engine that refused to sleep serves on."""
         with contextlib.suppress(EngineError, TimeoutError):
             async with asyncio.timeout(5.0):
-                return slot.instance.sleep_level == 0 and await client_of(slot).is_sleeping() is False
+                return instance.sleep_level == 0 and await client_of(instance).is_sleeping() is False
         return False
 
-    def attach(self, model: Model, slot: Slot, handle: Handle) -> None:
+    def attach(self, model: Model, instance: Instance, handle: Handle) -> None:
         """Take note of a handle, and of where the engine is."""
-        slot.handle = handle
-        if slot.client is None:
-            slot.client = self._connect(handle, model.served_name, model.settings)
+        instance.handle = handle
+        if instance.client is None:
+            instance.client = self._connect(handle, model.served_name, model.settings)
         else:
-            slot.client.base_url = handle.base_url
+            instance.client.base_url = handle.base_url
 
-    def watch(self, model: Model, slot: Slot) -> None:
+    def watch(self, model: Model, instance: Instance) -> None:
         """Learn of the engine's end."""
-        slot.watcher = asyncio.create_task(model.runtime.wait_exit(handle_of(slot)), name=f"watch {slot.instance.id}")
-        slot.watcher.add_done_callback(lambda task: self._ended(model, slot, task))
+        instance.watcher = asyncio.create_task(
+            model.runtime.wait_exit(handle_of(instance)), name=f"watch {instance.id}"
+        )
+        instance.watcher.add_done_callback(lambda task: self._ended(model, instance, task))
 
-    async def unwatch(self, slot: Slot) -> None:
+    async def unwatch(self, instance: Instance) -> None:
         """It may end now."""
-        watcher, slot.watcher = slot.watcher, None
+        watcher, instance.watcher = instance.watcher, None
         if watcher is not None:
             watcher.cancel()
             await asyncio.wait([watcher], timeout=GIVE_UP_S)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from proxy.pool.gpu_monitor import GpuWatch
     from proxy.pool.image_faults import ImageFaults
     from proxy.pool.memory_monitor import MemoryWatch
-    from proxy.pool.model import Evictions, Model, Slot
+    from proxy.pool.model import Evictions, Model
     from proxy.pool.state import PoolState
     from proxy.pool.stepping_down import SteppingDown
     from proxy.pool.transitions import Steps
@@ -48,9 +48,8 @@ class Waking:
         self._faults, self._downs = faults, downs
         self._gpus, self._memory_watch = gpus, memory_watch
 
-    async def wake(self, model: Model, slot: Slot, generation: int, evictions: Evictions) -> None:
+    async def wake(self, model: Model, instance: Instance, generation: int, evictions: Evictions) -> None:
         """Bring an instance to ready from the warmest tier that works."""
-        instance = slot.instance
         found = instance.waking_from or Tier.STOPPED
         stages = Stages()
         began = self._state.clock()
@@ -60,29 +59,29 @@ class Waking:
             with stages.measure("evict"):
                 await asyncio.wait(evictions.tasks.values())
                 await self._gpus.make_sure(evictions)
-        tiers = tiers_from(found, slot)
+        tiers = tiers_from(found, instance)
         for tier in tiers:
             try:
                 if tier >= Tier.CHECKPOINTED:
                     await self._check_memory(instance)
-                await self._steps.climb(model, slot, tier, stages)
+                await self._steps.climb(model, instance, tier, stages)
             except Exception as error:  # noqa: BLE001 - whatever it was, a colder tier may work and nobody may be left waiting
                 reason = str(error) or too_slow(model.settings, tier)
                 note_unexpected(instance, error)
                 failures.append(f"{tier.label}: {reason}")
                 log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
                 self._state.metrics.wake_failures.labels(model.key, tier.label).inc()
-                log_lines = await self._last_log_lines(model, slot)
-                await self.clear_away(model, slot, tier, error)
-                if tier is Tier.CHECKPOINTED and slot.image.archived:  # only its copy is any good
+                log_lines = await self._last_log_lines(model, instance)
+                await self.clear_away(model, instance, tier, error)
+                if tier is Tier.CHECKPOINTED and instance.image.archived:  # only its copy is any good
                     tiers.insert(tiers.index(tier) + 1, Tier.ARCHIVED)
                 continue
             if instance.generation != generation or instance.state is not State.WAKING:
                 return
             self.woken(model, instance, found, tier, began, stages)
             return
-        self.fail(model, slot, failures, log_lines)
-        await self._downs.mend(model, slot)
+        self.fail(model, instance, failures, log_lines)
+        await self._downs.mend(model, instance)
 
     def woken(
         self,
@@ -98,15 +97,12 @@ class Waking:
         """`whole`: all of the wake was seen, and says what one costs."""
         now = self._state.clock()
         seconds = now - began
-        instance.apply(Event.AT_READY)
-        instance.waking_from = None
+        record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
+        instance.woken(record)
         model.end_back_off()
-        instance.idle_since = now
         if tier in (Tier.SLEEPING, Tier.SUSPENDED):
             self._state.ledger.woke(instance)
         self._effects.note_moved()
-        record = WakeRecord(found, tier, time.time(), now, seconds, dict(stages.seconds), dict(stages.starts))
-        instance.last_wake = record
         self._state.wakes.appendleft(status.wake_status(record) | {"model": model.key, "instance": instance.id})
         if tier is found and whole:
             self._state.costs.record(model.key, tier, seconds)
@@ -124,65 +120,64 @@ class Waking:
         if missing := self._state.memory.lacking(instance):
             raise RuntimeFailure("memory", f"{format_size(missing)} of host memory are missing for it")
 
-    async def _last_log_lines(self, model: Model, slot: Slot) -> list[str]:
+    async def _last_log_lines(self, model: Model, instance: Instance) -> list[str]:
         """What the engine wrote last, which goes to the log too."""
-        lines = [*await model.runtime.log_tail(slot.handle)] if slot.handle is not None else []
+        lines = [*await model.runtime.log_tail(instance.handle)] if instance.handle is not None else []
         if lines:
-            log.warning("%s: the last lines of its log:\n  %s", slot.instance.id, "\n  ".join(lines))
+            log.warning("%s: the last lines of its log:\n  %s", instance.id, "\n  ".join(lines))
         return lines
 
-    def fail(self, model: Model, slot: Slot, failures: Sequence[str], log_lines: Sequence[str]) -> None:
+    def fail(self, model: Model, instance: Instance, failures: Sequence[str], log_lines: Sequence[str]) -> None:
         """Tell those who wait for nothing but this wake; those who come next are told too, until it is tried again."""
-        slot.instance.apply(Event.BROKE)
-        found = slot.instance.waking_from or Tier.STOPPED
-        failure = WakeFailure(slot.instance.id, found, time.time(), tuple(failures), tuple(log_lines))
+        instance.apply(Event.BROKE)
+        found = instance.waking_from or Tier.STOPPED
+        failure = WakeFailure(instance.id, found, time.time(), tuple(failures), tuple(log_lines))
         model.last_failure = failure
         model.back_off(self._state.clock())
         model.start_at = model.restock_at
-        model.failing.add(slot.instance.id)
+        model.failing.add(instance.id)
         failed = {"found": found.label, "at_unix_s": failure.at_unix_s, "failed": [*failures]}
-        self._state.wakes.appendleft(failed | {"model": model.key, "instance": slot.instance.id})
-        others = (s.instance.state for s in model.slots.values() if s is not slot)
+        self._state.wakes.appendleft(failed | {"model": model.key, "instance": instance.id})
+        others = (s.state for s in model.instances.values() if s is not instance)
         if any(state in (State.WAKING, State.READY) for state in others):
             return
         model.fail_waiters(model.wake_failed(failure, self._state.clock()))
 
-    async def clear_away(self, model: Model, slot: Slot, tier: Tier, cause: Exception) -> None:
+    async def clear_away(self, model: Model, instance: Instance, tier: Tier, cause: Exception) -> None:
         """After a failed attempt: no process is left, and an image that there is evidence against is gone."""
-        slot.loading = False
-        await self._steps.unwatch(slot)
-        if slot.client is not None:
-            await slot.client.disconnect()
-        if slot.handle is None:
+        instance.loading = False
+        await self._steps.unwatch(instance)
+        if instance.client is not None:
+            await instance.client.disconnect()
+        if instance.handle is None:
             return
         try:
-            await model.runtime.drop(slot.handle)
+            await model.runtime.drop(instance.handle)
         except RuntimeFailure as error:
-            log.error("%s: %s", slot.instance.id, error)
-        hangs = self._state.overdue.hanging(slot.instance.id)  # which is the host's fault, not the image's
+            log.error("%s: %s", instance.id, error)
+        hangs = self._state.overdue.hanging(instance.id)  # which is the host's fault, not the image's
         if tier in (Tier.CHECKPOINTED, Tier.ARCHIVED) and not hangs:
-            await self._faults.judge(model, slot, fault_of(cause))
+            await self._faults.judge(model, instance, fault_of(cause))
 
-    async def clone(self, model: Model, slot: Slot) -> None:
+    async def clone(self, model: Model, instance: Instance) -> None:
         """Prepare an instance that the golden checkpoint can be restored to."""
         try:
             async with asyncio.timeout(model.settings.wake_timeout):
-                handle = await model.runtime.clone(slot.instance.id, model.key, model.settings)
+                handle = await model.runtime.clone(instance.id, model.key, model.settings)
         except (RuntimeFailure, TimeoutError) as error:
             reason = str(error) or too_slow(model.settings, Tier.CHECKPOINTED)
-            log.warning("%s cannot be prepared: %s", slot.instance.id, reason)
-            if fault_of(error) is Fault.DAMAGE and slot.image.present:
-                await self._faults.quarantine(model, slot, reason)
+            log.warning("%s cannot be prepared: %s", instance.id, reason)
+            if fault_of(error) is Fault.DAMAGE and instance.image.present:
+                await self._faults.quarantine(model, instance, reason)
             else:
                 model.back_off(self._state.clock())
-            slot.instance.apply(Event.BROKE)
-            await self._downs.mend(model, slot)
+            instance.apply(Event.BROKE)
+            await self._downs.mend(model, instance)
             return
-        self._steps.attach(model, slot, handle)
-        slot.instance.idle_since = self._state.clock()
-        if not slot.image.present:  # set aside meanwhile
-            slot.instance.apply(Event.BROKE)
-            await self._downs.mend(model, slot)
+        self._steps.attach(model, instance, handle)
+        if not instance.image.present:  # set aside meanwhile
+            instance.apply(Event.BROKE)
+            await self._downs.mend(model, instance)
             return
-        slot.instance.apply(Event.AT_ARCHIVED if slot.image.archived else Event.AT_CHECKPOINTED)
-        log.info("%s prepared: a clone of the golden checkpoint", slot.instance.id)
+        instance.rest(Tier.ARCHIVED if instance.image.archived else Tier.CHECKPOINTED, self._state.clock())
+        log.info("%s prepared: a clone of the golden checkpoint", instance.id)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from proxy.pool.model import handle_of
 
 if TYPE_CHECKING:
-    from proxy.pool.model import Model, Slot
+    from proxy.pool.instance import Instance
+    from proxy.pool.model import Model
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.pool")
@@ -38,22 +39,22 @@ class WrittenOff:
     def __contains__(self, instance_id: str) -> bool:
         return instance_id in self._entries
 
-    def add(self, model: Model, slot: Slot, reason: str) -> None:
+    def add(self, model: Model, instance: Instance, reason: str) -> None:
         """Take an instance that is no more the pool's, and has a handle."""
-        instance_id = slot.instance.id
+        instance_id = instance.id
         log.error(
             "%s is written off: %s; it is removed as soon as that works, or by the next start", instance_id, reason
         )
-        task = asyncio.create_task(self._remove(model, slot), name=f"remove {instance_id}, written off")
+        task = asyncio.create_task(self._remove(model, instance), name=f"remove {instance_id}, written off")
         self._entries[instance_id] = _Entry(model.key, reason, time.time(), task)
         self._metrics.written_off.labels(model.key).inc()
 
-    async def _remove(self, model: Model, slot: Slot) -> None:
-        instance_id = slot.instance.id
+    async def _remove(self, model: Model, instance: Instance) -> None:
+        instance_id = instance.id
         for delay_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
             await asyncio.sleep(delay_s)
             try:
-                await model.runtime.remove(handle_of(slot))
+                await model.runtime.remove(handle_of(instance))
             except Exception as error:  # noqa: BLE001 - whatever it was, it may work later
                 log.warning("%s, written off, cannot be removed yet: %r", instance_id, error)
             else:

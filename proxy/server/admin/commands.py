@@ -21,7 +21,7 @@ from proxy.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
-    from proxy.pool.model import Order
+    from proxy.pool.command import Command
     from proxy.pool.pool import Pool
 
 log = logging.getLogger("warmpool.admin")
@@ -136,7 +136,7 @@ class Orders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def _order_status(order: Order) -> dict[str, Any]:
+def _order_status(order: Command) -> dict[str, Any]:
     return {
         "id": order.instance_id,
         "found": order.found.label,

@@ -1,0 +1,63 @@
+"""An image as the pool knows it: where it is, what it holds, and what its restores say of it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from dataclasses import dataclass, field
+
+
+class Place(enum.Enum):
+    """Where an image is."""
+
+    NOWHERE = enum.auto()
+    """It was never written, or is gone."""
+    TMPFS = enum.auto()
+    ARCHIVE = enum.auto()
+    """It has to be brought back to tmpfs before it can be restored."""
+
+
+@dataclass(slots=True)
+class Image:
+    """One for all instances of a model where the runtime shares them, else one an instance."""
+
+    place: Place = Place.NOWHERE
+    failures: int = 0
+    """Restores that failed, in a row."""
+    sleep_level: int = 0
+    canary: str | None = None
+    canary_checked: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes it or moves it."""
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever writes the copy of the weights."""
+    verification: asyncio.Task[None] | None = None
+    """Its files are read after a restore that failed."""
+
+    @property
+    def present(self) -> bool:
+        """Whether there is one, on tmpfs or in the archive."""
+        return self.place is not Place.NOWHERE
+
+    @property
+    def archived(self) -> bool:
+        """Whether it is in the archive."""
+        return self.place is Place.ARCHIVE
+
+    def written(self, sleep_level: int, canary: str | None) -> None:
+        """A new one is on tmpfs."""
+        self.place, self.failures = Place.TMPFS, 0
+        self.sleep_level, self.canary, self.canary_checked = sleep_level, canary, False
+
+    def moved(self, place: Place) -> None:
+        """It is somewhere else now."""
+        self.place = place
+
+    def copied_back(self, canary: str | None) -> None:
+        """It was damaged; its copy in the archive takes its place."""
+        self.place, self.canary = Place.ARCHIVE, canary
+
+    def gone(self) -> None:
+        """There is no image any more."""
+        self.place, self.failures = Place.NOWHERE, 0
+        self.canary, self.canary_checked = None, False
