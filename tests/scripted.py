@@ -82,9 +82,9 @@ class Scripted:
     `unread_script`, if set, is done instead as soon as a connection is there.
     """
 
-    def __init__(self, *, silence_s: float | None = None, **model: Any) -> None:
+    def __init__(self, *, silence_s: float | None = None, server: dict[str, Any] | None = None, **model: Any) -> None:
         self.settings = Settings(
-            server={"port": 0, "hosts": ["a", "b", "proxy"]},
+            server={"port": 0, "hosts": ["a", "b", "proxy"], **(server or {})},
             models={
                 "demo": {
                     "process": {"command": ["true", "{port}"]},

@@ -10,10 +10,13 @@ import openai
 import orjson
 import pytest
 
+from proxy.engine.http1 import chunk
 from proxy.errors import MaxWaitError, RuntimeFailure
-from proxy.server.forward.heartbeat import COMMENT
+from proxy.server.forward import relay
+from proxy.server.forward.heartbeat import COMMENT, Heartbeat
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
+from tests.scripted import Peer, Scripted, answer_of, post
 from tests.support import PATIENCE_S, get_json
 from tests.test_http import ASK, error_of
 
@@ -28,7 +31,7 @@ EVERY = {"heartbeat": "100ms"}
 
 def events_of(answer: bytes) -> list[Any]:
     """The data of the events of a stream, comments left out."""
-    lines = [line for line in answer.decode().split("\n\n") if line and not line.startswith(":")]
+    lines = [line for line in answer.replace(COMMENT, b"").decode().split("\n\n") if line]
     return [orjson.loads(d) if (d := line.split("data: ")[1]) != "[DONE]" else d for line in lines]
 
 
@@ -66,7 +69,7 @@ async def test_a_later_error_is_an_event(front_of: Any, tmp_path: Path) -> None:
     response, answer = await front.post("/v1/completions", STREAM)
     assert response.status == 200
     assert answer.startswith(COMMENT)
-    assert answer.split(b"\n\n")[-2].startswith(b"event: error\ndata: ")
+    assert answer.replace(COMMENT, b"").startswith(b"event: error\ndata: ")
     event = events_of(answer)[-1]
     assert (event["type"], event["error"]["code"]) == ("error", "wake_failed")
     assert front.sample("warmpool_requests_total", model="demo", status="503") == 1
@@ -100,6 +103,65 @@ async def test_a_client_that_leaves_between_heartbeats_leaves_nothing(front_of: 
         while front.pool.status()["models"]["demo"]["queue"]:
             await asyncio.sleep(0.01)
     assert "heartbeat" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
+SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+TO_STREAM = post(orjson.dumps(STREAM), "Connection: close")
+
+
+def test_a_comment_ends_with_one_newline() -> None:
+    """An empty line is an event to some clients."""
+    assert COMMENT.count(b"\n") == 1
+    assert COMMENT.endswith(b"\n")
+
+
+async def test_comments_go_on_until_the_first_event_and_in_every_silence() -> None:
+    event = chunk(b"data: {}\n\n")
+
+    async def two_comments(_: Peer) -> None:
+        seen = proxy.received.count(COMMENT)
+        while proxy.received.count(COMMENT) < seen + 2:
+            await asyncio.sleep(0.01)
+
+    async with Scripted(server=EVERY) as proxy, asyncio.timeout(PATIENCE_S):
+        head = SSE + b"transfer-encoding: chunked\r\n\r\n"
+        raw = await proxy.ask(TO_STREAM, head, two_comments, event, two_comments, event + b"0\r\n\r\n")
+    status, fields, body, _ = answer_of(raw)
+    assert (status, fields["cache-control"], fields["x-accel-buffering"]) == (200, "no-cache", "no")
+    before, between, after = body.split(b"data: {}\n\n")
+    assert before.replace(COMMENT, b"") == between.replace(COMMENT, b"") == after == b""
+    assert min(before.count(COMMENT), between.count(COMMENT)) >= 2
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("framing", ["chunked", "until its end", "with a length"])
+async def test_no_comment_is_put_into_an_event(ends: bytes, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the stream is cut, in bytes and in chunks."""
+    monkeypatch.setattr(relay, "Heartbeat", lambda request, _, headers: Heartbeat(request, 0.001, headers))
+    event = b"event: a" + ends + b"data: {}" + ends + ends
+    stream = event * 2
+
+    async def pause(_: Peer) -> None:
+        await asyncio.sleep(0.005)
+
+    between = 0
+    async with Scripted(server=EVERY) as proxy:
+        for cut in range(1, len(stream), 1 if framing == "chunked" else 3):
+            steps: list[Any] = []
+            for piece in (stream[:cut], stream[cut:]):
+                data = chunk(piece) if framing == "chunked" else piece
+                steps += [data[:2], pause, data[2:], pause]
+            field = {
+                "chunked": b"transfer-encoding: chunked\r\n", "until its end": b"",
+                "with a length": b"content-length: %d\r\n" % len(stream),
+            }[framing]  # fmt: skip
+            end = [b"0\r\n\r\n"] if framing == "chunked" else [Peer.close]
+            raw = await proxy.ask(TO_STREAM, SSE + field + b"\r\n", *steps, *end)
+            body = answer_of(raw)[2]
+            assert body.replace(COMMENT, b"") == stream, f"cut at {cut}"
+            assert all(part in (b"", event) for part in re.split(b"(?<=%b)|%b" % (ends * 2, COMMENT), body)), body
+            between += body.count(COMMENT)
+    assert between or ends == b"\r" or framing == "with a length"
 
 
 # --- x-warmpool-max-wait ---

@@ -380,6 +380,11 @@ class Exchange:
         """How much of the body has come."""
         return self._body.payload_bytes if self._body is not None else 0
 
+    @property
+    def between_chunks(self) -> bool:
+        """Whether a chunk of somebody else may go behind what was given on of the body."""
+        return self._body is not None and self._body.between
+
     def start(self, *, framed: bool, drop_trailer: frozenset[bytes] = frozenset()) -> tuple[bytes, bool]:
         """What of the body is there already, and whether it is all of it.
 

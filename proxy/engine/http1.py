@@ -168,6 +168,11 @@ class Body(abc.ABC):
         """What is to be given on before anything was fed: the end of a body that is empty."""
         return LAST_CHUNK if self.done and self._framed else b""
 
+    @property
+    def between(self) -> bool:
+        """Whether what was given on ends between chunks, and another one may be put in before the next."""
+        return self._between and not self.done
+
     @abc.abstractmethod
     def feed(self, data: bytes) -> bytes:
         """What to give on of it. Raises ProtocolError."""

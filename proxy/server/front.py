@@ -21,11 +21,19 @@ from proxy.errors import RequestError
 from proxy.server import request_id
 from proxy.server.auth.caller import KEY_FIELDS, keys_shown
 from proxy.server.auth.middleware import refuse_expired
-from proxy.server.auth.pages import contained
 from proxy.server.connection_limits import GuardedProtocol
 from proxy.server.forward import routes
 from proxy.server.forward.handed import Begun, Handed
-from proxy.server.forward.relay import NOT_TO_CLIENT, NOT_TO_ENGINE, passed_on, tell, told, told_in_short, watched
+from proxy.server.forward.relay import (
+    NOT_TO_CLIENT,
+    NOT_TO_ENGINE,
+    answer_fields,
+    passed_on,
+    tell,
+    told,
+    told_in_short,
+    watched,
+)
 from proxy.server.forward.response import date
 from proxy.telemetry.logs import lines_of_requests
 
@@ -190,7 +198,7 @@ class _Reply:
         self.sized = head.length >= 0
         self.framing = b"\r\ncontent-length: " if self.sized else b"\r\ntransfer-encoding: chunked"
         self.first_line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
-        self.fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
+        self.fields = answer_fields(head.fields)
         self.head = self.head_without(frozenset())
 
     def head_without(self, names: frozenset[bytes]) -> bytes:

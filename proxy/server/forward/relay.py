@@ -30,7 +30,7 @@ from proxy.server.faults import method_of, path_of
 from proxy.server.forward import routes
 from proxy.server.forward.handed import take_begun
 from proxy.server.forward.heartbeat import Heartbeat
-from proxy.server.forward.response import Answer
+from proxy.server.forward.response import Answer, is_event_stream, unbuffered
 from proxy.server.forward.tracing import CONTEXT_FIELDS
 from proxy.server.request_body import body_of
 from proxy.server.request_id import HEADER as REQUEST_ID
@@ -206,12 +206,15 @@ class Relay:
         exchange.upstream = upstream
         if head.status >= 500 and begun is None:
             first, done = await _looked_through(lease, upstream, first, done=done, framed=framed)
-        sink = self._sink(exchange, lease, answer, framed=framed)
+        beating = exchange.heartbeat is not None and _is_stream(head) and (begun is not None or head.length < 0)
+        sink = self._sink(exchange, lease, answer, framed=framed, beating=beating)
         if begun is None:
             fields = _to_client(head, exchange.request)
             fields += _facts(exchange, lease)
             await answer.begin(head.status, head.reason, fields, head.length)
         exchange.status = head.status
+        if exchange.heartbeat is not None and beating:
+            exchange.heartbeat.go_on(answer, upstream)
         try:
             if first:
                 sink(first)
@@ -229,12 +232,14 @@ class Relay:
             raise
         return answer
 
-    def _sink(self, exchange: _Exchange, lease: Lease, answer: Answer, *, framed: bool) -> Sink:
+    def _sink(self, exchange: _Exchange, lease: Lease, answer: Answer, *, framed: bool, beating: bool) -> Sink:
         """Where the bytes of the answer's body go."""
         sink: Sink = answer.write_now
         if exchange.makes_response:
             ids = self._response_ids.reader(self._pool.served_name(exchange.model), lease.instance_id)
             sink = watched(sink, ids, framed=framed)
+        if exchange.heartbeat is not None and beating:
+            sink = watched(sink, exchange.heartbeat, framed=framed)
         if exchange.caller is not None and exchange.caller.meter is not None:
             sink = watched(sink, exchange.caller.meter, framed=framed)
         return sink
@@ -436,8 +441,7 @@ class _EnoughError(Exception):
 
 
 def _is_stream(head: http1.Head) -> bool:
-    types = [value for name, value in head.fields if name.lower() == b"content-type"]
-    return head.status == 200 and [t.split(b";")[0].strip().lower() for t in types] == [b"text/event-stream"]
+    return head.status == 200 and is_event_stream(head.fields)
 
 
 async def _error_of(upstream: Exchange, *, anthropic: bool) -> bytes:
@@ -481,7 +485,7 @@ def _to_engine(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:
 
 
 def _to_client(head: http1.Head, request: web.Request) -> list[tuple[bytes, bytes]]:
-    fields = contained(passed_on(head.fields, NOT_TO_CLIENT))
+    fields = answer_fields(head.fields)
     if request.method == "HEAD" or head.status == 304:  # says what a GET would have
         fields += [field for field in head.fields if field[0].lower() == b"content-length"]
     return fields
@@ -492,6 +496,11 @@ def passed_on(fields: Sequence[tuple[bytes, bytes]], left_out: frozenset[bytes])
     if named := http1.connection_options(fields):
         left_out |= named
     return [field for field in fields if field[0].lower() not in left_out]
+
+
+def answer_fields(fields: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """What goes on to the client of an engine's header fields."""
+    return unbuffered(contained(passed_on(fields, NOT_TO_CLIENT)))
 
 
 def _facts(exchange: _Exchange, lease: Lease) -> list[tuple[bytes, bytes]]:

@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
+_OF_STREAMS: Final = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+)
+
+
+def is_event_stream(fields: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether an answer with these fields is server-sent events."""
+    kinds = [value for name, value in fields if name.lower() == b"content-type"]
+    return [kind.partition(b";")[0].strip().lower() for kind in kinds] == [b"text/event-stream"]
+
+
+def unbuffered(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The fields, for events with those that keep what is between from storing them or holding them back."""
+    if not is_event_stream(fields):
+        return fields
+    names = {name.lower() for name, _ in fields}
+    return fields + [field for field in _OF_STREAMS if field[0] not in names]
+
+
 class _Clock:
     second = 0
     text = b""
@@ -127,6 +147,12 @@ class Answer(web.StreamResponse):
         self.flush()
         self._write(http1.chunk(payload) if self._framed else payload)
         await self.drain()
+
+    def comment(self, payload: bytes) -> None:
+        """Send a piece that is made here, unless the client has enough to read as it is."""
+        if not self._protocol.writing_paused:
+            self.flush()
+            self._write(http1.chunk(payload) if self._framed else payload)
 
     def end(self) -> None:
         """End a body that was made here."""
