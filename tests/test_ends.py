@@ -183,7 +183,7 @@ async def test_a_runtime_that_never_answers_keeps_no_instance_no_request_and_not
             await asyncio.sleep(0.005)
         await _at_rest(rig)
         assert [o["operation"] for o in rig.pool.status()["overdue"]] == [operation]
-        assert f'warmpool_hanging_operations{{operation="{operation}"}} 1.0' in rig.metrics.exposition().decode()
+        assert f'warmpool_hanging_operations{{operation="{operation}"}} 1.0' in (await rig.metrics.scrape()).decode()
         # What hangs is one instance; the next one serves.
         rig.runtime.hanging = set()
         rig.clock.now += 1000

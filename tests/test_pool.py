@@ -557,7 +557,7 @@ async def test_models_take_turns_when_one_may_be_awake(rig_of: Any) -> None:
     assert lease.found is Tier.SUSPENDED
     await settle()
     assert rig.states() == {"a-1": "ready", "b-1": "suspended"}
-    text = rig.metrics.exposition().decode()
+    text = (await rig.metrics.scrape()).decode()
     assert 'warmpool_step_downs_total{model="a",reason="evict",tier="suspended"} 1.0' in text
 
 
@@ -657,7 +657,7 @@ async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it
     await settle()
     assert rig.states() == {"demo-1": "ready"}
     assert (rig.runtime.images, list(rig.runtime.quarantined)) == ({}, ["demo"])
-    text = rig.metrics.exposition().decode()
+    text = (await rig.metrics.scrape()).decode()
     assert 'warmpool_quarantined_checkpoints_total{model="demo"} 1.0' in text
     assert 'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 2.0' in text
 
@@ -1013,7 +1013,7 @@ async def test_metrics_say_what_happened(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
     rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no")]
     await use(rig)
-    text = rig.metrics.exposition().decode()
+    text = (await rig.metrics.scrape()).decode()
     for line in (
         'warmpool_instances{model="demo",state="ready"} 1.0',
         'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 1.0',

@@ -153,11 +153,11 @@ async def test_a_removed_model_drains_and_goes() -> None:
     with pytest.raises(ModelNotFoundError):
         await waiting
     assert "a-1" in rig.runtime.processes
-    assert 'warmpool_instances{model="a",state="retiring"} 1.0' in rig.metrics.exposition().decode()
+    assert 'warmpool_instances{model="a",state="retiring"} 1.0' in (await rig.metrics.scrape()).decode()
     held.release()
     await settle()
     assert rig.runtime.processes == {}
-    assert 'warmpool_instances{model="a"' not in rig.metrics.exposition().decode()
+    assert 'warmpool_instances{model="a"' not in (await rig.metrics.scrape()).decode()
     await rig.pool.close()
 
 

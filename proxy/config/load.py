@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import stat
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from proxy.config.explain import explain
 from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 from proxy.errors import ConfigError
+from proxy.host import owned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,8 +36,7 @@ def load(path: Path | None) -> Settings:
     that is not allowed.
     """
     source = str(path) if path is not None else "environment"
-    if path is not None:
-        _check_syntax(path)
+    document = _document(path) if path is not None else {}
 
     class FileAndEnvironment(Settings):
         @classmethod
@@ -49,8 +48,7 @@ def load(path: Path | None) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            sources: tuple[PydanticBaseSettingsSource, ...] = (EnvSettingsSource(settings_cls),)
-            return sources if path is None else (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
+            return EnvSettingsSource(settings_cls), InitSettingsSource(settings_cls, init_kwargs=document)
 
     unknown = _unknown_environment(Settings.model_fields)
     try:
@@ -64,13 +62,10 @@ def load(path: Path | None) -> Settings:
     return settings
 
 
-def _check_syntax(path: Path) -> None:
+def _document(path: Path) -> dict[str, Any]:
     try:
-        # A pipe would be waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(str(path), ["is not a plain file"])
-            tomllib.load(file)
+        with owned.open_plain(path, follow=True) as file:
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -182,12 +182,21 @@ def unlink_beside(folder: Path, name: str, owner: int) -> None:
         os.close(descriptor)
 
 
+def open_plain(path: Path, *, follow: bool = False) -> IO[bytes]:
+    """A plain file to read: no pipe is waited for, and no link is followed but with `follow`. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_plain(path: Path, most_bytes: int) -> bytes:
-    """What is in a plain file, up to so much of it: no link is followed, and no pipe waited for. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    """What is in a plain file, up to so much of it; no link is followed. Raises OSError."""
+    with open_plain(path) as file:
         return file.read(most_bytes)
 
 

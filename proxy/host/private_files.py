@@ -12,23 +12,19 @@ from proxy.host import owned
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LIMIT_CHARACTERS: Final = 64 << 20
+_LIMIT_BYTES: Final = 64 << 20
 
 
 def read(path: Path, advice: str) -> str:
     """The text of a file that others can neither read nor change. Raises ConfigError with `advice` where they can."""
     try:
-        # A pipe would be waited for, and is refused below.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
-            facts = os.fstat(descriptor)
-            text = file.read(_LIMIT_CHARACTERS) if stat.S_ISREG(facts.st_mode) else ""
+        with owned.open_plain(path, follow=True) as file:
+            facts = os.fstat(file.fileno())
+            text = file.read(_LIMIT_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(str(path), [f"cannot be read: {reason}; {advice}"]) from None
     problems = []
-    if not stat.S_ISREG(facts.st_mode):
-        problems.append("is not a plain file")
     if facts.st_mode & 0o027:
         problems.append(
             f"mode {stat.S_IMODE(facts.st_mode):04o}: others may read it, or the group may write it; {advice}"

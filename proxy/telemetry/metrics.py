@@ -238,12 +238,10 @@ class Metrics:
         """Have `refresh` called each time the metrics are read, before they are; it yields after each small step."""
         self._whole.refreshes.append(refresh)
 
-    def exposition(self) -> bytes:
-        """Everything in Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
-
     async def scrape(self) -> bytes:
-        """The same, without holding the event loop: brought up to date in turns, written down by another thread.
+        """Everything in Prometheus' text format 0.0.4.
+
+        The event loop is not held: metrics are brought up to date in turns, and written down by another thread.
 
         Python lets threads take turns too (5 ms, `sys.getswitchinterval`).
         """
