@@ -241,7 +241,8 @@ def test_an_escaped_name_is_still_the_name() -> None:
     "body",
     [
         b"", b"[]", b"3", b'"x"', b"{", b'{"model":"org/A"', b'\xff\xfe{\x00', '{"model":"org/A"}'.encode("utf-16"),
-        b'\xef\xbb\xbf{"model":"org/A"}', b'{"model":"org/A","x":"\xff"}', b'{"model":"org/A","x":"\\ud800"}',
+        b'\xef\xbb\xbf\xef\xbb\xbf{"model":"org/A"}',
+        b'{"model":"org/A","x":"\xff"}', b'{"model":"org/A","x":"\\ud800"}',
         b'{"model":"org/A","x":NaN}', b'{"model":"org/A",}', b'{"model":["org/A"]}', b'{"model":""}', b'{"model":7}',
         b'{"model":"org/A"}{"model":"b"}', b'{"model":"org/A"}\x00', b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}",
     ],
