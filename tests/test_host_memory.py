@@ -12,6 +12,8 @@ import pytest
 from proxy.errors import NoMemoryError
 from proxy.host.cgroups import Limit, memory_limits
 from proxy.host.facts import Memory
+from proxy.runtime.base import Footprint
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import Proxy
 from tests.support import engine_model
@@ -82,15 +84,20 @@ def test_those_of_version_2_too_and_no_limit_is_none(tmp_path: Path) -> None:
 class Host:
     """A host whose memory is what the fake runtime's engines leave of it."""
 
-    def __init__(self, total: int, takes: dict[str, int], **models: dict[str, Any]) -> None:
+    def __init__(
+        self, total: int, takes: dict[str, int], *, shares_images: bool = False, **models: dict[str, Any]
+    ) -> None:
         self.total = total
         settled = {key: {"idle": AWAKE, **models.get(key, {})} for key in takes}
-        self.rig = Rig(settled, memory=self.read, memory_reserve=0)
+        self.rig = Rig(settled, memory=self.read, memory_reserve=0, shares_images=shares_images)
+        self.images: dict[str, int] = {}
+        """Model → what its image takes on tmpfs."""
         self.rig.runtime.host_takes = takes
 
     def read(self) -> Memory:
         runtime = self.rig.runtime
         held = sum(runtime.host_takes[runtime.handles[i].model] for i in runtime.processes)
+        held += sum(self.images.get(i.model, 0) for i in runtime.images.values() if not i.archived)
         return Memory(self.total, self.total - held)
 
     async def use(self, model: str) -> None:
@@ -146,6 +153,60 @@ async def test_idle_engines_go_when_others_take_the_hosts_memory() -> None:
     await settle()
     assert host.rig.states() == {"b-1": "ready"}
     assert host.rig.pool.status()["models"]["b"]["host_need_bytes"] == 300
+    await host.rig.pool.close()
+
+
+# --- images on tmpfs and in the archive ---
+
+
+ARCHIVES = {"idle": {**AWAKE, "checkpointed": "10s", "archived": "1000s"}}
+
+
+def with_archives(total: int, takes: dict[str, int], images: dict[str, int], *, shared: bool, **models: Any) -> Host:
+    """A host on which images take memory as long as they are not in the archive; all models checkpointed."""
+    settled = {key: {**ARCHIVES, "max_instances": 2, **models.get(key, {})} for key in takes}
+    host = Host(total, takes, shares_images=shared, **settled)
+    host.images = images
+    host.rig.runtime.footprints = {key: Footprint(takes[key], size, 1 << 40) for key, size in images.items()}
+    return host
+
+
+async def checkpoint(host: Host, model: str) -> None:
+    await host.use(model)
+    for _ in range(3):
+        await host.rig.pass_time(11)
+    await host.rig.pool._moves.memory_watch.weigh()
+
+
+async def test_a_wake_from_the_archive_needs_the_tmpfs_of_its_image_too() -> None:
+    host = with_archives(1000, {"a": 300, "b": 300, "c": 300}, {"a": 250}, shared=False)
+    await host.rig.pool.open()
+    await checkpoint(host, "a")
+    for order in host.rig.pool.order_down("a", Tier.CHECKPOINTED):
+        await order.carried_out()
+    await host.rig.pass_time(1001)
+    assert host.rig.states()["a-1"] == "archived"
+    await host.use("b")
+    await host.use("c")
+    lease = await host.rig.pool.lease("a")
+    lease.release()
+    await settle()
+    # 600 held, 400 free: the engine would fit, but not with its image.
+    assert {name: state for name, state in host.rig.states().items() if state == "ready"}.keys() == {"a-1", "c-1"}
+    assert lease.found is Tier.ARCHIVED
+    await host.rig.pool.close()
+
+
+async def test_an_image_that_all_instances_share_goes_to_the_archive_for_want_of_memory() -> None:
+    host = with_archives(1000, {"a": 300, "b": 900}, {"a": 250}, shared=True, b={"host_memory": "900B"})
+    await host.rig.pool.open()
+    await checkpoint(host, "a")
+    assert host.rig.states() == {"a-1": "checkpointed", "a-2": "checkpointed"}
+    await host.use("b")
+    assert host.rig.runtime.calls["archive_image"] == 1
+    assert host.rig.states() == {"a-1": "archived", "a-2": "archived", "b-1": "ready"}
+    async with await host.rig.pool.lease("a") as lease:
+        assert lease.found is Tier.ARCHIVED
     await host.rig.pool.close()
 
 

@@ -551,6 +551,44 @@ def views(draw: st.DrawFn) -> View:
     return View(models, draw(st.integers(0, 4)), 10.0, draw(with_host(models, load)) if draw(st.booleans()) else load)
 
 
+def host(*instances: Instance, free: int, left: dict[tuple[str, Tier], int], short: int = 0) -> GpuLoad:
+    """Host memory alone, as `MemoryLedger` makes it: `left` where it is not 0; `a` needs 60."""
+    return GpuLoad(
+        {HOST: free}, {i.id: {HOST: 0} for i in instances}, {i.id: {HOST: 0} for i in instances}, {"a": {HOST: 60}},
+        host_left={(i.id, tier): left.get((i.id, tier), 0) for i in instances for tier in STEPS}, host_short=short,
+    )  # fmt: skip
+
+
+ARCHIVES: dict[str, Any] = {"tiers": TIERS | {Tier.ARCHIVED}, "has_shared_image": True, "key": "b"}
+
+
+def test_a_shared_image_goes_to_the_archive_with_all_who_are_nothing_else() -> None:
+    one, two = (instance(State.CHECKPOINTED, key="b", number=n) for n in (1, 2))
+    load = host(one, two, free=40, left={("b-1", Tier.ARCHIVED): -30})
+    there = model(one, two, **ARCHIVES)
+    first = StepDown(one, Tier.ARCHIVED, "evict")
+    made = plan(needy(), there, gpus=load)
+    assert made.actions == [Wake("a", None, (first,)), StepDown(two, Tier.ARCHIVED, "evict")]
+    made = plan(there, gpus=replace(load, host_short=10))
+    assert made.actions == [first, StepDown(two, Tier.ARCHIVED, "evict")]
+
+
+def test_a_shared_image_stays_while_somebody_is_to_be_woken_from_it() -> None:
+    one, two = (instance(State.CHECKPOINTED, key="b", number=n) for n in (1, 2))
+    load = host(one, two, free=40, left={("b-1", Tier.ARCHIVED): -30}, short=10)
+    there = model(one, two, waiting=1, oldest_wait=4.0, **ARCHIVES)
+    assert [a for a in plan(needy(), there, gpus=load).actions if isinstance(a, StepDown)] == []
+
+
+def test_a_wake_from_the_archive_makes_room_for_its_image_too() -> None:
+    archived, idle = instance(State.ARCHIVED), instance(State.CHECKPOINTED, key="b")
+    load = host(archived, idle, free=70, left={("b-1", Tier.STOPPED): -30})
+    models = needy("a", archived), model(idle, key="b")
+    assert plan(*models, gpus=load).actions == [Wake("a", archived)]
+    made = plan(*models, gpus=replace(load, unpacks={"a-1": 20}))
+    assert made.actions == [Wake("a", archived, (StepDown(idle, Tier.STOPPED, "evict"),))]
+
+
 @st.composite
 def with_host(draw: st.DrawFn, models: list[ModelView], load: GpuLoad) -> GpuLoad:
     """The same with some host memory, as `MemoryLedger` adds it."""
@@ -569,6 +607,7 @@ def with_host(draw: st.DrawFn, models: list[ModelView], load: GpuLoad) -> GpuLoa
         host_left={(i.id, tier): draw(left) for i in everyone for tier in STEPS},
         host_short=draw(st.integers(-50, 50)),
         guessed=frozenset(m.key for m in models if draw(st.integers(0, 3)) == 0),
+        unpacks={i.id: draw(st.integers(1, 40)) for i in everyone if i.state is State.ARCHIVED},
     )
 
 
@@ -578,13 +617,14 @@ def assert_host_memory_is_respected(view: View, made: Plan) -> None:
     refused = {a.model for a in made.actions if isinstance(a, Refuse)}
     assert not refused & load.guessed
     for key in refused:
-        assert HOST in load.needs[key]
+        assert HOST in load.needs[key] or load.unpacks
     free = load.capacity[HOST] - sum(held[HOST] for held in load.after.values())
     for action in made.actions:
         if not isinstance(action, Wake):
             continue
         held = load.now[action.instance.id][HOST] if action.instance is not None else 0
         extra = max(0, load.needs.get(action.model, {}).get(HOST, 0) - held)
+        extra += load.unpacks.get(action.instance.id, 0) if action.instance is not None else 0
         for victim in action.victims:
             free += load.after[victim.instance.id][HOST] - load.host_left[victim.instance.id, victim.to]
         free -= extra

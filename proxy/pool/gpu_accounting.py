@@ -71,6 +71,8 @@ class GpuLoad:
     """False where suspended engines stay on the GPU."""
     host_left: Mapping[tuple[str, Tier], int] = field(default_factory=dict)
     """Instance and colder tier → what it would hold of host memory there; below 0 where its image goes too."""
+    unpacks: Mapping[str, int] = field(default_factory=dict)
+    """Instance → what its image takes on tmpfs when a wake brings it there from the archive."""
     host_short: int = 0
     """How much less host memory is free than is to be left, as it was read; below 0 where there is more."""
     guessed: frozenset[str] = frozenset()

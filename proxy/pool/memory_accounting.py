@@ -7,7 +7,7 @@ and before that taken to be as much as the largest of the others.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from proxy.pool.gpu_accounting import HOLDS_NOTHING, HOST, GpuLoad
@@ -29,6 +29,17 @@ _TIERS: Final[Mapping[State, Tier]] = {
 _GOING: Final = frozenset({State.BROKEN, State.STOPPING})
 
 
+@dataclass(frozen=True, slots=True)
+class ImageHeld:
+    """An instance's image, as far as it takes memory."""
+
+    present: bool
+    archived: bool
+    """It is in the archive, and not on tmpfs."""
+    own: bool
+    """It belongs to this instance; else to its model."""
+
+
 class MemoryLedger:
     """The accounts of one pool. `reserve_bytes` are left free."""
 
@@ -37,6 +48,8 @@ class MemoryLedger:
         """As it was last read; None where it plays no part."""
         self._held_then = 0
         """What our engines held at about that time; those that have ended since have given it back."""
+        self._on_tmpfs_then: int | None = None
+        """What images took there at about that time; None before the policy has asked since."""
         self.reserve_bytes = 0
         self._seen: dict[str, tuple[int, int]] = {}
         """Instance → the generation in which it was weighed, and what its processes held."""
@@ -77,7 +90,7 @@ class MemoryLedger:
 
     def read(self, memory: Memory, held_bytes: int) -> None:
         """Write down what there is, and what all our engines together held at about the same time."""
-        self.memory, self._held_then = memory, held_bytes
+        self.memory, self._held_then, self._on_tmpfs_then = memory, held_bytes, None
 
     @property
     def is_short(self) -> bool:
@@ -131,27 +144,38 @@ class MemoryLedger:
     def _guess(self) -> int:
         return max(self._learned[Tier.READY].values(), default=0)
 
-    def lacking(self, instance: Instance) -> int:
-        """How much less is free now than a wake from an image or from nothing needs; 0 where that is not known."""
+    def lacking(self, instance: Instance, *, unpacks: bool = False) -> int:
+        """How much less is free now than a wake from an image or from nothing needs; 0 where that is not known.
+
+        `unpacks`: its image comes from the archive.
+        """
         need = self.need(instance.model)
         if self.memory is None or need is None:
             return 0
-        return max(0, need - self.held(instance) - self.memory.available_bytes)
+        image = self._images.get(instance.model, 0) if unpacks else 0
+        return max(0, need + image - self.held(instance) - self.memory.available_bytes)
 
-    def load(self, gpus: GpuLoad, instances: Iterable[Instance], images: Mapping[str, tuple[bool, bool]]) -> GpuLoad:
-        """What the policy decides by. `images`: instance → whether it has an image, and whether that is its own."""
+    def load(self, gpus: GpuLoad, instances: Iterable[Instance], images: Mapping[str, ImageHeld]) -> GpuLoad:
+        """What the policy decides by. `images`: by instance."""
         if self.memory is None:
             return gpus
         everyone = list(instances)
-        free = self.memory.available_bytes - self.reserve_bytes
+        for_all = _only_images(everyone, images)
+        unpacks = {i.id: self._images.get(i.model, 0) for i in everyone if images[i.id].archived}
+        waking = [i for i in everyone if i.state is State.WAKING and i.id in unpacks]
+        # Of those that share an image, one brings it for all.
+        bring = {i.id if images[i.id].own else i.model: i.id for i in waking}
+        unpacking = {id_: unpacks[id_] for id_ in bring.values()}
+        charges = {i.id: self._charge(i) + unpacking.get(i.id, 0) for i in everyone}
+        free = self.memory.available_bytes - self.reserve_bytes + self._archived_since(everyone, images)
         left: dict[tuple[str, Tier], int] = {}
         after: dict[str, int] = {}
         for instance in everyone:
-            present, own = images[instance.id]
-            tiers = self._left(instance, gpus, present=present, own=own)
+            image = images[instance.id]
+            tiers = self._left(instance, gpus, image, archives=image.own or instance.id in for_all)
             left |= {(instance.id, tier): count for tier, count in tiers.items()}
             going_to = _target(instance)
-            after[instance.id] = self._charge(instance) if going_to is None else tiers[going_to]
+            after[instance.id] = charges[instance.id] if going_to is None else tiers[going_to]
         models = self._models | {i.model for i in everyone}
         guess = self._guess()
         needs = {model: need for model in models if (need := self.need(model))}
@@ -161,28 +185,55 @@ class MemoryLedger:
         return replace(
             gpus,
             capacity={**gpus.capacity, HOST: free + self._held_then},
-            now={i.id: {**gpus.now.get(i.id, {}), HOST: self._charge(i)} for i in everyone},
+            now={i.id: {**gpus.now.get(i.id, {}), HOST: charges[i.id]} for i in everyone},
             after={i.id: {**gpus.after.get(i.id, {}), HOST: after[i.id]} for i in everyone},
             needs={m: {**gpus.needs.get(m, {}), **({HOST: needs[m]} if m in needs else {})} for m in models},
             host_left=left,
+            unpacks=unpacks,
             host_short=-free - max(0, self._held_then - sum(map(self.held, everyone))),
             guessed=guessed,
         )
 
-    def _left(self, instance: Instance, gpus: GpuLoad, *, present: bool, own: bool) -> dict[Tier, int]:
-        """What it holds on each tier below; less than nothing where its image goes too."""
+    def _archived_since(self, everyone: Iterable[Instance], images: Mapping[str, ImageHeld]) -> int:
+        """What images have given back since memory was read."""
+        there = [i for i in everyone if images[i.id].present and not images[i.id].archived]
+        each = {i.id if images[i.id].own else i.model: self._images.get(i.model, 0) for i in there}
+        now = sum(each.values())
+        if self._on_tmpfs_then is None:
+            self._on_tmpfs_then = now
+        return max(0, self._on_tmpfs_then - now)
+
+    def _left(self, instance: Instance, gpus: GpuLoad, image: ImageHeld, *, archives: bool) -> dict[Tier, int]:
+        """What it holds on each tier below; less than nothing where an image goes too.
+
+        `archives`: nobody else needs its image on tmpfs.
+        """
         held = self._charge(instance)
         on_gpus = sum(gpus.after.get(instance.id, {}).values()) if gpus.suspending_frees else 0
         asleep = self._learned[Tier.SLEEPING].get(instance.model, held)
-        image = self._images.get(instance.model, 0) if present and own else 0
+        size = self._images.get(instance.model, 0) if image.present and not image.archived else 0
         return {
             Tier.SLEEPING: asleep,
             # CUDA's state goes from the GPU to the processes' own memory.
             Tier.SUSPENDED: self._learned[Tier.SUSPENDED].get(instance.model, held + on_gpus),
-            Tier.CHECKPOINTED: 0 if present else held,
-            Tier.ARCHIVED: -image,
-            Tier.STOPPED: -image,
+            Tier.CHECKPOINTED: 0 if image.present else held,
+            Tier.ARCHIVED: -size if archives else 0,
+            Tier.STOPPED: -size if image.own else 0,
         }
+
+
+def _only_images(everyone: Iterable[Instance], images: Mapping[str, ImageHeld]) -> set[str]:
+    """Of each model whose instances are nothing but one image on tmpfs, the one that goes to the archive for all."""
+    found: dict[str, str] = {}
+    others: set[str] = set()
+    for instance in sorted(everyone, key=lambda i: (i.state is not State.ARCHIVING, i.id)):
+        image = images[instance.id]
+        nothing_else = instance.state in (State.ARCHIVING, State.CHECKPOINTED)
+        if not nothing_else or not image.present or image.archived or image.own:
+            others.add(instance.model)
+        else:
+            found.setdefault(instance.model, instance.id)
+    return {id_ for model, id_ in found.items() if model not in others}
 
 
 def _target(instance: Instance) -> Tier | None:

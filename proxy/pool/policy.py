@@ -16,7 +16,7 @@ from proxy.pool.instance import AWAKE, DESCENDING, RESTING, State
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from proxy.pool.gpu_accounting import Bytes, GpuLoad
     from proxy.pool.instance import Instance
@@ -374,6 +374,7 @@ def decide(view: View, now: float) -> Plan:
     plan.starved = starved
     if HOST in view.gpus.capacity:
         _relieve_host(view, now, plan, used)
+    _follow(view, plan, used)
     if not starved:
         retiring = [i for m in view.models for i in m.instances if i.state is State.RETIRING]
         plan.actions.extend(Readmit(i) for i in retiring if id(i) not in used)
@@ -417,7 +418,10 @@ class _Room:
             if candidate is not None
             else gpu_accounting.NOTHING
         )
-        return gpu_accounting.beyond(self._load.needs.get(model.key, gpu_accounting.NOTHING), held)
+        extra = gpu_accounting.beyond(self._load.needs.get(model.key, gpu_accounting.NOTHING), held)
+        if candidate is not None and (unpacked := self._load.unpacks.get(candidate.id)):
+            extra[HOST] = extra.get(HOST, 0) + unpacked
+        return extra
 
     def short(self, extra: Bytes) -> dict[str, int]:
         """What somebody has to give up for it."""
@@ -498,7 +502,8 @@ def _option(instance: Instance, model: ModelView, load: GpuLoad, now: float) -> 
     for tier in STEPS:
         if tier > instance.tier and _possible(instance, tier, model) and now >= instance.postponed.get(tier, -math.inf):
             tiers.append(tier)
-            if load.held_on(tier, instance) is gpu_accounting.NOTHING:
+            shared = tier is Tier.ARCHIVED and model.has_shared_image  # which stays when an instance stops
+            if shared or load.held_on(tier, instance) is gpu_accounting.NOTHING:
                 break
     return _Option(instance, tuple(tiers), recycle=False)
 
@@ -562,9 +567,22 @@ def _idle(
         spare = _spare_for(needy, candidate, model)
         awake += [_option(i, model, view.gpus, now) for i in spare if i.leases == 0 and id(i) not in used]
         resting = _MAY_GO if HOST in view.gpus.capacity else {State.SLEEPING}
-        sleeping = [i for i in model.instances if i.state in resting and i is not candidate and i.ordered is None]
-        asleep += [_option(i, model, view.gpus, now) for i in sleeping if id(i) not in used]
+        sleeping = [i for i in _resting(model, used, resting) if i is not candidate]
+        asleep += [_option(i, model, view.gpus, now) for i in sleeping]
     return sorted(awake, key=lambda o: _dispensable(o.instance)), asleep
+
+
+def _resting(model: ModelView, used: set[int], states: Container[State]) -> list[Instance]:
+    """The instances that may give up what they hold; an image that all share only while nobody wakes from it."""
+    needed = model.has_shared_image and (model.waiting or any(id(i) in used for i in model.instances))
+    return [
+        i
+        for i in model.instances
+        if i.state in states
+        and i.ordered is None
+        and id(i) not in used
+        and not (needed and i.state is State.CHECKPOINTED)
+    ]
 
 
 def _busy_bytes(view: View, needy: ModelView, used: set[int]) -> Bytes:
@@ -658,7 +676,7 @@ def _relieve(model: ModelView, now: float, plan: Plan, used: set[int]) -> None:
 def _relieve_host(view: View, now: float, plan: Plan, used: set[int]) -> None:
     """Where less host memory is free than is to be left, idle instances give some up, longest idle first."""
     short = view.gpus.host_short - _coming_free(view, plan)
-    resting = [(i, m) for m in view.models for i in m.instances if i.state in _MAY_GO and i.ordered is None]
+    resting = [(i, m) for m in view.models for i in _resting(m, used, _MAY_GO)]
     spare = [(i, m) for m in view.models for i in _spare(m) if not i.leases]
     for instance, model in sorted([*resting, *spare], key=lambda pair: _dispensable(pair[0])):
         option = _option(instance, model, view.gpus, now)
@@ -672,12 +690,26 @@ def _relieve_host(view: View, now: float, plan: Plan, used: set[int]) -> None:
             short -= freed[to]
 
 
+def _follow(view: View, plan: Plan, used: set[int]) -> None:
+    """Where an image that all share goes to the archive, all instances that are nothing else go there."""
+    going = {step.instance.model for step in _steps_down(plan) if step.to is Tier.ARCHIVED}
+    for model in view.models if going else ():
+        if model.key in going and model.has_shared_image:
+            others = [i for i in _resting(model, set(), {State.CHECKPOINTED}) if id(i) not in used]
+            plan.actions.extend(StepDown(i, Tier.ARCHIVED, "evict") for i in others)
+            used.update(id(i) for i in others)
+
+
+def _steps_down(plan: Plan) -> list[StepDown]:
+    """All of a plan, those for a wake too."""
+    return [s for a in plan.actions for s in ((a,) if isinstance(a, StepDown) else getattr(a, "victims", ()))]
+
+
 def _coming_free(view: View, plan: Plan) -> int:
     """The host memory that those free who are on their way down, or are about to go."""
     load = view.gpus
     moving = sum(max(0, load.now[i].get(HOST, 0) - load.after[i].get(HOST, 0)) for i in load.now)
-    planned = [s for a in plan.actions for s in ((a,) if isinstance(a, StepDown) else getattr(a, "victims", ()))]
-    return moving + sum(_freed(load, step.instance, step.to).get(HOST, 0) for step in planned)
+    return moving + sum(_freed(load, step.instance, step.to).get(HOST, 0) for step in _steps_down(plan))
 
 
 def _recycle_in_place(idle: Sequence[Instance], model: ModelView, now: float, plan: Plan, used: set[int]) -> None:

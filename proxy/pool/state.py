@@ -15,7 +15,7 @@ from proxy.pool.command import Command
 from proxy.pool.gpu_accounting import GpuLedger
 from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
-from proxy.pool.memory_accounting import MemoryLedger
+from proxy.pool.memory_accounting import ImageHeld, MemoryLedger
 from proxy.pool.model import Model, stop_grace_s, tier_found
 from proxy.pool.written_off import WrittenOff
 from proxy.runtime.bounded import Bounded
@@ -158,7 +158,11 @@ class PoolState:
             self.memory.load(
                 self.ledger.load(i for m in everyone for i in m.instances.values()),
                 (i for m in everyone for i in m.instances.values()),
-                {i: (s.image.present, not m.runtime.shares_images) for m in everyone for i, s in m.instances.items()},
+                {
+                    i: ImageHeld(s.image.present, s.image.archived, not m.runtime.shares_images)
+                    for m in everyone
+                    for i, s in m.instances.items()
+                },
             ),
         )
 

@@ -63,7 +63,7 @@ class Waking:
         for tier in tiers:
             try:
                 if tier >= Tier.CHECKPOINTED:
-                    await self._check_memory(instance)
+                    await self._check_memory(instance, unpacks=tier < Tier.STOPPED and instance.image.archived)
                 await self._steps.climb(model, instance, tier, stages)
             except Exception as error:  # noqa: BLE001 - whatever it was, a colder tier may work and nobody may be left waiting
                 reason = str(error) or too_slow(model.settings, tier)
@@ -112,12 +112,12 @@ class Waking:
         log.info("%s ready from %s in %.3f s: %s", instance.id, tier.label, seconds, detail)
         self._effects.tick()
 
-    async def _check_memory(self, instance: Instance) -> None:
+    async def _check_memory(self, instance: Instance, *, unpacks: bool) -> None:
         """Fail rather than have the OOM killer choose, where what was to be made free is not."""
-        if not self._state.memory.lacking(instance):
+        if not self._state.memory.lacking(instance, unpacks=unpacks):
             return
         await self._memory_watch.weigh()
-        if missing := self._state.memory.lacking(instance):
+        if missing := self._state.memory.lacking(instance, unpacks=unpacks):
             raise RuntimeFailure("memory", f"{format_size(missing)} of host memory are missing for it")
 
     async def _last_log_lines(self, model: Model, instance: Instance) -> list[str]:

@@ -266,6 +266,12 @@ class KeepsImages(abc.ABC):
                     engine = sum((manifest.details.get("memory") or {}).values())
                     size = manifest.total_bytes() + self._store.weights_bytes(image)
                     return Footprint(engine, size, self._store.free_bytes())
+        for image in self._store.archived() if Tier.ARCHIVED in self.tiers().offered else ():
+            with contextlib.suppress(StoreError):
+                manifest = await self._store.archived_manifest(image)
+                if manifest.model == key:
+                    engine = sum((manifest.details.get("memory") or {}).values())
+                    return Footprint(engine, manifest.total_bytes(), self._store.free_bytes())
         return None
 
     async def _manifest(self, image: str) -> Manifest:
