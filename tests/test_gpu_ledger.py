@@ -9,6 +9,7 @@ import pytest
 from proxy.gpu.nvml import GpuMemory
 from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
 from proxy.pool.instance import Instance, State
+from proxy.pool.view import view_of
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 
@@ -167,8 +168,8 @@ def test_where_suspending_frees_nothing_a_suspended_engine_is_charged() -> None:
     book.weigh(one, {"GPU-0": 60 * GIB})
     load = book.load([one])
     assert load.now["a-1"] == {"GPU-0": 60 * GIB}
-    assert load.held_on(Tier.SUSPENDED, one) == {"GPU-0": 2 * GIB}
-    assert load.held_on(Tier.CHECKPOINTED, one) == {}
+    assert load.held_on(Tier.SUSPENDED, view_of(one)) == {"GPU-0": 2 * GIB}
+    assert load.held_on(Tier.CHECKPOINTED, view_of(one)) == {}
     one.state = State.SUSPENDING
     assert book.load([one]).after["a-1"] == {"GPU-0": 60 * GIB}
 

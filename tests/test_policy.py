@@ -10,26 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.pool.command import Command
+from proxy.pool.costs import TYPICAL_S, Costs
 from proxy.pool.gpu_accounting import EMPTY, HOST, GpuLoad
-from proxy.pool.instance import AWAKE, RESTING, Instance, State
-from proxy.pool.policy import (
-    STEPS,
-    TYPICAL_S,
-    Costs,
-    ModelView,
-    Plan,
-    Readmit,
-    Refuse,
-    Retire,
-    StepDown,
-    View,
-    Wake,
-    best_tier,
-    decide,
-    holding,
-    pick,
-)
+from proxy.pool.instance import AWAKE, RESTING, WITH_ENGINE, Instance, State, best_tier, pick
+from proxy.pool.plan import Plan, Readmit, Refuse, Retire, StepDown, Wake
+from proxy.pool.policy import decide
+from proxy.pool.view import STEPS, InstanceView, ModelView, View
 from proxy.tiers import Tier
 
 TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
@@ -38,15 +24,18 @@ TIMETABLE = {Tier.SLEEPING: 30.0, Tier.SUSPENDED: 120.0, Tier.CHECKPOINTED: 600.
 
 def instance(
     state: State, *, key: str = "a", number: int = 1, leases: int = 0, idle_since: float | None = None
-) -> Instance:
-    one = Instance(f"{key}-{number}", key)
-    one.state = state
-    one.leases = leases
-    one.idle_since = None if leases else (0.0 if idle_since is None else idle_since)
+) -> InstanceView:
+    idle_since = None if leases else (0.0 if idle_since is None else idle_since)
+    return InstanceView(f"{key}-{number}", key, state, leases, idle_since, postponed={})
+
+
+def live(state: State, *, number: int = 1, leases: int = 0) -> Instance:
+    one = Instance(f"a-{number}", "a")
+    one.state, one.leases = state, leases
     return one
 
 
-def model(*instances: Instance, key: str = "a", **more: Any) -> ModelView:
+def model(*instances: InstanceView, key: str = "a", **more: Any) -> ModelView:
     defaults: dict[str, Any] = {
         "tiers": TIERS,
         "timetable": TIMETABLE,
@@ -65,32 +54,32 @@ def plan(*models: ModelView, now: float = 0.0, **view: Any) -> Plan:
 
 
 def test_the_least_busy_ready_instance_is_picked() -> None:
-    busy, free = instance(State.READY, leases=3), instance(State.READY, number=2, leases=1)
-    assert pick([busy, free, instance(State.SLEEPING, number=3)], 4) is free
+    busy, free = live(State.READY, leases=3), live(State.READY, number=2, leases=1)
+    assert pick([busy, free, live(State.SLEEPING, number=3)], 4) is free
     assert pick([busy, free], 1) is None
     assert pick([], 4) is None
 
 
 def test_one_that_holds_its_engine_is_preferred_to_any_that_is_ready() -> None:
-    ready = instance(State.READY)
+    ready = live(State.READY)
     for state in (State.SLEEPING, State.SUSPENDED, State.FALLING_ASLEEP, State.SUSPENDING, State.RETIRING):
-        assert pick([ready, instance(state, number=2)], 4, "a-2") is None, "it is waited for"
+        assert pick([ready, live(state, number=2)], 4, "a-2") is None, "it is waited for"
     for state in (State.CHECKPOINTED, State.CHECKPOINTING, State.ARCHIVED, State.BROKEN):
-        assert pick([ready, instance(state, number=2)], 4, "a-2") is ready
-    busy = instance(State.READY, number=2, leases=3)
+        assert pick([ready, live(state, number=2)], 4, "a-2") is ready
+    busy = live(State.READY, number=2, leases=3)
     assert pick([ready, busy], 4, "a-2") is busy
     assert pick([ready, busy], 3, "a-2") is None
-    waking = instance(State.WAKING, number=2)
+    waking = live(State.WAKING, number=2)
     for origin, picked in ((Tier.SUSPENDED, None), (Tier.CHECKPOINTED, ready), (Tier.STOPPED, ready)):
         waking.waking_from = origin
         assert pick([ready, waking], 4, "a-2") is picked
 
 
 def test_the_warmest_instance_is_what_a_request_finds() -> None:
-    assert best_tier([instance(State.CHECKPOINTED), instance(State.SUSPENDED)]) is Tier.SUSPENDED
+    assert best_tier([live(State.CHECKPOINTED), live(State.SUSPENDED)]) is Tier.SUSPENDED
     assert best_tier([]) is Tier.STOPPED
-    assert best_tier([instance(State.RETIRING, leases=1)]) is Tier.SLEEPING, "it takes no new ones"
-    assert best_tier([instance(State.RETIRING, leases=1), instance(State.READY)]) is Tier.READY
+    assert best_tier([live(State.RETIRING, leases=1)]) is Tier.SLEEPING, "it takes no new ones"
+    assert best_tier([live(State.RETIRING, leases=1), live(State.READY)]) is Tier.READY
 
 
 # --- waking ---
@@ -292,7 +281,11 @@ GPU = "GPU-1"
 
 
 def gpus(
-    *instances: Instance, needs: dict[str, int], asleep: dict[str, int] | None = None, capacity: int = 80, **more: Any
+    *instances: InstanceView,
+    needs: dict[str, int],
+    asleep: dict[str, int] | None = None,
+    capacity: int = 80,
+    **more: Any,
 ) -> GpuLoad:
     """What these hold by their states, in GiB of one GPU."""
     sleeps = asleep or {}
@@ -308,7 +301,7 @@ def gpus(
     return GpuLoad({GPU: capacity}, now, after, known, {key: {GPU: n} for key, n in sleeps.items()}, **more)
 
 
-def needy(key: str = "a", *instances: Instance, since: float = 3.0, **more: Any) -> ModelView:
+def needy(key: str = "a", *instances: InstanceView, since: float = 3.0, **more: Any) -> ModelView:
     return model(*instances, key=key, waiting=1, oldest_wait=since, **more)
 
 
@@ -424,9 +417,9 @@ def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() ->
     assert plan(*models, now=16.0, gpus=load).actions == [Wake("a", None, (StepDown(busy, Tier.SLEEPING, "evict"),))]
 
 
-async def test_one_that_an_operator_sends_down_is_waited_for() -> None:
+def test_one_that_an_operator_sends_down_is_waited_for() -> None:
     ordered = instance(State.READY, key="b", leases=1)
-    ordered.give(Command(ordered.id, Tier.READY, Tier.SUSPENDED))
+    ordered.ordered = Tier.SUSPENDED
     load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
     models = needy(since=0.0), model(ordered, key="b")
     assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered, "an order")]
@@ -537,9 +530,7 @@ def views(draw: st.DrawFn) -> View:
                 oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
                 worn=frozenset(i.id for i in instances if draw(st.integers(0, 3)) == 0),
                 wanted={
-                    i.id: 1
-                    for i in instances
-                    if waiting and holding(instances, i.id) is not None and draw(st.integers(0, 3)) == 0
+                    i.id: 1 for i in instances if waiting and i.state in WITH_ENGINE and draw(st.integers(0, 3)) == 0
                 },
             )
         )
@@ -551,7 +542,7 @@ def views(draw: st.DrawFn) -> View:
     return View(models, draw(st.integers(0, 4)), 10.0, draw(with_host(models, load)) if draw(st.booleans()) else load)
 
 
-def host(*instances: Instance, free: int, left: dict[tuple[str, Tier], int], short: int = 0) -> GpuLoad:
+def host(*instances: InstanceView, free: int, left: dict[tuple[str, Tier], int], short: int = 0) -> GpuLoad:
     """Host memory alone, as `MemoryLedger` makes it: `left` where it is not 0; `a` needs 60."""
     return GpuLoad(
         {HOST: free}, {i.id: {HOST: 0} for i in instances}, {i.id: {HOST: 0} for i in instances}, {"a": {HOST: 60}},
@@ -655,7 +646,7 @@ def assert_memory_is_respected(view: View, made: Plan) -> None:
 @given(views(), st.floats(0, 2000))
 def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     made = decide(view, now)
-    touched: list[Instance] = []
+    touched: list[InstanceView] = []
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
     limit = max(view.max_awake, awake) if view.max_awake else math.inf
     new: dict[str, int] = {m.key: 0 for m in view.models}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, QueueFullError
 from proxy.pool import policy
-from proxy.pool.instance import Instance, State, WakeRecord
+from proxy.pool.instance import Instance, State, WakeRecord, holding, pick
 from proxy.pool.model import Lease, Waiter, client_of, hand_on, tier_found
 from proxy.pool.state import ADMITTING, Phase
 from proxy.tiers import Tier
@@ -59,7 +59,7 @@ class Admission:
             self._state.usage.note(model.key)
         if (lease := self._at_once(model, preferred)) is not None:
             return lease
-        held = policy.holding(model.instances.values(), preferred) if preferred is not None else None
+        held = holding(model.instances.values(), preferred) if preferred is not None else None
         found = tier_found(model.instances.values() if held is None else [model.instances[held.id]])
         self._refuse_if_failing(model)
         self._refuse_if_full(model)
@@ -111,7 +111,7 @@ class Admission:
     def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
         if self._state.waiting and model.queue:
             return None
-        instance = policy.pick(model.instances.values(), model.settings.max_concurrency, preferred)
+        instance = pick(model.instances.values(), model.settings.max_concurrency, preferred)
         if instance is None:
             return None
         lease = self._grant(model, instance, Tier.READY, 0.0, None)
@@ -182,7 +182,7 @@ class Admission:
         done: list[Waiter] = []
         for waiter in model.queue:
             if not waiter.granted.done():
-                instance = policy.pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred)
+                instance = pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred)
                 if instance is None and waiter.preferred is None:
                     break
                 if instance is None:

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-    from proxy.pool import policy
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
+    from proxy.pool.plan import StepDown
 
 
 class Effects(Protocol):
@@ -28,7 +28,7 @@ class Effects(Protocol):
     def move(self, model: Model, instance: Instance, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
 
-    def step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
+    def step_down(self, action: StepDown) -> asyncio.Task[None]:
         """Begin to take an instance to a colder tier."""
 
     def remove(self, model: Model, instance: Instance, reason: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.instance import Instance
+    from proxy.pool.view import InstanceView
 
 Bytes: TypeAlias = "Mapping[str, int]"
 """UUID of a GPU → bytes of its memory."""
@@ -78,14 +79,14 @@ class GpuLoad:
     guessed: frozenset[str] = frozenset()
     """Models whose need of host memory is a guess."""
 
-    def held_on(self, tier: Tier, instance: Instance) -> Bytes | None:
+    def held_on(self, tier: Tier, instance: InstanceView) -> Bytes | None:
         """What a resting instance would hold on a colder tier; None where that is not known."""
         gpus = self._held_of_gpus(tier, instance)
         if gpus is None or HOST not in self.capacity:
             return gpus
         return {**gpus, HOST: self.host_left[instance.id, tier]}
 
-    def _held_of_gpus(self, tier: Tier, instance: Instance) -> Bytes | None:
+    def _held_of_gpus(self, tier: Tier, instance: InstanceView) -> Bytes | None:
         if self.capacity.keys() == {HOST}:
             return NOTHING
         if tier <= Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from proxy.pool import gpu_accounting, policy
 from proxy.pool.instance import RESTING, Instance, State
 from proxy.pool.model import handle_of
+from proxy.pool.plan import StepDown
+from proxy.pool.view import view_of
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
@@ -47,7 +49,7 @@ class GpuWatch:
         *,
         clock: Callable[[], float],
         everyone: Callable[[], Iterable[Model]],
-        step_down: Callable[[policy.StepDown], asyncio.Task[None]],
+        step_down: Callable[[StepDown], asyncio.Task[None]],
         give_up: Callable[[Model, Instance], None],
         changed: Callable[[], None],
     ) -> None:
@@ -145,8 +147,8 @@ class GpuWatch:
         instances = {s.id: (m, s) for m, s in self._live() if s.id in evictions.expected}
         victims = [instances[i] for i in evictions.tasks if i in instances]
         for model, instance in victims:
-            if policy.may_suspend(instance, model.view(), self._clock()):
-                self._step_down(policy.StepDown(instance, Tier.SUSPENDED, "evict"))
+            if policy.may_suspend(view_of(instance), model.view(), self._clock()):
+                self._step_down(StepDown(view_of(instance), Tier.SUSPENDED, "evict"))
         leaving = [s.task for _, s in victims if s.state is State.SUSPENDING and s.task is not None]
         if leaving:
             await asyncio.wait(leaving)

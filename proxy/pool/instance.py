@@ -17,7 +17,7 @@ from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from proxy.engine.client import EngineClient
     from proxy.pool.command import Command
@@ -362,7 +362,7 @@ class Instance:
         """The tier a request would find: where it rests, or where the move under way began or will end."""
         if self.state is State.WAKING:
             return self.waking_from if self.waking_from is not None else Tier.STOPPED
-        return _TIER_OF[self.state]
+        return TIER_OF[self.state]
 
     def begin_lease(self, now_unix_s: float) -> None:
         """Count one more request; only a ready instance takes one."""
@@ -384,7 +384,7 @@ class Instance:
 
 _NEEDS_NO_LEASES: Final = frozenset({Event.SLEEP, Event.SUSPEND, Event.CHECKPOINT})
 
-_TIER_OF: Final[Mapping[State, Tier]] = {
+TIER_OF: Final[Mapping[State, Tier]] = {
     **RESTING,
     State.RETIRING: Tier.READY,
     State.FALLING_ASLEEP: Tier.SLEEPING,
@@ -396,3 +396,42 @@ _TIER_OF: Final[Mapping[State, Tier]] = {
     State.STOPPING: Tier.STOPPED,
     State.GONE: Tier.STOPPED,
 }
+
+
+WITH_ENGINE: Final = frozenset(
+    {State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SLEEPING, State.SUSPENDING, State.SUSPENDED}
+)
+
+
+def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
+    """The ready instance with room for one more request, that with the fewest; or None.
+
+    Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for.
+    """
+    held = holding(instances, preferred) if preferred is not None else None
+    best = None
+    for instance in instances if held is None else [held]:
+        if instance.state is not State.READY or instance.leases >= max_concurrency:
+            continue
+        if best is None or instance.leases < best.leases:
+            best = instance
+    return best
+
+
+def holding(instances: Iterable[Instance], wanted: str) -> Instance | None:
+    """The instance of that id while it holds the engine it had, awake or not; one that is restored has another."""
+    return next((i for i in instances if i.id == wanted and _holds_engine(i)), None)
+
+
+def _holds_engine(instance: Instance) -> bool:
+    if instance.state is State.WAKING:
+        return instance.waking_from is not None and instance.waking_from < Tier.CHECKPOINTED
+    return instance.state in WITH_ENGINE
+
+
+def best_tier(instances: Iterable[Instance]) -> Tier:
+    """The tier a request for the model finds: that of its warmest instance.
+
+    One that takes no new requests because it is about to step down counts as on the first tier below.
+    """
+    return min((Tier.SLEEPING if i.state is State.RETIRING else i.tier for i in instances), default=Tier.STOPPED)

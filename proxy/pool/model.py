@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from proxy.errors import EngineError, Fault, PortTakenError, RuntimeFailure, WakeFailedError
-from proxy.pool import policy, wake_failure
+from proxy.pool import wake_failure
 from proxy.pool.image import Image, Place
-from proxy.pool.instance import State
+from proxy.pool.instance import State, best_tier, holding
+from proxy.pool.view import ModelView, view_of
 from proxy.pool.wait_queue import Line
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
@@ -153,14 +154,14 @@ class Model:
     def timetable(self) -> Mapping[Tier, float]:
         return self.settings.idle.timetable()
 
-    def view(self) -> policy.ModelView:
+    def view(self) -> ModelView:
         first = self.queue.first()
         # Some may have been cancelled in this moment; among many they make no difference.
         many = len(self.queue) > _COUNTED
         waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
-        return policy.ModelView(
+        return ModelView(
             key=self.key,
-            instances=[*self.instances.values()],
+            instances=[view_of(i) for i in self.instances.values()],
             tiers=self.runtime.tiers().offered,
             timetable={} if self.coming else self.timetable,
             max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
@@ -174,7 +175,7 @@ class Model:
             failing=frozenset(self.failing),
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
             worn=frozenset(i for i, s in self.instances.items() if s.renewable and self.ledger.worn(s)),
-            wanted={i: n for i, n in self.wanted.items() if n and policy.holding(self.instances.values(), i)},
+            wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
         )
 
     def fail_waiters(self, error: Exception) -> None:
@@ -222,7 +223,7 @@ def tier_found(instances: Iterable[Instance]) -> Tier:
     instances = [*instances]
     broken = [s.image for s in instances if s.state is State.BROKEN and s.image.present]
     images = (Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED for image in broken)
-    return min((policy.best_tier(s for s in instances), *images))
+    return min((best_tier(s for s in instances), *images))
 
 
 def image_of(facts: ImageFacts) -> Image:

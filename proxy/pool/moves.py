@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.config.values import format_size
 from proxy.errors import NoMemoryError, RuntimeFailure
-from proxy.pool import gpu_accounting, policy
+from proxy.pool import gpu_accounting
 from proxy.pool.gpu_monitor import GpuWatch
 from proxy.pool.image_faults import ImageFaults
 from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
 from proxy.pool.memory_monitor import MemoryWatch
 from proxy.pool.model import NO_EVICTIONS, Evictions, client_of, is_left
+from proxy.pool.plan import Action, Clone, Readmit, Refuse, Retire, StepDown, Wake
 from proxy.pool.stalls import Stalls
 from proxy.pool.state import Phase
 from proxy.pool.stepping_down import SteppingDown
@@ -109,23 +110,26 @@ class Moves:
 
     # --- what was decided ---
 
-    def begin(self, action: policy.Action) -> None:
+    def begin(self, action: Action) -> None:
+        """Do what a plan says."""
         match action:
-            case policy.Clone(key):
+            case Clone(key):
                 model = self._state.models[key]
                 instance = self._state.new_instance(model, self._state.free_id(model))
                 instance.apply(Event.CLONE)
                 self.move(model, instance, "clone", self.wakes.clone(model, instance))
-            case policy.Wake():
+            case Wake():
                 self._begin_wake(action)
-            case policy.StepDown():
+            case StepDown():
                 self.step_down(action)
-            case policy.Refuse(key, needed_bytes, missing_bytes):
+            case Refuse(key, needed_bytes, missing_bytes):
                 self._refuse_for_memory(self._state.models[key], needed_bytes, missing_bytes)
-            case policy.Retire(instance, reason):
+            case Retire(seen, reason):
+                _, instance = self._state.find(seen)
                 instance.apply(Event.RETIRE)
                 log.info("%s retiring: %s", instance.id, reason)
-            case policy.Readmit(instance):
+            case Readmit(seen):
+                _, instance = self._state.find(seen)
                 instance.apply(Event.READMIT)
                 log.info("%s readmitted", instance.id)
 
@@ -137,22 +141,22 @@ class Moves:
         log.error("%s: no wake: %s", model.key, text)
         model.fail_waiters(NoMemoryError(text, retry_after_s=_MEMORY_RETRY_S))
 
-    def _begin_wake(self, action: policy.Wake) -> None:
+    def _begin_wake(self, action: Wake) -> None:
         evictions = self._evict(action) if action.victims else NO_EVICTIONS
         model = self._state.models[action.model]
-        known = action.instance
-        instance = (
-            model.instances[known.id]
-            if known is not None
-            else self._state.new_instance(model, self._state.free_id(model))
-        )
+        if action.instance is None:
+            instance = self._state.new_instance(model, self._state.free_id(model))
+        else:
+            instance = model.instances[action.instance.id]
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         instance.begin_wake(found, self._state.clock())
         log.info("%s waking from %s", instance.id, found.label)
         self.move(model, instance, "wake", self.wakes.wake(model, instance, instance.generation, evictions))
 
-    def _evict(self, action: policy.Wake) -> Evictions:
-        held = self._state.ledger.charge(action.instance) if action.instance is not None else gpu_accounting.NOTHING
+    def _evict(self, action: Wake) -> Evictions:
+        held = gpu_accounting.NOTHING
+        if action.instance is not None:
+            held = self._state.ledger.charge(self._state.find(action.instance)[1])
         needed = gpu_accounting.beyond(self._state.ledger.need(action.model) or gpu_accounting.NOTHING, held)
         if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.ledger.gpus}):
             needed = {}  # as much was free before anybody made room: nothing is to be seen to
@@ -161,13 +165,13 @@ class Moves:
             if instance.state in (State.SLEEPING, State.SUSPENDED):
                 expected[instance.id] = self._state.ledger.expected(instance, instance.tier)
         for victim in action.victims:
-            expected[victim.instance.id] = self._state.ledger.expected(victim.instance, victim.to)
+            _, instance = self._state.find(victim.instance)
+            expected[instance.id] = self._state.ledger.expected(instance, victim.to)
         tasks = {victim.instance.id: self.step_down(victim) for victim in action.victims}
         return Evictions(tasks, needed, expected)
 
-    def step_down(self, action: policy.StepDown) -> asyncio.Task[None]:
-        instance = action.instance
-        model = self._state.home(instance)
+    def step_down(self, action: StepDown) -> asyncio.Task[None]:
+        model, instance = self._state.find(action.instance)
         origin = instance.tier
         instance.begin_step_down(action.to, evicted=action.reason == "evict")
         # All may begin to go in one moment: the last one takes the image along.

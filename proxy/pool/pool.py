@@ -23,6 +23,7 @@ from proxy.pool.commands import Commands
 from proxy.pool.instance import AWAKE, Instance, State
 from proxy.pool.model import is_left, tier_found
 from proxy.pool.moves import Moves
+from proxy.pool.plan import Action, Clone, StepDown, Wake
 from proxy.pool.reconfigure import Reconfiguration
 from proxy.pool.replacement import Replacements
 from proxy.pool.state import Phase, PoolState
@@ -221,9 +222,9 @@ class Pool:
             self._ticking = False
         self._state.tell()
 
-    def _is_waited_for(self, action: policy.Action) -> bool:
-        return not isinstance(action, policy.StepDown | policy.Clone) and (
-            not isinstance(action, policy.Wake) or bool(self._state.models[action.model].queue)
+    def _is_waited_for(self, action: Action) -> bool:
+        return not isinstance(action, StepDown | Clone) and (
+            not isinstance(action, Wake) or bool(self._state.models[action.model].queue)
         )
 
     def _tick_soon(self) -> None:

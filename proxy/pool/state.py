@@ -10,13 +10,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import ModelNotFoundError
-from proxy.pool import policy
 from proxy.pool.command import Command
+from proxy.pool.costs import Costs
 from proxy.pool.gpu_accounting import GpuLedger
 from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
 from proxy.pool.memory_accounting import ImageHeld, MemoryLedger
 from proxy.pool.model import Model, stop_grace_s, tier_found
+from proxy.pool.view import InstanceView, View
 from proxy.pool.written_off import WrittenOff
 from proxy.runtime.bounded import Bounded
 from proxy.telemetry.overdue import Overdue
@@ -78,7 +79,7 @@ class PoolState:
         """Those that are open."""
         self.ledger = GpuLedger(settings.pool.gpu_creep)
         self.memory = MemoryLedger()
-        self.costs = policy.Costs()
+        self.costs = Costs()
         self.models = {key: self.new_model(key, model) for key, model in settings.models.items()}
         self.leaving: list[Model] = []
         """Models that the configuration has no more, or with other engines, until their last instance is gone."""
@@ -132,6 +133,10 @@ class PoolState:
         """The model that an instance belongs to; of that name there may be two."""
         return next(m for m in self.everyone() if (s := m.instances.get(instance.id)) and s is instance)
 
+    def find(self, seen: InstanceView) -> tuple[Model, Instance]:
+        """The instance that a plan means, and its model."""
+        return next((m, i) for m in self.everyone() if (i := m.instances.get(seen.id)) is not None)
+
     def new_instance(self, model: Model, instance_id: str) -> Instance:
         """Another instance of a model."""
         instance = Instance(instance_id, model.key, model.image if model.runtime.shares_images else None)
@@ -148,10 +153,10 @@ class PoolState:
         """The key of the model that clients call `name`. Raises ModelNotFoundError."""
         return self.settings.key_of(name)
 
-    def view(self) -> policy.View:
+    def view(self) -> View:
         """What the policy decides by."""
         everyone = self.everyone()
-        return policy.View(
+        return View(
             [m.view() for m in everyone],
             self.settings.pool.max_awake,
             self.settings.pool.switch_after,

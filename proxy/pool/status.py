@@ -10,6 +10,7 @@ from proxy.pool import policy
 from proxy.pool.instance import Instance, State
 from proxy.pool.model import tier_found
 from proxy.pool.state import Phase
+from proxy.pool.view import view_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +89,7 @@ def _outdated(model: Model) -> dict[str, Any] | None:
 def instance_status(model: Model, instance: Instance, now: float) -> dict[str, Any]:
     """One instance."""
     wake = instance.last_wake
-    step = policy.next_step(instance, model.view())
+    step = policy.next_step(view_of(instance), model.view())
     due = None if step is None else round(time.time() + max(0.0, step[1] - now))
     return {
         "id": instance.id,
