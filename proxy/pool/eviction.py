@@ -17,7 +17,7 @@ from proxy.pool.view import STEPS, kept_ready, possible, recyclable, spare_of
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence, Set
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from proxy.pool.gpu_accounting import Bytes, GpuLoad
     from proxy.pool.plan import Draft
@@ -213,7 +213,7 @@ def _idle(
     return sorted(awake, key=lambda o: _dispensable(o.instance)), asleep
 
 
-def _resting(model: ModelView, used: Set[str], states: Container[State]) -> list[InstanceView]:
+def _resting(model: ModelView, used: Container[str], states: Container[State]) -> list[InstanceView]:
     """The instances that may give up what they hold; an image that all share only while nobody wakes from it."""
     needed = model.has_shared_image and (model.waiting or any(i.id in used for i in model.instances))
     return [
