@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -27,16 +28,18 @@ from proxy.server.forward.affinity import ResponseIds
 from proxy.server.forward.model_resolver import Addressing
 from proxy.server.forward.relay import Relay
 from proxy.server.forward.routes import ROUTES, pattern, speaks_anthropic
+from proxy.server.forward.scanner import Scanner
 from proxy.server.forward.websocket import Realtime
 from proxy.server.front import Front
 from proxy.server.inflight import Traffic
 from proxy.server.models import Local
 from proxy.server.request_body import waits_with_body
 from proxy.server.request_id import name_request, request_id
+from proxy.telemetry.loop_stalls import LoopStalls
 from proxy.telemetry.metrics import UNKNOWN_MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from proxy.config.settings import Settings
     from proxy.pool.pool import Pool
@@ -94,7 +97,8 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
 
     traces = tracing.start(settings.tracing)
     response_ids = ResponseIds()
-    addressing = Addressing(lambda: pool.settings, response_ids.made_by)
+    scanner = Scanner()
+    addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner)
     quieten()
     relay = Relay(pool, metrics, addressing, response_ids, traces, guard.refusals)
     realtime = Realtime(pool, metrics, addressing)
@@ -131,9 +135,22 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     traffic.attach(app)
     app[REFUSALS] = guard.refusals
     app.on_cleanup.append(_sum_up)
+
+    async def end_scanner(_: web.Application) -> None:
+        scanner.close()
+
+    app.on_cleanup.append(end_scanner)
+    app.cleanup_ctx.append(partial(_watch_loop, metrics))
     off = traces is not None or cors is not None
     app[CONNECTION] = Front(pool, metrics, addressing, guard, traffic, off=off).connection
     return app
+
+
+async def _watch_loop(metrics: Metrics, _: web.Application) -> AsyncIterator[None]:
+    stalls = LoopStalls(metrics.loop_stalls.observe)
+    stalls.start()
+    yield
+    stalls.stop()
 
 
 async def _sum_up(application: web.Application) -> None:

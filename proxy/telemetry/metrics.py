@@ -78,6 +78,9 @@ class _Whole(Collector):
         yield from self._metrics.collect()
 
 
+_STALLS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
 class Metrics:
     """All metrics of one proxy."""
 
@@ -191,6 +194,12 @@ class Metrics:
         )
         self.checkpoint_dir_free = Gauge(
             "warmpool_checkpoint_dir_free_bytes", "Free space on it; the reserve is part of it.", registry=r
+        )
+        self.loop_stalls = Histogram(
+            "warmpool_event_loop_stall_seconds",
+            "By how much a timer of the event loop was late.",
+            buckets=_STALLS_S,
+            registry=r,
         )
         Info("warmpool_build", "The running version.", registry=r).info({"version": __version__})
         ProcessCollector(registry=r)

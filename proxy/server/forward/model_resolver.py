@@ -8,17 +8,16 @@ refused (forms).
 
 from __future__ import annotations
 
-import codecs
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-import orjson
-
 from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
-from proxy.server.forward.json_edit import edited, may_repeat, replaced
+from proxy.server.auth.prompt_tokens import Tokens
+from proxy.server.forward.json_edit import parsed, shaped
 from proxy.server.forward.multipart import Form
 from proxy.server.forward.routes import ModelIn
+from proxy.server.forward.scanner import LARGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from proxy.config.model import ParameterSettings
     from proxy.config.settings import Settings
     from proxy.server.forward.routes import Match
+    from proxy.server.forward.scanner import Scanner
 
 
 @dataclass(slots=True)
@@ -48,12 +48,17 @@ class Address:
 class Addressing:
     """Finds the model of a request.
 
-    `settings` returns the configuration in force; `made_by` the model and the instance that made a response, by its id.
+    `settings` returns the configuration in force; `made_by` the model and the instance that made a response, by its id;
+    `scanner` reads large bodies.
     """
 
     def __init__(
-        self, settings: Callable[[], Settings], made_by: Callable[[str], tuple[str, str] | None] | None = None
+        self,
+        settings: Callable[[], Settings],
+        made_by: Callable[[str], tuple[str, str] | None] | None = None,
+        scanner: Scanner | None = None,
     ) -> None:
+        self._scanner = scanner
         self._settings = settings
         self._made_by = made_by or (lambda _: None)
         self._resolved_of: Settings | None = None
@@ -75,47 +80,81 @@ class Addressing:
             case ModelIn.RESPONSE:
                 return self._response(match, body)
 
+    async def found(self, match: Match, content_type: str, body: bytes) -> Address:
+        """The same for a body of any size; others are served meanwhile. Raises NoCapacityError too."""
+        if len(body) > LARGE and self._scanner is not None:
+            if match.route.model_in is ModelIn.JSON:
+                return await self._large_json(self._scanner, match, body)
+            if match.route.model_in is ModelIn.FORM:
+                return await self._large_form(self._scanner, match, content_type, body)
+        return self.find(match, content_type, body)
+
     def find_json(self, match: Match, body: bytes) -> Address:
         """The address of a request whose route has its model in JSON. Raises as `find` does."""
-        marked = body.startswith(codecs.BOM_UTF8)  # vLLM's server reads over it, as `json.loads` of bytes does
-        try:
-            fields = orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :] if marked else body)
-        except orjson.JSONDecodeError as error:
-            raise InvalidRequestError(f"The body is not JSON: {error}.") from error
-        if not isinstance(fields, dict):
-            raise InvalidRequestError("The body must be a JSON object.")
+        fields = parsed(body)
+        name, key, changes, removed, checked = self._plan(match, fields)
+        body = shaped(body, changes, removed, checked, named=name is not None)
+        return self._address(match, key, body, fields, fields)
+
+    async def _large_json(self, scanner: Scanner, match: Match, body: bytes) -> Address:
+        names = self._parameters()
+        found = await scanner.facts(
+            "read_json", body, names=["model", "stream", "previous_response_id", *names], unified=["model", *names]
+        )
+        fields: dict[str, Any] = found["fields"]
+        name, key, changes, removed, checked = self._plan(match, fields)
+        if changes or removed or found["repeated"]:
+            body = await scanner.changed(
+                "edit_json", body, values=changes, removed=removed, unified=checked, named=name is not None
+            )
+        return self._address(match, key, body, fields, Tokens(found["tokens"]))
+
+    async def _large_form(self, scanner: Scanner, match: Match, content_type: str, body: bytes) -> Address:
+        fields: dict[str, str] = (await scanner.facts("read_form", body, content_type=content_type))["fields"]
+        key, engine_name = self._form_plan(match, fields.get("model"))
+        if fields.get("model") != engine_name:
+            body = await scanner.changed("edit_form", body, content_type=content_type, name="model", value=engine_name)
+        return _form_address(match, key, body, fields.get("stream"))
+
+    def _parameters(self) -> list[str]:
+        """The names of all parameters that some model shapes."""
+        return sorted({name for model in self._settings().models.values() for name in model.parameters.names()})
+
+    def _plan(
+        self, match: Match, fields: dict[str, Any]
+    ) -> tuple[str | None, str, dict[str, Any], list[str], list[str]]:
+        """The name asked for, the model's key; and for `shaped` values, removed, unified."""
         name = fields.get("model")
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
         key, engine_name, parameters = self._resolve(match, name)
-        route = match.route
         changes: dict[str, Any] = {} if name == engine_name else {"model": engine_name}
         removed, checked = list[str](), ["model"]
-        if parameters is not None and route.generates:
-            shaped, removed = _shaped(fields, parameters)
-            changes |= shaped
+        if parameters is not None and match.route.generates:
+            limited, removed = _limited(fields, parameters)
+            changes |= limited
             checked += parameters.names()
-        repeated = may_repeat(body, checked)
-        if name and changes.keys() == {"model"} and not removed and not repeated:
-            body = replaced(body, "model", engine_name)
-        elif changes or removed or repeated:
-            text = body.removeprefix(codecs.BOM_UTF8)
-            body = body[: len(body) - len(text)] + edited(text, changes, removed, checked)
-        instance = None
+        return name, key, changes, removed, checked
+
+    def _address(self, match: Match, key: str, body: bytes, fields: dict[str, Any], asked: object) -> Address:
+        route, instance = match.route, None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
             instance = self._instance(earlier, key)
-        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, fields)
+        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, asked)
 
     def _form(self, match: Match, content_type: str, body: bytes) -> Address:
         form = Form(content_type, body)
         name = form.text("model")
+        key, engine_name = self._form_plan(match, name)
+        if name != engine_name:
+            body = form.with_text("model", engine_name)
+        return _form_address(match, key, body, form.text("stream"))
+
+    def _form_plan(self, match: Match, name: str | None) -> tuple[str, str]:
         if name == "":
             raise InvalidRequestError("`model` must not be empty.", param="model")
         key, engine_name, _ = self._resolve(match, name)
-        if name != engine_name:
-            body = form.with_text("model", engine_name)
-        streams = (form.text("stream") or "").lower() in {"true", "1", "on", "yes", "y", "t"}
-        return Address(key, match.target, body, streams=match.route.streams and streams, asked={"type": "audio"})
+        return key, engine_name
 
     def _query(self, match: Match, body: bytes) -> Address:
         key, _, _ = self._resolve(match, _model_of_query(match.target))
@@ -164,6 +203,11 @@ class Addressing:
         return found
 
 
+def _form_address(match: Match, key: str, body: bytes, stream: str | None) -> Address:
+    streams = (stream or "").lower() in {"true", "1", "on", "yes", "y", "t"}
+    return Address(key, match.target, body, streams=match.route.streams and streams, asked={"type": "audio"})
+
+
 def _model_of_query(target: str) -> str | None:
     names = [value for name, value in parse_qsl(target.partition("?")[2], keep_blank_values=True) if name == "model"]
     if len(names) > 1:
@@ -173,7 +217,7 @@ def _model_of_query(target: str) -> str | None:
     return names[0] if names else None
 
 
-def _shaped(fields: dict[str, Any], parameters: ParameterSettings) -> tuple[dict[str, Any], list[str]]:
+def _limited(fields: dict[str, Any], parameters: ParameterSettings) -> tuple[dict[str, Any], list[str]]:
     """What defaults and caps change, and the names of what is removed."""
     changes: dict[str, Any] = {name: value for name, value in parameters.defaults.items() if fields.get(name) is None}
     for name, cap in parameters.caps.items():

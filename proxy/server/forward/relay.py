@@ -117,7 +117,7 @@ class Relay:
             if self._traces is not None:
                 exchange.trace = self._traces.request(request.method, match.route.path, request.headers)
             body = await body_of(request, self._pool.settings.server.body_limit)
-            address = self._addressing.find(match, request.headers.get("Content-Type", ""), body)
+            address = await self._addressing.found(match, request.headers.get("Content-Type", ""), body)
             exchange.model = address.model
             if exchange.caller is not None:
                 exchange.caller.check_model(exchange.model)
