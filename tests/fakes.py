@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from proxy.config.settings import Settings
 from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
 from proxy.errors import EngineError, RuntimeFailure
+from proxy.host import facts
 from proxy.pool.pool import Pool
 from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Tiers, Vitals
 from proxy.telemetry.metrics import Metrics
@@ -171,6 +172,9 @@ class FakeRuntime:
 
     def strays(self) -> list[str]:
         return []
+
+    def memory(self) -> Memory:
+        return facts.memory()
 
     def tiers(self) -> Tiers:
         return Tiers(self.offered, self.missing)

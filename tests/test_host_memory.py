@@ -11,8 +11,9 @@ import pytest
 
 from proxy.errors import NoMemoryError
 from proxy.host.cgroups import Limit, memory_limits
-from proxy.host.facts import Memory
+from proxy.host.facts import Memory, least
 from proxy.runtime.base import Footprint
+from proxy.runtime.podman.container import cgroup_of_all
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import Proxy
@@ -76,6 +77,41 @@ def test_those_of_version_2_too_and_no_limit_is_none(tmp_path: Path) -> None:
         },
     )
     assert memory_limits(root) == [Limit(2000, 800)]
+
+
+def test_those_of_containers_are_beside_the_own_one(tmp_path: Path) -> None:
+    def limited(folder: str, limit: str, used: str) -> dict[str, str]:
+        return {f"{folder}/memory.max": limit, f"{folder}/memory.current": used, f"{folder}/memory.stat": ""}
+
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/system.slice/warmpool.service\n",
+            "proc/self/mountinfo": "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+            **limited("sys/fs/cgroup/system.slice/warmpool.service", "1000", "900"),
+            **limited("sys/fs/cgroup/machine.slice", "5000", "1000"),
+        },
+    )
+    assert memory_limits(root) == [Limit(1000, 100)]
+    assert memory_limits(root, of="machine.slice") == [Limit(5000, 4000)]
+    assert memory_limits(root, of="libpod_parent") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "cgroup"),
+    [
+        ({"cgroupManager": "systemd", "security": {"rootless": False}}, "machine.slice"),
+        ({"cgroupManager": "cgroupfs", "security": {"rootless": False}}, "libpod_parent"),
+        ({"cgroupManager": "systemd", "security": {"rootless": True}}, None),
+        ({}, None),
+    ],
+)
+def test_where_containers_are(said: dict[str, Any], cgroup: str | None) -> None:
+    assert cgroup_of_all(said) == cgroup
+
+
+def test_of_several_places_the_least_counts() -> None:
+    assert least([Memory(100, 20), Memory(50, 30)]) == Memory(50, 20)
 
 
 # --- what the pool does with it ---

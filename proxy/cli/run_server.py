@@ -37,7 +37,13 @@ def run(path: Path | None, log_format: str, log_level: str) -> None:
     gpus = Gpus()
     usage = Usage(settings.pool.state_dir / "usage.json")
     usage.load()
-    pool = Pool(settings, wiring.runtimes(settings, gpus), metrics, gpus=gpus, usage=usage, memory=facts.memory)
+    runtimes = wiring.runtimes(settings, gpus)
+
+    def memory() -> facts.Memory:
+        """Where engines run: in each of the runtimes that there are models of."""
+        return facts.least(runtimes[name].memory() for name in {m.runtime for m in pool.settings.models.values()})
+
+    pool = Pool(settings, runtimes, metrics, gpus=gpus, usage=usage, memory=memory)
     # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
     # tenth of a request's time.
     gc.freeze()

@@ -78,7 +78,7 @@ class PoolSettings(Section):
     )
     memory_reserve: Size = Field(
         default=ByteSize(256 << 20),
-        description="Host memory to leave free, of the host or of the smallest cgroup that warmpool is in: a wake that "
+        description="Host memory to leave free, of the host or of the smallest cgroup that engines are in: a wake that "
         "would go below makes others step down, or is refused.",
     )
     memory_check: bool = Field(

@@ -1,4 +1,4 @@
-"""The memory that this process's cgroups leave, versions 1 and 2 of the kernel's interface."""
+"""The memory that cgroups leave, this process's or others, versions 1 and 2 of the kernel's interface."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ _V1: Final = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_in
 _V2: Final = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
-def memory_limits(root: Path = _ROOT) -> list[Limit]:
-    """Of this process's own memory cgroup and those above it, as far as they have a limit. `root`: for tests."""
-    return [limit for folder, names in _known_folders(root) if (limit := _limit(folder, names)) is not None]
+def memory_limits(root: Path = _ROOT, *, of: str | None = None) -> list[Limit]:
+    """Of this process's own memory cgroup and those above it, as far as they have a limit. `root`: for tests.
+
+    `of`: instead of the own one, that of this path below the top.
+    """
+    return [limit for folder, names in _known_folders(root, of) if (limit := _limit(folder, names)) is not None]
 
 
 @cache
-def _known_folders(root: Path) -> tuple[tuple[Path, _Names], ...]:
-    return tuple(_folders(root))
+def _known_folders(root: Path, of: str | None) -> tuple[tuple[Path, _Names], ...]:
+    return tuple(_folders(root, of))
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, _Names]]:
-    """From the own cgroup up to the mount, of each hierarchy that accounts for memory."""
+def _folders(root: Path, of: str | None) -> Iterator[tuple[Path, _Names]]:
+    """From the cgroup up to the mount, of each hierarchy that accounts for memory."""
     try:
         own = (root / "proc/self/cgroup").read_text().splitlines()
         mounted = [*mounts.parse((root / "proc/self/mountinfo").read_text())]
@@ -63,7 +66,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, _Names]]:
         for mount in mounted:
             if mount.kind != ("cgroup" if v1 else "cgroup2") or (v1 and "memory" not in mount.options):
                 continue
-            below = path.removeprefix(mount.root if mount.root != "/" else "").strip("/")
+            own_path = path.removeprefix(mount.root if mount.root != "/" else "").strip("/")
+            below = own_path if of is None else of
             top = root / mount.point.lstrip("/")
             folder = top / below
             while folder != top and folder.is_relative_to(top):

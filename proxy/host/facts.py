@@ -6,11 +6,14 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
 from proxy.host import cgroups, mounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 NVIDIA: Final = Path("/proc/driver/nvidia")
 
@@ -29,13 +32,19 @@ class Memory:
     """What can be had without swapping, and before the OOM killer comes."""
 
 
-def memory() -> Memory:
-    """As it is now; cgroups that this process is in count."""
-    whole, limits = psutil.virtual_memory(), cgroups.memory_limits()
+def memory(cgroup: str | None = None) -> Memory:
+    """As it is now for this process, or in another cgroup; all cgroups from there up count."""
+    whole, limits = psutil.virtual_memory(), cgroups.memory_limits(of=cgroup)
     return Memory(
         min([int(whole.total), *(limit.limit_bytes for limit in limits)]),
         min([int(whole.available), *(limit.available_bytes for limit in limits)]),
     )
+
+
+def least(found: Iterable[Memory]) -> Memory:
+    """What several places together leave, each of which counts; this process's, where there are none."""
+    places = [*found] or [memory()]
+    return Memory(min(p.total_bytes for p in places), min(p.available_bytes for p in places))
 
 
 def available_bytes() -> int:

@@ -296,6 +296,11 @@ class Pool:
         except StopIteration:  # removed since its name was resolved
             raise ModelNotFoundError(key) from None
 
+    @property
+    def host_memory(self) -> Memory | None:
+        """Where engines run, as it was last read; None where it plays no part."""
+        return self._state.memory.memory
+
     def tier(self, key: str) -> Tier:
         """The tier that a request for the model would find."""
         return tier_found(self._state.models[key].instances.values())

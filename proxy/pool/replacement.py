@@ -99,7 +99,7 @@ class Replacements:
         if print_ is None:
             return False
         if engine:
-            return print_.engine > host.available_bytes()
+            return print_.engine > (self._state.memory.memory or host.memory()).available_bytes
         return print_.image > min(print_.free, host.available_bytes())
 
     async def renew(self, key: str) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.model import ModelSettings
+    from proxy.host.facts import Memory
     from proxy.telemetry.stages import Stages
     from proxy.tiers import Tier
 
@@ -139,6 +140,9 @@ class Runtime(Protocol):
 
     def strays(self) -> Sequence[str]:
         """What is there of other warmpools that have ended, a line each; as of `recover`."""
+
+    def memory(self) -> Memory:
+        """The host memory there is for engines, where they run; valid after `open`, and asked in any thread."""
 
     def tiers(self) -> Tiers:
         """What this host offers; valid after `open`."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.model import ModelSettings
+    from proxy.host.facts import Memory
     from proxy.runtime.base import Footprint, Handle, ImageFacts, Outdated, Recovered, Runtime, Tiers, Vitals
     from proxy.telemetry.overdue import Overdue
     from proxy.telemetry.stages import Stages
@@ -77,6 +78,9 @@ class Bounded:
 
     def strays(self) -> Sequence[str]:
         return self._runtime.strays()
+
+    def memory(self) -> Memory:
+        return self._runtime.memory()
 
     def tiers(self) -> Tiers:
         return self._runtime.tiers()

@@ -167,7 +167,7 @@ class Metrics:
         )
         self.host_memory = Gauge(
             "warmpool_host_memory_bytes",
-            "Memory of the host, or of the smallest cgroup that warmpool is in, in bytes: total, available.",
+            "Memory of the host, or of the smallest cgroup that engines are in, in bytes: total, available.",
             ["kind"],
             registry=r,
         )

@@ -39,6 +39,20 @@ NO_IO_URING: Final[Mapping[str, Any]] = {
 """The profile for privileged containers: uvloop opens an io_uring wherever it can, and CRIU cannot dump one."""
 
 
+_CGROUPS: Final = {"systemd": "machine.slice", "cgroupfs": "libpod_parent"}
+"""Manager → the cgroup below which podman makes those of root's containers (pkg/cgroups, libpod's defaults)."""
+
+
+def cgroup_of_all(host: Mapping[str, Any]) -> str | None:
+    """The cgroup that all containers are in, by what podman says of its host; None where that is not known.
+
+    Without root they are in the user's own, as this process is.
+    """
+    if host.get("security", {}).get("rootless"):
+        return None
+    return _CGROUPS.get(str(host.get("cgroupManager")))
+
+
 def spec_digest(key: str, model: ModelSettings) -> str:
     """A digest of all that shapes an engine; an image of another digest is of another engine."""
     engine = engine_of(model)

@@ -124,6 +124,8 @@ class PodmanRuntime(KeepsImages):
         self._facts: dict[str, str] = {}
         self._oci_program = ""
         self._default_seccomp = container.DEFAULT_SECCOMP
+        self._cgroup: str | None = None
+        """The one that all containers are in; None where that is not known."""
         self._strays = strays.Strays(self._of_warmpools, claim.owner)
         self._bridges: dict[str, str] = {}
         """Network → its bridge's device; empty for a network of another kind."""
@@ -164,6 +166,7 @@ class PodmanRuntime(KeepsImages):
             self._default_seccomp = Path(
                 info["host"]["security"].get("seccompProfilePath") or container.DEFAULT_SECCOMP
             )
+            self._cgroup = container.cgroup_of_all(info["host"])
             return {
                 "podman": str(info["version"]["Version"]),
                 "runtime": str(info["host"]["ociRuntime"]["name"]),
@@ -253,6 +256,10 @@ class PodmanRuntime(KeepsImages):
         await self._delete(it.id)
         self._forget(it)
         return False
+
+    def memory(self) -> host.Memory:
+        """See `Runtime.memory`: containers are in cgroups of podman's, beside this process's."""
+        return host.memory(self._cgroup)
 
     def strays(self) -> Sequence[str]:
         """See `Runtime.strays`."""

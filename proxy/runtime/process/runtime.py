@@ -28,6 +28,7 @@ from proxy.checkpoint.manifest import Manifest
 from proxy.checkpoint.store import CRIU_FOLDER, CheckpointStore, StoreError
 from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.host import command, processes
+from proxy.host import facts as host
 from proxy.runtime import criu, log_size, port_owner, ports, vllm_extension
 from proxy.runtime.base import Found, Handle, ImageFacts, Recovered, Tiers, Vitals
 from proxy.runtime.cuda import Cuda
@@ -122,6 +123,10 @@ class ProcessRuntime(KeepsImages):
     def strays(self) -> Sequence[str]:
         """See `Runtime.strays`: none, the orphan reaper ends processes with their warmpool."""
         return ()
+
+    def memory(self) -> host.Memory:
+        """See `Runtime.memory`: processes are in this one's cgroup."""
+        return host.memory()
 
     def tiers(self) -> Tiers:
         """What `open` found."""

@@ -49,6 +49,8 @@ class Admin:
     async def read_status(self) -> dict[str, Any]:
         """What `/admin/status` answers."""
         memory = await self._ledger.read()
+        if (host := self._pool.host_memory) is not None:
+            memory["host"] = {"total_bytes": host.total_bytes, "available_bytes": host.available_bytes}
         return {
             "version": __version__,
             "log_dir": str(self._pool.settings.pool.state_dir.absolute() / "logs"),
