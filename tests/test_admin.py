@@ -100,13 +100,13 @@ async def test_drain_and_admit(front: Front) -> None:
     response, body = await front.post("/v1/completions", ASK)
     assert (response.status, error_of(body)["code"]) == (503, "draining")
     assert (await order(front, "models/demo/wake"))[0] in (200, 503)
-    assert (await order(front, "models/demo/admit"))[0] == 200
+    assert (await order(front, "models/demo/undrain"))[0] == 200
     assert (await front.post("/v1/completions", ASK))[0].status == 200
     assert (await order(front, "drain"))[0] == 200
     async with front.session.get("/ready") as ready:
         assert ready.status == 503
     assert (await front.post("/v1/completions", ASK))[0].status == 503
-    assert (await order(front, "admit"))[0] == 200
+    assert (await order(front, "undrain"))[0] == 200
     assert (await front.post("/v1/completions", ASK))[0].status == 200
 
 
@@ -114,7 +114,7 @@ async def test_drain_and_admit(front: Front) -> None:
     ("path", "body", "status", "code", "said"),
     [
         ("models/none/wake", {}, 404, "model_not_found", "none"),
-        ("models/demo/explode", {}, 404, "not_found", "wake, suspend, checkpoint, stop, drain, admit"),
+        ("models/demo/explode", {}, 404, "not_found", "wake, suspend, checkpoint, stop, drain, undrain"),
         ("models/demo/suspend", {"instance": "demo-9"}, 404, "instance_not_found", "there are: none"),
         ("models/demo/suspend", {"instances": 3}, 400, "invalid_request", "Fields: wait, instance, when_busy"),
         ("models/demo/suspend", {"when_busy": "cut"}, 400, "invalid_request", "when_busy"),

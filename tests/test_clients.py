@@ -122,7 +122,7 @@ async def test_anthropic_errors(front_of: Any, tmp_path: Path) -> None:
         with pytest.raises(anthropic.InternalServerError):
             await client.messages.create(model="demo", messages=HELLO, max_tokens=8)
         marker.unlink()
-        front.pool.admit("demo")  # else nothing is started for a while
+        front.pool.undrain("demo")  # else nothing is started for a while
         async with client.messages.stream(model="demo", messages=HELLO, max_tokens=8) as stream:
             assert await stream.get_final_text(), "comments are not events"
 

@@ -86,15 +86,15 @@ async def test_checkpoint_now_writes_an_image_that_wakes(proxy: Proxy) -> None:
     assert (await run(proxy, "wake", "demo")).startswith("demo-1: ready from checkpointed in ")
 
 
-async def test_drain_and_admit(proxy: Proxy) -> None:
-    assert await run(proxy, "drain", "demo") == "demo: closed to new requests; no request is left\n"
+async def test_drain_and_undrain(proxy: Proxy) -> None:
+    assert await run(proxy, "drain", "demo") == "demo: draining; no request is left\n"
     status, _, err = await attempt(proxy, "wake", "demo")
     assert (status, "closed to new requests" in err) == (1, True)
-    assert "demo closed" in await run(proxy, "status")
-    assert await run(proxy, "admit", "demo") == "demo: open to requests\n"
-    assert await run(proxy, "drain") == "all models: closed to new requests; no request is left\n"
-    assert "The server is closed" in await run(proxy, "status")
-    assert await run(proxy, "admit") == "all models: open to requests\n"
+    assert "demo draining" in await run(proxy, "status")
+    assert await run(proxy, "undrain", "demo") == "demo: takes requests again\n"
+    assert await run(proxy, "drain") == "all models: draining; no request is left\n"
+    assert "The server is draining" in await run(proxy, "status")
+    assert await run(proxy, "undrain") == "all models: takes requests again\n"
     await proxy.ask(model="org/Demo")
 
 
@@ -242,7 +242,7 @@ def test_the_table_shows_what_there_is() -> None:
     console.print(status_table.table(shown))
     text = console.export_text()
     for expected in (
-        "demo closed", "falling asleep", "7 GiB", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
+        "demo draining", "falling asleep", "7 GiB", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
         "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 images (/tmpfs)",
     ):  # fmt: skip
         assert expected in text, text

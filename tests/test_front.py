@@ -481,6 +481,6 @@ async def test_nothing_is_taken_that_has_to_wait_or_to_be_watched(front_of: Any,
     front.pool.drain("demo")
     response, _ = await front.post("/v1/completions", ask)
     assert response.status == 503
-    front.pool.admit("demo")
+    front.pool.undrain("demo")
     await front.post("/v1/responses", {"model": "demo", "input": "Hello"})
     assert below == ["begun"]

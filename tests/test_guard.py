@@ -514,7 +514,7 @@ async def test_a_page_of_another_site_cannot_act_with_what_the_browser_knows(fro
         ({}, 200),
     ]
     for headers, status in cases:
-        async with front.session.post("/admin/admit", json={}, headers=headers) as response:
+        async with front.session.post("/admin/undrain", json={}, headers=headers) as response:
             assert response.status == status, headers
 
 

@@ -195,7 +195,7 @@ async def test_what_min_ready_would_wake_again_is_not_sent_down(rig_of: Any) -> 
     await carried_out(rig.pool.order_down("demo", Tier.SUSPENDED))
     await rig.pass_time(1000)
     assert rig.states() == {"demo-1": "suspended"}
-    rig.pool.admit("demo")
+    rig.pool.undrain("demo")
     await rig.until(demo_1="ready")
 
 
@@ -322,7 +322,7 @@ async def test_a_drained_model_takes_nothing_new_and_finishes_what_it_has(rig_of
     assert (unused.done(), rig.pool.unused("a"), rig.pool.unused("b")) == (False, False, True)
     lease.release()
     await asyncio.wait_for(unused, 5)
-    rig.pool.admit("a")
+    rig.pool.undrain("a")
     await use(rig, "a")
 
 
@@ -344,10 +344,10 @@ async def test_a_drained_server_is_not_ready_until_it_is_opened_again(rig: Rig) 
     with pytest.raises(DrainingError):
         await rig.pool.lease("demo")
     await asyncio.wait_for(rig.pool.until_unused(), 5)
-    rig.pool.admit()
+    rig.pool.undrain()
     await use(rig)
     rig.pool.begin_drain()
-    rig.pool.admit()
+    rig.pool.undrain()
     assert not rig.pool.ready, "an operator does not stop a shutdown"
 
 

@@ -143,10 +143,10 @@ async def test_it_follows_what_happens_and_its_buttons_give_orders(browser: Brow
     assert instance["state"] == "suspended"
     await there.press("Wake")
     await there.until_state("ready")
-    await there.press("Close")
-    await page.locator(".model .pill", has_text="closed").wait_for()
-    await there.press("Open")
-    await page.locator(".model .pill", has_text="closed").wait_for(state="detached")
+    await there.press("Drain")
+    await page.locator(".model .pill", has_text="draining").wait_for()
+    await there.press("Undrain")
+    await page.locator(".model .pill", has_text="draining").wait_for(state="detached")
     await there.press("Stop")
     await page.locator('.instance[data-key="demo-1"]').wait_for(state="detached")
     assert there.errors == []

@@ -98,7 +98,7 @@ async def test_errors_of_the_parser_are_in_http_1_1(front: Front) -> None:
 async def test_a_client_is_asked_for_its_body_when_it_will_be_read(front: Front) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     for path, body, asked in (
-        ("/v1/completions", BODY, True), ("/admin/admit", b"{}", True), ("/v1/completions", BODY, False),
+        ("/v1/completions", BODY, True), ("/admin/undrain", b"{}", True), ("/v1/completions", BODY, False),
     ):  # fmt: skip
         head = post(
             "Expect: 100-continue", "Content-Type: application/json", f"Content-Length: {len(body)}",
@@ -176,7 +176,7 @@ async def test_an_error_within_a_stream_of_anthropics_is_its_event(front_of: Any
     event = orjson.loads(data)
     assert (name, event["type"], event["error"]["type"]) == (b"error", "error", "overloaded_error")
     assert event["error"]["code"] == "wake_failed"
-    front.pool.admit("demo")
+    front.pool.undrain("demo")
     async with anthropic.AsyncAnthropic(base_url=front.url, api_key="none", max_retries=0) as client:
         with pytest.raises(anthropic.APIStatusError, match="could not be started"):
             stream = await client.messages.create(

@@ -73,7 +73,7 @@ async def test_a_later_error_is_an_event(front_of: Any, tmp_path: Path) -> None:
     event = events_of(answer)[-1]
     assert (event["type"], event["error"]["code"]) == ("error", "wake_failed")
     assert front.sample("warmpool_requests_total", model="demo", status="503") == 1
-    front.pool.admit("demo")  # else it is refused at once, before a stream begins
+    front.pool.undrain("demo")  # else it is refused at once, before a stream begins
     async with openai.AsyncOpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0) as client:
         stream = await client.completions.create(model="demo", prompt="x", stream=True)
         with pytest.raises(openai.APIError, match="could not be started") as raised:

@@ -67,7 +67,7 @@ async def test_meanwhile_it_sends_nobody_down() -> None:
     await rig.pool.close()
 
 
-@pytest.mark.parametrize("how", ["success", "wake", "admit", "reload"])
+@pytest.mark.parametrize("how", ["success", "wake", "undrain", "reload"])
 async def test_success_an_operator_and_a_reload_end_the_back_off(how: str) -> None:
     rig = Rig({"bad": {"idle": IDLE}})
     await rig.pool.open()
@@ -78,8 +78,8 @@ async def test_success_an_operator_and_a_reload_end_the_back_off(how: str) -> No
     match how:
         case "wake":
             await rig.pool.order_wake("bad")
-        case "admit":
-            rig.pool.admit("bad")
+        case "undrain":
+            rig.pool.undrain("bad")
         case "reload":
             await rig.pool.reconfigure(rig.settings)
     async with await rig.pool.lease("bad") as lease:

@@ -1,4 +1,4 @@
-"""`warmpool status`, `wake`, `suspend`, `stop`, `drain`, `admit`, `checkpoint now` and `logs`.
+"""`warmpool status`, `wake`, `suspend`, `stop`, `drain`, `undrain`, `checkpoint now` and `logs`.
 
 They talk to a running server, which the configuration, `--url` or the environment names.
 """
@@ -106,7 +106,7 @@ def stop(model: str, server: ServerChoice, body: dict[str, Any], discard_golden_
 @server_options
 @_NO_WAIT
 def drain(model: str | None, server: ServerChoice, no_wait: bool) -> None:
-    """Close MODEL, or the whole server, to new requests until `admit`; what runs or waits is finished."""
+    """Let MODEL, or the whole server, take no new requests until `undrain`; what runs or waits is finished."""
     from proxy.cli import control_commands
 
     control_commands.drain(server, model, wait=not no_wait)
@@ -115,11 +115,11 @@ def drain(model: str | None, server: ServerChoice, no_wait: bool) -> None:
 @click.command()
 @ANY_MODEL
 @server_options
-def admit(model: str | None, server: ServerChoice) -> None:
-    """Open MODEL, or the whole server, to requests again."""
+def undrain(model: str | None, server: ServerChoice) -> None:
+    """Let MODEL, or the whole server, take requests again."""
     from proxy.cli import control_commands
 
-    control_commands.admit(server, model)
+    control_commands.undrain(server, model)
 
 
 @click.command()
@@ -135,4 +135,4 @@ def logs(model: str, server: ServerChoice, follow: bool, lines: int, instance: s
     control_commands.logs(server, model, instance, lines, follow=follow)
 
 
-COMMANDS: Final = (status, wake, suspend, stop, drain, admit, logs)
+COMMANDS: Final = (status, wake, suspend, stop, drain, undrain, logs)

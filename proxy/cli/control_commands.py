@@ -163,16 +163,16 @@ def step_down(server: ServerChoice, model: str, command: str, body: dict[str, An
 
 
 def drain(server: ServerChoice, model: str | None, *, wait: bool) -> None:
-    """Close a model or all to new requests."""
+    """Have a model or all take no new requests."""
     answer = _give(server, model, "drain", {"wait": wait})
     left = "no request is left" if answer["done"] else "requests are left"
-    click.echo(f"{answer['model'] or 'all models'}: closed to new requests; {left}")
+    click.echo(f"{answer['model'] or 'all models'}: draining; {left}")
 
 
-def admit(server: ServerChoice, model: str | None) -> None:
+def undrain(server: ServerChoice, model: str | None) -> None:
     """Take that back."""
-    answer = _give(server, model, "admit", {})
-    click.echo(f"{answer['model'] or 'all models'}: open to requests")
+    answer = _give(server, model, "undrain", {})
+    click.echo(f"{answer['model'] or 'all models'}: takes requests again")
 
 
 # --- logs ---

@@ -50,7 +50,7 @@ def table(status: dict[str, Any], model: str | None = None) -> RenderableType:
 def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[RenderableType]]:
     title = Text(key, style="bold")
     if entry["draining"]:
-        title.append(" closed", style="yellow")
+        title.append(" draining", style="yellow")
     waiting = str(entry["queue"])
     if not entry["instances"]:
         yield [title, "", Text("stopped", style="dim"), "", "", waiting, "", "", ""]
@@ -83,7 +83,7 @@ def _wake(wake: dict[str, Any] | None, now: float) -> str:
 
 def _notes(status: dict[str, Any]) -> Iterator[str]:
     if status["draining"]:
-        yield "The server is closed to new requests."
+        yield "The server is draining: it takes no new requests."
     for key, entry in status["models"].items():
         if outdated := entry.get("outdated"):
             yield f"{key} is outdated: {outdated['reason']}. New engine: {outdated['renewal']}."

@@ -150,16 +150,16 @@ class Commands:
             )
 
     def drain(self, key: str | None = None) -> None:
-        """Admit nothing new, for one model or at all, until `admit`; what runs or waits goes on."""
+        """Admit nothing new, for one model or at all, until `undrain`; what runs or waits goes on."""
         self._set_draining(key, draining=True)
-        log.info("%s closed to new requests", key or "all models")
+        log.info("%s: draining", key or "all models")
 
-    def admit(self, key: str | None = None) -> None:
+    def undrain(self, key: str | None = None) -> None:
         """Take `drain` back."""
         for model in self._state.models.values() if key is None else (self._state.models[key],):
             model.end_back_off()
         self._set_draining(key, draining=False)
-        log.info("%s open to requests", key or "all models")
+        log.info("%s: takes requests again", key or "all models")
 
     def _set_draining(self, key: str | None, *, draining: bool) -> None:
         if key is None:

@@ -95,7 +95,7 @@ class Pool:
         commands = Commands(state, self._moves, self._admission)
         self.find, self.unused, self.until_unused = commands.find, commands.unused, commands.until_unused
         self.order_wake, self.order_down = commands.order_wake, commands.order_down
-        self.force_stop, self.drain, self.admit = commands.force_stop, commands.drain, commands.admit
+        self.force_stop, self.drain, self.undrain = commands.force_stop, commands.drain, commands.undrain
         replacements = Replacements(state, self._moves)
         self.changed, self.outdated = replacements.changed, replacements.outdated
         self.look_for_changes, self.renew = replacements.look_for_changes, replacements.renew

@@ -1,4 +1,4 @@
-"""Orders of operators: wake, suspend, checkpoint, stop, drain, admit.
+"""Orders of operators: wake, suspend, checkpoint, stop, drain, undrain.
 
 Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No order but
 `stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its order back.
@@ -34,7 +34,7 @@ DOWN: Final[Mapping[str, Tier]] = {
     "stop": Tier.STOPPED,
 }
 """The orders that send instances down, and how far."""
-FOR_MODELS: Final = ("wake", *DOWN, "drain", "admit")
+FOR_MODELS: Final = ("wake", *DOWN, "drain", "undrain")
 
 
 class _Body(BaseModel):
@@ -56,7 +56,7 @@ class _Stop(_Down):
 
 
 class Orders:
-    """The handlers of `/admin/models/{model}/{order}`, `/admin/drain` and `/admin/admit`."""
+    """The handlers of `/admin/models/{model}/{order}`, `/admin/drain` and `/admin/undrain`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -73,15 +73,15 @@ class Orders:
         body = await _body(request, _Body)
         if order == "wake":
             return await self._wake(key, wait=body.wait)
-        return await self._doors(key, order, wait=body.wait)
+        return await self._drain_or_undrain(key, order, wait=body.wait)
 
     async def drain(self, request: web.Request) -> web.StreamResponse:
-        """Close the whole server to new requests."""
-        return await self._doors(None, "drain", wait=(await _body(request, _Body)).wait)
+        """Let the whole server take no new requests."""
+        return await self._drain_or_undrain(None, "drain", wait=(await _body(request, _Body)).wait)
 
-    async def admit(self, request: web.Request) -> web.StreamResponse:
-        """Open it again."""
-        return await self._doors(None, "admit", wait=(await _body(request, _Body)).wait)
+    async def undrain(self, request: web.Request) -> web.StreamResponse:
+        """Take that back."""
+        return await self._drain_or_undrain(None, "undrain", wait=(await _body(request, _Body)).wait)
 
     async def _wake(self, key: str, *, wait: bool) -> web.Response:
         if not wait:
@@ -109,9 +109,9 @@ class Orders:
         instances = [_order_status(one) for one in given]
         return _answer({"model": key, "order": order, "done": done, "instances": instances})
 
-    async def _doors(self, key: str | None, order: str, *, wait: bool) -> web.Response:
-        if order == "admit":
-            self._pool.admit(key)
+    async def _drain_or_undrain(self, key: str | None, order: str, *, wait: bool) -> web.Response:
+        if order == "undrain":
+            self._pool.undrain(key)
             return _answer({"model": key, "order": order, "done": True})
         self._pool.drain(key)
         if wait:

@@ -25,5 +25,5 @@ def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
     app.router.add_get("/admin/events", events.stream)
     app.router.add_post("/admin/models/{model:.+}/{order}", orders.for_model)
     app.router.add_post("/admin/drain", orders.drain)
-    app.router.add_post("/admin/admit", orders.admit)
+    app.router.add_post("/admin/undrain", orders.undrain)
     app.on_shutdown.extend((events.close, orders.close))

@@ -6,8 +6,8 @@ const ORDERS = {
   suspend: { key: "s", label: "Suspend", text: "The GPU is freed; processes and host memory stay. The next request wakes it." },
   checkpoint: { key: "c", label: "Checkpoint", text: "An image on tmpfs takes the place of the processes. The next request restores it." },
   stop: { key: "x", label: "Stop", text: "The instances end, and the checkpoints that are theirs alone go too." },
-  drain: { key: "d", label: "Close", text: "New requests are refused with 503 until it is opened again; what runs or waits is finished." },
-  admit: { key: "d", label: "Open", text: "Requests are admitted again." },
+  drain: { key: "d", label: "Drain", text: "New requests are refused with 503 until that is taken back; what runs or waits is finished." },
+  undrain: { key: "d", label: "Undrain", text: "Requests are admitted again." },
 };
 const byId = (id) => document.getElementById(id);
 let status = null, clockOffsetMs = 0, token = sessionStorage.getItem("warmpool-token") || "";
@@ -208,7 +208,7 @@ async function order(model, name) {
 
 function show() {
   document.body.classList.remove("stale");
-  connection(status.draining ? "closed to requests" : status.ready ? "serving" : "not ready", status.ready ? "good" : "warn");
+  connection(status.draining ? "draining" : status.ready ? "serving" : "not ready", status.ready ? "good" : "warn");
   byId("version").textContent = status.version;
   const models = Object.entries(status.models);
   const instances = models.flatMap(([, entry]) => entry.instances);
@@ -218,7 +218,7 @@ function show() {
   put(byId("totals"), ...totals.map(([count, name]) => h("div", null, h("dt", null, name), h("dd", null, String(count)))));
   const doors = byId("doors");
   doors.hidden = false;
-  doors.textContent = status.draining ? "Open the server" : "Close the server";
+  doors.textContent = status.draining ? "Undrain the server" : "Drain the server";
   document.title = `warmpool: ${instances.filter((i) => i.tier === "ready").length} ready, ${status.leases} running`;
   keyed(byId("models"), models, ([key]) => key, ([key]) => modelCard(key));
   showMemory();
@@ -236,7 +236,7 @@ function modelCard(key) {
   const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, facts, list, h("div", { class: "buttons" }, ...buttons, doors));
   card.show = ([, entry]) => {
     card.dataset.tier = entry.tier;
-    put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "closed") : null);
+    put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "draining") : null);
     put(ladder, ...TIERS.filter((t) => t === "ready" || t === "stopped" || t === entry.tier || entry.tiers.includes(t) || entry.missing_tiers[t]).map((tier) => {
       const missing = entry.missing_tiers[tier];
       return h("li", { class: tier === entry.tier ? "here" : missing ? "missing" : null, title: missing || null, "aria-current": tier === entry.tier ? "step" : null }, h("span", null, tier));
@@ -244,7 +244,7 @@ function modelCard(key) {
     put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
     keyed(list, entry.instances, (i) => i.id, instanceRow);
     list.hidden = !entry.instances.length;
-    doors.dataset.order = entry.draining ? "admit" : "drain";
+    doors.dataset.order = entry.draining ? "undrain" : "drain";
     doors.textContent = ORDERS[doors.dataset.order].label;
     const any = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
     const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping"), checkpoint: any("ready", "sleeping", "suspended"), stop: entry.instances.length > 0 };
@@ -377,7 +377,7 @@ document.addEventListener("keydown", (event) => {
 });
 byId("help").addEventListener("click", () => byId("keys").showModal());
 byId("theme").addEventListener("click", nextTheme);
-byId("doors").addEventListener("click", () => order(null, status.draining ? "admit" : "drain"));
+byId("doors").addEventListener("click", () => order(null, status.draining ? "undrain" : "drain"));
 byId("token-dialog").addEventListener("cancel", (event) => event.preventDefault());
 const stored = localStorage.getItem("warmpool-theme");
 setTheme(stored in THEMES ? stored : "");
