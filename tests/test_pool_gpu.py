@@ -10,12 +10,13 @@ import pytest
 
 from proxy.errors import RuntimeFailure
 from proxy.pool import golden
+from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
     from proxy.checkpoint.store import CheckpointStore
     from proxy.engine.client import EngineClient
@@ -409,11 +410,16 @@ async def test_a_checkpoint_that_is_made_without_a_proxy_remembers_the_same() ->
             return rig._connect(handle, "demo", self.model)
 
     shop = Shop(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", None))
-    handle = await rig.runtime.start("demo-1", "demo", shop.model)
-    facts = await golden._prepare(shop, handle, golden._Steps(Silent()))
-    assert facts.details["gpu"] == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 2 * GIB}}
+
+    async def made(number: int) -> Mapping[str, Any]:
+        engine = golden._Engine(shop, f"demo-{number}")
+        await engine.start(Stages())
+        await engine.checkpoint(Stages())
+        return rig.runtime.images[f"demo-{number}"].facts.details
+
+    assert (await made(1))["gpu"] == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 2 * GIB}}
     rig.nvml.broken = True
-    assert "gpu" not in (await golden._prepare(shop, handle, golden._Steps(Silent()))).details
+    assert "gpu" not in await made(2)
 
 
 async def test_status_and_metrics_say_what_there_is_and_who_holds_it(rig_of: RigOf) -> None:

@@ -87,7 +87,8 @@ def created(made: golden.Created) -> None:
         console.print(warmup)
     sizes = ", ".join(f"{short_size(size)} {kind}" for kind, size in manifest.bytes_by_kind().items() if size)
     console.print(f"{manifest.image}: {short_size(manifest.total_bytes())} ({sizes})")
-    restored_s = sum(s for name, s in made.proof_s.items() if name in ("restore", "health", "wake_up"))
+    stages = ("restore", "health", "wake_up", "load_weights", "reload_weights")
+    restored_s = sum(s for name, s in made.proof_s.items() if name in stages)
     answered = "it answers as before" if made.canary_checked else "it has no canary"
     console.print(f"{manifest.image}: restored in {restored_s:.3f} s; {answered}")
     if (repeats := manifest.details.get("repeats_randomness")) is not None:

@@ -9,30 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy.config.values import short_size
 from proxy.engine.api_key import key_of
 from proxy.engine.client import EngineClient
 from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
-from proxy.pool import gpu_accounting
-from proxy.pool.model import unless_it_ends, until_it_listens
-from proxy.runtime import reseed
-from proxy.runtime.base import ImageFacts
+from proxy.pool.gpu_accounting import GpuLedger
+from proxy.pool.image import Image, Place
+from proxy.pool.instance import Event, Instance, State
+from proxy.pool.memory_accounting import MemoryLedger
+from proxy.pool.model import Model, handle_of
+from proxy.pool.transitions import Steps
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
     from proxy.runtime.base import Handle, Runtime
-
-T = TypeVar("T")
 
 _MIB: Final = 1 << 20
 
@@ -51,21 +51,31 @@ class Watcher(Protocol):
         """It ended, well or not, after `seconds`."""
 
 
-@dataclass
-class _Steps:
-    watcher: Watcher
-    stages: Stages = field(default_factory=Stages)
-    current: str = ""
+class _Watched(Stages):
+    """Tells a watcher of each stage that lies in no other."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+        self._inside = False
+        self.current = ""
+        """The last one that began."""
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        self.current = name
-        self.watcher.begins(name)
+    def measure(self, name: str) -> Iterator[None]:
+        """As of any stages."""
+        if self._inside:
+            with super().measure(name):
+                yield
+            return
+        self._inside, self.current = True, name
+        self._watcher.begins(name)
         try:
-            with self.stages.measure(name):
+            with super().measure(name):
                 yield
         finally:
-            self.watcher.ended(name, self.stages.seconds[name])
+            self._inside = False
+            self._watcher.ended(name, self.seconds[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,47 +113,98 @@ class Created:
     """False where the engine offers no completions or the model has `canary = "never"`."""
 
 
+class _Engine:
+    """One instance of the model outside any pool; what moves it are the pool's own transitions."""
+
+    def __init__(self, shop: Workshop, instance_id: str, image: Image | None = None) -> None:
+        self.runtime, self.settings = shop.runtime, shop.model
+        self.ledger = GpuLedger(shop.settings.pool.gpu_creep)
+        name = shop.settings.served_name(shop.key)
+        self.model = Model(shop.key, shop.model, name, shop.runtime, self.ledger, MemoryLedger())
+        self.instance = Instance(instance_id, shop.key, image)
+        self.model.instances[instance_id] = self.instance
+        self.steps = Steps(
+            connect=lambda handle, _name, _settings: shop.client(handle),
+            spawn=lambda name, work: asyncio.create_task(work, name=name),
+            ended=lambda *_: None,  # whoever asks it something is told
+            ledger=self.ledger,
+            gpus=self,
+            archives=lambda: False,
+            keeps=True,
+            damaged=_nothing,
+        )
+
+    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
+        """Learn what it holds of the GPUs, if it holds any."""
+        held = dict(await self.runtime.gpu_bytes(handle_of(instance)))
+        if any(held.values()):
+            self.ledger.learn(model.key, {kind: held})
+
+    async def start(self, stages: Stages) -> None:
+        """From nothing to an engine that serves."""
+        self.instance.begin_wake(Tier.STOPPED, 0.0)
+        await self.steps.climb(self.model, self.instance, Tier.STOPPED, stages)
+        self.instance.apply(Event.AT_READY)
+
+    async def checkpoint(self, stages: Stages) -> None:
+        """To its image."""
+        self.instance.begin_step_down(Tier.CHECKPOINTED, evicted=False)
+        async with asyncio.timeout(self.settings.checkpoint_timeout):
+            await self.steps.go_down(self.model, self.instance, Tier.READY, Tier.CHECKPOINTED, stages)
+        self.instance.apply(Event.AT_CHECKPOINTED)
+
+    async def restore(self, stages: Stages) -> None:
+        """From its image to an engine that has proven itself."""
+        self.instance.begin_wake(Tier.CHECKPOINTED, 0.0)
+        await self.steps.climb(self.model, self.instance, Tier.CHECKPOINTED, stages)
+
+    async def let_go(self) -> None:
+        """Nothing more is asked of it."""
+        await self.steps.unwatch(self.instance)
+        if self.instance.client is not None:
+            await self.instance.client.disconnect()
+
+
+async def _nothing(*_: object) -> None: ...
+
+
 async def create(shop: Workshop, watcher: Watcher) -> Created:
     """Make the golden checkpoint of a model and prove it. The runtime is open.
 
     Raises GoldenError. A checkpoint that was there stays until the new one is whole; one that fails its proof is set
     aside. Nothing keeps running, unless the model's `leave_running` asks for it.
     """
-    steps, proof = _Steps(watcher), _Steps(watcher)
+    making, proof = _Watched(watcher), _Watched(watcher)
     model, runtime = shop.model, shop.runtime
     _need_checkpoints(runtime)
-    handle: Handle | None = None
+    engine = _Engine(shop, f"{shop.key}-1")
     try:
-        with steps.step("leftovers"):
+        with making.measure("leftovers"):
             await _clear(shop)
         await _need_room(shop)
-        async with asyncio.timeout(model.start_timeout):
-            with steps.step("start"):
-                handle = await runtime.start(f"{shop.key}-1", shop.key, model)
-            facts = await _prepare(shop, handle, steps)
-        async with asyncio.timeout(model.checkpoint_timeout):
-            with steps.step("checkpoint"):
-                await runtime.checkpoint(handle, facts, steps.stages)
-        with steps.step("check"):
+        await engine.start(making)
+        await engine.checkpoint(making)
+        handle = handle_of(engine.instance)
+        with making.measure("check"):
             manifest = await asyncio.to_thread(shop.store.load, shop.image(handle))
             if not manifest.bytes_by_kind()["memory pages"]:
                 raise GoldenError("check: the image holds no memory pages")
-        checked = await _prove(shop, handle, manifest, proof)
+        await _prove(shop, engine, proof)
         if not (model.podman is not None and model.podman.criu.leave_running):
-            with proof.step("stop"):
-                await runtime.drop(handle)
+            with proof.measure("stop"):
+                await runtime.drop(handle_of(engine.instance))
     except (RuntimeFailure, EngineError, TimeoutError, WarmpoolError) as error:
-        await _abandon(shop, handle)
+        await _abandon(shop, engine)
         if isinstance(error, GoldenError):
             raise
-        stage = proof.current or steps.current
-        setting = "checkpoint_timeout" if stage == "checkpoint" else "start_timeout"
+        stage = proof.current or making.current
+        setting = "checkpoint_timeout" if stage in ("weights", "sleep", "checkpoint") else "start_timeout"
         reason = str(error) or f"no result within {setting} ({getattr(model, setting):g} s)"
         raise GoldenError(f"{stage}: {reason}") from error
     except asyncio.CancelledError:
-        await _abandon(shop, handle)
+        await _abandon(shop, engine)
         raise
-    return Created(manifest, steps.stages.seconds, proof.stages.seconds, checked)
+    return Created(manifest, making.seconds, proof.seconds, engine.instance.image.canary_checked)
 
 
 def _need_checkpoints(runtime: Runtime) -> None:
@@ -182,104 +243,24 @@ def _models_of(shop: Workshop) -> dict[str, ModelSettings]:
     return {key: model for key, model in shop.settings.models.items() if model.runtime == shop.runtime.name}
 
 
-async def _prepare(shop: Workshop, handle: Handle, steps: _Steps) -> ImageFacts:
-    """Bring a started engine to where it is checkpointed: warm, asleep, with no connection open."""
-    model = shop.model
-    async with _engine(shop, handle) as engine:
-        client = engine.client
-        with steps.step("load"):
-            await engine.listens(shop.runtime, handle, model.health.interval)
-            await engine.asked(client.wait_healthy(model.health.path, model.health.interval))
-        with steps.step("warmup"):
-            warmup = await engine.asked(client.warm_up(model.warmup))
-        canary = None
-        if model.canary != "never":
-            with steps.step("canary"):
-                canary = await engine.asked(client.canary())
-        repeats = await engine.asked(reseed.asked_gap(client, model))
-        ready, asleep = dict(await shop.runtime.gpu_bytes(handle)), {}
-        level, copied = 0, 0
-        if await engine.asked(client.is_sleeping()) is not None:
-            if model.weights_copy:
-                with steps.step("weights"):
-                    copied = await engine.asked(client.save_weights())
-            with steps.step("sleep"):
-                level = model.golden_sleep_level
-                await engine.asked(client.sleep(level))
-            asleep = dict(await shop.runtime.gpu_bytes(handle))
-    making_s = {name: round(value, 4) for name, value in steps.stages.seconds.items()}
-    details = {"warmup": warmup, "making_s": making_s, "weights_copy_bytes": copied, "repeats_randomness": repeats}
-    if any(ready.values()):
-        details["gpu"] = {gpu_accounting.READY: ready, **({gpu_accounting.SLEEPING: asleep} if asleep else {})}
-    return ImageFacts(level, canary, details)
-
-
-class _Engine:
-    """A running engine, and its client."""
-
-    def __init__(self, client: EngineClient, watcher: asyncio.Task[str]) -> None:
-        self.client = client
-        self._watcher = watcher
-
-    async def asked(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of what its client is asked for, or RuntimeFailure when the engine ends before."""
-        return await unless_it_ends(self._watcher, work)
-
-    async def listens(self, runtime: Runtime, handle: Handle, interval_s: float) -> None:
-        """See `until_it_listens`."""
-        await until_it_listens(runtime, handle, self._watcher, interval_s)
-
-
-@contextlib.asynccontextmanager
-async def _engine(shop: Workshop, handle: Handle) -> AsyncIterator[_Engine]:
-    """An engine that is talked to; its client is disconnected afterwards."""
-    client = shop.client(handle)
-    watcher = asyncio.create_task(shop.runtime.wait_exit(handle))
-    try:
-        yield _Engine(client, watcher)
-    finally:
-        watcher.cancel()
-        await asyncio.wait([watcher])
-        await client.disconnect()
-
-
-async def _prove(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Steps) -> bool:
+async def _prove(shop: Workshop, engine: _Engine, stages: _Watched) -> None:
     """Restore an image and compare its answer with the canary. Raises GoldenError, the image set aside if it failed."""
     try:
-        async with asyncio.timeout(shop.model.wake_timeout):
-            return await _answer_of(shop, handle, manifest, steps)
+        await engine.restore(stages)
     except PortTakenError as error:
         raise GoldenError(f"the checkpoint is kept, and was not proven: {error}") from error
-    except (RuntimeFailure, EngineError, GoldenError, TimeoutError) as error:
-        await shop.runtime.quarantine_image(handle)
+    except (RuntimeFailure, EngineError, TimeoutError) as error:
+        await shop.runtime.quarantine_image(handle_of(engine.instance))
         reason = str(error) or f"no result within wake_timeout ({shop.model.wake_timeout:g} s)"
-        raise GoldenError(f"the checkpoint does not prove good and was set aside: {steps.current}: {reason}") from error
+        text = f"the checkpoint does not prove good and was set aside: {stages.current}: {reason}"
+        raise GoldenError(text) from error
+    finally:
+        await engine.let_go()
 
 
-async def _answer_of(shop: Workshop, handle: Handle, manifest: Manifest, steps: _Steps) -> bool:
-    with steps.step("restore"):
-        handle = await shop.runtime.restore(handle, steps.stages)
-    async with _engine(shop, handle) as engine:
-        client = engine.client
-        with steps.step("health"):
-            await engine.listens(shop.runtime, handle, shop.model.health.interval)
-            await engine.asked(client.wait_healthy(shop.model.health.path, shop.model.health.interval))
-        if manifest.sleep_level:
-            with steps.step("wake_up"):
-                await engine.asked(client.wake_up(manifest.sleep_level, Stages(), copied=shop.model.weights_copy))
-        if reseed.possible(shop.model):
-            with steps.step(reseed.STAGE):
-                await engine.asked(reseed.reseed(client, handle, shop.model, shop.settings.served_name(shop.key)))
-        if manifest.canary is None:
-            return False
-        with steps.step("canary"):
-            if await engine.asked(client.canary()) != manifest.canary:
-                raise GoldenError("the restored engine answers differently from the one that was checkpointed")
-    return True
-
-
-async def _abandon(shop: Workshop, handle: Handle | None) -> None:
-    if handle is not None:
+async def _abandon(shop: Workshop, engine: _Engine) -> None:
+    await engine.let_go()
+    if (handle := engine.instance.handle) is not None:
         with contextlib.suppress(RuntimeFailure):
             await (shop.runtime.remove(handle) if shop.runtime.shares_images else shop.runtime.drop(handle))
 
@@ -290,8 +271,8 @@ async def verify(shop: Workshop, image: str, watcher: Watcher, *, restore: bool)
     True when the canary was asked. Raises GoldenError (the image is set aside when it is the restore that fails) and
     StoreError.
     """
-    steps = _Steps(watcher)
-    with steps.step("digests"):
+    stages = _Watched(watcher)
+    with stages.measure("digests"):
         manifest = await shop.store.verify(image)
     if not restore:
         return False
@@ -305,10 +286,15 @@ async def verify(shop: Workshop, image: str, watcher: Watcher, *, restore: bool)
         handle = mine[0] if mine else await shop.runtime.clone(f"{shop.key}-verify", shop.key, shop.model)
     except RuntimeFailure as error:
         raise GoldenError(str(error)) from error
+    there = Image(Place.TMPFS, sleep_level=manifest.sleep_level, canary=manifest.canary)
+    engine = _Engine(shop, handle.instance_id, there)
+    engine.instance.adopt(State.CHECKPOINTED, 0.0)
+    engine.steps.attach(engine.model, engine.instance, handle)
     try:
-        return await _prove(shop, handle, manifest, steps)
+        await _prove(shop, engine, stages)
     finally:
         await (shop.runtime.drop(handle) if mine else shop.runtime.remove(handle))
+    return engine.instance.image.canary_checked
 
 
 def advice(manifest: Manifest) -> list[str]:

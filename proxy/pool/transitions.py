@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from proxy.engine import weights
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
     from proxy.pool.gpu_accounting import GpuLedger
-    from proxy.pool.gpu_monitor import GpuWatch
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
 
@@ -50,6 +49,13 @@ def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
     model.reseed_gap = gap
 
 
+class Weighs(Protocol):
+    """Who learns what engines hold of the GPUs."""
+
+    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
+        """Learn what a model holds awake or asleep in passing, where that was never seen."""
+
+
 class Steps:
     """`connect` makes an engine's client, `spawn` a task of the pool's; `ended` is told of an engine that ended."""
 
@@ -60,12 +66,15 @@ class Steps:
         spawn: Spawn,
         ended: Ended,
         ledger: GpuLedger,
-        gpus: GpuWatch,
+        gpus: Weighs,
         archives: Callable[[], bool],
+        keeps: bool = False,
         damaged: Callable[[Model, Instance, str], Awaitable[None]],
     ) -> None:
         self._connect, self._spawn, self._ended = connect, spawn, ended
         self._ledger, self._gpus = ledger, gpus
+        self._keeps = keeps
+        """An image stays after its restore, whatever its model's `keep` says."""
         self._damaged = damaged
         """To be told of an image that is not what was written."""
         self._archives = archives
@@ -147,7 +156,7 @@ class Steps:
         await asyncio.wait([reading])
         await self._prove(model, instance, stages)
         image.failures = 0
-        if not settings.keep and not model.leaving:
+        if not settings.keep and not model.leaving and not self._keeps:
             await self.forget_image(model, instance)
 
     def note_restored(self, model: Model, instance: Instance) -> None:
@@ -230,52 +239,63 @@ class Steps:
         except RuntimeFailure as error:
             log.error("%s: %s", instance.id, error)
 
-    async def go_down(self, model: Model, instance: Instance, origin: Tier, to: Tier) -> None:
+    async def go_down(
+        self, model: Model, instance: Instance, origin: Tier, to: Tier, stages: Stages | None = None
+    ) -> None:
         """One step down; raises RuntimeFailure or EngineError."""
+        stages = Stages() if stages is None else stages
         match to:
             case Tier.SLEEPING:
-                await self._fall_asleep(model, instance, origin)
+                await self._fall_asleep(model, instance, origin, stages)
             case Tier.SUSPENDED:
-                await self._fall_asleep(model, instance, origin)
+                await self._fall_asleep(model, instance, origin, stages)
                 if instance.sleep_level:
                     await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
                 await client_of(instance).disconnect()
                 await model.runtime.suspend(handle_of(instance))
             case Tier.CHECKPOINTED:
                 async with instance.image.lock:
-                    await self._to_image(model, instance, origin)
+                    await self._to_image(model, instance, origin, stages)
             case _:
                 async with instance.image.lock:
                     if not instance.image.archived:
                         await model.runtime.archive_image(handle_of(instance))
                         instance.image.moved(Place.ARCHIVE)
 
-    async def _fall_asleep(self, model: Model, instance: Instance, origin: Tier) -> None:
+    async def _fall_asleep(
+        self, model: Model, instance: Instance, origin: Tier, stages: Stages, *, to_image: bool = False
+    ) -> int:
+        """Have an awake engine sleep, if it can; how many bytes of its weights were copied. `to_image`: for one."""
+        copied = 0
         if origin is Tier.READY and Tier.SLEEPING not in instance.barred:
             # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
-            yet_to_come = self._is_checkpointed(model) and not instance.image.present
+            yet_to_come = to_image or (self._is_checkpointed(model) and not instance.image.present)
             level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
             if instance.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
-                await self._copy_weights(instance)
+                copied = await self._copy_weights(instance, stages)
             if level == DEEPEST_SLEEP and not yet_to_come and instance.weights_copy != "good":
                 level = 1
-            await client_of(instance).sleep(level)
+            with stages.measure("sleep"):
+                await client_of(instance).sleep(level)
             instance.sleeps(level)
+        return copied
 
-    async def _copy_weights(self, instance: Instance) -> None:
+    async def _copy_weights(self, instance: Instance, stages: Stages) -> int:
         """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""
         if instance.evicted and instance.weights_copy == "lost":
-            return  # somebody waits for its place
+            return 0  # somebody waits for its place
         async with instance.image.copying:
             try:
-                written = await client_of(instance).save_weights()
+                with stages.measure("weights"):
+                    written = await client_of(instance).save_weights()
             except EngineError as error:
                 log.warning("%s: no copy of its weights: %s", instance.id, error)
-                return
+                return 0
         instance.weights_copy = "good"
         log.info("%s: %.2f GiB of weights copied", instance.id, written / (1 << 30))
+        return written
 
-    async def _to_image(self, model: Model, instance: Instance, origin: Tier) -> None:
+    async def _to_image(self, model: Model, instance: Instance, origin: Tier, stages: Stages) -> None:
         """End the processes; where there is no image yet, write one before."""
         image, client = instance.image, client_of(instance)
         if image.present and not await self._still_there(model, instance):
@@ -289,17 +309,20 @@ class Steps:
                 instance.canary = await client.canary()
             if origin is Tier.READY:
                 await self._gpus.weigh_once(model, instance, gpu_accounting.READY)
-            await self._fall_asleep(model, instance, origin)
+            copied = await self._fall_asleep(model, instance, origin, stages, to_image=True)
             if instance.sleep_level and origin <= Tier.SLEEPING:
                 await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
             await client.disconnect()
             await self.unwatch(instance)
-            details: dict[str, Any] = {"warmup": instance.warmup}
+            making_s = {name: round(value, 4) for name, value in stages.seconds.items()}
+            details: dict[str, Any] = {"warmup": instance.warmup, "weights_copy_bytes": copied, "making_s": making_s}
+            if self._is_checkpointed(model) or model.reseed_gap is not None:
+                details["repeats_randomness"] = model.reseed_gap
             if figures := self._ledger.figures(model.key):
                 details["gpu"] = figures
-            await model.runtime.checkpoint(
-                handle_of(instance), ImageFacts(instance.sleep_level, instance.canary, details), Stages()
-            )
+            facts = ImageFacts(instance.sleep_level, instance.canary, details)
+            with stages.measure("checkpoint"):
+                await model.runtime.checkpoint(handle_of(instance), facts, stages)
             image.written(instance.sleep_level, instance.canary)
             if not model.coming:
                 self.keep_copy(model, instance)
