@@ -95,7 +95,7 @@ async def test_one_that_answers_otherwise_is_set_aside() -> None:
         cast("Any", client).answer = "another answer"
         return client
 
-    rig._connect = other  # type: ignore[method-assign]
+    rig._connect = other  # type: ignore[assignment, method-assign]
     with pytest.raises(golden.GoldenError, match="set aside: canary: .*answers differently"):
         await golden.verify(shop, "demo-1", Told(), restore=True)
     assert (rig.runtime.images, [*rig.runtime.quarantined]) == ({}, ["demo-1"])
