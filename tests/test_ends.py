@@ -123,7 +123,7 @@ async def _archiving(rig: Rig) -> None:
 
 async def _stopping(rig: Rig) -> None:
     await _wake(rig)
-    rig.pool.order_down("demo", Tier.STOPPED)
+    rig.pool.step_down("demo", Tier.STOPPED)
 
 
 async def _broken(rig: Rig) -> None:
@@ -215,7 +215,7 @@ async def test_an_instance_that_was_written_off_is_removed_as_soon_as_that_works
     await rig.pool.open()
     await _wake(rig)
     rig.runtime.hanging = {"remove"}
-    (order,) = rig.pool.order_down("demo", Tier.STOPPED)
+    (order,) = rig.pool.step_down("demo", Tier.STOPPED)
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(OrderFailedError, match="written off"):
             await order.carried_out()
@@ -242,7 +242,7 @@ async def test_no_exception_leaves_an_instance_on_its_way(rig_of: Callable[..., 
             rig.clock.now += 1000
         with contextlib.suppress(KeyError):
             rig.runtime.kill("demo-1")
-        for order in rig.pool.order_down("demo", Tier.STOPPED, discard=True):
+        for order in rig.pool.step_down("demo", Tier.STOPPED, discard=True):
             with contextlib.suppress(OrderFailedError):
                 await order.carried_out()
         await _at_rest(rig)
@@ -277,7 +277,7 @@ async def test_force_ends_an_instance_in_every_state(rig_of: Callable[..., Rig],
     if gate == "restore":
         waiting = [asyncio.create_task(_wake(rig))]
     elif gate == "remove":
-        rig.pool.order_down("demo", Tier.STOPPED)
+        rig.pool.step_down("demo", Tier.STOPPED)
     elif gate in ("suspend", "checkpoint", "archive_image"):
         for _ in range(3):
             await rig.pass_time(20)

@@ -215,13 +215,13 @@ def test_an_engine_that_grows_beyond_the_limit_is_worn_until_it_begins_anew() ->
     for cycle in range(8):
         book.weigh(one, {"GPU-0": 60 * GIB + cycle * 100 * MIB})
         book.woke(one)
-        assert not book.worn(one)
+        assert not book.grown(one)
     assert (book.cycles(one), book.growth_bytes(one)) == (8, 500 * MIB)
     book.weigh(one, {"GPU-0": 60 * GIB + 800 * MIB})
-    assert book.worn(one)
-    assert [book.newly_worn(one), book.newly_worn(one)] == [True, False]
+    assert book.grown(one)
+    assert [book.newly_grown(one), book.newly_grown(one)] == [True, False]
     book.began(one)
-    assert (book.worn(one), book.cycles(one), book.growth_bytes(one)) == (False, 0, 0)
+    assert (book.grown(one), book.cycles(one), book.growth_bytes(one)) == (False, 0, 0)
     book.weigh(one, {"GPU-0": 60 * GIB})
     assert book.need("a") == {"GPU-0": 60 * GIB}, "what had crept in is forgotten"
 
@@ -256,9 +256,9 @@ def test_what_it_leaves_behind_asleep_counts_too_and_zero_is_any_amount() -> Non
     for count in (2 * GIB, 3 * GIB, 3 * GIB, 3 * GIB):
         book.weigh(one, {"GPU-0": count})
         free.weigh(one, {"GPU-0": count})
-    assert (book.worn(one), free.worn(one)) == (True, False)
+    assert (book.grown(one), free.grown(one)) == (True, False)
     assert book.knows("a", SLEEPING)
-    assert not book.newly_worn(instance(State.READY, number=2))
+    assert not book.newly_grown(instance(State.READY, number=2))
 
 
 def test_a_leak_is_more_than_noise() -> None:

@@ -419,7 +419,7 @@ def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() ->
 
 def test_one_that_an_operator_sends_down_is_waited_for() -> None:
     ordered = instance(State.READY, key="b", leases=1)
-    ordered.ordered = Tier.SUSPENDED
+    ordered.commanded = Tier.SUSPENDED
     load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
     models = needy(since=0.0), model(ordered, key="b")
     assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered, "an order")]
@@ -491,7 +491,7 @@ def test_only_the_gpus_that_are_short_count() -> None:
 @pytest.mark.parametrize("state", [State.READY, State.SLEEPING])
 def test_a_worn_instance_is_replaced_from_its_checkpoint_instead(state: State) -> None:
     worn = instance(state, key="b")
-    other = model(worn, key="b", worn=frozenset({"b-1"}))
+    other = model(worn, key="b", grown=frozenset({"b-1"}))
     assert plan(other, now=1.0).actions == []
     assert plan(other, now=120.0).actions == [StepDown(worn, Tier.CHECKPOINTED, "recycle")]
     load = gpus(worn, needs={"a": 79, "b": 60}, asleep={"b": 2})
@@ -528,7 +528,7 @@ def views(draw: st.DrawFn) -> View:
                 min_ready=draw(st.integers(0, 1)),
                 waiting=waiting,
                 oldest_wait=draw(st.floats(0, 1000)) if waiting else None,
-                worn=frozenset(i.id for i in instances if draw(st.integers(0, 3)) == 0),
+                grown=frozenset(i.id for i in instances if draw(st.integers(0, 3)) == 0),
                 wanted={
                     i.id: 1 for i in instances if waiting and i.state in WITH_ENGINE and draw(st.integers(0, 3)) == 0
                 },
@@ -689,7 +689,7 @@ KEPT: dict[str, Any] = {"min_ready": 1, "timetable": {}}
 
 
 def worn(*numbers: int) -> dict[str, Any]:
-    return {**KEPT, "worn": frozenset(f"a-{n}" for n in numbers)}
+    return {**KEPT, "grown": frozenset(f"a-{n}" for n in numbers)}
 
 
 def test_the_only_instance_is_recycled_when_it_is_idle_for_a_while() -> None:

@@ -328,7 +328,7 @@ async def test_a_model_that_an_operator_stops_is_not_brought_back_by_its_renewal
     await outdate(rig)
     work = asyncio.create_task(rig.pool.renew("demo"))
     await settle()
-    rig.pool.order_down("demo", Tier.STOPPED, discard=True)
+    rig.pool.step_down("demo", Tier.STOPPED, discard=True)
     assert not await work
     await settle()
     assert rig.states() == {}

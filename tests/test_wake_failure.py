@@ -77,14 +77,14 @@ async def test_success_an_operator_and_a_reload_end_the_back_off(how: str) -> No
         await rig.pass_time(wait_s if wait_s < 4 or how == "success" else 0)
     match how:
         case "wake":
-            await rig.pool.order_wake("bad")
+            await rig.pool.wake("bad")
         case "undrain":
             rig.pool.undrain("bad")
         case "reload":
             await rig.pool.reconfigure(rig.settings)
     async with await rig.pool.lease("bad") as lease:
         assert lease.instance_id == "bad-1"
-    for order in rig.pool.order_down("bad", Tier.STOPPED):
+    for order in rig.pool.step_down("bad", Tier.STOPPED):
         await order.carried_out()
     rig.runtime.failures["start"] = [NO]
     assert await refused(rig) == 1
@@ -160,7 +160,7 @@ async def test_lines_of_an_engine_before_are_not_taken_for_those_of_this_one(tmp
     ask = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
     try:
         assert (await front.post("/v1/completions", ask))[0].status == 200
-        for order in front.pool.order_down("demo", Tier.STOPPED):
+        for order in front.pool.step_down("demo", Tier.STOPPED):
             await order.carried_out()
         marker.touch()
         async with asyncio.timeout(PATIENCE_S):

@@ -19,7 +19,7 @@ class Command:
     def __init__(self, instance_id: str, found: Tier, to: Tier) -> None:
         self.instance_id = instance_id
         self.found = found
-        """Where the instance was when the order came; ready, if it was being woken."""
+        """Where the instance was when the command came; ready, if it was being woken."""
         self.to = to
         self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
@@ -34,7 +34,7 @@ class Command:
             self._ended.set_result(failure)
 
     async def carried_out(self) -> None:
-        """Return when the instance is there. Raises OrderFailedError; cancelling does not take the order back."""
+        """Return when the instance is there. Raises OrderFailedError; cancelling does not take it back."""
         failure = await asyncio.shield(self._ended)
         if failure is not None:
             raise OrderFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")

@@ -38,11 +38,11 @@ class Commands:
         """
         return name if name in self._state.models else self._state.resolve(name)
 
-    async def order_wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
+    async def wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
         """Have an instance of a model ready: its id, the tier that was found, the wake if there was one.
 
         A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
-        Instances that an earlier order has closed are open again. Raises what `lease` does.
+        Instances that an earlier command has closed are open again. Raises what `lease` does.
         """
         model = self._state.models[key]
         model.end_back_off()
@@ -57,13 +57,13 @@ class Commands:
         async with await self._admission.lease(model.served_name, counts=False) as lease:
             return lease.instance_id, lease.found, lease.wake
 
-    def order_down(
+    def step_down(
         self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False
     ) -> list[Command]:
         """Send the instances of a model, or one of them, down to a tier or the next colder one that they have.
 
         Never cuts an answer off: with requests about, it is refused, or with `wait` the instance takes no new ones and
-        goes after its last. Those that are there already have an order that has come true. `discard`: a golden
+        goes after its last. Those that are there already have a command that has come true. `discard`: a golden
         checkpoint goes too, with the last instance.
         Raises InstanceNotFoundError, ConflictError or DrainingError, with nothing changed.
         """
@@ -76,25 +76,25 @@ class Commands:
         goals = {instance.id: self._goal(model, instance, to) for instance in instances}
         moving = [instance for instance in instances if _to_move(instance, goals[instance.id])]
         if moving:
-            self._refuse_order(model, moving, wait=wait)
+            self._refuse_if_in_the_way(model, moving, wait=wait)
         if discard and to is Tier.STOPPED and instance_id is None:
             model.discarding = bool(model.instances)
             self._moves.withdraw(key, "the model was stopped")
-        orders = []
+        given = []
         for instance in instances:
-            order = instance.command
+            command = instance.command
             goal = goals[instance.id]
-            if order is None or order.to < goal:
-                order = Command(instance.id, _height(instance), goal)
-                instance.give(order)
-            orders.append(order)
+            if command is None or command.to < goal:
+                command = Command(instance.id, _height(instance), goal)
+                instance.give(command)
+            given.append(command)
         self._moves.tick()
-        return orders
+        return given
 
     def force_stop(self, key: str, *, instance_id: str | None = None, discard: bool = False) -> list[Command]:
         """End the instances of a model, or one of them, at once and whatever they do: answers are cut off.
 
-        One that cannot be ended is written off, which fails its order. `discard`: a golden checkpoint goes too.
+        One that cannot be ended is written off, which fails its command. `discard`: a golden checkpoint goes too.
         Raises InstanceNotFoundError or DrainingError, with nothing changed.
         """
         if self._state.phase is not Phase.SERVING:
@@ -104,16 +104,16 @@ class Commands:
         chosen = [(m, s) for m, s in instances if instance_id in (None, s.id)]
         if instance_id is not None and not chosen:
             raise self._not_found(self._state.models[key], instance_id)
-        orders = []
+        given = []
         for model, instance in chosen:
-            orders.append(Command(instance.id, _height(instance), Tier.STOPPED))
-            instance.give(orders[-1])
+            given.append(Command(instance.id, _height(instance), Tier.STOPPED))
+            instance.give(given[-1])
             if discard and model.runtime.shares_images and instance_id is None and instance.image.present:
                 instance.image.gone()
                 instance.discards_image = True
             self._moves.force(model, instance)
         self._moves.tick()
-        return orders
+        return given
 
     @staticmethod
     def _not_found(model: Model, instance_id: str) -> InstanceNotFoundError:
@@ -121,10 +121,10 @@ class Commands:
         return InstanceNotFoundError(f"{model.key!r} has no instance {instance_id!r}; there are: {there}.")
 
     def _goal(self, model: Model, instance: Instance, to: Tier) -> Tier:
-        """The tier that an order means for an instance. Raises ConflictError when it has none."""
+        """The tier that a command means for an instance. Raises ConflictError when it has none."""
         if _height(instance) >= to:
             return to
-        goal = policy.ordered_step(view_of(instance), to, model.view())
+        goal = policy.commanded_step(view_of(instance), to, model.view())
         if goal is None:
             missing = model.runtime.tiers().missing
             reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)
@@ -132,8 +132,8 @@ class Commands:
             raise ConflictError(f"{instance.id} has no tier {to.label}, nor a colder one but stopped: {reason}.")
         return goal
 
-    def _refuse_order(self, model: Model, moving: Sequence[Instance], *, wait: bool) -> None:
-        """Raise ConflictError if something is in the way of an order to go down."""
+    def _refuse_if_in_the_way(self, model: Model, moving: Sequence[Instance], *, wait: bool) -> None:
+        """Raise ConflictError if something is in the way of a command to go down."""
         if model.settings.min_ready and not model.draining:
             raise ConflictError(
                 f"min_ready keeps {model.settings.min_ready} of {model.served_name!r} ready: drain the model first."
@@ -191,5 +191,5 @@ def _height(instance: Instance) -> Tier:
 
 
 def _to_move(instance: Instance, goal: Tier) -> bool:
-    """Whether an order to go to `goal` asks something new of an instance."""
+    """Whether a command to go to `goal` asks something new of an instance."""
     return _height(instance) < goal and (instance.command is None or instance.command.to < goal)

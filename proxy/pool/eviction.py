@@ -220,7 +220,7 @@ def _resting(model: ModelView, used: Container[str], states: Container[State]) -
         i
         for i in model.instances
         if i.state in states
-        and i.ordered is None
+        and i.commanded is None
         and i.id not in used
         and not (needed and i.state is State.CHECKPOINTED)
     ]
@@ -282,14 +282,14 @@ def ask_for_room(
 
 
 def relieve(model: ModelView, now: float, draft: Draft) -> None:
-    """Replace worn instances that `min_ready` keeps: when another is up, or where none can be, when they are idle."""
+    """Replace grown instances that `min_ready` keeps: when another is up, or where none can be, when they are idle."""
     kept = kept_ready(model)
-    worn = [i for i in model.instances if i.id not in draft.used and i.ordered is None and recyclable(i, model, now)]
-    if not kept or not worn:
+    grown = [i for i in model.instances if i.id not in draft.used and i.commanded is None and recyclable(i, model, now)]
+    if not kept or not grown:
         return
     spare = sum(i.state is State.READY for i in model.instances) - kept
-    going = [i for i in worn if i.state is State.RETIRING and spare >= 0]
-    ready = sorted((i for i in worn if i.state is State.READY), key=lambda i: (i.leases, i.idle_since or 0.0))
+    going = [i for i in grown if i.state is State.RETIRING and spare >= 0]
+    ready = sorted((i for i in grown if i.state is State.READY), key=lambda i: (i.leases, i.idle_since or 0.0))
     going += ready[: max(0, spare)]
     for instance in going:
         draft.used.add(instance.id)

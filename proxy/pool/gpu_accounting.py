@@ -125,7 +125,7 @@ class _Account:
 
 
 class GpuLedger:
-    """All accounts of one pool. `creep_bytes`: how much an engine may grow before it is worn; 0 is any amount."""
+    """All accounts of one pool. `creep_bytes`: how much an engine may grow before it is grown; 0 is any amount."""
 
     def __init__(self, creep_bytes: int) -> None:
         self._creep_bytes = creep_bytes
@@ -197,7 +197,7 @@ class GpuLedger:
 
     def began(self, instance: Instance) -> None:
         """It was started or restored: an engine that nothing is known of yet."""
-        if self.worn(instance):
+        if self.grown(instance):
             self._measured.discard(instance.model)  # what it needed is more than a fresh one needs
         self._accounts[instance.id] = _Account()
 
@@ -312,14 +312,14 @@ class GpuLedger:
         trails = account.trails.values() if account is not None else ()
         return max(0, *(trail.growth_bytes() for trail in trails), 0)
 
-    def worn(self, instance: Instance) -> bool:
+    def grown(self, instance: Instance) -> bool:
         """Whether it has grown so much that it should be replaced by a fresh one."""
         return 0 < self._creep_bytes < self.growth_bytes(instance)
 
-    def newly_worn(self, instance: Instance) -> bool:
-        """Whether it is worn and nobody has been told."""
+    def newly_grown(self, instance: Instance) -> bool:
+        """Whether it is grown and nobody has been told."""
         account = self._accounts.get(instance.id)
-        if account is None or account.told or not self.worn(instance):
+        if account is None or account.told or not self.grown(instance):
             return False
         account.told = True
         return True

@@ -103,7 +103,7 @@ class GpuWatch:
             settled = settled and same and (state in RESTING or state is State.RETIRING)
             if same:
                 self._ledger.weigh(instance, count, outgoing=model.leaving)
-                self._tell_if_worn(instance)
+                self._tell_if_grown(instance)
         ours = [(instance, count) for (_, instance, _, _), count in zip(seen, held, strict=True)]
         self._ledger.read(memory, ours, settled=settled)
         self._publish_gpus()
@@ -117,8 +117,8 @@ class GpuWatch:
             if s.handle is not None and s.state not in gpu_accounting.HOLDS_NOTHING
         ]
 
-    def _tell_if_worn(self, instance: Instance) -> None:
-        if self._ledger.newly_worn(instance):
+    def _tell_if_grown(self, instance: Instance) -> None:
+        if self._ledger.newly_grown(instance):
             log.warning(
                 "%s holds %d MiB more of the GPU than at first, after %d cycles: %s",
                 instance.id,

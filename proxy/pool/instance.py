@@ -348,7 +348,7 @@ class Instance:
             self.end_command()
 
     @property
-    def ordered(self) -> Tier | None:
+    def commanded(self) -> Tier | None:
         """An operator wants it on this tier, or a colder one; it takes no new request until it is there."""
         return self.command.to if self.command is not None else None
 

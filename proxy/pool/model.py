@@ -14,7 +14,7 @@ from proxy.pool import wake_failure
 from proxy.pool.image import Image, Place
 from proxy.pool.instance import State, best_tier, holding
 from proxy.pool.view import ModelView, view_of
-from proxy.pool.wait_queue import Line
+from proxy.pool.wait_queue import WaitQueue
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
@@ -123,7 +123,7 @@ class Model:
     instances: dict[str, Instance] = field(default_factory=dict)
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""
-    queue: Line[Waiter] = field(default_factory=Line)
+    queue: WaitQueue[Waiter] = field(default_factory=WaitQueue)
     """In classes of priority; ranked by when they came, less the head start of their class."""
     wanted: Counter[str] = field(default_factory=Counter)
     """Instance → how many of those who wait would have it rather than another."""
@@ -174,7 +174,7 @@ class Model:
             start_at=self.start_at,
             failing=frozenset(self.failing),
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
-            worn=frozenset(i for i, s in self.instances.items() if s.renewable and self.ledger.worn(s)),
+            grown=frozenset(i for i, s in self.instances.items() if s.renewable and self.ledger.grown(s)),
             wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
         )
 

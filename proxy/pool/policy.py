@@ -36,7 +36,7 @@ def wakes_wanted(model: ModelView, now: float) -> int:
 
 
 def _goes_down_now(instance: InstanceView) -> bool:
-    return instance.ordered not in (None, Tier.STOPPED) and instance.state in RESTING and not instance.leases
+    return instance.commanded not in (None, Tier.STOPPED) and instance.state in RESTING and not instance.leases
 
 
 def candidates(model: ModelView, now: float) -> list[InstanceView | None]:
@@ -53,7 +53,7 @@ def is_failing(model: ModelView, now: float) -> bool:
 
 
 def _wakeable(model: ModelView) -> list[InstanceView]:
-    return [i for i in model.instances if i.state in RESTING and i.state is not State.READY and i.ordered is None]
+    return [i for i in model.instances if i.state in RESTING and i.state is not State.READY and i.commanded is None]
 
 
 def _vacancies(model: ModelView) -> int:
@@ -103,7 +103,7 @@ def may_suspend(instance: InstanceView, model: ModelView, now: float) -> bool:
     )
 
 
-def ordered_step(instance: InstanceView, to: Tier, model: ModelView) -> Tier | None:
+def commanded_step(instance: InstanceView, to: Tier, model: ModelView) -> Tier | None:
     """Where an order to go down to `to` takes an instance: there, or the next colder tier that it has.
 
     None when it has none: only an order to stop stops an engine.
@@ -162,7 +162,7 @@ class _Wakes:
         if model.waiting and now < model.start_at:
             self._draft.plan.not_later_than(model.start_at)
         # One that has to step down for another is woken again when it has arrived.
-        given_up = sum(i.state in MAY_GO and i.ordered is None and i.id in used for i in model.instances)
+        given_up = sum(i.state in MAY_GO and i.commanded is None and i.id in used for i in model.instances)
         free = [c for c in candidates(model, now) if c is None or c.id not in used]
         for candidate in free[: max(0, wakes_wanted(model, now) - given_up)]:
             if candidate is not None and candidate.id in used:
@@ -200,14 +200,14 @@ class _Wakes:
 def _obey(model: ModelView, draft: Draft) -> None:
     """Take instances where an operator wants them; a busy one is closed first, and goes after its last request."""
     for instance in model.instances:
-        if instance.ordered is None or (instance.state not in RESTING and instance.state is not State.RETIRING):
+        if instance.commanded is None or (instance.state not in RESTING and instance.state is not State.RETIRING):
             continue  # what is under way comes to its end first
         if instance.leases:
             if instance.state is State.READY:
                 draft.plan.actions.append(Retire(instance, "an order"))
             draft.used.add(instance.id)
             continue
-        to = ordered_step(instance, instance.ordered, model)
+        to = commanded_step(instance, instance.commanded, model)
         if to is not None and to > instance.tier:
             draft.plan.actions.append(StepDown(instance, to, "order"))
             draft.used.add(instance.id)

@@ -94,7 +94,7 @@ class Pool:
         self.lease, self.try_lease = self._admission.lease, self._admission.try_lease
         commands = Commands(state, self._moves, self._admission)
         self.find, self.unused, self.until_unused = commands.find, commands.unused, commands.until_unused
-        self.order_wake, self.order_down = commands.order_wake, commands.order_down
+        self.wake, self.step_down = commands.wake, commands.step_down
         self.force_stop, self.drain, self.undrain = commands.force_stop, commands.drain, commands.undrain
         replacements = Replacements(state, self._moves)
         self.changed, self.outdated = replacements.changed, replacements.outdated

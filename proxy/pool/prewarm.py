@@ -51,11 +51,11 @@ async def rebuild(pool: Pool, usage: Usage) -> None:
 
 async def _make_anew(pool: Pool, usage: Usage, key: str) -> None:
     before = usage.count(key)
-    await pool.order_wake(key)
+    await pool.wake(key)
     if usage.count(key) > before:
         return  # it is in use, and is checkpointed when it has been idle
-    for order in pool.order_down(key, Tier.CHECKPOINTED):
-        await order.carried_out()
+    for command in pool.step_down(key, Tier.CHECKPOINTED):
+        await command.carried_out()
     log.info("%s: checkpointed again", key)
 
 

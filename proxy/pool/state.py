@@ -218,7 +218,7 @@ class PoolState:
             log.warning("no tier %s with runtime %s: %s", tier.label, runtime.name, reason)
 
     def give_up_commands(self) -> None:
-        """The server shuts down: no order comes true any more."""
+        """The server shuts down: no command comes true any more."""
         for model in self.everyone():
             for instance in model.instances.values():
                 instance.end_command("the server is shutting down")

@@ -29,7 +29,7 @@ class InstanceView:
     leases: int = 0
     idle_since: float | None = None
     waking_from: Tier | None = None
-    ordered: Tier | None = None
+    commanded: Tier | None = None
     evicted: bool = False
     barred: set[Tier] = field(default_factory=set)
     postponed: dict[Tier, float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def view_of(instance: Instance) -> InstanceView:
         instance.leases,
         instance.idle_since,
         instance.waking_from,
-        instance.ordered,
+        instance.commanded,
         instance.evicted,
         set(instance.barred),
         dict(instance.postponed),
@@ -83,7 +83,7 @@ class ModelView:
     """The instances whose last wake failed down to its cold start: until `start_at` they are not woken."""
     has_shared_image: bool = False
     """A golden checkpoint exists, from which further instances can be cloned."""
-    worn: frozenset[str] = frozenset()
+    grown: frozenset[str] = frozenset()
     """Instances that have grown on the GPU and have an image to be replaced from."""
     wanted: Mapping[str, int] = field(default_factory=dict)
     """InstanceView → how many wait for it and no other, since it holds what they refer to."""
@@ -114,7 +114,7 @@ def recyclable(instance: InstanceView, model: ModelView, now: float) -> bool:
     """Whether its processes should end, so that the next wake restores fresh ones."""
     to = Tier.CHECKPOINTED
     return (
-        instance.id in model.worn
+        instance.id in model.grown
         and instance.tier < to
         and possible(instance, to, model)
         and now >= instance.postponed.get(to, -math.inf)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Line(Generic[T]):
+class WaitQueue(Generic[T]):
     """Everybody once, with a rank; the lowest rank is next. Within a class ranks must come in ascending order."""
 
     __slots__ = ("_classes",)

@@ -85,10 +85,10 @@ class Orders:
 
     async def _wake(self, key: str, *, wait: bool) -> web.Response:
         if not wait:
-            self._spawn(f"wake {key}", self._pool.order_wake(key))
+            self._spawn(f"wake {key}", self._pool.wake(key))
             await asyncio.sleep(0)  # it has begun, so that a status asked for now says so
             return _answer({"model": key, "order": "wake", "done": False})
-        instance, found, record = await self._pool.order_wake(key)
+        instance, found, record = await self._pool.wake(key)
         wake = None if record is None else {"seconds": record.seconds, "stages": dict(record.stages)}
         facts = {"instance": instance, "found": found.label, "wake": wake}
         return _answer({"model": key, "order": "wake", "done": True, **facts})
@@ -99,7 +99,7 @@ class Orders:
         if isinstance(body, _Stop) and body.force:
             given = self._pool.force_stop(key, instance_id=body.instance, discard=discard)
         else:
-            given = self._pool.order_down(
+            given = self._pool.step_down(
                 key, DOWN[order], instance_id=body.instance, wait=body.when_busy == "wait", discard=discard
             )
         if body.wait:

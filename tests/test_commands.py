@@ -41,7 +41,7 @@ async def carried_out(orders: Sequence[Command]) -> None:
 @pytest.mark.parametrize("to", [Tier.SUSPENDED, Tier.CHECKPOINTED])
 async def test_an_idle_instance_goes_where_it_is_sent_and_wakes_from_there(rig: Rig, to: Tier) -> None:
     await use(rig)
-    orders = rig.pool.order_down("demo", to)
+    orders = rig.pool.step_down("demo", to)
     assert [(o.instance_id, o.found, o.to, o.open) for o in orders] == [("demo-1", Tier.READY, to, True)]
     await carried_out(orders)
     assert rig.states() == {"demo-1": to.label}
@@ -52,10 +52,10 @@ async def test_an_idle_instance_goes_where_it_is_sent_and_wakes_from_there(rig: 
 
 async def test_an_order_that_has_come_true_already_changes_nothing(rig: Rig) -> None:
     await use(rig)
-    await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+    await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     calls = rig.runtime.calls.copy()
     for to in (Tier.SUSPENDED, Tier.CHECKPOINTED):
-        (order,) = rig.pool.order_down("demo", to)
+        (order,) = rig.pool.step_down("demo", to)
         assert not order.open
     assert rig.runtime.calls == calls
     assert rig.states() == {"demo-1": "checkpointed"}
@@ -64,9 +64,9 @@ async def test_an_order_that_has_come_true_already_changes_nothing(rig: Rig) -> 
 async def test_the_same_order_again_joins_the_first(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
-    first = rig.pool.order_down("demo", Tier.SUSPENDED)
+    first = rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
-    assert rig.pool.order_down("demo", Tier.SUSPENDED) == first
+    assert rig.pool.step_down("demo", Tier.SUSPENDED) == first
     gate.set()
     await carried_out(first)
     assert rig.runtime.calls["suspend"] == 1
@@ -75,9 +75,9 @@ async def test_the_same_order_again_joins_the_first(rig: Rig) -> None:
 async def test_a_colder_order_takes_the_place_of_one_under_way(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
-    (first,) = rig.pool.order_down("demo", Tier.SUSPENDED)
+    (first,) = rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
-    (second,) = rig.pool.order_down("demo", Tier.CHECKPOINTED)
+    (second,) = rig.pool.step_down("demo", Tier.CHECKPOINTED)
     with pytest.raises(OrderFailedError, match="came after it"):
         await first.carried_out()
     gate.set()
@@ -89,7 +89,7 @@ async def test_a_missing_tier_means_the_next_colder_one(rig_of: Any) -> None:
     rig: Rig = await rig_of({"demo": {"idle": NEVER}})
     rig.runtime.offered = frozenset({Tier.CHECKPOINTED})
     await use(rig)
-    (order,) = rig.pool.order_down("demo", Tier.SUSPENDED)
+    (order,) = rig.pool.step_down("demo", Tier.SUSPENDED)
     assert order.to is Tier.CHECKPOINTED
     await carried_out([order])
     assert rig.states() == {"demo-1": "checkpointed"}
@@ -100,16 +100,16 @@ async def test_no_order_but_stop_stops_an_engine(rig: Rig) -> None:
     rig.runtime.missing = {Tier.CHECKPOINTED: "no CRIU here"}
     await use(rig)
     with pytest.raises(ConflictError, match="no CRIU here"):
-        rig.pool.order_down("demo", Tier.CHECKPOINTED)
+        rig.pool.step_down("demo", Tier.CHECKPOINTED)
     await settle()
     assert rig.states() == {"demo-1": "ready"}
 
 
 async def test_stop_ends_the_instance(rig: Rig) -> None:
     await use(rig)
-    await carried_out(rig.pool.order_down("demo", Tier.STOPPED))
+    await carried_out(rig.pool.step_down("demo", Tier.STOPPED))
     assert (rig.states(), rig.runtime.processes) == ({}, {})
-    assert rig.pool.order_down("demo", Tier.STOPPED) == []
+    assert rig.pool.step_down("demo", Tier.STOPPED) == []
     assert rig.metrics.registry.get_sample_value(
         "warmpool_step_downs_total", {"model": "demo", "tier": "stopped", "reason": "order"}
     ) == 1.0  # fmt: skip
@@ -120,10 +120,10 @@ async def test_one_instance_of_several(rig_of: Any) -> None:
     leases = await asyncio.gather(*(rig.pool.lease("demo") for _ in range(2)))
     for lease in leases:
         lease.release()
-    await carried_out(rig.pool.order_down("demo", Tier.SUSPENDED, instance_id="demo-2"))
+    await carried_out(rig.pool.step_down("demo", Tier.SUSPENDED, instance_id="demo-2"))
     assert rig.states() == {"demo-1": "ready", "demo-2": "suspended"}
     with pytest.raises(InstanceNotFoundError, match="demo-1, demo-2"):
-        rig.pool.order_down("demo", Tier.SUSPENDED, instance_id="demo-3")
+        rig.pool.step_down("demo", Tier.SUSPENDED, instance_id="demo-3")
 
 
 # --- busy ones ---
@@ -132,7 +132,7 @@ async def test_one_instance_of_several(rig_of: Any) -> None:
 async def test_a_busy_instance_is_left_alone(rig: Rig) -> None:
     async with await rig.pool.lease("demo"):
         with pytest.raises(ConflictError, match="demo-1 is answering 1"):
-            rig.pool.order_down("demo", Tier.SUSPENDED)
+            rig.pool.step_down("demo", Tier.SUSPENDED)
         assert rig.states() == {"demo-1": "ready"}
     await settle()
     assert rig.states() == {"demo-1": "ready"}
@@ -143,14 +143,14 @@ async def test_one_that_is_being_woken_for_somebody_is_busy(rig: Rig) -> None:
     request = asyncio.create_task(use(rig))
     await settle()
     with pytest.raises(ConflictError, match="1 requests wait"):
-        rig.pool.order_down("demo", Tier.STOPPED)
+        rig.pool.step_down("demo", Tier.STOPPED)
     gate.set()
     await request
 
 
 async def test_with_wait_it_goes_after_its_last_request_and_takes_no_new_one(rig: Rig) -> None:
     lease = await rig.pool.lease("demo")
-    orders = rig.pool.order_down("demo", Tier.SUSPENDED, wait=True)
+    orders = rig.pool.step_down("demo", Tier.SUSPENDED, wait=True)
     assert rig.states() == {"demo-1": "retiring"}
     late = asyncio.create_task(use(rig))
     await rig.pass_time(60)
@@ -165,7 +165,7 @@ async def test_with_wait_one_that_is_being_woken_serves_first(rig: Rig) -> None:
     gate = rig.runtime.gates["health"] = asyncio.Event()
     request = asyncio.create_task(rig.pool.lease("demo"))
     await settle()
-    orders = rig.pool.order_down("demo", Tier.CHECKPOINTED, wait=True)
+    orders = rig.pool.step_down("demo", Tier.CHECKPOINTED, wait=True)
     assert orders[0].found is Tier.READY, "where the wake ends"
     gate.set()
     lease = await request
@@ -177,8 +177,8 @@ async def test_with_wait_one_that_is_being_woken_serves_first(rig: Rig) -> None:
 
 async def test_an_order_to_wake_takes_back_one_that_still_waits(rig: Rig) -> None:
     lease = await rig.pool.lease("demo")
-    (order,) = rig.pool.order_down("demo", Tier.STOPPED, wait=True)
-    assert await rig.pool.order_wake("demo") == ("demo-1", Tier.READY, None)
+    (order,) = rig.pool.step_down("demo", Tier.STOPPED, wait=True)
+    assert await rig.pool.wake("demo") == ("demo-1", Tier.READY, None)
     with pytest.raises(OrderFailedError, match="order to wake"):
         await order.carried_out()
     lease.release()
@@ -190,9 +190,9 @@ async def test_what_min_ready_would_wake_again_is_not_sent_down(rig_of: Any) -> 
     rig: Rig = await rig_of({"demo": {"idle": NEVER, "min_ready": 1}})
     await rig.until(demo_1="ready")
     with pytest.raises(ConflictError, match="min_ready"):
-        rig.pool.order_down("demo", Tier.SUSPENDED)
+        rig.pool.step_down("demo", Tier.SUSPENDED)
     rig.pool.drain("demo")
-    await carried_out(rig.pool.order_down("demo", Tier.SUSPENDED))
+    await carried_out(rig.pool.step_down("demo", Tier.SUSPENDED))
     await rig.pass_time(1000)
     assert rig.states() == {"demo-1": "suspended"}
     rig.pool.undrain("demo")
@@ -206,10 +206,10 @@ async def test_a_step_that_fails_without_harm_fails_the_order_and_the_engine_ser
     await use(rig)
     rig.runtime.failures["checkpoint"] = [RuntimeFailure("checkpoint", "no space", alive=True)]
     with pytest.raises(OrderFailedError, match="no space"):
-        await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+        await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     assert rig.pool.status()["models"]["demo"]["instances"][0]["ordered"] is None
     await use(rig)
-    await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+    await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     assert rig.states() == {"demo-1": "checkpointed"}, "an order tries again at once"
 
 
@@ -217,7 +217,7 @@ async def test_a_step_that_breaks_the_engine_fails_the_order(rig: Rig) -> None:
     await use(rig)
     rig.runtime.failures["suspend"] = [RuntimeFailure("suspend", "gone")]
     with pytest.raises(OrderFailedError, match="broke: suspend: gone"):
-        await carried_out(rig.pool.order_down("demo", Tier.SUSPENDED))
+        await carried_out(rig.pool.step_down("demo", Tier.SUSPENDED))
     await rig.until(demo_1="gone")
 
 
@@ -225,9 +225,9 @@ async def test_a_failed_step_to_a_warmer_tier_does_not_end_an_order_to_stop(rig:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
     rig.runtime.failures["suspend"] = [RuntimeFailure("suspend", "busy", alive=True)]
-    rig.pool.order_down("demo", Tier.SUSPENDED)
+    rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
-    orders = rig.pool.order_down("demo", Tier.STOPPED)
+    orders = rig.pool.step_down("demo", Tier.STOPPED)
     gate.set()
     await carried_out(orders)
     assert rig.states() == {}
@@ -236,32 +236,32 @@ async def test_a_failed_step_to_a_warmer_tier_does_not_end_an_order_to_stop(rig:
 async def test_closing_the_pool_ends_open_orders(rig: Rig) -> None:
     await use(rig)
     rig.runtime.gates["suspend"] = asyncio.Event()
-    (order,) = rig.pool.order_down("demo", Tier.SUSPENDED)
+    (order,) = rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
     await rig.pool.close()
     with pytest.raises(OrderFailedError, match="shutting down"):
         await order.carried_out()
     with pytest.raises(DrainingError):
-        rig.pool.order_down("demo", Tier.SUSPENDED)
+        rig.pool.step_down("demo", Tier.SUSPENDED)
 
 
 # --- up ---
 
 
 async def test_wake_brings_a_stopped_model_up_and_again_does_nothing(rig: Rig) -> None:
-    instance, found, wake = await rig.pool.order_wake("demo")
+    instance, found, wake = await rig.pool.wake("demo")
     assert (instance, found) == ("demo-1", Tier.STOPPED)
     assert wake is not None
     assert rig.states() == {"demo-1": "ready"}
-    assert await rig.pool.order_wake("demo") == ("demo-1", Tier.READY, None)
+    assert await rig.pool.wake("demo") == ("demo-1", Tier.READY, None)
     assert rig.runtime.calls["start"] == 1
     assert rig.pool.status()["leases"] == 0
 
 
 async def test_wake_makes_room_as_a_request_does(rig_of: Any) -> None:
     rig: Rig = await rig_of({"a": {"idle": NEVER}, "b": {"idle": NEVER}}, max_awake=1)
-    await rig.pool.order_wake("a")
-    await rig.pool.order_wake("b")
+    await rig.pool.wake("a")
+    await rig.pool.wake("b")
     await rig.until(b_1="ready")
     assert rig.states()["a-1"] in ("sleeping", "suspending", "suspended")
 
@@ -271,15 +271,15 @@ async def test_wake_makes_room_as_a_request_does(rig_of: Any) -> None:
 
 async def golden(rig_of: Any) -> Rig:
     rig: Rig = await rig_of({"demo": {"idle": NEVER, "max_instances": 2}}, shares_images=True)
-    await rig.pool.order_wake("demo")
-    await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+    await rig.pool.wake("demo")
+    await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
     return rig
 
 
 async def test_a_golden_checkpoint_outlives_a_stop_and_instances_of_it_come_back(rig_of: Any) -> None:
     rig = await golden(rig_of)
-    await carried_out(rig.pool.order_down("demo", Tier.STOPPED))
+    await carried_out(rig.pool.step_down("demo", Tier.STOPPED))
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
     assert list(rig.runtime.images) == ["demo"]
     assert (await use(rig)).found is Tier.CHECKPOINTED
@@ -288,7 +288,7 @@ async def test_a_golden_checkpoint_outlives_a_stop_and_instances_of_it_come_back
 async def test_a_golden_checkpoint_is_discarded_with_the_last_instance(rig_of: Any) -> None:
     rig = await golden(rig_of)
     lease = await rig.pool.lease("demo")
-    orders = rig.pool.order_down("demo", Tier.STOPPED, wait=True, discard=True)
+    orders = rig.pool.step_down("demo", Tier.STOPPED, wait=True, discard=True)
     await settle()
     assert list(rig.runtime.images) == ["demo"], "one of its instances is still in use"
     lease.release()
@@ -296,13 +296,13 @@ async def test_a_golden_checkpoint_is_discarded_with_the_last_instance(rig_of: A
     await settle()
     assert (rig.states(), rig.runtime.images) == ({}, {})
     assert (await use(rig)).found is Tier.STOPPED
-    await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+    await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
 
 
 async def test_a_golden_checkpoint_is_discarded_when_all_instances_go_in_one_moment(rig_of: Any) -> None:
     rig = await golden(rig_of)
-    await carried_out(rig.pool.order_down("demo", Tier.STOPPED, discard=True))
+    await carried_out(rig.pool.step_down("demo", Tier.STOPPED, discard=True))
     await settle()
     assert (rig.states(), rig.runtime.images) == ({}, {})
 
@@ -358,16 +358,16 @@ async def test_listeners_hear_of_changes_until_they_end_it(rig: Rig) -> None:
     assert {"waking", "ready"} <= set(heard)
     silence()
     heard.clear()
-    await carried_out(rig.pool.order_down("demo", Tier.SUSPENDED))
+    await carried_out(rig.pool.step_down("demo", Tier.SUSPENDED))
     assert heard == []
 
 
 async def test_the_last_wakes_are_kept_with_when_each_stage_began(rig: Rig) -> None:
     await use(rig)
-    await carried_out(rig.pool.order_down("demo", Tier.CHECKPOINTED))
+    await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     await use(rig)
     rig.runtime.failures["start"] = [RuntimeFailure("start", "no GPU")]
-    await carried_out(rig.pool.order_down("demo", Tier.STOPPED))
+    await carried_out(rig.pool.step_down("demo", Tier.STOPPED))
     with pytest.raises(Exception, match="no GPU"):
         await use(rig)
     failed, restored, started = rig.pool.status()["wakes"]
