@@ -37,7 +37,7 @@ class ControlError(WarmpoolError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server is, and what shows it that we may give orders."""
+    """Where a server is, and what shows it that we may give commands."""
 
     url: str
     token: str | None = None
@@ -108,8 +108,8 @@ class Control:
         async with self._request("GET", "/admin/status") as response:
             return await _object(response)
 
-    async def order(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Give an order, such as `models/demo/wake`; the server's answer to it."""
+    async def command(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Give a command, such as `models/demo/wake`; the server's answer to it."""
         async with self._request("POST", f"/admin/{path}", json=body) as response:
             return await _object(response)
 

@@ -68,7 +68,7 @@ def _give(server: ServerChoice, model: str | None, command: str, body: dict[str,
 
     async def give() -> dict[str, Any]:
         async with Control(address) as control:
-            return await control.order(command if model is None else f"models/{model}/{command}", body)
+            return await control.command(command if model is None else f"models/{model}/{command}", body)
 
     return _run(give())
 
