@@ -16,13 +16,12 @@ from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from proxy.gpu.cuda import Gpus
     from proxy.gpu.nvml import GpuMemory
-    from proxy.pool.gpu_accounting import Bytes, GpuLedger
+    from proxy.pool.effects import Effects
+    from proxy.pool.gpu_accounting import Bytes
     from proxy.pool.model import Evictions, Model
-    from proxy.telemetry.metrics import Metrics
+    from proxy.pool.state import PoolState
 
 log = logging.getLogger("warmpool.pool")
 
@@ -35,27 +34,11 @@ _WEIGH_EVERY_S = 5.0
 
 
 class GpuWatch:
-    """Feeds the ledger. `gpus`: None where there is nothing to weigh.
+    """Feeds the ledger. `gpus`: None where there is nothing to weigh."""
 
-    `everyone`: all models, those that go among them; `step_down` begins a step, `give_up` ends an engine that is of no
-    use, `changed` is called after each weighing.
-    """
-
-    def __init__(
-        self,
-        gpus: Gpus | None,
-        ledger: GpuLedger,
-        metrics: Metrics,
-        *,
-        clock: Callable[[], float],
-        everyone: Callable[[], Iterable[Model]],
-        step_down: Callable[[StepDown], asyncio.Task[None]],
-        give_up: Callable[[Model, Instance], None],
-        changed: Callable[[], None],
-    ) -> None:
-        self._gpus, self._ledger, self._metrics = gpus, ledger, metrics
-        self._clock, self._everyone = clock, everyone
-        self._step_down, self._give_up, self._changed = step_down, give_up, changed
+    def __init__(self, gpus: Gpus | None, state: PoolState, effects: Effects) -> None:
+        self._gpus, self._state, self._effects = gpus, state, effects
+        self._ledger, self._metrics = state.ledger, state.metrics
         self.due = asyncio.Event()
         """Set when something moved."""
         self._weigher: asyncio.Task[None] | None = None
@@ -80,7 +63,7 @@ class GpuWatch:
                     await self.due.wait()
             self.due.clear()
             await self.weigh()
-            self._changed()
+            self._effects.tick()
 
     async def weigh(self) -> None:
         """Write down what the GPUs and our engines hold; nothing where that cannot be learned."""
@@ -112,7 +95,7 @@ class GpuWatch:
         """The instances that have processes."""
         return [
             (m, s)
-            for m in self._everyone()
+            for m in self._state.everyone()
             for s in m.instances.values()
             if s.handle is not None and s.state not in gpu_accounting.HOLDS_NOTHING
         ]
@@ -147,8 +130,8 @@ class GpuWatch:
         instances = {s.id: (m, s) for m, s in self._live() if s.id in evictions.expected}
         victims = [instances[i] for i in evictions.tasks if i in instances]
         for model, instance in victims:
-            if policy.may_suspend(view_of(instance), model.view(), self._clock()):
-                self._step_down(StepDown(view_of(instance), Tier.SUSPENDED, "evict"))
+            if policy.may_suspend(view_of(instance), model.view(), self._state.clock()):
+                self._effects.step_down(StepDown(view_of(instance), Tier.SUSPENDED, "evict"))
         leaving = [s.task for _, s in victims if s.state is State.SUSPENDING and s.task is not None]
         if leaving:
             await asyncio.wait(leaving)
@@ -163,7 +146,7 @@ class GpuWatch:
             if leaked:
                 log.error("%s holds %d MiB more of the GPU than expected: stopped", instance_id, leaked >> 20)
                 self._metrics.gpu_leaks.labels(model.key).inc()
-                self._give_up(model, instance)
+                self._effects.give_up(model, instance)
                 stopping += [instance.task] if instance.task is not None else []
         if stopping:
             await asyncio.wait(stopping)
@@ -179,14 +162,14 @@ class GpuWatch:
         for gpu in self.status():
             for kind in ("total", "used", "foreign", "charged"):
                 self._metrics.gpu_memory.labels(str(gpu["index"]), kind).set(gpu[f"{kind}_bytes"])
-        for model in self._everyone():
+        for model in self._state.everyone():
             if not model.leaving:
                 held = sum(self._ledger.charged(model.instances.values()).values())
                 self._metrics.instance_gpu.labels(model.key).set(held)
 
     def status(self) -> list[dict[str, Any]]:
         """For `/admin/status`: every GPU, and whose its memory is."""
-        charged = self._ledger.charged(i for m in self._everyone() for i in m.instances.values())
+        charged = self._ledger.charged(i for m in self._state.everyone() for i in m.instances.values())
         return [
             {
                 "index": gpu.index,

@@ -11,13 +11,13 @@ from proxy.pool.gpu_accounting import HOLDS_NOTHING
 from proxy.pool.model import handle_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from proxy.host.facts import Memory
+    from proxy.pool.effects import Effects
     from proxy.pool.instance import Instance
-    from proxy.pool.memory_accounting import MemoryLedger
     from proxy.pool.model import Model
-    from proxy.telemetry.metrics import Metrics
+    from proxy.pool.state import PoolState
 
 log = logging.getLogger("warmpool.pool")
 
@@ -28,19 +28,11 @@ _LOOKS: Final = 5
 
 
 class MemoryWatch:
-    """Feeds the ledger. `read`: None where host memory plays no part; `changed` is called after each reading."""
+    """Feeds the ledger. `read`: None where host memory plays no part."""
 
-    def __init__(
-        self,
-        read: Callable[[], Memory] | None,
-        ledger: MemoryLedger,
-        metrics: Metrics,
-        *,
-        everyone: Callable[[], Iterable[Model]],
-        changed: Callable[[], None],
-    ) -> None:
-        self._read, self._ledger, self._metrics = read, ledger, metrics
-        self._everyone, self._changed = everyone, changed
+    def __init__(self, read: Callable[[], Memory] | None, state: PoolState, effects: Effects) -> None:
+        self._read, self._state, self._effects = read, state, effects
+        self._ledger, self._metrics = state.memory, state.metrics
         self.due = asyncio.Event()
         """Set when something moved."""
         self._watcher: asyncio.Task[None] | None = None
@@ -70,7 +62,7 @@ class MemoryWatch:
             else:
                 await self.weigh()
             if not looks or self._ledger.is_short:
-                self._changed()
+                self._effects.tick()
 
     async def _look(self) -> None:
         """Only what is free."""
@@ -98,7 +90,7 @@ class MemoryWatch:
         for (model, instance, state, generation), count in zip(seen, held, strict=True):
             if instance.state is state and instance.generation == generation and instance.id in model.instances:
                 self._ledger.weigh(instance, count, outgoing=model.leaving)
-        for model in self._everyone():
+        for model in self._state.everyone():
             if not self._ledger.knows_image(model.key) and any(s.image.present for s in model.instances.values()):
                 found = await model.runtime.footprint(model.key)
                 if found is not None:
@@ -108,7 +100,7 @@ class MemoryWatch:
     def _live(self) -> list[tuple[Model, Instance]]:
         return [
             (m, s)
-            for m in self._everyone()
+            for m in self._state.everyone()
             for s in m.instances.values()
             if s.handle is not None and s.state not in HOLDS_NOTHING
         ]
@@ -118,6 +110,6 @@ class MemoryWatch:
             return
         self._metrics.host_memory.labels("total").set(memory.total_bytes)
         self._metrics.host_memory.labels("available").set(memory.available_bytes)
-        for model in self._everyone():
+        for model in self._state.everyone():
             if not model.leaving:
                 self._metrics.instance_host.labels(model.key).set(sum(map(self._ledger.held, model.instances.values())))

@@ -57,24 +57,9 @@ class Moves:
         self._state = state
         self.tick, self.tick_soon = tick, tick_soon
         self.tasks: set[asyncio.Task[None]] = set()
-        self.gpus = GpuWatch(
-            gpus,
-            state.ledger,
-            state.metrics,
-            clock=state.clock,
-            everyone=state.everyone,
-            step_down=self.step_down,
-            give_up=self.give_up,
-            changed=tick,
-        )
-        self.memory_watch = MemoryWatch(
-            memory if state.settings.pool.memory_check else None,
-            state.memory,
-            state.metrics,
-            everyone=state.everyone,
-            changed=tick,
-        )
-        self.stalls = Stalls(everyone=state.everyone, give_up=self.give_up_stalled)
+        self.gpus = GpuWatch(gpus, state, self)
+        self.memory_watch = MemoryWatch(memory if state.settings.pool.memory_check else None, state, self)
+        self.stalls = Stalls(state, self)
         self.faults = ImageFaults(state, self)
         self.steps = Steps(
             connect=connect,

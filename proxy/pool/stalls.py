@@ -16,10 +16,12 @@ from proxy.pool.instance import Instance, State
 from proxy.pool.model import client_of, handle_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from proxy.config.model import ModelSettings
+    from proxy.pool.effects import Effects
     from proxy.pool.model import Model
+    from proxy.pool.state import PoolState
     from proxy.runtime.base import Vitals
 
 log = logging.getLogger("warmpool.pool")
@@ -65,12 +67,10 @@ def is_stalled_long(settings: ModelSettings, silent_s: float) -> bool:
 
 
 class Stalls:
-    """Looks after silent engines. `everyone`: all models; `give_up` ends an engine, for the reason given."""
+    """Looks after silent engines, and gives up those that stand still."""
 
-    def __init__(
-        self, *, everyone: Callable[[], Iterable[Model]], give_up: Callable[[Model, Instance, str], None]
-    ) -> None:
-        self._everyone, self._give_up = everyone, give_up
+    def __init__(self, state: PoolState, effects: Effects) -> None:
+        self._state, self._effects = state, effects
         self._watcher: asyncio.Task[None] | None = None
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._next: dict[str, float] = {}
@@ -91,7 +91,7 @@ class Stalls:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_EVERY_S)
-            for model in self._everyone():
+            for model in self._state.everyone():
                 for instance in model.instances.values():
                     self._consider(model, instance, loop.time())
 
@@ -117,7 +117,7 @@ class Stalls:
             log.warning("%s could not be looked at: %s", instance.id, error)
             reason = None
         if reason is not None and instance.generation == generation and _should_run(instance):
-            self._give_up(model, instance, reason)
+            self._effects.give_up_stalled(model, instance, reason)
             return
         settings = model.settings
         rest_s = min(settings.stall_after or settings.wake_timeout, settings.wake_timeout)
