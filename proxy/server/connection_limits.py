@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +29,7 @@ from proxy.config.values import is_loopback
 from proxy.errors import SlowUploadError, envelope
 from proxy.server.faults import stack_of
 from proxy.server.forward.response import date
+from proxy.server.request_body import CONTINUE
 from proxy.telemetry.refusals import Refusals, network_of
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ _LINGER_S: Final = 5.0
 """How long the rest of a refused body is read, so that the client sees the answer before the connection ends."""
 _FILES_KEPT: Final = 256
 """Open files that are not for clients: engines, pipes, images."""
+_LOOKS_S: Final = (0.1, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""When to look whether a client is still there that sends no more; then every second."""
+_TCP_CLOSE: Final = 7
+"""`tcpi_state` of a connection that was reset (linux/tcp_states.h)."""
 _VERSIONS: Final = (HttpVersion11, HttpVersion10)
 
 
@@ -123,8 +129,8 @@ class GuardedProtocol(RequestHandler):
     """A connection of a client."""
 
     __slots__ = (
-        "_address", "_body", "_body_began", "_doors", "_head_began", "_head_bytes", "_host", "_refused",
-        "_stalled_at", "_unsent",
+        "_address", "_asked", "_body", "_body_began", "_doors", "_half_closed", "_head_began", "_head_bytes", "_host",
+        "_refused", "_stalled_at", "_unsent",
     )  # fmt: skip
 
     def __init__(self, doors: Doors, *args: Any, **options: Any) -> None:
@@ -141,6 +147,10 @@ class GuardedProtocol(RequestHandler):
         self._body_began = 0.0
         self._stalled_at: float | None = None
         self._unsent = 0
+        self._half_closed = False
+        """The client sends no more."""
+        self._asked = False
+        """Something was sent to it since, to see whether it is there."""
 
     # --- coming and going ---
 
@@ -189,6 +199,58 @@ class GuardedProtocol(RequestHandler):
         if self._head_began is None and self._body is None and self._stalled_at is None:
             self._doors.has_paid(self)
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's: True keeps the connection open
+        """The client sends no more, or has left: FIN says both. Before its answer has begun, find out which.
+
+        Within an answer it has left: nothing can be sent there that would tell, and its engine may work for long.
+        """
+        transport = self.transport
+        if transport is None or self._upgraded or self._host is None or not self._is_owed_an_answer():
+            return False
+        if self._has_begun_to_answer() and not self._half_closed:
+            return False
+        if transport.get_extra_info("sslcontext") is not None:  # TLS ends as a whole
+            return False
+        if not self._half_closed:
+            self._half_closed = True
+            self._loop.call_later(_LOOKS_S[0], self._look_for_client, 0)
+        return True
+
+    def _is_owed_an_answer(self) -> bool:
+        """Whether a request has come whole that is not answered yet."""
+        if self._body is not None and not self._body.is_eof():
+            return False
+        return self._request_count > 0 and (self._waiter is None or self._waiter.done())
+
+    def _has_begun_to_answer(self) -> bool:
+        """Whether something of the answer under way is out."""
+        return self._current_request is not None and self._current_request.writer.output_size > 0
+
+    def _may_be_asked(self) -> bool:
+        """Whether an interim answer may be sent: one is under way, of which nothing is out, in HTTP/1.1."""
+        request = self._current_request
+        return request is not None and request.version == HttpVersion11 and not self._has_begun_to_answer()
+
+    def _look_for_client(self, looks: int) -> None:
+        """A host whose program has closed the connection answers what is sent with a reset, which ends it here too.
+
+        What can be sent before an answer is an interim one, which every client reads over (RFC 9110, 15.2).
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+            transport.abort()
+            return
+        if not self._is_owed_an_answer():
+            self.force_close()
+            return
+        if not self._asked and self._may_be_asked():
+            self._asked = True
+            transport.write(CONTINUE)
+        looks = min(looks + 1, len(_LOOKS_S) - 1)
+        self._loop.call_later(_LOOKS_S[looks], self._look_for_client, looks)
+
     def _check_new(self, count: int) -> None:
         """Headers are complete: of one request, or of several that were sent at once."""
         self._head_began, self._head_bytes = None, 0
@@ -232,6 +294,8 @@ class GuardedProtocol(RequestHandler):
         """Send the end of an answer. What came behind an upgrade that was declined is parsed here, so checked here."""
         before = self._request_count
         finished = await super().finish_response(request, resp, start_time)
+        if self._half_closed and not self._messages:
+            self._close = True  # after this one nothing comes
         if self._request_count != before and self._messages:
             self._check_new(self._request_count - before)
         return finished

@@ -396,6 +396,11 @@ class Passage:
         self._flows = False
         """The first bytes of the body are out, and nobody looks at the rest."""
 
+    @property
+    def is_unanswered(self) -> bool:
+        """Nothing of its answer is out."""
+        return self._reply is None
+
     def begin(self) -> None:
         """Ask the engine."""
         self._front.traffic.enter()
@@ -738,7 +743,7 @@ class FrontProtocol(GuardedProtocol):
         """The request under way is answered; `close`: it was the last one."""
         self.passage = None
         self._front.traffic.leave()
-        if close:
+        if close or (self._half_closed and not self._behind):
             self.force_close()
             return
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -746,6 +751,17 @@ class FrontProtocol(GuardedProtocol):
             self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
         if self._behind:
             self.data_received(self._take_behind())
+            if self._half_closed and not self._is_owed_an_answer():
+                self.force_close()
+
+    def _is_owed_an_answer(self) -> bool:
+        return self.passage is not None or super()._is_owed_an_answer()
+
+    def _has_begun_to_answer(self) -> bool:
+        return not self.passage.is_unanswered if self.passage is not None else super()._has_begun_to_answer()
+
+    def _may_be_asked(self) -> bool:
+        return self.passage.is_unanswered if self.passage is not None else super()._may_be_asked()
 
     def _take_behind(self) -> bytes:
         data, self._behind = self._behind, b""

@@ -19,7 +19,7 @@ from proxy.errors import BodyTooLargeError, ContentCodingError, InvalidRequestEr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _READ_AT_ONCE: Final = 32 << 10
 _STEP: Final = 256 << 10
 """How much is decoded before others are served: about a millisecond's work."""
@@ -61,7 +61,7 @@ async def body_of(request: web.BaseRequest, limit: int) -> bytes:
 def _ask_for_body(request: web.BaseRequest) -> None:
     transport = request.transport
     if transport is not None and not transport.is_closing() and waits_with_body(request):
-        transport.write(_CONTINUE)
+        transport.write(CONTINUE)
 
 
 def _coding_of(values: Iterable[str]) -> str | None:
