@@ -31,6 +31,8 @@ _LOOKS: Final = 8
 """An engine's silence is noticed by looking this often in the time that it may take."""
 _EARLY_BYTES: Final = 256 << 10
 """How much of a body is taken in before anybody asked for it."""
+_COPIED_BYTES: Final = 256 << 10
+"""A body up to this size goes in one piece with its head."""
 _INFORMATIONAL: Final = 8
 """Answers 1xx that may come before the final one."""
 _CLOSE_S: Final = 5.0
@@ -128,7 +130,10 @@ class Upstream:
         head.append(b"\r\n")
         message = b"".join(head)
         try:
-            connection.begin(exchange, message + body if body else message)
+            if body is not None and len(body) > _COPIED_BYTES:
+                connection.begin(exchange, message, body)
+            else:
+                connection.begin(exchange, message + body if body else message)
             await exchange.answered()
         except BaseException:
             exchange.close()
@@ -271,13 +276,15 @@ class Connection(asyncio.Protocol):
 
     # --- from the receiver and the upstream ---
 
-    def begin(self, receiver: Receiver, message: bytes) -> None:
-        """Send a request, whose answer is the receiver's. Raises ExchangeError."""
+    def begin(self, receiver: Receiver, message: bytes, body: bytes = b"") -> None:
+        """Send a request, whose answer is the receiver's; `body`: one too large to copy it. Raises ExchangeError."""
         if self._transport.is_closing():
             raise ExchangeError("the connection ended")
         self._receiver = receiver
         self._heard, self._quiet_s = True, 0.0
         self._transport.write(message)
+        if body:
+            self._transport.write(body)
 
     def hand_to(self, receiver: Receiver) -> None:
         """Another one has it from now on."""
