@@ -101,22 +101,24 @@ class Admission:
 
         None wherever `lease` would wait or refuse; nothing has happened then.
         """
-        model = self._state.models.get(key)
-        if model is None or model.draining or not self._state.admits:
+        state = self._state
+        model = state.models.get(key)
+        if model is None or model.draining or state.draining or state.phase not in ADMITTING:
             return None
         if (lease := self._at_once(model)) is not None:
-            self._state.usage.note(key)
+            state.usage.note(key)
         return lease
 
     def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
-        if self._state.waiting and model.queue:
+        state = self._state
+        if state.waiting and model.queue:
             return None
         instance = pick(model.instances.values(), model.settings.max_concurrency, preferred)
         if instance is None:
             return None
-        lease = self._grant(model, instance, Tier.READY, 0.0, None)
-        if self._state.listeners:
-            self._state.tell()
+        lease = self._grant(instance, Tier.READY, 0.0, None)
+        if state.listeners:
+            state.tell()
         return lease
 
     def _refuse_if_failing(self, model: Model) -> None:
@@ -143,38 +145,40 @@ class Admission:
     def _expected_wait_s(self, model: Model) -> float:
         return max(1.0, self._state.estimate_s(model.key))
 
-    def _grant(self, model: Model, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> Lease:
+    def _grant(self, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> Lease:
         instance.begin_lease(time.time())
-        self._state.open_leases += 1
-        self._state.quiet.clear()
-        return Lease(self, model.instances[instance.id], found, queue_s, wake)
+        state = self._state
+        state.open_leases += 1
+        state.quiet.clear()
+        return Lease(self, instance, found, queue_s, wake)
 
     def lease_ended(self, instance: Instance, generation: int) -> None:
         """Take a lease back."""
-        self._state.open_leases -= 1
+        state = self._state
+        state.open_leases -= 1
         if instance.generation == generation:
-            instance.end_lease(self._state.clock(), time.time())
+            instance.end_lease(state.clock(), time.time())
             goes_on = instance.state is State.READY and instance.command is None
-            if instance.leases and not self._state.waiting and goes_on:
+            if instance.leases and not state.waiting and goes_on:
                 # It goes on, and nobody waits: there is nothing to decide.
-                if self._state.listeners:
-                    self._state.tell()
+                if state.listeners:
+                    state.tell()
                 return
             if goes_on:
                 # Unless others wait for its place, nothing is to be decided now; what an idle one does next has time.
-                model = self._state.models.get(instance.model)
+                model = state.models.get(instance.model)
                 mine = (
                     model is not None and model.instances.get(instance.id) is instance
                 )  # a reload may have replaced it
-                others_wait = any(m.queue for m in self._state.models.values() if m is not model)
+                others_wait = any(m.queue for m in state.models.values() if m is not model)
                 if model is not None and mine and not others_wait:
                     self.dispatch(model)
                     if not instance.leases:
-                        self._state.note_quiet()
+                        state.note_quiet()
                         self._effects.tick_soon()
-                    self._state.tell()
+                    state.tell()
                     return
-        self._state.note_quiet()
+        state.note_quiet()
         self._effects.tick()
 
     def dispatch(self, model: Model) -> None:
@@ -199,7 +203,7 @@ class Admission:
         if wake is not None and wake.ended < waiter.since:
             wake = None
         queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
-        waiter.granted.set_result(self._grant(model, instance, waiter.found, queue_s, wake))
+        waiter.granted.set_result(self._grant(instance, waiter.found, queue_s, wake))
 
     async def examine(self, instance: Instance, generation: int) -> None:
         """Look at an engine that failed a request, and give it up if it does not serve."""
