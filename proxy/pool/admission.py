@@ -191,12 +191,12 @@ class Admission:
                     break
                 if instance is None:
                     continue
-                self._grant_to(waiter, model, instance)
+                self._grant_to(waiter, instance)
             done.append(waiter)
         for waiter in done:
             model.queue.discard(waiter)
 
-    def _grant_to(self, waiter: Waiter, model: Model, instance: Instance) -> None:
+    def _grant_to(self, waiter: Waiter, instance: Instance) -> None:
         waited_s = self._state.clock() - waiter.since
         wake = instance.last_wake
         # A wake that ended before the request came is not the one it waited for.
