@@ -200,8 +200,8 @@ async def cold(host: Host) -> Cold:
     first = await host.ask()
     warm = [await host.ask() for _ in range(5)]
     assert {(w.tier, w.text) for w in warm} == {("ready", first.text)}
-    done = await host.served()
     with _kept_alive(host.addresses()[0]) as connection:
+        done = await host.served()
         await host.until_checkpointed()
         ended = await asyncio.to_thread(_has_ended, connection)
     return Cold(first, median(w.ttft_s for w in warm), done, ended)
