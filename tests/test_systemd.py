@@ -146,7 +146,7 @@ def test_containers_outlive_warmpool_under_systemd_and_are_adopted(machine: Mach
 
 def test_a_service_unmounts_what_podman_mounted_outside_its_own_namespace(machine: Machine) -> None:
     machine.run("sh", "-c", "mkdir -p /mnt/left && mount -t tmpfs left /mnt/left")
-    code = "import asyncio; from proxy.runtime import leftovers; asyncio.run(leftovers.unmount('/mnt/left'))"
+    code = "import asyncio; from proxy.runtime.podman import abandoned; asyncio.run(abandoned.unmount('/mnt/left'))"
     limits = [f"--property={p}" for p in ("ProtectSystem=full", "NoNewPrivileges=yes", "RestrictNamespaces=mnt")]
     machine.run(
         "systemd-run", "--wait", "--pipe", "--quiet", *limits, f"--working-directory={ROOT}", PYTHON, "-c", code
