@@ -24,7 +24,7 @@ test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one
 	$(BIN)/pytest -m 'not vllm and (podman or criu)'
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000)
-	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} $(BIN)/pytest -s tests/test_fuzz.py
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} $(BIN)/pytest -s tests/server/test_fuzz.py
 
 lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .

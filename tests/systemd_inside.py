@@ -14,7 +14,7 @@ import aiohttp
 
 from tests.served import ASK
 from tests.support import PATIENCE_S, get_json
-from tests.test_restart import LATE, QUEUED, STREAMS, Clients
+from tests.systemd.test_restart import LATE, QUEUED, STREAMS, Clients
 
 URL = "http://127.0.0.1:8080"
 

@@ -4,7 +4,7 @@ What is ordinary: a whole POST with a JSON body on a connection where nothing el
 read in one way only, for a model that has an instance ready with room. Everything else goes to aiohttp's server as the
 bytes that came, and so does a request that turns out not to be ordinary before anything of an answer is out: what is
 under way for it goes along (`proxy.server.forward.handed`). This is a shorter way to the same answer, and the only
-thing that may differ is what it costs; `tests/test_front.py` compares the two byte for byte.
+thing that may differ is what it costs; `tests/server/test_front.py` compares the two byte for byte.
 """
 
 from __future__ import annotations
