@@ -315,7 +315,10 @@ class Engine:
             ]
         routes += [("*", "/warmpool/{path:.*}", frontend.answer) for frontend in self.frontends]
         if self.options.faults:
-            routes.append(("POST", "/debug/fault", completions.arm_fault))
+            routes += [
+                ("POST", "/debug/fault", completions.arm_fault),
+                ("POST", "/debug/release", completions.release),
+            ]
         for method, path, handler in routes:
             app.router.add_route(method, path, handler)
         return app

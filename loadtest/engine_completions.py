@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from loadtest.engine import Engine
 
 FAULTS: Final = (
-    "refuse", "hang", "hang_engine", "hang_mid_stream", "die_mid_stream", "garbage_http", "garbage_json", "error",
+    "refuse", "hang", "hang_engine", "hang_mid_stream", "hold_mid_stream", "die_mid_stream", "garbage_http",
+    "garbage_json", "error",
 )  # fmt: skip
 
 
@@ -177,6 +178,7 @@ class Completions:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
         self.counters = writer.counters
+        self.released = asyncio.Event()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """`/v1/completions`, `/v1/chat/completions`, and `/invocations` for both."""
@@ -244,7 +246,7 @@ class Completions:
                 for index in range(len(job.choices)):
                     await response.write(chunk([piece(index, "", None, "assistant")]))
             if i == dies_after and job.fault is not None:
-                await self.die_or_hang(job.fault["kind"])
+                await self.misbehave_within(job.fault["kind"])
             for index, (tokens, reason) in enumerate(job.choices):
                 if i < max(1, len(tokens)):
                     last = i >= len(tokens) - 1
@@ -284,11 +286,19 @@ class Completions:
                 raise ApiError(500, "InternalServerError", "told to fail")
         return None
 
-    async def die_or_hang(self, kind: str) -> None:
+    async def misbehave_within(self, kind: str) -> None:
         if kind == "die_mid_stream":
             os.killpg(os.getpgrp(), signal.SIGKILL)
         if kind == "hang_mid_stream":
             await asyncio.Event().wait()
+        if kind == "hold_mid_stream":
+            self.released.clear()
+            await self.released.wait()
+
+    async def release(self, _: web.Request) -> web.StreamResponse:
+        """`POST /debug/release`: streams that are held go on."""
+        self.released.set()
+        return web.Response(status=204)
 
     async def arm_fault(self, request: web.Request) -> web.StreamResponse:
         """`POST /debug/fault {"kind": …, "count": 1, "after_tokens": 3}`: the next completions misbehave."""

@@ -87,5 +87,10 @@ class Front:
     async def engine_state(self) -> Any:
         return await get_json(f"{await self.engine()}/debug/state")
 
+    async def release(self) -> None:
+        """Let streams with the fault `hold_mid_stream` go on."""
+        async with self.session.post(f"{await self.engine()}/debug/release") as response:
+            assert response.status == 204
+
     def sample(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0

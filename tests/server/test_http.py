@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 ASK = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
+HELD = {**ASK, "stream": True, "vllm_xargs": {"fault": "hold_mid_stream"}}
+"""Asks for a stream that stands still after three tokens, until `Front.release`."""
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
 
 

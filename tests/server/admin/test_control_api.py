@@ -10,7 +10,7 @@ import pytest
 
 from proxy.server.admin import events as admin_events
 from proxy.server.admin.events import Events, merge_patch
-from tests.server.test_http import ASK, error_of
+from tests.server.test_http import ASK, HELD, error_of
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
@@ -70,14 +70,18 @@ async def test_an_order_need_not_be_waited_for(front: Front) -> None:
     assert await state(front) == "suspended"
 
 
-async def test_a_stream_is_never_cut(front_of: Any) -> None:
-    front: Front = await front_of("--tokens-per-second", "40", idle=NEVER)
-    async with front.session.post("/v1/completions", json={**ASK, "max_tokens": 60, "stream": True}) as stream:
+async def test_a_stream_is_never_cut(front: Front) -> None:
+    async with front.session.post("/v1/completions", json=HELD) as stream:
         first = await stream.content.readany()
         status, answer = await order(front, "models/demo/suspend")
         assert (status, answer["error"]["code"]) == (409, "conflict")
         assert "demo-1 is answering 1 requests" in answer["error"]["message"]
         going = asyncio.create_task(order(front, "models/demo/suspend", when_busy="wait"))
+        async with asyncio.timeout(PATIENCE_S):
+            while await state(front) != "retiring":
+                await asyncio.sleep(0.02)
+        assert not going.done()
+        await front.release()
         text = first + await stream.content.read()
     assert text.rstrip().endswith(b"data: [DONE]")
     assert (await going)[0] == 200
