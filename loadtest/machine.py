@@ -68,7 +68,7 @@ def machine() -> dict[str, str]:
 def gpus() -> dict[str, str]:
     """NVIDIA's GPUs, their driver, and the newest CUDA that it can do; nothing without one.
 
-    From NVML where it can be had (`warmpool[gpu]`), else from nvidia-smi, else from the driver's own files, which say
+    From NVML where it can be had (the extra `gpu`), else from nvidia-smi, else from the driver's own files, which say
     less.
     """
     listed = _by_nvml() or _by_nvidia_smi()

@@ -3,6 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    __version__ = version("warmpool")
+    __version__ = version("warmpool-proxy")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"

@@ -253,6 +253,20 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / path).exists(), f"{name_of(page)}: {path} is not there"
 
 
+def test_nothing_tells_anybody_to_install_the_warmpool_of_package_indexes() -> None:
+    """It is somebody else's: ours is `warmpool-proxy`, installed from its sources or from a wheel made of them."""
+    names = re.compile(r"\bwarmpool\[|\b(?:pip|pipx|uv|uvx)\b[^\n`]*[ '\"]warmpool(?!-proxy)(?=['\"\[ `\n<>=]|$)")
+    kinds = {".py", ".md", ".toml", ".sh", ".yml", ".service", ".html", ".js", ""}
+    folders = ("proxy", "loadtest", "docs", "config", "systemd", ".ci")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix in kinds]
+    files += [*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    wrong = [f"{p.relative_to(ROOT)}: {m[0]}" for p in files for m in names.finditer(p.read_text())]
+    assert wrong == []
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "warmpool-proxy"
+    assert names.search("pip install 'warmpool[gpu]'")
+    assert names.search("pip install warmpool\n")
+
+
 def test_the_page_on_the_api_is_complete() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     for family in Metrics().registry.collect():

@@ -10,7 +10,7 @@ from proxy.config.fields import Section
 
 
 class TracingSettings(Section):
-    """Traces of requests by OpenTelemetry; needs the extra `warmpool[otel]`."""
+    """Traces of requests by OpenTelemetry; needs the extra `otel`."""
 
     endpoint: Annotated[str, Field(pattern=r"^https?://[!-~]+$")] | None = Field(
         default=None,

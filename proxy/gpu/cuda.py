@@ -5,7 +5,7 @@ A process's CUDA state is locked, copied to its own host memory ("checkpointed",
 in this process avoid the 2.7 s of start-up that each `cuda-checkpoint` command costs. All calls block, release the GIL
 and run in threads, those for several processes side by side.
 
-Needs `cuda-bindings` and `nvidia-ml-py` (the extra `warmpool[gpu]`); without them, or without a GPU, `Gpus.open` says
+Needs `cuda-bindings` and `nvidia-ml-py` (the extra `gpu`); without them, or without a GPU, `Gpus.open` says
 why and nothing else is lost.
 """
 
@@ -166,7 +166,7 @@ class Gpus(MemoryReader):
             version = monitor.driver_version()
             self._driver = self._make_driver()
         except ImportError as error:
-            return f"the extra warmpool[gpu] is not installed ({error.name})"
+            return f"the extra gpu is not installed ({error.name}): make install EXTRAS=gpu, from the sources"
         except Exception as error:  # noqa: BLE001 - NVIDIA's libraries raise their own where there is no driver
             return f"no usable NVIDIA driver: {error}"
         if int(version.split(".")[0]) < MIN_DRIVER:

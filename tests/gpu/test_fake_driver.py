@@ -177,7 +177,7 @@ async def test_without_the_libraries_or_a_driver_it_is_said_what_is_missing() ->
         raise RuntimeError("cuInit: CUDA_ERROR_NO_DEVICE")
 
     missing = Gpus(driver=FakeDriver, monitor=no_library)
-    assert missing.open() == "the extra warmpool[gpu] is not installed (pynvml)"
+    assert missing.open() == "the extra gpu is not installed (pynvml): make install EXTRAS=gpu, from the sources"
     assert "CUDA_ERROR_NO_DEVICE" in (Gpus(driver=no_driver, monitor=FakeNvml).open() or "")
     assert not missing.usable
     with pytest.raises(GpuError):

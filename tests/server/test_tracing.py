@@ -208,5 +208,5 @@ def test_off_nothing_is_imported() -> None:
 
 def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(HostError, match=r"pip install 'warmpool\[otel\]'"):
+    with pytest.raises(HostError, match="make install EXTRAS=otel"):
         tracing.start(TracingSettings(endpoint="http://127.0.0.1:4318/v1/traces"))

@@ -1,6 +1,6 @@
 """Traces by OpenTelemetry: a span for each request, and below it the wake with its stages and the engine's part.
 
-The extra `warmpool[otel]` brings the SDK; it is imported when `tracing.endpoint` is set, and nothing here costs
+The extra `otel` brings the SDK; it is imported when `tracing.endpoint` is set, and nothing here costs
 anything otherwise. Spans carry what the log line has, never a prompt or an answer. Names follow OpenTelemetry's
 semantic conventions for HTTP where these have one.
 """
@@ -36,7 +36,7 @@ def start(settings: TracingSettings) -> Tracing | None:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:
-        raise HostError(f"tracing.endpoint needs the extra otel (pip install 'warmpool[otel]'): {error}") from error
+        raise HostError(f"tracing.endpoint needs the extra otel (make install EXTRAS=otel): {error}") from error
     _keep_out_of_the_log(urlsplit(settings.endpoint).query)
     return Tracing(settings, OTLPSpanExporter(endpoint=settings.endpoint))
 
