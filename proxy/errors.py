@@ -26,12 +26,21 @@ class WarmpoolError(Exception):
 
 
 class ConfigError(WarmpoolError):
-    """A configuration that cannot be used; `problems` has one line for each thing wrong with it."""
+    """A configuration that cannot be used; `problems` has one line for each thing wrong with it.
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
+    `lines`: where each is in the source, which is a file then.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str], lines: Sequence[int | None] = ()) -> None:
         self.source = source
         self.problems = tuple(problems)
-        super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
+        self.lines = tuple(lines) or (None,) * len(self.problems)
+        super().__init__(
+            "\n".join(
+                f"{source}: {problem}" if line is None else f"{source}:{line}: {problem}"
+                for problem, line in zip(self.problems, self.lines, strict=True)
+            )
+        )
 
 
 class HostError(WarmpoolError):

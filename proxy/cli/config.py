@@ -17,12 +17,21 @@ def config() -> None:
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Say whether FILE can be used here, with every problem if not (exit status 78)."""
+    """Say whether FILE can be used here, with every problem if not (exit status 78).
+
+    What it names and is not here (programs, files, container images) is a warning.
+    """
+    import asyncio
+
     from proxy.config.load import load
+    from proxy.doctor import preflight
+    from proxy.doctor.view import Host
     from proxy.server import server
 
     settings = load(file)
     server.check_files(settings.server)
+    for missing in asyncio.run(preflight.missing(settings, Host())):
+        click.echo(f"warmpool: warning: {missing}", err=True)
     click.echo(f"{file}: good; models: {', '.join(settings.names())}")
 
 
@@ -32,10 +41,12 @@ def show(path: Path | None) -> None:
     """Print the values in effect, file and environment together, as TOML; secrets are masked."""
     import tomli_w
 
-    from proxy.config.load import load
-    from proxy.config.masking import masked
+    from proxy.config.load import read
+    from proxy.config.masking import masked, with_references
 
-    click.echo(tomli_w.dumps(masked(load(path).model_dump(mode="json"))), nl=False)
+    loaded = read(path)
+    shown = with_references(masked(loaded.settings.model_dump(mode="json")), loaded.references)
+    click.echo(tomli_w.dumps(shown), nl=False)
 
 
 @config.command("import-env")
@@ -73,3 +84,18 @@ def reference_(form: str) -> None:
     from proxy.config import reference, reference_page
 
     click.echo(reference.reference() if form == "toml" else reference_page.page(), nl=False)
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema, by which editors complete and check the file.
+
+    \b
+    warmpool config schema > warmpool.schema.json
+    First line of the file: #:schema ./warmpool.schema.json
+    """
+    import json
+
+    from proxy.config.schema import schema as made
+
+    click.echo(json.dumps(made(), indent=2))

@@ -52,7 +52,9 @@ def run(path: Path | None, log_format: str, log_level: str) -> None:
 
     async def run() -> None:
         try:
-            await server.serve(pool, settings, metrics, load=lambda: load(path), usage=usage, last_resort=last_resort)
+            await server.serve(
+                pool, settings, metrics, load=lambda: load(path), file=path, usage=usage, last_resort=last_resort
+            )
         except HostError as error:
             last_resort.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
             raise

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
 
 LIVE: Final = frozenset(
-    {"server.drain_timeout", "server.heartbeat", "server.default_model", "pool.max_awake", "pool.max_queue",
-     "pool.switch_after", "pool.priority_head_start", "pool.archive_copies"}
+    {"server.drain_timeout", "server.heartbeat", "server.default_model", "server.watch", "pool.max_awake",
+     "pool.max_queue", "pool.switch_after", "pool.priority_head_start", "pool.archive_copies"}
 )  # fmt: skip
 """The keys beside those of models that take effect at once; the others are read at the start only."""
 

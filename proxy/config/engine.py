@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
-from proxy.config.fields import AbsolutePath, ArgumentList, Count, Duration, Port, PositiveInt, Section, Size
+from proxy.config.fields import AbsolutePath, ArgumentList, Count, Duration, Memory, Port, PositiveInt, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MountOption = Literal[
+    "z", "Z", "U", "exec", "noexec", "dev", "nodev", "suid", "nosuid", "rshared", "rslave", "rprivate"
+]  # fmt: skip
+MOUNT_OPTIONS: Final[tuple[str, ...]] = get_args(MountOption)
+"""What podman takes for a volume beside `ro` and `rw`."""
 RESEED_FIELDS: Final = ("host", "port", "model", "instance")
 """What is replaced in `reseed.command`."""
 ActionName = Literal[
@@ -67,11 +72,30 @@ class ProcessEngineSettings(Section):
 
 
 class VolumeSettings(Section):
-    """A folder or file of the host, or a volume of podman's, in the container."""
+    """A folder or file of the host, or a volume of podman's, in the container: a table, or "/srv/models:/models:ro"."""
 
     source: str = Field(min_length=1, description="Absolute path on the host, or the name of a volume.")
     target: AbsolutePath = Field(description="Absolute path in the container.")
     writable: bool = Field(default=False, description="Whether the engine may write to it.")
+    options: list[MountOption] = Field(
+        default=[],
+        description="Further options of podman's for it: z or Z (labels for SELinux), U (it is given to the engine's "
+        "user), and those of mounts.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_podman_writes_it(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(":")
+        if len(parts) not in (2, 3):
+            raise ValueError("a volume is SOURCE:TARGET or SOURCE:TARGET:OPTIONS, as for `podman run --volume`")
+        options = [option for option in ":".join(parts[2:]).split(",") if option]
+        if unknown := [option for option in options if option not in ("ro", "rw", *MOUNT_OPTIONS)]:
+            raise ValueError(f"{unknown[0]} is none of the options of a volume: ro, rw, {', '.join(MOUNT_OPTIONS)}")
+        further = [option for option in options if option not in ("ro", "rw")]
+        return {"source": parts[0], "target": parts[1], "writable": "ro" not in options, "options": further}
 
     @model_validator(mode="after")
     def _source_is_a_path_or_a_name(self) -> VolumeSettings:
@@ -97,7 +121,7 @@ class CriuSettings(Section):
     )
     file_locks: bool = Field(default=True, description="Dump file locks.")
     link_remap: bool = Field(default=True, description="Dump unlinked files that are still open, such as semaphores.")
-    ghost_limit: Size = Field(default=ByteSize(4 << 30), description="Largest deleted file to take into the image.")
+    ghost_limit: Memory = Field(default=ByteSize(4 << 30), description="Largest deleted file to take into the image.")
     network_lock: Literal["skip", "nftables", "iptables"] = Field(
         default="skip",
         description="How traffic is held back during a dump; warmpool has closed its connections before.",
@@ -147,19 +171,21 @@ class PodmanEngineSettings(Section):
         default=None, description="Instead of the image's entry point.", examples=[["vllm", "serve"]]
     )
     env: dict[str, SecretStr] = Field(default={}, description="Environment of the engine.")
-    volumes: list[VolumeSettings] = Field(default=[], description="Folders to mount; any number.")
+    volumes: list[VolumeSettings] = Field(
+        default=[], description='Folders to mount, as tables or as for podman: ["/srv/models:/models:ro"].'
+    )
     devices: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description='Devices: CDI names ("nvidia.com/gpu=0"), or paths ("/dev/nvidia0", "/dev/nvidiactl").',
     )
-    shm_size: Size = Field(default=ByteSize(64 << 20), description="Size of /dev/shm.")
+    shm_size: Memory = Field(default=ByteSize(64 << 20), description="Size of /dev/shm.")
     ulimits: dict[Annotated[str, Field(pattern=r"^[a-z]+$")], Annotated[str, Field(pattern=r"^-?\d+(:-?\d+)?$")]] = (
         Field(default={}, description='Resource limits, SOFT:HARD: { nofile = "65536:65536", memlock = "-1:-1" }.')
     )
     pids_limit: Annotated[int, Field(ge=-1)] = Field(
         default=-1, description="Most processes and threads; -1: no limit."
     )
-    memory_limit: Size | None = Field(
+    memory_limit: Memory | None = Field(
         default=None, description="Most memory the container may use.", examples=["64GiB"]
     )
     privileged: bool = Field(

@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
 
 from proxy.config.values import (
     format_duration,
     format_optional_duration,
     format_size,
     parse_duration,
+    parse_memory,
     parse_optional_duration,
+    parse_size,
 )
 
 
@@ -22,11 +33,32 @@ def _absolute(path: Path) -> Path:
     return path
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), PlainSerializer(format_duration)]
-OptionalDuration = Annotated[
-    float | None, BeforeValidator(parse_optional_duration), PlainSerializer(format_optional_duration)
+_DURATION_PATTERN = r"([0-9]+(\.[0-9]+)? ?(ms|s|m|h|d) *)+"
+_SIZE_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? *([kKmMgGtTpPeE]i?)?[bB]?$"},
+            {"type": "integer", "minimum": 0},
+        ]
+    }
+)
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration),
+    WithJsonSchema({"type": "string", "pattern": f"^{_DURATION_PATTERN}$"}),
 ]
-Size = Annotated[ByteSize, PlainSerializer(format_size)]
+OptionalDuration = Annotated[
+    float | None,
+    BeforeValidator(parse_optional_duration),
+    PlainSerializer(format_optional_duration),
+    WithJsonSchema({"type": "string", "pattern": f"^({_DURATION_PATTERN}|never|off)$"}),
+]
+Size = Annotated[ByteSize, BeforeValidator(parse_size), PlainSerializer(format_size), _SIZE_SCHEMA]
+"""Of what may be a few bytes."""
+Memory = Annotated[ByteSize, BeforeValidator(parse_memory), PlainSerializer(format_size), _SIZE_SCHEMA]
+"""Of what is never a few bytes: a small number without a unit is refused."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 ModelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import tomli_w
 from pydantic import ValidationError
 
+from proxy.config.explain import explain
 from proxy.config.settings import Settings
 from proxy.config.values import format_duration
 from proxy.errors import ConfigError
@@ -511,5 +512,5 @@ def _why_not(toml: str) -> list[str]:
     try:
         _FileOnly(**tomllib.loads(toml))
     except ValidationError as error:
-        return [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        return [explain(e).text for e in error.errors()]
     return []

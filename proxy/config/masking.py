@@ -6,7 +6,9 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from proxy.config.document import KeyPath
 
 MASK: Final = "*" * 10
 """As pydantic shows a SecretStr."""
@@ -45,3 +47,14 @@ def masked(value: Any) -> Any:
         case list():
             return [masked(item) for item in value]
     return value
+
+
+def with_references(values: Any, references: Mapping[KeyPath, str]) -> Any:
+    """Plain values with the texts that had `{env:NAME}` in them as they were written."""
+    for path, written in references.items():
+        *above, last = path
+        table = values
+        for part in above:
+            table = table[part]
+        table[last] = written
+    return values

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
+from proxy.config.document import ENGINE_TABLES
 from proxy.config.engine import (
     HealthSettings,
     PodmanEngineSettings,
@@ -15,15 +16,14 @@ from proxy.config.engine import (
     ReseedSettings,
     WarmupSettings,
 )
-from proxy.config.fields import AbsolutePath, Count, Duration, OptionalDuration, PositiveInt, Section, Size
+from proxy.config.fields import AbsolutePath, Count, Duration, Memory, OptionalDuration, PositiveInt, Section
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ENGINE_TABLES: Final = ("process", "podman")
-"""The tables of a model that say what its engine is; each is the name of a runtime."""
 _WORKER_EXTENSION: Final = "--worker-extension-cls"
+_SLEEP_MODE: Final = "--enable-sleep-mode"
 
 
 class IdleSettings(Section):
@@ -196,13 +196,13 @@ class ModelSettings(Section):
         "pool.checkpoint_dir, from which several threads bring them back, instead of having vLLM load them again. "
         "Needs as much memory there as the weights take.",
     )
-    gpu_memory: Annotated[Size, Field(ge=1)] | None = Field(
+    gpu_memory: Annotated[Memory, Field(ge=1)] | None = Field(
         default=None,
         description="GPU memory that one engine takes on each of `gpus` when it is ready. Only used until it was "
         "measured: here, or for the checkpoint.",
         examples=["72GiB"],
     )
-    host_memory: Annotated[Size, Field(ge=1)] | None = Field(
+    host_memory: Annotated[Memory, Field(ge=1)] | None = Field(
         default=None,
         description="Host memory that one engine's processes take when it is ready. Only used until it was measured.",
         examples=["6GiB"],
@@ -287,10 +287,12 @@ class ModelSettings(Section):
             return self.engine == "vllm"
         return self.weights_copy or (not self.reseed.present and self._looks_like_vllm())
 
+    def _names_vllm(self) -> bool:
+        return any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())
+
     def _looks_like_vllm(self) -> bool:
-        named = any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())
         image = self.podman.image if self.podman is not None and self.podman.entrypoint is None else ""
-        return named or "vllm" in PurePath(image).name
+        return self._names_vllm() or "vllm" in PurePath(image).name
 
     def _words(self) -> list[str]:
         """The command, behind the entry point if it is given."""
@@ -303,6 +305,13 @@ class ModelSettings(Section):
         """The option by which the command gives vLLM a worker extension of the user's own."""
         names = (word.partition("=")[0].replace("_", "-") for word in self._words())
         return next((word for word, name in zip(self._words(), names, strict=True) if name == _WORKER_EXTENSION), None)
+
+    @property
+    def lacks_sleep_mode(self) -> bool:
+        """Whether the command starts vLLM itself, with all options in it, and without its sleep mode."""
+        words = [word.replace("_", "-") for word in self._words()]
+        known = self._names_vllm() and not any(word.partition("=")[0] == "--config" for word in words)
+        return known and not any(_SLEEP_MODE in word for word in words)
 
     @property
     def runtime(self) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from proxy.config.fields import Count, Duration, PositiveInt, Section, Size
+from proxy.config.fields import Count, Duration, Memory, PositiveInt, Section
 
 
 def default_state_dir() -> Path:
@@ -45,12 +45,12 @@ class PoolSettings(Section):
         description="With max_awake reached and no idle instance: how long a request waits before a busy instance of "
         "another model is closed to new requests, so that it becomes idle.",
     )
-    gpu_creep: Size = Field(
+    gpu_creep: Memory = Field(
         default=ByteSize(512 << 20),
         description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "
         "more and has a checkpoint ends when it is idle, and is restored from it; 0 is any amount.",
     )
-    engine_log_size: Size = Field(
+    engine_log_size: Memory = Field(
         default=ByteSize(64 << 20),
         ge=64 << 10,
         description="How large an engine's log may grow; then its older half goes (of a container: all of it). "
@@ -72,11 +72,11 @@ class PoolSettings(Section):
         description='Size of the tmpfs that `warmpool install` mounts at checkpoint_dir, as "200GiB" or as a share of '
         'the memory ("50%"); "0" mounts none, and none is mounted below /dev/shm and /run.',
     )
-    checkpoint_reserve: Size = Field(
+    checkpoint_reserve: Memory = Field(
         default=ByteSize(256 << 20),
         description="Free space to leave in checkpoint_dir; a checkpoint that would go below is not begun.",
     )
-    memory_reserve: Size = Field(
+    memory_reserve: Memory = Field(
         default=ByteSize(256 << 20),
         description="Host memory to leave free, of the host or of the smallest cgroup that engines are in: a wake that "
         "would go below makes others step down, or is refused.",

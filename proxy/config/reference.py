@@ -22,6 +22,7 @@ Every key of warmpool's configuration, with its default. Written by `warmpool co
 
 Only a model with an engine is needed; everything else may be left out. Keys that begin with # have no default.
 Durations have a unit: "500ms", "90s", "1m30s", "2h", "1d"; "never" where a key may be without one. Sizes too: "16GiB".
+In texts {env:NAME} is replaced by the environment variable NAME. `warmpool config schema` is for editors.
 Each key can be set by environment as well, which wins over the file: WARMPOOL_SERVER__PORT=8081,
 WARMPOOL_MODELS__DEMO__IDLE__SLEEPING=10s; tables and lists as JSON."""
 
@@ -68,7 +69,7 @@ def _section(path: str, section: BaseModel) -> Iterator[str]:
         else:
             yield from _comment(field.description or "")
             # What depends on the host is no value to write down.
-            value = None if field.default_factory is not None else plain[name]
+            value = None if field.default_factory is not None else plain.get(name, {})
             yield from _key(name, value, field.examples or [])
     for here, table in tables:
         body = [*_section(here, table)]

@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, BeforeValidator, ByteSize, PlainSerializer, SecretStr
@@ -14,10 +14,10 @@ from pydantic_core import PydanticUndefined
 
 from proxy.config import diff
 from proxy.config.settings import Settings
-from proxy.config.values import parse_duration
+from proxy.config.values import parse_duration, parse_memory, parse_optional_duration, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -33,6 +33,12 @@ the path joined by `__`, as in `WARMPOOL_SERVER__PORT=8081`. Keys with * take ef
 of a model, though some of its keys need new engines ([operations.md](operations.md#changing-the-configuration)).
 """
 _NONE = "\N{EN DASH}"
+_VALUES: Final[Mapping[Any, str]] = {
+    parse_duration: "duration",
+    parse_optional_duration: "duration or `never`",
+    parse_size: "size",
+    parse_memory: "size",
+}
 
 
 def page() -> str:
@@ -53,8 +59,8 @@ def _section(path: str, section: type[BaseModel]) -> Iterator[str]:
         ending = "[]" if repeated is list else ".NAME" if repeated is dict else ""
         below.append((here + ending, inner))
     if rows:
-        title = f"[[{path.removesuffix('[]')}]]" if path.endswith("[]") else f"[{path}]"
-        yield f"## `{title}`\n"
+        title = f"`[[{path.removesuffix('[]')}]]`" if path.endswith("[]") else f"`[{path}]`" if path else "At the top"
+        yield f"## {title}\n"
         yield f"{(section.__doc__ or '').strip().splitlines()[0]}\n"
         yield "| key | value | default | |"
         yield "|---|---|---|---|"
@@ -108,7 +114,7 @@ def _word(annotation: Any, metadata: list[Any]) -> str:
         return _word(arguments[0], [*arguments[1:]])
     for validator in metadata:
         if isinstance(validator, BeforeValidator):
-            return "duration" if validator.func is parse_duration else "duration or `never`"
+            return _VALUES[validator.func]
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (typing.Union, types.UnionType):

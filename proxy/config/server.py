@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
-from proxy.config.fields import Count, Duration, OptionalDuration, PositiveInt, Section, Size
+from proxy.config.fields import Count, Duration, Memory, OptionalDuration, PositiveInt, Section, Size
 from proxy.config.values import format_duration, is_loopback
 
 MIN_HEARTBEAT_S: Final = 0.1
@@ -145,7 +145,7 @@ class ServerSettings(Section):
         description="Listen on other addresses than loopback without keys: whoever reaches the port may use every "
         "model.",
     )
-    body_limit: Size = Field(default=ByteSize(32 << 20), description="Largest request body.")
+    body_limit: Memory = Field(default=ByteSize(32 << 20), description="Largest request body.")
     drain_timeout: Duration = Field(
         default=30.0, description="On SIGTERM: how long running and waiting requests may take to finish."
     )
@@ -154,6 +154,11 @@ class ServerSettings(Section):
         min_length=1,
         description="A model's name, for requests that name none; without, they are refused.",
         examples=["org/Model-7B"],
+    )
+    watch: bool = Field(
+        default=False,
+        description="Reload, as on SIGHUP, when the configuration's file has changed; one that cannot be used changes "
+        "nothing.",
     )
     heartbeat: OptionalDuration = Field(
         default=None,

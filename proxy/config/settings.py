@@ -8,11 +8,12 @@ unit (``"16GiB"``) or bytes. Environment names are ``WARMPOOL_`` and the path of
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from proxy.config.document import OF_ONE_MODEL, with_defaults
 from proxy.config.model import ModelSettings
 from proxy.config.pool import PoolSettings
 from proxy.config.runtime import RuntimeSettings
@@ -42,7 +43,21 @@ class Settings(BaseSettings):
     pool: PoolSettings = PoolSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     tracing: TracingSettings = TracingSettings()
+    defaults: dict[str, Any] = Field(
+        default={},
+        exclude=True,
+        description="Keys of models, for all that do not say otherwise: tables are merged key by key, lists replaced.",
+    )
     models: dict[ModelKey, ModelSettings] = Field(min_length=1, description="The models, by key.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _models_have_the_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("defaults"), dict):
+            if own := [name for name in OF_ONE_MODEL if name in values["defaults"]]:
+                raise ValueError(f"defaults: {', '.join(own)} cannot be that of all models; set it in [models.NAME]")
+            return with_defaults(values)
+        return values
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Settings:

@@ -6,13 +6,20 @@ import ipaddress
 import re
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[ ]?(?:ms|s|m|h|d)[ ]*)+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)[ ]?(ms|s|m|h|d)")
 _NEVER = frozenset({"never", "off"})
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgtpe", 1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_LEAST_BARE_BYTES = 1 << 20
 
 
 def parse_duration(value: object) -> float:
-    """Seconds of a duration such as ``"90s"``, ``"1m30s"`` or ``"250ms"``.
+    """Seconds of a duration such as ``"90s"``, ``"1m30s"``, ``"250ms"`` or ``"30 s"``.
 
     Raises ValueError for anything else; a bare number too, since its unit would be a guess.
     """
@@ -45,6 +52,26 @@ def parse_optional_duration(value: object) -> float | None:
 def format_optional_duration(seconds: float | None) -> str:
     """The shortest text that `parse_optional_duration` reads back."""
     return "never" if seconds is None else format_duration(seconds)
+
+
+def parse_size(value: object) -> int:
+    """Bytes of a size such as ``"16GiB"``, ``"1.5 GB"`` or ``4096``. Raises ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        factor = _SIZE_UNITS.get(match[2].lower())
+        if factor is not None:
+            return int(match[1]) * factor if match[1].isdecimal() else int(float(match[1]) * factor)
+    raise ValueError('a size is a number with a unit, "512MiB" or "16GiB"; without one it is bytes')
+
+
+def parse_memory(value: object) -> int:
+    """As `parse_size`, for an amount of memory: a small number without a unit is a unit forgotten."""
+    count = parse_size(value)
+    bare = str(value).strip()
+    if 0 < count < _LEAST_BARE_BYTES and bare.isdecimal():
+        raise ValueError(f'{bare} has no unit, and would be bytes: write "{bare}GiB" or "{bare}MiB"')
+    return count
 
 
 def format_size(count: int) -> str:

@@ -30,6 +30,25 @@ async def named_files(it: Situation) -> list[Check]:
     return [Check(NAME, "fail" if needed else "warn", found, fix)]
 
 
+async def programs(it: Situation) -> list[Check]:
+    """Whether engines that are local processes have their program and their working directory."""
+    name = "programs of engines"
+    rows = []
+    for key, model in it.needs.models.items():
+        engine = model.process
+        if engine is None:
+            continue
+        program = engine.command[0]
+        known = "{" not in program and (program.startswith("/") or "/" not in program)
+        if known and it.host.which(program) is None:
+            what = f"models.{key}.process.command: there is no program {program}"
+            rows.append(Check(name, "fail", what, "install it, or write its whole path"))
+        if engine.cwd is not None and not it.host.path(engine.cwd.absolute()).is_dir():
+            what = f"models.{key}.process.cwd: there is no folder {engine.cwd}"
+            rows.append(Check(name, "fail", what, "make it, or correct it"))
+    return rows
+
+
 def _problems(it: Situation, key: str, model: ModelSettings) -> Iterator[tuple[str, str]]:
     for setting, path, runs in _named(f"models.{key}", model):
         here = it.host.path(path)

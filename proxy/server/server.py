@@ -22,7 +22,7 @@ from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.host import daemon_thread
 from proxy.pool import prewarm, renewal
-from proxy.server import app, faults, listeners
+from proxy.server import app, config_watch, faults, listeners
 from proxy.server.auth import api_keys
 from proxy.server.auth.middleware import Guard
 from proxy.server.connection_limits import GuardedRunner
@@ -31,6 +31,7 @@ from proxy.systemd import notify
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from pathlib import Path
 
     from proxy.config.server import ServerSettings
     from proxy.config.settings import Settings
@@ -189,6 +190,7 @@ async def serve(
     metrics: Metrics,
     *,
     load: Callable[[], Settings] | None = None,
+    file: Path | None = None,
     manager: Manager | None = None,
     usage: Usage | None = None,
     last_resort: LastResort | None = None,
@@ -197,14 +199,15 @@ async def serve(
 
     A second signal ends at once. `last_resort` ends the process when it has not ended 10 s after `drain_timeout`, 1 s
     after a second signal. SIGHUP: the configuration is read again with `load`, and keys, admin token and
-    certificates. `manager` holds the sockets and hears of our state; None: that of the environment. `usage` is the
-    pool's, read before and kept.
+    certificates; where `server.watch` says so, also when `file` is another one. `manager` holds the sockets and hears
+    of our state; None: that of the environment. `usage` is the pool's, read before and kept.
 
     Raises ConfigError when one of these files cannot be used, HostError when the address cannot be had or a runtime
     cannot work.
     """
     manager = manager if manager is not None else notify.from_environment()
     end = _End(pool, last_resort)
+    seen = await config_watch.facts(file) if file is not None else None
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(faults.note_loop_error)
     # Before the handlers: while files are read here, which may hang, signals end the process as they do by default.
@@ -228,6 +231,7 @@ async def serve(
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
     background: list[asyncio.Task[None]] = []
     sockets: Sequence[socket.socket] = ()
+    sites: list[listeners.Site] = []
     try:
         sockets = _sockets(manager, settings.server)
         if settings.server.admin.socket is not None:
@@ -236,13 +240,16 @@ async def serve(
         if not await end.unless_stopped(pool.open()):
             return
         context = tls.context if tls is not None else None
-        sites = [listeners.site(runner, sock, settings.server, context) for sock in sockets]
+        sites += [listeners.site(runner, sock, settings.server, context) for sock in sockets]
         for site in sites:
             await site.start()
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         in_the_way.begin()
+        if file is not None:
+            watched = config_watch.watch(file, seen, lambda: pool.settings.server.watch, reloader.request)
+            background.append(asyncio.create_task(watched, name="watch the configuration"))
         if usage is not None:
             background += [asyncio.create_task(prewarm.keep(usage)), asyncio.create_task(prewarm.rebuild(pool, usage))]
             background.append(asyncio.create_task(renewal.keep_current(pool, usage)))
@@ -268,7 +275,8 @@ async def serve(
         await runner.cleanup()
         for sock in sockets:
             sock.close()
-        log.info("stopped")
+        if sites or end.stop.is_set():  # else it has never begun
+            log.info("stopped")
 
 
 def _sockets(manager: Manager, server: ServerSettings) -> list[socket.socket]:

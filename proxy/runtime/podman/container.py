@@ -57,6 +57,9 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     """A digest of all that shapes an engine; an image of another digest is of another engine."""
     engine = engine_of(model)
     plain = engine.model_dump(mode="json", exclude={"env", "criu"})
+    for volume in plain["volumes"]:
+        if not volume["options"]:
+            del volume["options"]  # images are older than the key
     environment = {name: value.get_secret_value() for name, value in engine.env.items()}
     parts = [key, model.name, plain, environment, *(["weights_copy"] * model.weights_copy)]
     parts += ["vllm"] * model.is_vllm
@@ -102,11 +105,11 @@ def specification(
         "labels": {LABEL + n: v for n, v in labels.items()},
         "annotations": {CRIU_CONFIG: str(criu_config)},
         "mounts": [
-            *(_mount(v.source, v.target, v.writable) for v in engine.volumes if v.source.startswith("/")),
+            *(_mount(v.source, v.target, v.writable, v.options) for v in engine.volumes if v.source.startswith("/")),
             *(_mount(source, Path(target), writable) for source, target, writable in mounts),
         ],
         "volumes": [
-            {"Name": v.source, "Dest": str(v.target), "Options": ["rw" if v.writable else "ro"]}
+            {"Name": v.source, "Dest": str(v.target), "Options": ["rw" if v.writable else "ro", *v.options]}
             for v in engine.volumes
             if not v.source.startswith("/")
         ],
@@ -204,8 +207,8 @@ def hostname(key: str) -> str:
     return re.sub("[^a-z0-9-]+", "-", f"warmpool-{key.lower()}")[:63].strip("-")
 
 
-def _mount(source: str, target: Path, writable: bool) -> dict[str, Any]:
-    options = ["rbind", "rw" if writable else "ro"]
+def _mount(source: str, target: Path, writable: bool, further: Iterable[str] = ()) -> dict[str, Any]:
+    options = ["rbind", "rw" if writable else "ro", *further]
     return {"Type": "bind", "Source": source, "Destination": str(target), "Options": options}
 
 
