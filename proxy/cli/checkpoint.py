@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from proxy.cli.control import checkpoint_now
+from proxy.cli.failures import Commands
 from proxy.cli.options import CONFIG, JSON, MODEL
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ COMPRESSIONS: Final = ("none", "gzip", "zstd")
 _IMAGE: Final = click.argument("image")
 
 
-@click.group()
+@click.group(cls=Commands)
 def checkpoint() -> None:
     """Make, prove, move and explain golden checkpoints."""
 

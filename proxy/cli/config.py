@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from proxy.cli.failures import Commands
 from proxy.cli.options import CONFIG
 
 
-@click.group()
+@click.group(cls=Commands)
 def config() -> None:
     """Look at configurations."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from proxy.cli.failures import Commands
 from proxy.cli.options import config_option
 from proxy.config.values import parse_duration
 
@@ -40,7 +42,7 @@ def _keys_file(file: Path | None, path: Path | None) -> Path:
     return found
 
 
-@click.group()
+@click.group(cls=Commands)
 def key() -> None:
     """API keys of clients, and the admin token."""
 
@@ -56,7 +58,7 @@ def key() -> None:
     "--priority", type=click.Choice(PRIORITIES), default="normal", show_default=True,
     help="Who is served first of those who wait.",
 )  # fmt: skip
-@click.option("--expires", metavar="DURATION", help='When it stops to be good, from now: "90d".')
+@click.option("--expires", metavar="DURATION", help='How long it is valid, from now: "90d".')
 def new(
     name: str, file: Path | None, path: Path | None, models: tuple[str, ...], expires: str | None, **rest: Any
 ) -> None:
@@ -106,7 +108,7 @@ def list_(file: Path | None, path: Path | None) -> None:
 def _row(id_: str, entry: Entry) -> tuple[str, ...]:
     expires = "never" if entry.expires is None else f"{entry.expires:%Y-%m-%d}"
     if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
-        expires += " (over)"
+        expires += " (expired)"
     limits = [
         f"{limit} {what}"
         for limit, what in (
@@ -140,9 +142,17 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
 
 @key.command("admin-token")
 @click.argument("file", type=click.Path(path_type=Path))
-def admin_token(file: Path) -> None:
-    """Write a new admin token to FILE (mode 0600 if it is new), for server.admin.token_file."""
+@click.option("--yes", is_flag=True, help="Replace a token that is there without asking.")
+def admin_token(file: Path, yes: bool) -> None:
+    """Write a new admin token to FILE (mode 0600 if it is new), for server.admin.token_file.
+
+    Asks before it replaces one: whoever uses it is locked out.
+    """
     from proxy.host import private_files
 
+    if not yes and file.exists() and file.stat().st_size:
+        if not sys.stdin.isatty():
+            raise click.ClickException(f"{file} has a token; --yes replaces it")
+        click.confirm(f"{file} has a token. Replace it, so that it is good no more?", abort=True, err=True)
     private_files.write(file, secrets.token_urlsafe(32) + os.linesep)
     click.echo(f"{file} has a new admin token. {_RELOAD}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import click
 
 from proxy import __version__
-from proxy.cli import checkpoint, completion, config, control, doctor, install, key, routes, serve
-from proxy.cli.failures import FailuresAsLines
+from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, routes, serve
+from proxy.cli.failures import Commands
 
 
-@click.group(cls=FailuresAsLines, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="warmpool")
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", "-V", prog_name="warmpool")
 def cli() -> None:
     """An OpenAI-compatible proxy in front of engines that are mostly not running."""
 
@@ -29,6 +29,7 @@ for _command in (
     install.install,
     install.uninstall,
     key.key,
+    man.man,
     routes.routes,
 ):
     cli.add_command(_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import grp
 import os
 import socket
@@ -13,6 +14,7 @@ from aiohttp import web
 from proxy.config.values import is_loopback
 from proxy.errors import HostError
 from proxy.host import owned
+from proxy.runtime import port_owner
 
 if TYPE_CHECKING:
     import ssl
@@ -77,8 +79,11 @@ def tcp_sockets(server: ServerSettings) -> list[socket.socket]:
     except OSError as error:
         for sock in sockets:
             sock.close()
+        reason = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            reason = f"the port is in use by {port_owner.owner(server.port)}"
         raise HostError(
-            f"cannot listen on {server.host}:{server.port}: {error.strerror}; set server.host and server.port"
+            f"cannot listen on {server.host}:{server.port}: {reason}; set server.host and server.port"
         ) from error
     return sockets
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
@@ -16,7 +18,7 @@ from click.testing import CliRunner
 from proxy import __version__
 from proxy.checkpoint.store import SUFFIX
 from proxy.cli import checkpoint, key, serve
-from proxy.cli.failures import EXIT_CONFIG
+from proxy.cli.failures import EXIT_CONFIG, EXIT_HOST
 from proxy.cli.main import cli
 from proxy.config.load import load
 from proxy.server.auth import api_keys
@@ -24,6 +26,7 @@ from proxy.telemetry import logs
 from tests.support import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 EMBEDDED = str(ROOT / "config" / "embedded.toml")
@@ -35,7 +38,7 @@ def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
 
 
 def test_version_and_help() -> None:
-    assert run("--version") == (0, f"warmpool, version {__version__}\n", "")
+    assert run("--version") == run("-V") == (0, f"warmpool, version {__version__}\n", "")
     status, out, _ = run("-h")
     assert status == 0
     for command in ("serve", "config", "checkpoint", "doctor"):
@@ -87,7 +90,71 @@ def test_the_file_may_come_from_the_environment() -> None:
 def test_wrong_arguments_end_with_usage(arguments: list[str]) -> None:
     status, _, err = run(*arguments)
     assert status == 2
-    assert "Usage:" in err
+    assert err.startswith("warmpool: ")
+    assert "\nUsage:" in err
+
+
+def test_every_error_begins_with_the_name_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[sever]\n")
+    for arguments, status in (
+        (["wake"], 2),
+        (["checkpoint", "inspect", "demo", "-c", EMBEDDED], 1),
+        (["checkpoint", "create", "other", "-c", EMBEDDED], 2),
+        (["config", "check", str(tmp_path / "bad.toml")], EXIT_CONFIG),
+        (["status", "--url", "http://127.0.0.1:1"], EXIT_HOST),
+        (["logs", "demo", "--token-file", str(tmp_path / "none"), "-c", EMBEDDED], 1),
+    ):
+        ended, _, err = run(*arguments)
+        assert (ended, err.partition(": ")[0]) == (status, "warmpool"), err
+
+
+def groups(command: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, inner in command.commands.items():
+        if isinstance(inner, click.Group):
+            yield from groups(inner, (*path, name))
+
+
+def test_no_line_of_help_is_cut_off() -> None:
+    for path in groups(cli):
+        out = run(*path, "--help")[1]
+        assert "..." not in out.partition("Commands:")[2], out
+        assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_manual_page_has_every_command_and_option_and_is_sound() -> None:
+    status, page, _ = run("man")
+    assert status == 0
+    for text in ("checkpoint create", "discard\\-golden\\-checkpoint", "key admin\\-token", ".SH EXIT STATUS"):
+        assert text in page
+    if shutil.which("groff") is None:
+        pytest.skip("no groff")
+    made = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww", "-z"], input=page, capture_output=True, text=True, check=True
+    )
+    assert made.stderr == ""
+
+
+def test_an_admin_token_is_only_replaced_when_asked_to(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    assert run("key", "admin-token", str(file))[0] == 0
+    first = file.read_text()
+    status, _, err = run("key", "admin-token", str(file))
+    assert (status, f"{file} has a token; --yes replaces it" in err, file.read_text()) == (1, True, first)
+    assert run("key", "admin-token", str(file), "--yes")[0] == 0
+    second = file.read_text()
+    assert second != first
+    for answer, changed in (("n", False), ("y", True)):
+        master, terminal = os.openpty()
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "proxy", "key", "admin-token", str(file)], stdin=terminal, stderr=subprocess.PIPE,
+            cwd=ROOT, text=True,
+        )  # fmt: skip
+        os.write(master, f"{answer}\n".encode())
+        assert "has a token. Replace it" in asking.communicate(timeout=60)[1]
+        os.close(master)
+        os.close(terminal)
+        assert (file.read_text() != second) == changed
 
 
 def test_import_env_prints_a_configuration_or_writes_a_new_private_file(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ async def test_status_for_people_and_for_programs(proxy: Proxy) -> None:
 async def test_what_the_server_refuses_is_said_in_its_words(proxy: Proxy) -> None:
     status, out, err = await attempt(proxy, "suspend", "demo", "--instance", "demo-7")
     assert (status, out) == (1, "")
-    assert err == "Error: 'demo' has no instance 'demo-7'; there are: none.\n"
+    assert err == "warmpool: 'demo' has no instance 'demo-7'; there are: none.\n"
 
 
 async def test_watch_follows_until_the_server_ends(proxy: Proxy) -> None:
@@ -154,7 +154,7 @@ async def test_logs_print_what_the_engines_wrote_and_follow(proxy: Proxy) -> Non
     configuration = str(proxy.folder / "warmpool.toml")
     status, _, err = await attempt(proxy, "logs", "demo")
     assert (status, "no log of any instance of demo" in err) == (1, True)
-    assert (await attempt(proxy, "logs", "other"))[2] == "Error: no model 'other'; there are: demo\n"
+    assert (await attempt(proxy, "logs", "other"))[2] == "warmpool: no model 'other'; there are: demo\n"
     await run(proxy, "wake", "demo")
     assert "listening on" in await run(proxy, "logs", "org/Demo")
     nobody = ("--url", "http://127.0.0.1:9", "-c", configuration)

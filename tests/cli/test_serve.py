@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -194,3 +195,9 @@ def test_what_cannot_be_served_ends_with_a_sentence_and_a_status(tmp_path: Path)
     )
     assert (status, "Traceback" in log) == (69, False)
     assert "cannot listen on 203.0.113.1:0" in log
+    assert "stopped" not in log, "it has never begun"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, log = serve_once(tmp_path, {"server": {"port": port}, "models": {"demo": engine_model()}})
+    assert status == 69
+    assert f"cannot listen on 127.0.0.1:{port}: the port is in use by process {os.getpid()} (" in log
