@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, QueueFullError
 from proxy.pool import policy
 from proxy.pool.instance import Instance, State, WakeRecord, holding, pick
-from proxy.pool.model import Lease, Waiter, client_of, hand_on, tier_found
+from proxy.pool.lease import Lease
+from proxy.pool.model import client_of, tier_found
 from proxy.pool.state import ADMITTING, Phase
+from proxy.pool.wait_queue import Waiter
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -72,20 +74,19 @@ class Admission:
         model.queue.add(waiter, priority, rank)
         if preferred is not None:
             model.wanted[preferred] += 1
-        self._state.quiet.clear()
         try:
             self._effects.tick()
             async with asyncio.timeout(limit_s):
                 return await waiter.granted
         except TimeoutError:
-            hand_on(waiter)
+            waiter.hand_on()
             kind = NoCapacityError if limit_s == model.settings.queue_timeout else MaxWaitError
             raise kind(
                 f"No instance of {name!r} became free within {limit_s:g} s.",
                 retry_after_s=self._expected_wait_s(model),
             ) from None
         except asyncio.CancelledError:
-            hand_on(waiter)
+            waiter.hand_on()
             raise
         finally:
             # One that was granted or failed has left the queue already.
@@ -93,7 +94,6 @@ class Admission:
             self._state.waiting -= 1
             if preferred is not None:
                 model.wanted[preferred] -= 1
-            self._state.note_quiet()
             self._state.tell()
 
     def try_lease(self, key: str) -> Lease | None:
@@ -149,7 +149,6 @@ class Admission:
         instance.begin_lease(time.time())
         state = self._state
         state.open_leases += 1
-        state.quiet.clear()
         return Lease(self, instance, found, queue_s, wake)
 
     def lease_ended(self, instance: Instance, generation: int) -> None:
@@ -174,11 +173,9 @@ class Admission:
                 if model is not None and mine and not others_wait:
                     self.dispatch(model)
                     if not instance.leases:
-                        state.note_quiet()
                         self._effects.tick_soon()
                     state.tell()
                     return
-        state.note_quiet()
         self._effects.tick()
 
     def dispatch(self, model: Model) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.pool.instance import Instance, State
-from proxy.pool.model import NO_EVICTIONS, client_of, handle_of, image_of, limit_s, note_unexpected, too_slow
+from proxy.pool.model import client_of, handle_of, image_of, limit_s, note_unexpected, too_slow
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from proxy.pool.image import Image
+    from proxy.pool.instance_moves import Moves
     from proxy.pool.model import Model
-    from proxy.pool.moves import Moves
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Found, Runtime
 
@@ -69,10 +69,10 @@ class Adoption:
         instance = self._state.new_instance(model, found.handle.instance_id)
         self._steps.attach(model, instance, found.handle)
         if not model.runtime.shares_images and instance.id in images:
-            instance.image = images[instance.id]
+            instance.use_image(images[instance.id])
         if found.tier is Tier.READY:
             if found.restored:
-                self._steps.note_restored(model, instance)
+                instance.restored(copies_weights=model.settings.weights_copy)
             state = await self._state_of_running(model, instance)
             left_s = (found.started_unix_s or -math.inf) + model.settings.start_timeout - time.time()
             if state is State.BROKEN and left_s > 0 and await client_of(instance).loads(model.settings.health.path):
@@ -116,7 +116,7 @@ class Adoption:
             reason = str(error) or too_slow(model.settings, origin)
             log.warning("%s was adopted and did not come up: %s", instance.id, reason)
             await self._wakes.clear_away(model, instance, origin, error)
-            await self._wakes.wake(model, instance, generation, NO_EVICTIONS)
+            await self._wakes.wake(model, instance, generation)
             return
         if instance.generation == generation and instance.state is State.WAKING:
             self._wakes.woken(model, instance, origin, origin, began, stages, whole=False)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from proxy.pool.admission import Admission
+    from proxy.pool.instance_moves import Moves
     from proxy.pool.model import Model
-    from proxy.pool.moves import Moves
     from proxy.pool.state import PoolState
 
 log = logging.getLogger("warmpool.pool")
@@ -109,8 +109,7 @@ class Commands:
             given.append(Command(instance.id, _height(instance), Tier.STOPPED))
             instance.give(given[-1])
             if discard and model.runtime.shares_images and instance_id is None and instance.image.present:
-                instance.image.gone()
-                instance.discards_image = True
+                instance.discard_image()
             self._moves.force(model, instance)
         self._moves.tick()
         return given

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from proxy.config.values import short_size
 from proxy.engine.api_key import key_of
@@ -26,7 +26,7 @@ from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Coroutine, Iterator, Mapping
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
@@ -117,28 +117,40 @@ class _Engine:
     """One instance of the model outside any pool; what moves it are the pool's own transitions."""
 
     def __init__(self, shop: Workshop, instance_id: str, image: Image | None = None) -> None:
-        self.runtime, self.settings = shop.runtime, shop.model
+        self._shop, self.runtime, self.settings = shop, shop.runtime, shop.model
         self.ledger = GpuLedger(shop.settings.pool.gpu_creep)
         name = shop.settings.served_name(shop.key)
         self.model = Model(shop.key, shop.model, name, shop.runtime, self.ledger, MemoryLedger())
         self.instance = Instance(instance_id, shop.key, image)
         self.model.instances[instance_id] = self.instance
-        self.steps = Steps(
-            connect=lambda handle, _name, _settings: shop.client(handle),
-            spawn=lambda name, work: asyncio.create_task(work, name=name),
-            ended=lambda *_: None,  # whoever asks it something is told
-            ledger=self.ledger,
-            gpus=self,
-            archives=lambda: False,
-            keeps=True,
-            damaged=_nothing,
-        )
+        self.steps = Steps(self)
 
-    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
+    # --- what the transitions have done ---
+
+    keeps_images = True
+    copies_to_archive = False
+
+    def connect(self, handle: Handle, _served_name: str, _settings: ModelSettings) -> EngineClient:
+        """The client of the engine."""
+        return self._shop.client(handle)
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task beside the move."""
+        return asyncio.create_task(work, name=name)
+
+    def ended(self, model: Model, instance: Instance, watcher: asyncio.Task[str]) -> None:
+        """Whoever asks the engine something is told."""
+
+    async def quarantine(self, model: Model, instance: Instance, reason: str) -> None:
+        """Whoever makes the checkpoint sees to it."""
+
+    async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what it holds of the GPUs, if it holds any."""
         held = dict(await self.runtime.gpu_bytes(handle_of(instance)))
         if any(held.values()):
             self.ledger.learn(model.key, {kind: held})
+
+    # --- what is done with it ---
 
     async def start(self, stages: Stages) -> None:
         """From nothing to an engine that serves."""
@@ -163,9 +175,6 @@ class _Engine:
         await self.steps.unwatch(self.instance)
         if self.instance.client is not None:
             await self.instance.client.disconnect()
-
-
-async def _nothing(*_: object) -> None: ...
 
 
 async def create(shop: Workshop, watcher: Watcher) -> Created:

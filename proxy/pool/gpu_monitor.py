@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.effects import Effects
     from proxy.pool.gpu_accounting import Bytes
-    from proxy.pool.model import Evictions, Model
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
+    from proxy.pool.waking import Evictions
 
 log = logging.getLogger("warmpool.pool")
 
@@ -110,7 +111,7 @@ class GpuWatch:
                 "it is replaced from its checkpoint when it is idle" if instance.renewable else "it has no checkpoint",
             )
 
-    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
+    async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what a model holds awake or asleep in passing, where that was never seen."""
         if self._gpus is not None and not model.leaving and not self._ledger.knows(model.key, kind):
             self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(instance)))})

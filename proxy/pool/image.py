@@ -49,6 +49,22 @@ class Image:
         self.place, self.failures = Place.TMPFS, 0
         self.sleep_level, self.canary, self.canary_checked = sleep_level, canary, False
 
+    def restored(self) -> None:
+        """An engine was restored from it, and serves."""
+        self.failures = 0
+
+    def canary_repeated(self) -> None:
+        """An engine that was restored from it has given the answer that it is known by."""
+        self.canary_checked = True
+
+    def restore_failed(self, *, counts: bool) -> None:
+        """No engine came of it; `counts`: which says something about it."""
+        self.failures += counts
+
+    def verified_by(self, task: asyncio.Task[None]) -> None:
+        """This task reads its files."""
+        self.verification = task
+
     def moved(self, place: Place) -> None:
         """It is somewhere else now."""
         self.place = place

@@ -32,7 +32,7 @@ class ImageFaults:
     async def judge(self, model: Model, instance: Instance, fault: Fault) -> None:
         """What becomes of an image that could not be restored."""
         image = instance.image
-        image.failures += fault is not Fault.HOST
+        image.restore_failed(counts=fault is not Fault.HOST)
         if not image.present:
             return
         if fault is Fault.DAMAGE:
@@ -41,7 +41,7 @@ class ImageFaults:
             await self.quarantine(model, instance, f"it failed {image.failures} times", damaged=False)
         elif image.verification is None or image.verification.done():
             work = self._verify(model, instance)
-            image.verification = self._effects.spawn(f"verify the checkpoint of {instance.id}", work)
+            image.verified_by(self._effects.spawn(f"verify the checkpoint of {instance.id}", work))
 
     async def _verify(self, model: Model, instance: Instance) -> None:
         """Read all of an image, so that one that is damaged does not cost every wake a cold start."""

@@ -1,8 +1,8 @@
 """One managed engine: its states, the transition table, its leases and its generations.
 
 Everything that changes an instance's state is in `TRANSITIONS`; an event that is not there raises
-`IllegalTransitionError` and changes nothing. Nothing here starts or asks anything, and nobody else stores to what an
-instance is: tier, generation, leases, sleep level, command.
+`IllegalTransitionError` and changes nothing. Nothing here starts or asks anything, and nobody else stores to an
+instance: the others call its methods, which say what happened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from proxy.engine.client import EngineClient
     from proxy.pool.command import Command
@@ -313,6 +313,81 @@ class Instance:
         self.barred.clear()
         self.postponed.clear()
 
+    # --- its engine ---
+
+    def reserve(self, handle: Handle) -> None:
+        """An engine is about to be started: what is left of a start that is cut off can be removed by this handle."""
+        self.handle = self.handle or handle
+
+    def attach(self, handle: Handle, connect: Callable[[Handle], EngineClient]) -> None:
+        """Its engine has this handle; `connect` makes the client of one that has none yet."""
+        self.handle = handle
+        if self.client is None:
+            self.client = connect(handle)
+        else:
+            self.client.base_url = handle.base_url
+
+    def promote(self, handle: Handle) -> None:
+        """It has taken the place of another one, and has this handle now."""
+        self.handle = handle
+
+    def watched_by(self, watcher: asyncio.Task[str]) -> None:
+        """The end of its engine is learned from this task."""
+        self.watcher = watcher
+
+    def unwatch(self) -> asyncio.Task[str] | None:
+        """Nobody is told of the end of its engine any more; the task that would have."""
+        watcher, self.watcher = self.watcher, None
+        return watcher
+
+    def moved_by(self, task: asyncio.Task[None]) -> None:
+        """This task takes it out of the moving state that it is in."""
+        self.task = task
+
+    def begin_load(self) -> None:
+        """Its engine was started from nothing, and is not healthy yet."""
+        self.loading = True
+
+    def end_load(self) -> None:
+        """Its engine is healthy, or will not be."""
+        self.loading = False
+
+    def warmed_up(self, requests: list[dict[str, float]]) -> None:
+        """Its engine was started from nothing and has answered these requests; it has no image behind it."""
+        self.warmup = requests
+        self.canary, self.weights_copy, self.unproven = None, "none", False
+
+    def answers(self, canary: str | None) -> None:
+        """What its engine answers, which one that is restored from its image has to repeat; None: it cannot say."""
+        self.canary = canary
+
+    def restored(self, *, copies_weights: bool) -> None:
+        """Its engine came from its image, and has still to prove itself."""
+        self.canary, self.unproven = self.image.canary, True
+        # Whether the copy fits, the engine finds out when it wakes.
+        self.weights_copy = "good" if copies_weights else "none"
+
+    def proven(self) -> None:
+        """Nothing is to be asked of its engine any more."""
+        self.unproven = False
+
+    def weights_copied(self) -> None:
+        """There is a copy of the weights that fits its engine."""
+        self.weights_copy = "good"
+
+    def weights_lost(self) -> None:
+        """The copy of the weights did not fit its engine."""
+        self.weights_copy = "lost"
+
+    def use_image(self, image: Image) -> None:
+        """It is restored from this image."""
+        self.image = image
+
+    def discard_image(self) -> None:
+        """Its image goes: nobody is restored from it any more, and removing this instance deletes it."""
+        self.image.gone()
+        self.discards_image = True
+
     def sleeps(self, level: int) -> None:
         """Its engine, or the one in its image, is in this sleep level; 0: it is awake."""
         self.sleep_level = level
@@ -322,8 +397,18 @@ class Instance:
         self.barred.add(tier)
 
     def postpone(self, tier: Tier, until: float) -> None:
-        """It does not step down to a tier before then."""
+        """A step down to a tier failed without harm; it is not tried again before then."""
         self.postponed[tier] = until
+        self.failed_steps += 1
+
+    def stepped_down(self, tier: Tier) -> None:
+        """A step down came to its end."""
+        self.apply(ARRIVAL[tier])
+        self.failed_steps = 0
+
+    def stay(self, tier: Tier) -> None:
+        """A step down failed without harm: it is where it was, or on a tier between."""
+        self.apply(ARRIVAL[tier])
 
     def give(self, command: Command) -> None:
         """Have it go where an operator wants it; a command that it has ends."""

@@ -1,4 +1,4 @@
-"""What the pool keeps of models, of instances and of those who wait for one, with the small questions about them."""
+"""A model with all that the pool keeps for it, and the small questions about models and their instances."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from proxy.errors import EngineError, Fault, PortTakenError, RuntimeFailure, WakeFailedError
 from proxy.pool import wake_failure
@@ -20,14 +20,14 @@ from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
-    from types import TracebackType
 
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
     from proxy.engine.client import EngineClient
-    from proxy.pool.gpu_accounting import Bytes, GpuLedger
-    from proxy.pool.instance import Instance, WakeRecord
+    from proxy.pool.gpu_accounting import GpuLedger
+    from proxy.pool.instance import Instance
     from proxy.pool.memory_accounting import MemoryLedger
+    from proxy.pool.wait_queue import Waiter
     from proxy.pool.wake_failure import WakeFailure
     from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
 
@@ -37,77 +37,6 @@ T = TypeVar("T")
 
 _COUNTED = 256
 _LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
-
-
-class _Lender(Protocol):
-    """Who gives leases."""
-
-    def lease_ended(self, instance: Instance, generation: int) -> None: ...
-
-    async def examine(self, instance: Instance, generation: int) -> None: ...
-
-
-class Lease:
-    """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
-
-    __slots__ = ("_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
-
-    def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
-        assert instance.client is not None  # noqa: S101 - ready instances have one
-        self._pool: _Lender | None = pool
-        self._instance = instance
-        self.client = instance.client
-        self.model = instance.model
-        self.instance_id = instance.id
-        self.generation = instance.generation
-        self.found = found
-        """What the request found when it came."""
-        self.queue_s = queue_s
-        """How long it waited, beside the wake."""
-        self.wake = wake
-        """The wake it waited for, if it did."""
-
-    def release(self) -> None:
-        """Give the instance back."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.lease_ended(self._instance, self.generation)
-
-    async def suspect(self) -> None:
-        """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
-        if self._pool is not None:
-            await self._pool.examine(self._instance, self.generation)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    granted: asyncio.Future[Lease]
-    since: float
-    found: Tier
-    preferred: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Evictions:
-    """What a wake waits for, and what it expects of it."""
-
-    tasks: Mapping[str, asyncio.Task[None]]
-    """The victims' ids, and their way down."""
-    needed: Bytes
-    """GPU memory that has to be free afterwards."""
-    expected: Mapping[str, Bytes]
-    """Instance → what it should hold by then."""
-
-
-NO_EVICTIONS = Evictions({}, {}, {})
 
 
 @dataclass(slots=True)
@@ -201,13 +130,6 @@ class Model:
         self.failed_wakes = 0
         self.restock_at = self.start_at = -math.inf
         self.failing.clear()
-
-
-def hand_on(waiter: Waiter) -> None:
-    """Give back a lease that was granted in the moment its waiter was cancelled."""
-    granted = waiter.granted
-    if granted.done() and not granted.cancelled() and granted.exception() is None:
-        granted.result().release()
 
 
 def tiers_from(found: Tier, instance: Instance) -> list[Tier]:

@@ -20,15 +20,14 @@ from proxy.pool import policy, status
 from proxy.pool.admission import Admission
 from proxy.pool.adoption import Adoption
 from proxy.pool.commands import Commands
-from proxy.pool.instance import AWAKE, Instance, State
+from proxy.pool.engine_renewal import Renewals
+from proxy.pool.instance_moves import Moves
 from proxy.pool.model import is_left, tier_found
-from proxy.pool.moves import Moves
 from proxy.pool.plan import Action, Clone, StepDown, Wake
+from proxy.pool.prewarm import Prewarm
 from proxy.pool.reconfigure import Reconfiguration
-from proxy.pool.replacement import Replacements
 from proxy.pool.state import Phase, PoolState
 from proxy.pool.usage import Usage
-from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
+    from proxy.pool.instance import Instance
     from proxy.pool.model import Model
     from proxy.runtime.base import Handle, Runtime
     from proxy.telemetry.metrics import Metrics
@@ -96,22 +96,18 @@ class Pool:
         self.find, self.unused, self.until_unused = commands.find, commands.unused, commands.until_unused
         self.wake, self.step_down = commands.wake, commands.step_down
         self.force_stop, self.drain, self.undrain = commands.force_stop, commands.drain, commands.undrain
-        replacements = Replacements(state, self._moves)
-        self.changed, self.outdated = replacements.changed, replacements.outdated
-        self.look_for_changes, self.renew = replacements.look_for_changes, replacements.renew
-        self.room_beside = replacements.room_beside
-        self.reconfigure = Reconfiguration(state, self._moves, replacements).reconfigure
+        self.prewarm = Prewarm(state, self._moves, commands).prewarm
+        renewals = Renewals(state, self._moves)
+        self.changed, self.outdated = renewals.changed, renewals.outdated
+        self.look_for_changes, self.renew = renewals.look_for_changes, renewals.renew
+        self.room_beside = renewals.room_beside
+        self.reconfigure = Reconfiguration(state, self._moves, renewals).reconfigure
         self.settled = self._moves.settled
 
     @property
     def settings(self) -> Settings:
         """The configuration in force."""
         return self._state.settings
-
-    @property
-    def lost(self) -> set[str]:
-        """Models whose checkpoint could not be used at the start, as after an upgrade."""
-        return self._state.lost
 
     @property
     def ready(self) -> bool:
@@ -138,10 +134,6 @@ class Pool:
         self._state.advance(Phase.SERVING)
         self.tick()
 
-    def begin_drain(self) -> None:
-        """Admit nothing new; what runs or waits goes on."""
-        self._state.advance(Phase.DRAINING)
-
     def begin_stop(self) -> None:
         """Not ready for new clients any more, but requests that come all the same are served until `close`.
 
@@ -151,10 +143,6 @@ class Pool:
         self._state.give_up_commands()
         self._moves.give_way("the server is stopping")
         self._state.tell()
-
-    async def drained(self) -> None:
-        """Return when no request runs or waits."""
-        await self._state.quiet.wait()
 
     async def close(self, limit_s: float = _CLOSE_S) -> None:
         """End everything: waiters get an error, moves are cancelled, engines end.
@@ -244,48 +232,6 @@ class Pool:
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    # --- checkpoints that are not on tmpfs ---
-
-    def without_checkpoint(self) -> list[str]:
-        """The models that are to be checkpointed when idle, and have neither a checkpoint on tmpfs nor an engine."""
-        return [key for key, model in self._state.models.items() if self._lacks_checkpoint(model)]
-
-    def _lacks_checkpoint(self, model: Model) -> bool:
-        if Tier.CHECKPOINTED not in model.runtime.tiers().offered or Tier.CHECKPOINTED not in model.timetable:
-            return False
-        if model.settings.min_ready or model.draining:
-            return False
-        on_tmpfs = model.runtime.shares_images and model.image.present and not model.image.archived
-        return not on_tmpfs and all(i.state is State.ARCHIVED for i in model.instances.values())
-
-    async def until_room(self) -> None:
-        """Return when no request waits for an engine, and one that is started would not make others step down."""
-        changed = asyncio.Event()
-        silence = self._state.listen(changed.set)
-        try:
-            while any(m.queue for m in self._state.models.values()) or self._is_tight():
-                changed.clear()
-                await changed.wait()
-        finally:
-            silence()
-
-    def _is_tight(self) -> bool:
-        limited = bool(self._state.settings.pool.max_awake or self._state.ledger.gpus)
-        return limited and any(i.state in AWAKE for m in self._state.everyone() for i in m.instances.values())
-
-    async def bring_back(self, key: str) -> bool:
-        """Bring a model's image from the archive to tmpfs; whether there was one. Raises RuntimeFailure."""
-        model = self._state.models[key]
-        instance = next((s for s in model.instances.values() if s.state is State.ARCHIVED), None)
-        if instance is None:
-            return False
-        await self._moves.steps.unarchive(model, instance, Stages())
-        for same in [s for s in model.instances.values() if s.image is instance.image]:
-            if same.state is State.ARCHIVED:
-                same.rest(Tier.CHECKPOINTED, self._state.clock())
-        self.tick()
-        return True
 
     # --- seeing ---
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from proxy.config.diff import Changes
     from proxy.config.settings import Settings
     from proxy.pool.effects import Effects
+    from proxy.pool.engine_renewal import Renewals
     from proxy.pool.model import Model
-    from proxy.pool.replacement import Replacements
     from proxy.pool.state import PoolState
     from proxy.runtime.base import ImageFacts
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Reconfiguration:
     """Switches models over, one reconfiguration at a time."""
 
-    def __init__(self, state: PoolState, effects: Effects, replacements: Replacements) -> None:
-        self._state, self._effects, self._replacements = state, effects, replacements
+    def __init__(self, state: PoolState, effects: Effects, renewals: Renewals) -> None:
+        self._state, self._effects, self._renewals = state, effects, renewals
         self._reconfiguring = asyncio.Lock()
 
     async def reconfigure(self, wanted: Settings) -> Changes:
@@ -55,7 +55,7 @@ class Reconfiguration:
             if self._state.stopping:
                 raise DrainingError("The server is shutting down.", retry_after_s=1.0)
             self._switch(changes, settings, images)
-        self._effects.spawn("look for changes", self._replacements.look_for_changes())
+        self._effects.spawn("look for changes", self._renewals.look_for_changes())
         self._effects.tick()
         return changes
 

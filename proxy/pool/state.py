@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import itertools
 import logging
@@ -17,8 +16,8 @@ from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
 from proxy.pool.memory_accounting import ImageHeld, MemoryLedger
 from proxy.pool.model import Model, stop_grace_s, tier_found
+from proxy.pool.removal_retry import RemovalRetries
 from proxy.pool.view import InstanceView, View
-from proxy.pool.written_off import WrittenOff
 from proxy.runtime.bounded import Bounded
 from proxy.telemetry.overdue import Overdue
 from proxy.tiers import Tier
@@ -44,8 +43,6 @@ class Phase(enum.IntEnum):
     SERVING = enum.auto()
     STOPPING = enum.auto()
     """Requests that come all the same are served; nothing is begun that no request waits for."""
-    DRAINING = enum.auto()
-    """Nothing new is admitted; what runs or waits goes on."""
     CLOSED = enum.auto()
 
 
@@ -71,7 +68,7 @@ class PoolState:
         self.clock = clock
         self.usage = usage
         self.overdue = Overdue(metrics)
-        self.written_off = WrittenOff(metrics)
+        self.written_off = RemovalRetries(metrics)
         self.all_runtimes: Mapping[str, Runtime] = {
             name: Bounded(runtime, self.overdue, stop_grace_s(settings, name)) for name, runtime in runtimes.items()
         }
@@ -94,9 +91,6 @@ class PoolState:
         self.waiting = 0
         """Those in a queue, and those who have just left one."""
         self.wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
-        self.quiet = asyncio.Event()
-        """Set while no request runs or waits."""
-        self.quiet.set()
         self.listeners: set[Callable[[], None]] = set()
         self.configure_accounts()
 
@@ -171,11 +165,6 @@ class PoolState:
             ),
         )
 
-    def note_quiet(self) -> None:
-        """Say so when no request runs or waits."""
-        if self.open_leases == 0 and not any(m.queue for m in self.models.values()):
-            self.quiet.set()
-
     def estimate_s(self, key: str) -> float:
         """How long a request for the model would wait for a wake, from measured ones, in seconds."""
         model = self.models[key]
@@ -193,7 +182,7 @@ class PoolState:
         self.leaving.append(model)
         for instance in model.instances.values():
             if model.runtime.shares_images:
-                instance.image = model.image
+                instance.use_image(model.image)
             instance.give(Command(instance.id, instance.tier, Tier.STOPPED))
         self.forget_if_gone(model)
 

@@ -25,7 +25,7 @@ def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
     now = state.clock()
     return {
         "ready": state.ready,
-        "draining": state.draining or state.phase >= Phase.DRAINING,
+        "draining": state.draining or state.phase is Phase.CLOSED,
         "leases": state.open_leases,
         "models": models,
         "coming": [

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import EngineError, Fault, OverdueError, RuntimeFailure, fault_of
-from proxy.pool.instance import ARRIVAL, Event, Instance, State
+from proxy.pool.instance import Event, Instance, State
 from proxy.pool.model import client_of, note_unexpected
 from proxy.tiers import Tier
 
@@ -51,7 +51,6 @@ class SteppingDown:
                 self._state.metrics.gpu_leaks.labels(model.key).inc()
             if harmless:
                 delay_s = _STEP_RETRY_S[min(instance.failed_steps, len(_STEP_RETRY_S) - 1)]
-                instance.failed_steps += 1
                 instance.postpone(to, self._state.clock() + delay_s)
             else:
                 instance.bar(to)
@@ -68,14 +67,14 @@ class SteppingDown:
             arrived = origin if origin is not Tier.READY or not instance.sleep_level else Tier.SLEEPING
             if instance.watcher is None and arrived < Tier.CHECKPOINTED:
                 self._steps.watch(model, instance)
+            instance.stay(arrived)
         else:
             arrived = to
-            instance.failed_steps = 0
             if to >= Tier.SUSPENDED:
                 await client.disconnect()
             self._state.metrics.step_downs.labels(model.key, to.label, reason).inc()
             log.info("%s %s", instance.id, to.label)
-        instance.apply(ARRIVAL[arrived])
+            instance.stepped_down(to)
         if arrived is not Tier.READY:
             self._state.ledger.arrived(instance, arrived)
         self._effects.note_moved()

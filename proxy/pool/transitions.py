@@ -22,16 +22,12 @@ from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Coroutine
 
     from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
-    from proxy.pool.gpu_accounting import GpuLedger
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
-
-    Ended = Callable[[Model, Instance, asyncio.Task[str]], None]
-    Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 log = logging.getLogger("warmpool.pool")
 
@@ -49,36 +45,38 @@ def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
     model.reseed_gap = gap
 
 
-class Weighs(Protocol):
-    """Who learns what engines hold of the GPUs."""
+class StepEffects(Protocol):
+    """What the transitions have done by whoever moves the instance: the pool, or the command that makes checkpoints."""
 
-    async def weigh_once(self, model: Model, instance: Instance, kind: str) -> None:
-        """Learn what a model holds awake or asleep in passing, where that was never seen."""
+    @property
+    def keeps_images(self) -> bool:
+        """Whether an image stays after its restore, whatever its model's `keep` says."""
+
+    @property
+    def copies_to_archive(self) -> bool:
+        """Whether a copy of a new checkpoint goes to the archive."""
+
+    def connect(self, handle: Handle, served_name: str, settings: ModelSettings) -> EngineClient:
+        """The client of an engine."""
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task beside the move that begins it."""
+
+    def ended(self, model: Model, instance: Instance, watcher: asyncio.Task[str]) -> None:
+        """The watcher of an engine says that it has ended."""
+
+    async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
+        """Learn what a model holds of the GPUs awake or asleep in passing, where that was never seen."""
+
+    async def quarantine(self, model: Model, instance: Instance, reason: str) -> None:
+        """Set an image aside that is not what was written."""
 
 
 class Steps:
-    """`connect` makes an engine's client, `spawn` a task of the pool's; `ended` is told of an engine that ended."""
+    """The work of each transition, for the pool and for `checkpoint create` alike."""
 
-    def __init__(
-        self,
-        *,
-        connect: Callable[[Handle, str, ModelSettings], EngineClient],
-        spawn: Spawn,
-        ended: Ended,
-        ledger: GpuLedger,
-        gpus: Weighs,
-        archives: Callable[[], bool],
-        keeps: bool = False,
-        damaged: Callable[[Model, Instance, str], Awaitable[None]],
-    ) -> None:
-        self._connect, self._spawn, self._ended = connect, spawn, ended
-        self._ledger, self._gpus = ledger, gpus
-        self._keeps = keeps
-        """An image stays after its restore, whatever its model's `keep` says."""
-        self._damaged = damaged
-        """To be told of an image that is not what was written."""
-        self._archives = archives
-        """Whether a copy of a new checkpoint goes to the archive."""
+    def __init__(self, effects: StepEffects) -> None:
+        self._effects = effects
 
     async def climb(self, model: Model, instance: Instance, tier: Tier, stages: Stages) -> None:
         """One attempt from one tier, within its time limit."""
@@ -99,9 +97,9 @@ class Steps:
 
     async def _start(self, model: Model, instance: Instance, stages: Stages) -> None:
         settings = model.settings
-        self._ledger.began(instance)
+        model.ledger.began(instance)
         # Whatever is left of a start that is cut off can be removed by this.
-        instance.handle = instance.handle or Handle(instance.id, model.key, "", 0)
+        instance.reserve(Handle(instance.id, model.key, "", 0))
         for others_left in reversed(range(_PORTS_TRIED)):
             with stages.measure("start"):
                 handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
@@ -121,32 +119,31 @@ class Steps:
     async def load(self, model: Model, instance: Instance, stages: Stages) -> None:
         """From an engine that was started to one that serves and is known."""
         settings, client = model.settings, client_of(instance)
-        instance.loading = True
+        instance.begin_load()
         with stages.measure("load"):
             await until_it_listens(model.runtime, handle_of(instance), instance.watcher, settings.health.interval)
             await unless_it_ends(instance.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
-        instance.loading = False
+        instance.end_load()
         with stages.measure("warmup"):
-            instance.warmup = await unless_it_ends(instance.watcher, client.warm_up(settings.warmup))
+            instance.warmed_up(await unless_it_ends(instance.watcher, client.warm_up(settings.warmup)))
         if await client.is_sleeping() is None:
             instance.bar(Tier.SLEEPING)
         if self._is_checkpointed(model):
             note_gap(model, instance.id, await unless_it_ends(instance.watcher, reseed.asked_gap(client, settings)))
-        instance.canary, instance.weights_copy, instance.unproven = None, "none", False
         if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.tiers().offered:
             with stages.measure("canary"):
-                instance.canary = await unless_it_ends(instance.watcher, client.canary())
+                instance.answers(await unless_it_ends(instance.watcher, client.canary()))
 
     async def _restore(self, model: Model, instance: Instance, stages: Stages) -> None:
         settings, image = model.settings, instance.image
         await self.unwatch(instance)
-        self._ledger.began(instance)
+        model.ledger.began(instance)
         await self.unarchive(model, instance, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
             self.attach(model, instance, await model.runtime.restore(handle_of(instance), stages))
         instance.sleeps(image.sleep_level)
-        self.note_restored(model, instance)
+        instance.restored(copies_weights=model.settings.weights_copy)
         self.watch(model, instance)
         await self._be_healthy(model, instance, stages)
         if not image.sleep_level and await client_of(instance).is_sleeping() is None:
@@ -155,15 +152,9 @@ class Steps:
         await self._wake_up(instance, stages)
         await asyncio.wait([reading])
         await self._prove(model, instance, stages)
-        image.failures = 0
-        if not settings.keep and not model.leaving and not self._keeps:
+        image.restored()
+        if not settings.keep and not model.leaving and not self._effects.keeps_images:
             await self.forget_image(model, instance)
-
-    def note_restored(self, model: Model, instance: Instance) -> None:
-        """The engine that runs came from the image."""
-        instance.canary, instance.unproven = instance.image.canary, True
-        # Whether the copy fits, the engine finds out when it wakes.
-        instance.weights_copy = "good" if model.settings.weights_copy else "none"
 
     async def prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """The rest of a restore, for an engine that is awake."""
@@ -194,8 +185,8 @@ class Steps:
                     "the restored engine answers differently from the one that was checkpointed",
                     fault=Fault.IMAGE,
                 )
-            instance.image.canary_checked = True
-        instance.unproven = False
+            instance.image.canary_repeated()
+        instance.proven()
 
     def owes_proof(self, model: Model, instance: Instance) -> bool:
         """Whether something is to be asked of it before it serves."""
@@ -222,13 +213,13 @@ class Steps:
             if image.sleep_level == DEEPEST_SLEEP and model.settings.weights and not model.settings.weights_copy:
                 await asyncio.to_thread(weights.read_ahead, model.settings.weights)
 
-        return self._spawn(f"read the weights of {model.key}", read())
+        return self._effects.spawn(f"read the weights of {model.key}", read())
 
     async def _wake_up(self, instance: Instance, stages: Stages) -> None:
         if instance.sleep_level:
             level, copied = instance.sleep_level, instance.weights_copy == "good"
             if not await unless_it_ends(instance.watcher, client_of(instance).wake_up(level, stages, copied=copied)):
-                instance.weights_copy = "lost"
+                instance.weights_lost()
             instance.sleeps(0)
 
     async def forget_image(self, model: Model, instance: Instance) -> None:
@@ -250,7 +241,7 @@ class Steps:
             case Tier.SUSPENDED:
                 await self._fall_asleep(model, instance, origin, stages)
                 if instance.sleep_level:
-                    await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
+                    await self._effects.measure_once(model, instance, gpu_accounting.SLEEPING)
                 await client_of(instance).disconnect()
                 await model.runtime.suspend(handle_of(instance))
             case Tier.CHECKPOINTED:
@@ -291,7 +282,7 @@ class Steps:
             except EngineError as error:
                 log.warning("%s: no copy of its weights: %s", instance.id, error)
                 return 0
-        instance.weights_copy = "good"
+        instance.weights_copied()
         log.info("%s: %.2f GiB of weights copied", instance.id, written / (1 << 30))
         return written
 
@@ -306,19 +297,19 @@ class Steps:
             await model.runtime.drop(handle_of(instance))
         else:
             if instance.canary is None and origin is Tier.READY and model.settings.canary != "never":
-                instance.canary = await client.canary()
+                instance.answers(await client.canary())
             if origin is Tier.READY:
-                await self._gpus.weigh_once(model, instance, gpu_accounting.READY)
+                await self._effects.measure_once(model, instance, gpu_accounting.READY)
             copied = await self._fall_asleep(model, instance, origin, stages, to_image=True)
             if instance.sleep_level and origin <= Tier.SLEEPING:
-                await self._gpus.weigh_once(model, instance, gpu_accounting.SLEEPING)
+                await self._effects.measure_once(model, instance, gpu_accounting.SLEEPING)
             await client.disconnect()
             await self.unwatch(instance)
             making_s = {name: round(value, 4) for name, value in stages.seconds.items()}
             details: dict[str, Any] = {"warmup": instance.warmup, "weights_copy_bytes": copied, "making_s": making_s}
             if self._is_checkpointed(model) or model.reseed_gap is not None:
                 details["repeats_randomness"] = model.reseed_gap
-            if figures := self._ledger.figures(model.key):
+            if figures := model.ledger.figures(model.key):
                 details["gpu"] = figures
             facts = ImageFacts(instance.sleep_level, instance.canary, details)
             with stages.measure("checkpoint"):
@@ -344,8 +335,8 @@ class Steps:
 
     def keep_copy(self, model: Model, instance: Instance) -> None:
         """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
-        if self._archives() and Tier.ARCHIVED in model.runtime.tiers().offered:
-            self._spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, instance))
+        if self._effects.copies_to_archive and Tier.ARCHIVED in model.runtime.tiers().offered:
+            self._effects.spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, instance))
 
     async def _copy_to_archive(self, model: Model, instance: Instance) -> None:
         try:
@@ -353,7 +344,7 @@ class Steps:
         except RuntimeFailure as error:
             log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
             if error.fault is Fault.DAMAGE:
-                await self._damaged(model, instance, error.reason)
+                await self._effects.quarantine(model, instance, error.reason)
         else:
             log.info("%s: a copy of its checkpoint is in the archive", model.key)
 
@@ -366,22 +357,16 @@ class Steps:
 
     def attach(self, model: Model, instance: Instance, handle: Handle) -> None:
         """Take note of a handle, and of where the engine is."""
-        instance.handle = handle
-        if instance.client is None:
-            instance.client = self._connect(handle, model.served_name, model.settings)
-        else:
-            instance.client.base_url = handle.base_url
+        instance.attach(handle, lambda it: self._effects.connect(it, model.served_name, model.settings))
 
     def watch(self, model: Model, instance: Instance) -> None:
         """Learn of the engine's end."""
-        instance.watcher = asyncio.create_task(
-            model.runtime.wait_exit(handle_of(instance)), name=f"watch {instance.id}"
-        )
-        instance.watcher.add_done_callback(lambda task: self._ended(model, instance, task))
+        watcher = asyncio.create_task(model.runtime.wait_exit(handle_of(instance)), name=f"watch {instance.id}")
+        instance.watched_by(watcher)
+        watcher.add_done_callback(lambda task: self._effects.ended(model, instance, task))
 
     async def unwatch(self, instance: Instance) -> None:
         """It may end now."""
-        watcher, instance.watcher = instance.watcher, None
-        if watcher is not None:
+        if (watcher := instance.unwatch()) is not None:
             watcher.cancel()
             await asyncio.wait([watcher], timeout=GIVE_UP_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,7 @@ log = logging.getLogger("warmpool.usage")
 
 _LIMIT_BYTES: Final = 16 << 20
 HALF_LIFE_S: Final = 7 * 86400.0
+SAVE_EVERY_S: Final = 60.0
 
 
 class Usage:
@@ -78,6 +80,18 @@ class Usage:
             log.warning("%s: %s", self._path, error.strerror)
             return
         self._saved = counts
+
+    async def keep_saved(self, every_s: float = SAVE_EVERY_S) -> None:
+        """Save now and then, and when there is news, for ever; once more when cancelled."""
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(every_s):
+                        await self.news.wait()
+                self.news.clear()
+                await asyncio.to_thread(self.save)
+        finally:
+            self.save()
 
 
 def _decayed(count: float, since: float, now: float) -> float:

@@ -1,14 +1,19 @@
-"""A line of those who wait, by class: the next one is found, and anybody leaves, without looking at the others."""
+"""The queue of those who wait, by class: the next one is found, and anybody leaves, without looking at the others."""
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterator
+
+    from proxy.pool.lease import Lease
+    from proxy.tiers import Tier
 
 T = TypeVar("T")
 
@@ -46,3 +51,21 @@ class WaitQueue(Generic[T]):
     def clear(self) -> None:
         """Nobody waits."""
         self._classes.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for a lease."""
+
+    granted: asyncio.Future[Lease]
+    since: float
+    found: Tier
+    """What it found when it came."""
+    preferred: str | None
+    """The only instance that it is to have, as long as that holds its engine."""
+
+    def hand_on(self) -> None:
+        """Give back a lease that was granted in the moment it was cancelled."""
+        granted = self.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            granted.result().release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proxy.config.values import format_size
@@ -17,18 +18,34 @@ from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from proxy.pool.effects import Effects
+    from proxy.pool.gpu_accounting import Bytes
     from proxy.pool.gpu_monitor import GpuWatch
     from proxy.pool.image_faults import ImageFaults
     from proxy.pool.memory_monitor import MemoryWatch
-    from proxy.pool.model import Evictions, Model
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.pool.stepping_down import SteppingDown
     from proxy.pool.transitions import Steps
 
 log = logging.getLogger("warmpool.pool")
+
+
+@dataclass(frozen=True, slots=True)
+class Evictions:
+    """What a wake waits for, and what it expects of it."""
+
+    tasks: Mapping[str, asyncio.Task[None]]
+    """The victims' ids, and their way down."""
+    needed: Bytes
+    """GPU memory that has to be free afterwards."""
+    expected: Mapping[str, Bytes]
+    """Instance → what it should hold by then."""
+
+
+NO_EVICTIONS = Evictions({}, {}, {})
 
 
 class Waking:
@@ -48,7 +65,9 @@ class Waking:
         self._faults, self._downs = faults, downs
         self._gpus, self._memory_watch = gpus, memory_watch
 
-    async def wake(self, model: Model, instance: Instance, generation: int, evictions: Evictions) -> None:
+    async def wake(
+        self, model: Model, instance: Instance, generation: int, evictions: Evictions = NO_EVICTIONS
+    ) -> None:
         """Bring an instance to ready from the warmest tier that works."""
         found = instance.waking_from or Tier.STOPPED
         stages = Stages()
@@ -145,7 +164,7 @@ class Waking:
 
     async def clear_away(self, model: Model, instance: Instance, tier: Tier, cause: Exception) -> None:
         """After a failed attempt: no process is left, and an image that there is evidence against is gone."""
-        instance.loading = False
+        instance.end_load()
         await self._steps.unwatch(instance)
         if instance.client is not None:
             await instance.client.disconnect()

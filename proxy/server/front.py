@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.engine.connection import Connection, Sink, Upstream
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
     from proxy.server.auth.middleware import Admission, Guard, Known
     from proxy.server.forward.model_resolver import Address, Addressing

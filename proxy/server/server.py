@@ -21,7 +21,7 @@ from proxy.doctor import preflight
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.host import daemon_thread
-from proxy.pool import prewarm, renewal
+from proxy.pool import renewal_schedule
 from proxy.server import app, config_watch, faults, listeners
 from proxy.server.auth import api_keys
 from proxy.server.auth.middleware import Guard
@@ -251,8 +251,8 @@ async def serve(
             watched = config_watch.watch(file, seen, lambda: pool.settings.server.watch, reloader.request)
             background.append(asyncio.create_task(watched, name="watch the configuration"))
         if usage is not None:
-            background += [asyncio.create_task(prewarm.keep(usage)), asyncio.create_task(prewarm.rebuild(pool, usage))]
-            background.append(asyncio.create_task(renewal.keep_current(pool, usage)))
+            background += [asyncio.create_task(usage.keep_saved()), asyncio.create_task(pool.prewarm(usage))]
+            background.append(asyncio.create_task(renewal_schedule.keep_current(pool, usage)))
         await end.stop.wait()
         await reloader.close()
         await in_the_way.close()

@@ -346,7 +346,7 @@ async def test_a_drained_server_is_not_ready_until_it_is_opened_again(rig: Rig) 
     await asyncio.wait_for(rig.pool.until_unused(), 5)
     rig.pool.undrain()
     await use(rig)
-    rig.pool.begin_drain()
+    rig.pool.begin_stop()
     rig.pool.undrain()
     assert not rig.pool.ready, "an operator does not stop a shutdown"
 

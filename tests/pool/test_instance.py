@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 
 from proxy.errors import IllegalTransitionError
+from proxy.pool import admission
 from proxy.pool.instance import ARRIVAL, AWAKE, DESCENT, RESTING, TRANSITIONS, Event, Instance, State
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -122,3 +125,22 @@ def test_stages_add_up_in_order_even_when_one_fails() -> None:
     assert list(stages.seconds) == ["outer", "inner"]
     assert stages.seconds["outer"] >= stages.seconds["inner"] > 0
     assert stages.total_s() == sum(stages.seconds.values())
+
+
+# --- who stores to an instance ---
+
+
+def stores_from_outside(source: str) -> list[str]:
+    """Assignments to what belongs to an instance, by anybody but itself."""
+    stored = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    of_an_instance = {*Instance.__slots__} - {"image"}  # which a model has too
+    from_outside = {ast.unparse(n) for n in stored if n.attr in of_an_instance and ast.unparse(n.value) != "self"}
+    return sorted(from_outside | {name for n in stored if (name := ast.unparse(n)) == "instance.image"})
+
+
+def test_nobody_stores_to_an_instance_but_its_own_methods() -> None:
+    assert stores_from_outside("i.task, self.handle = 1, 2\nx.leases += 1\ninstance.image = 1") == [
+        "i.task", "instance.image", "x.leases",
+    ]  # fmt: skip
+    files = Path(admission.__file__).parent.glob("*.py")
+    assert {path.name: found for path in files if (found := stores_from_outside(path.read_text()))} == {}

@@ -27,7 +27,7 @@ from tests.fakes import Rig, settle
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
 
 SECONDS = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
 
@@ -956,11 +956,11 @@ async def test_checkpoints_of_a_predecessor_are_adopted(rig_of: Any) -> None:
 
 async def test_draining_admits_nothing_and_waits_for_what_runs_or_waits(rig: Rig) -> None:
     held = await rig.pool.lease("demo")
-    rig.pool.begin_drain()
+    rig.pool.drain()
     assert not rig.pool.ready
     with pytest.raises(DrainingError):
         await rig.pool.lease("demo")
-    drained = asyncio.create_task(rig.pool.drained())
+    drained = asyncio.create_task(rig.pool.until_unused())
     await settle()
     assert not drained.done()
     held.release()

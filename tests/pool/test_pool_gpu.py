@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from proxy.checkpoint.store import CheckpointStore
     from proxy.engine.client import EngineClient
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
     from proxy.runtime.base import Handle, Runtime
 
     RigOf = Callable[..., Coroutine[Any, Any, Rig]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.pool.renewal import keep_current
+from proxy.pool.renewal_schedule import keep_current
 from proxy.pool.usage import Usage
 from proxy.runtime.base import Footprint, Outdated
 from proxy.tiers import Tier

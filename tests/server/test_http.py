@@ -281,7 +281,7 @@ async def test_health_ready_metrics_status(front: Front) -> None:
         'warmpool_leases{model="demo"} 0.0',
     ):
         assert line in text
-    front.pool.begin_drain()
+    front.pool.drain()
     async with front.session.get("/ready") as response:
         assert response.status == 503
     response, answer = await front.post("/v1/completions", ASK)

@@ -93,7 +93,7 @@ async def test_rate_limit_and_unavailable(front: Front) -> None:
         with pytest.raises(openai.RateLimitError) as full:
             await client.completions.create(model="demo", prompt="Hello")
         assert int(full.value.response.headers["Retry-After"]) >= 1
-        front.pool.begin_drain()
+        front.pool.drain()
         with pytest.raises(openai.InternalServerError) as draining:
             await client.completions.create(model="demo", prompt="Hello")
         assert draining.value.status_code == 503

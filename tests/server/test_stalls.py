@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from proxy.pool.instance import State
-from proxy.pool.stalls import Reading, stands_still
+from proxy.pool.stall_detection import Reading, stands_still
 from proxy.runtime.base import Vitals
 from tests.support import PATIENCE_S
 

@@ -342,6 +342,6 @@ async def test_version_and_ping_wake_nothing(front: Front) -> None:
         async with front.session.request(method, "/ping") as response:
             assert (response.status, await response.read()) == (200, b"")
     assert front.pool.status()["models"]["demo"]["instances"] == []
-    front.pool.begin_drain()
+    front.pool.drain()
     async with front.session.get("/ping") as response:
         assert response.status == 503

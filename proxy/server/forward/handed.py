@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.engine.connection import Exchange
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
     from proxy.server.auth.caller import Caller
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.engine.connection import Exchange, Sink
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
     from proxy.server.auth.caller import Feed
     from proxy.server.forward.affinity import Reader, ResponseIds

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
     from proxy.config.tracing import TracingSettings
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
 
 CONTEXT_FIELDS: Final = frozenset({b"traceparent", b"tracestate"})
 """What carries the context from hop to hop (W3C Trace Context)."""

@@ -28,7 +28,7 @@ from proxy.server.request_id import HEADER as REQUEST_ID
 from proxy.server.request_id import request_id
 
 if TYPE_CHECKING:
-    from proxy.pool.model import Lease
+    from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
     from proxy.server.forward.model_resolver import Address, Addressing
     from proxy.telemetry.metrics import Metrics

@@ -17,14 +17,14 @@ from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from proxy.pool.moves import Moves
+    from proxy.pool.instance_moves import Moves
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Outdated
 
 log = logging.getLogger("warmpool.pool")
 
 
-class Replacements:
+class Renewals:
     """Finds what is outdated and switches models over to new engines."""
 
     def __init__(self, state: PoolState, moves: Moves) -> None:
@@ -126,7 +126,7 @@ class Replacements:
             origin = await self._make_ready(new, instance, stages)
             while moves := self._moves_of(self._state.models[new.key]):
                 await asyncio.wait(moves)
-            instance.handle = new.runtime.promote(handle_of(instance))
+            instance.promote(new.runtime.promote(handle_of(instance)))
         except Exception as error:  # noqa: BLE001 - whatever it was, the outdated engines serve on
             note_unexpected(instance, error)
             self._effects.withdraw(new.key, f"failed: {str(error) or 'no result in time'}")

@@ -29,7 +29,7 @@ class _Entry:
     task: asyncio.Task[None]
 
 
-class WrittenOff:
+class RemovalRetries:
     """Each goes on being removed until it is; the next start of warmpool does so too."""
 
     def __init__(self, metrics: Metrics) -> None:

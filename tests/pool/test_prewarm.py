@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy.errors import RuntimeFailure
-from proxy.pool.prewarm import keep, rebuild
 from proxy.pool.usage import HALF_LIFE_S, Usage
 from tests.fakes import Rig, settle
 
@@ -58,7 +57,7 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str, caplog: pyt
 
 async def test_counts_are_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     usage = Usage(tmp_path / "usage.json")
-    keeper = asyncio.create_task(keep(usage, 3600.0))
+    keeper = asyncio.create_task(usage.keep_saved(3600.0))
     usage.note("a")
     while not (tmp_path / "usage.json").exists():
         await asyncio.sleep(0.001)  # a model that is new is saved at once
@@ -72,7 +71,7 @@ async def test_counts_are_written_now_and_then_and_at_the_end(tmp_path: Path) ->
     after = Usage(tmp_path / "usage.json")
     after.load()
     assert after.count("a") == pytest.approx(3.0)
-    often = asyncio.create_task(keep(usage, 0.001))
+    often = asyncio.create_task(usage.keep_saved(0.001))
     usage.note("a")
     while (tmp_path / "usage.json").read_bytes() == before:
         await asyncio.sleep(0.001)
@@ -102,7 +101,7 @@ async def rig_with(usage: Usage, models: dict[str, Any] = MODELS, **pool: Any) -
 
 async def finish(rig: Rig, usage: Usage) -> None:
     async with asyncio.timeout(10):
-        await rebuild(rig.pool, usage)
+        await rig.pool.prewarm(usage)
     await settle()
 
 
@@ -171,7 +170,7 @@ async def test_an_archived_checkpoint_comes_back_without_a_start() -> None:
 async def test_a_request_meanwhile_waits_for_the_same_image() -> None:
     rig = await archived_rig()
     gate = rig.runtime.gates["unarchive_image"] = asyncio.Event()
-    work = asyncio.create_task(rebuild(rig.pool, used("a")))
+    work = asyncio.create_task(rig.pool.prewarm(used("a")))
     await settle()
 
     async def ask() -> None:
@@ -191,7 +190,7 @@ async def test_one_that_is_in_use_is_not_sent_down() -> None:
     usage = used("a")
     rig = await rig_with(usage)
     gate = rig.runtime.gates["health"] = asyncio.Event()
-    work = asyncio.create_task(rebuild(rig.pool, usage))
+    work = asyncio.create_task(rig.pool.prewarm(usage))
     await settle()
     request = asyncio.create_task(rig.pool.lease("a"))
     await settle()
@@ -208,7 +207,7 @@ async def test_requests_of_others_go_first() -> None:
     gate = rig.runtime.gates["health"] = asyncio.Event()
     request = asyncio.create_task(rig.pool.lease("b"))
     await settle()
-    work = asyncio.create_task(rebuild(rig.pool, usage))
+    work = asyncio.create_task(rig.pool.prewarm(usage))
     await settle()
     assert set(rig.states()) == {"b-1"}
     gate.set()
@@ -223,7 +222,7 @@ async def test_nothing_steps_down_for_it() -> None:
     rig = await rig_with(usage, max_awake=1)
     async with await rig.pool.lease("b"):
         pass
-    work = asyncio.create_task(rebuild(rig.pool, usage))
+    work = asyncio.create_task(rig.pool.prewarm(usage))
     await settle()
     assert rig.states() == {"b-1": "ready"}
     await rig.pass_time(10)

@@ -66,7 +66,7 @@ def is_stalled_long(settings: ModelSettings, silent_s: float) -> bool:
     return settings.stall_after is not None and silent_s >= settings.stall_after
 
 
-class Stalls:
+class StallDetection:
     """Looks after silent engines, and gives up those that stand still."""
 
     def __init__(self, state: PoolState, effects: Effects) -> None:

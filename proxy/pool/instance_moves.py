@@ -14,13 +14,13 @@ from proxy.pool.gpu_monitor import GpuWatch
 from proxy.pool.image_faults import ImageFaults
 from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
 from proxy.pool.memory_monitor import MemoryWatch
-from proxy.pool.model import NO_EVICTIONS, Evictions, client_of, is_left
+from proxy.pool.model import client_of, is_left
 from proxy.pool.plan import Action, Clone, Readmit, Refuse, Retire, StepDown, Wake
-from proxy.pool.stalls import Stalls
+from proxy.pool.stall_detection import StallDetection
 from proxy.pool.state import Phase
 from proxy.pool.stepping_down import SteppingDown
 from proxy.pool.transitions import Steps
-from proxy.pool.waking import Waking
+from proxy.pool.waking import NO_EVICTIONS, Evictions, Waking
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
@@ -42,7 +42,9 @@ _MEMORY_RETRY_S = 10.0
 
 
 class Moves:
-    """The `Effects` of the pool's parts. `tick` and `tick_soon` are the pool's."""
+    """The `Effects` of the pool's parts, and of the transitions. `tick` and `tick_soon` are the pool's."""
+
+    keeps_images = False
 
     def __init__(
         self,
@@ -55,23 +57,21 @@ class Moves:
         memory: Callable[[], Memory] | None,
     ) -> None:
         self._state = state
-        self.tick, self.tick_soon = tick, tick_soon
+        self.tick, self.tick_soon, self.connect = tick, tick_soon, connect
         self.tasks: set[asyncio.Task[None]] = set()
         self.gpus = GpuWatch(gpus, state, self)
         self.memory_watch = MemoryWatch(memory if state.settings.pool.memory_check else None, state, self)
-        self.stalls = Stalls(state, self)
+        self.stalls = StallDetection(state, self)
         self.faults = ImageFaults(state, self)
-        self.steps = Steps(
-            connect=connect,
-            spawn=self.spawn,
-            ended=self.ended,
-            ledger=state.ledger,
-            gpus=self.gpus,
-            archives=lambda: state.settings.pool.archive_copies,
-            damaged=self.faults.quarantine,
-        )
+        self.measure_once, self.quarantine = self.gpus.measure_once, self.faults.quarantine
+        self.steps = Steps(self)
         self.downs = SteppingDown(state, self, self.steps, self.faults)
         self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_watch)
+
+    @property
+    def copies_to_archive(self) -> bool:
+        """Whether a copy of a new checkpoint goes to the archive."""
+        return self._state.settings.pool.archive_copies
 
     async def start_watching(self) -> None:
         """Look after memory and after engines that stand still."""
@@ -165,8 +165,7 @@ class Moves:
             model.runtime.shares_images and instance.image.present and (action.reason == "idle" or last_of_discarded)
         )
         if action.to is Tier.STOPPED and frees_image:
-            instance.image.gone()  # the last tier frees everything, and no clone is prepared any more
-            instance.discards_image = True
+            instance.discard_image()  # the last tier frees everything, and no clone is prepared any more
         log.info("%s %s -> %s (%s)", instance.id, origin.label, action.to.label, action.reason)
         work = (
             self.downs.remove(model, instance, action.reason)
@@ -193,7 +192,8 @@ class Moves:
 
     def move(self, model: Model, instance: Instance, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a task take an instance out of a moving state; whatever becomes of it, it does not stay there."""
-        task = instance.task = self.spawn(f"{name} {instance.id}", work)
+        task = self.spawn(f"{name} {instance.id}", work)
+        instance.moved_by(task)
         task.add_done_callback(partial(self._moved, model, instance))
         return task
 
@@ -235,8 +235,11 @@ class Moves:
         self._state.leaving.append(new)
         for instance in new.instances.values():
             log.warning("%s does not take over: %s", instance.id, reason)
-            work, instance.discards_image = instance.task, instance.image.present and new.runtime.shares_images
-            instance.image.gone()
+            work = instance.task
+            if instance.image.present and new.runtime.shares_images:
+                instance.discard_image()
+            else:
+                instance.image.gone()
             instance.apply(Event.BROKE)
             instance.apply(Event.STOP)
             self.move(new, instance, "remove", self._remove_after(work, new, instance))

@@ -1,0 +1,59 @@
+"""One request's hold on an instance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from proxy.pool.instance import Instance, WakeRecord
+    from proxy.tiers import Tier
+
+
+class _Lender(Protocol):
+    """Who gives leases."""
+
+    def lease_ended(self, instance: Instance, generation: int) -> None: ...
+
+    async def examine(self, instance: Instance, generation: int) -> None: ...
+
+
+class Lease:
+    """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
+
+    __slots__ = ("_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
+
+    def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
+        assert instance.client is not None  # noqa: S101 - ready instances have one
+        self._pool: _Lender | None = pool
+        self._instance = instance
+        self.client = instance.client
+        self.model = instance.model
+        self.instance_id = instance.id
+        self.generation = instance.generation
+        self.found = found
+        """What the request found when it came."""
+        self.queue_s = queue_s
+        """How long it waited, beside the wake."""
+        self.wake = wake
+        """The wake it waited for, if it did."""
+
+    def release(self) -> None:
+        """Give the instance back."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.lease_ended(self._instance, self.generation)
+
+    async def suspect(self) -> None:
+        """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""
+        if self._pool is not None:
+            await self._pool.examine(self._instance, self.generation)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
