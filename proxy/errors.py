@@ -279,18 +279,18 @@ class InstanceNotFoundError(RequestError):
 
 
 class ConflictError(RequestError):
-    """An order that cannot be carried out as things are; the text says what is in its way."""
+    """A command that cannot be carried out as things are; the text says what is in its way."""
 
     status = 409
     type = "invalid_request_error"
     code = "conflict"
 
 
-class OrderFailedError(RequestError):
-    """An order that was begun and could not be carried out; the engine serves on, or was cleared away."""
+class CommandFailedError(RequestError):
+    """A command that was begun and could not be carried out; the engine serves on, or was cleared away."""
 
     status = 500
-    code = "order_failed"
+    code = "command_failed"
 
 
 class MediaTypeError(RequestError):

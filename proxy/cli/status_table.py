@@ -58,7 +58,7 @@ def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[Renderab
         state = instance["state"]
         used, step = instance["last_used_unix_s"], instance["next_step"]
         busy = bool(instance["leases"])
-        going = f"{instance['ordered']} as ordered" if instance["ordered"] else ""
+        going = f"{instance['commanded']} as commanded" if instance["commanded"] else ""
         if not going and step is not None:
             going = f"{step['to']} in {_short(step['at_unix_s'] - now)}"
         yield [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from proxy.errors import OrderFailedError
+from proxy.errors import CommandFailedError
 
 if TYPE_CHECKING:
     from proxy.tiers import Tier
@@ -34,7 +34,7 @@ class Command:
             self._ended.set_result(failure)
 
     async def carried_out(self) -> None:
-        """Return when the instance is there. Raises OrderFailedError; cancelling does not take it back."""
+        """Return when the instance is there. Raises CommandFailedError; cancelling does not take it back."""
         failure = await asyncio.shield(self._ended)
         if failure is not None:
-            raise OrderFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")
+            raise CommandFailedError(f"{self.instance_id} did not get to {self.to.label}: {failure}")

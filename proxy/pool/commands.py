@@ -49,7 +49,7 @@ class Commands:
         surplus = len(model.instances) > model.settings.max_instances  # they go because the configuration says so
         for instance in model.instances.values() if not surplus else ():
             if instance.command is not None and instance.state in (State.RETIRING, State.WAKING):
-                instance.end_command("an order to wake came after it")
+                instance.end_command("a command to wake came after it")
         self._moves.tick()
         ready = next((i for i in model.instances.values() if i.state is State.READY), None)
         if ready is not None and self._state.ready:

@@ -414,7 +414,7 @@ class Instance:
         """Have it go where an operator wants it; a command that it has ends."""
         before, self.command = self.command, command
         if before is not None:
-            before.end(f"an order to go to {command.to.label} came after it")
+            before.end(f"a command to go to {command.to.label} came after it")
 
     def end_command(self, failure: str | None = None) -> None:
         """Its command, if it has one, came true, or could not."""

@@ -104,9 +104,9 @@ def may_suspend(instance: InstanceView, model: ModelView, now: float) -> bool:
 
 
 def commanded_step(instance: InstanceView, to: Tier, model: ModelView) -> Tier | None:
-    """Where an order to go down to `to` takes an instance: there, or the next colder tier that it has.
+    """Where a command to go down to `to` takes an instance: there, or the next colder tier that it has.
 
-    None when it has none: only an order to stop stops an engine.
+    None when it has none: only a command to stop stops an engine.
     """
     if to is Tier.STOPPED:
         return to
@@ -114,7 +114,7 @@ def commanded_step(instance: InstanceView, to: Tier, model: ModelView) -> Tier |
 
 
 def decide(view: View, now: float) -> Plan:
-    """What to do now: what operators ordered, wakes for those who wait (longest first), evictions for them, then steps
+    """What to do now: what operators commanded, wakes for those who wait (longest first), evictions for them, then steps
     due by the timetable.
     """
     draft = Draft()
@@ -144,9 +144,9 @@ class _Wakes:
         self._view, self._now, self._draft = view, now, draft
         self._awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
         self._room = Room(view)
-        for ordered in draft.plan.actions:
-            if isinstance(ordered, StepDown):
-                self._room.expect(freed_by(view.gpus, ordered.instance, ordered.to))
+        for commanded in draft.plan.actions:
+            if isinstance(commanded, StepDown):
+                self._room.expect(freed_by(view.gpus, commanded.instance, commanded.to))
         self._starved = False
 
     def plan(self) -> bool:
@@ -204,12 +204,12 @@ def _obey(model: ModelView, draft: Draft) -> None:
             continue  # what is under way comes to its end first
         if instance.leases:
             if instance.state is State.READY:
-                draft.plan.actions.append(Retire(instance, "an order"))
+                draft.plan.actions.append(Retire(instance, "a command"))
             draft.used.add(instance.id)
             continue
         to = commanded_step(instance, instance.commanded, model)
         if to is not None and to > instance.tier:
-            draft.plan.actions.append(StepDown(instance, to, "order"))
+            draft.plan.actions.append(StepDown(instance, to, "command"))
             draft.used.add(instance.id)
 
 

@@ -102,7 +102,7 @@ def instance_status(model: Model, instance: Instance, now: float) -> dict[str, A
         "host_bytes": model.memory.held(instance),
         "gpu_growth_bytes": model.ledger.growth_bytes(instance),
         "cycles": model.ledger.cycles(instance),
-        "ordered": instance.commanded.label if instance.commanded is not None else None,
+        "commanded": instance.commanded.label if instance.commanded is not None else None,
         "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
         "last_used_unix_s": instance.last_used_unix_s,
         "last_wake": None if wake is None else wake_status(wake),

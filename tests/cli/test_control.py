@@ -230,7 +230,7 @@ def test_shells_complete_commands_options_and_models(shell: str, tmp_path: Path)
 
 def test_the_table_shows_what_there_is() -> None:
     instance: dict[str, Any] = {
-        "id": "demo-1", "state": "falling_asleep", "leases": 2, "ordered": "suspended", "next_step": None,
+        "id": "demo-1", "state": "falling_asleep", "leases": 2, "commanded": "suspended", "next_step": None,
         "last_used_unix_s": None, "last_wake": None,
         "gpu_bytes": {"GPU-a": 3 << 30, "GPU-b": 4 << 30},
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_the_table_shows_what_there_is() -> None:
     console.print(status_table.table(shown))
     text = console.export_text()
     for expected in (
-        "demo draining", "falling asleep", "7 GiB", "suspended as ordered", "GPU 0: 12 GiB of 80 GiB used (H100)",
+        "demo draining", "falling asleep", "7 GiB", "suspended as commanded", "GPU 0: 12 GiB of 80 GiB used (H100)",
         "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 images (/tmpfs)",
     ):  # fmt: skip
         assert expected in text, text

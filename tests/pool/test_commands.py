@@ -1,4 +1,4 @@
-"""Orders of operators, on the fake runtime: where instances go, what is refused, and that no request is harmed."""
+"""Commands of operators, on the fake runtime: where instances go, what is refused, and that no request is harmed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError, OrderFailedError, RuntimeFailure
+from proxy.errors import CommandFailedError, ConflictError, DrainingError, InstanceNotFoundError, RuntimeFailure
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.pool.test_pool import rig_of, use
@@ -29,10 +29,10 @@ async def rig(rig_of: Any) -> Rig:
     return made
 
 
-async def carried_out(orders: Sequence[Command]) -> None:
+async def carried_out(commands: Sequence[Command]) -> None:
     async with asyncio.timeout(5):
-        for order in orders:
-            await order.carried_out()
+        for command in commands:
+            await command.carried_out()
 
 
 # --- down ---
@@ -41,27 +41,27 @@ async def carried_out(orders: Sequence[Command]) -> None:
 @pytest.mark.parametrize("to", [Tier.SUSPENDED, Tier.CHECKPOINTED])
 async def test_an_idle_instance_goes_where_it_is_sent_and_wakes_from_there(rig: Rig, to: Tier) -> None:
     await use(rig)
-    orders = rig.pool.step_down("demo", to)
-    assert [(o.instance_id, o.found, o.to, o.open) for o in orders] == [("demo-1", Tier.READY, to, True)]
-    await carried_out(orders)
+    commands = rig.pool.step_down("demo", to)
+    assert [(o.instance_id, o.found, o.to, o.open) for o in commands] == [("demo-1", Tier.READY, to, True)]
+    await carried_out(commands)
     assert rig.states() == {"demo-1": to.label}
     assert (await use(rig)).found is to
     await rig.pass_time(10_000)
-    assert rig.states() == {"demo-1": "ready"}, "an order is carried out once"
+    assert rig.states() == {"demo-1": "ready"}, "a command is carried out once"
 
 
-async def test_an_order_that_has_come_true_already_changes_nothing(rig: Rig) -> None:
+async def test_a_command_that_has_come_true_already_changes_nothing(rig: Rig) -> None:
     await use(rig)
     await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     calls = rig.runtime.calls.copy()
     for to in (Tier.SUSPENDED, Tier.CHECKPOINTED):
-        (order,) = rig.pool.step_down("demo", to)
-        assert not order.open
+        (command,) = rig.pool.step_down("demo", to)
+        assert not command.open
     assert rig.runtime.calls == calls
     assert rig.states() == {"demo-1": "checkpointed"}
 
 
-async def test_the_same_order_again_joins_the_first(rig: Rig) -> None:
+async def test_the_same_command_again_joins_the_first(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
     first = rig.pool.step_down("demo", Tier.SUSPENDED)
@@ -72,13 +72,13 @@ async def test_the_same_order_again_joins_the_first(rig: Rig) -> None:
     assert rig.runtime.calls["suspend"] == 1
 
 
-async def test_a_colder_order_takes_the_place_of_one_under_way(rig: Rig) -> None:
+async def test_a_colder_command_takes_the_place_of_one_under_way(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
     (first,) = rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
     (second,) = rig.pool.step_down("demo", Tier.CHECKPOINTED)
-    with pytest.raises(OrderFailedError, match="came after it"):
+    with pytest.raises(CommandFailedError, match="came after it"):
         await first.carried_out()
     gate.set()
     await carried_out([second])
@@ -89,13 +89,13 @@ async def test_a_missing_tier_means_the_next_colder_one(rig_of: Any) -> None:
     rig: Rig = await rig_of({"demo": {"idle": NEVER}})
     rig.runtime.offered = frozenset({Tier.CHECKPOINTED})
     await use(rig)
-    (order,) = rig.pool.step_down("demo", Tier.SUSPENDED)
-    assert order.to is Tier.CHECKPOINTED
-    await carried_out([order])
+    (command,) = rig.pool.step_down("demo", Tier.SUSPENDED)
+    assert command.to is Tier.CHECKPOINTED
+    await carried_out([command])
     assert rig.states() == {"demo-1": "checkpointed"}
 
 
-async def test_no_order_but_stop_stops_an_engine(rig: Rig) -> None:
+async def test_no_command_but_stop_stops_an_engine(rig: Rig) -> None:
     rig.runtime.offered = frozenset({Tier.SLEEPING, Tier.SUSPENDED})
     rig.runtime.missing = {Tier.CHECKPOINTED: "no CRIU here"}
     await use(rig)
@@ -111,7 +111,7 @@ async def test_stop_ends_the_instance(rig: Rig) -> None:
     assert (rig.states(), rig.runtime.processes) == ({}, {})
     assert rig.pool.step_down("demo", Tier.STOPPED) == []
     assert rig.metrics.registry.get_sample_value(
-        "warmpool_step_downs_total", {"model": "demo", "tier": "stopped", "reason": "order"}
+        "warmpool_step_downs_total", {"model": "demo", "tier": "stopped", "reason": "command"}
     ) == 1.0  # fmt: skip
 
 
@@ -150,13 +150,13 @@ async def test_one_that_is_being_woken_for_somebody_is_busy(rig: Rig) -> None:
 
 async def test_with_wait_it_goes_after_its_last_request_and_takes_no_new_one(rig: Rig) -> None:
     lease = await rig.pool.lease("demo")
-    orders = rig.pool.step_down("demo", Tier.SUSPENDED, wait=True)
+    commands = rig.pool.step_down("demo", Tier.SUSPENDED, wait=True)
     assert rig.states() == {"demo-1": "retiring"}
     late = asyncio.create_task(use(rig))
     await rig.pass_time(60)
     assert (rig.states(), late.done()) == ({"demo-1": "retiring"}, False), "it is not opened again"
     lease.release()
-    await carried_out(orders)
+    await carried_out(commands)
     assert (await late).found is Tier.SLEEPING, "a ready one it did not find"
     assert rig.runtime.calls["suspend"] == rig.runtime.calls["resume"] == 1, "it went down, and was woken for the late"
 
@@ -165,22 +165,22 @@ async def test_with_wait_one_that_is_being_woken_serves_first(rig: Rig) -> None:
     gate = rig.runtime.gates["health"] = asyncio.Event()
     request = asyncio.create_task(rig.pool.lease("demo"))
     await settle()
-    orders = rig.pool.step_down("demo", Tier.CHECKPOINTED, wait=True)
-    assert orders[0].found is Tier.READY, "where the wake ends"
+    commands = rig.pool.step_down("demo", Tier.CHECKPOINTED, wait=True)
+    assert commands[0].found is Tier.READY, "where the wake ends"
     gate.set()
     lease = await request
     assert rig.states() == {"demo-1": "retiring"}
     lease.release()
-    await carried_out(orders)
+    await carried_out(commands)
     assert rig.states() == {"demo-1": "checkpointed"}
 
 
-async def test_an_order_to_wake_takes_back_one_that_still_waits(rig: Rig) -> None:
+async def test_a_command_to_wake_takes_back_one_that_still_waits(rig: Rig) -> None:
     lease = await rig.pool.lease("demo")
-    (order,) = rig.pool.step_down("demo", Tier.STOPPED, wait=True)
+    (command,) = rig.pool.step_down("demo", Tier.STOPPED, wait=True)
     assert await rig.pool.wake("demo") == ("demo-1", Tier.READY, None)
-    with pytest.raises(OrderFailedError, match="order to wake"):
-        await order.carried_out()
+    with pytest.raises(CommandFailedError, match="command to wake"):
+        await command.carried_out()
     lease.release()
     await settle()
     assert rig.states() == {"demo-1": "ready"}
@@ -202,45 +202,45 @@ async def test_what_min_ready_would_wake_again_is_not_sent_down(rig_of: Any) -> 
 # --- failures ---
 
 
-async def test_a_step_that_fails_without_harm_fails_the_order_and_the_engine_serves_on(rig: Rig) -> None:
+async def test_a_step_that_fails_without_harm_fails_the_command_and_the_engine_serves_on(rig: Rig) -> None:
     await use(rig)
     rig.runtime.failures["checkpoint"] = [RuntimeFailure("checkpoint", "no space", alive=True)]
-    with pytest.raises(OrderFailedError, match="no space"):
+    with pytest.raises(CommandFailedError, match="no space"):
         await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
-    assert rig.pool.status()["models"]["demo"]["instances"][0]["ordered"] is None
+    assert rig.pool.status()["models"]["demo"]["instances"][0]["commanded"] is None
     await use(rig)
     await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
-    assert rig.states() == {"demo-1": "checkpointed"}, "an order tries again at once"
+    assert rig.states() == {"demo-1": "checkpointed"}, "a command tries again at once"
 
 
-async def test_a_step_that_breaks_the_engine_fails_the_order(rig: Rig) -> None:
+async def test_a_step_that_breaks_the_engine_fails_the_command(rig: Rig) -> None:
     await use(rig)
     rig.runtime.failures["suspend"] = [RuntimeFailure("suspend", "gone")]
-    with pytest.raises(OrderFailedError, match="broke: suspend: gone"):
+    with pytest.raises(CommandFailedError, match="broke: suspend: gone"):
         await carried_out(rig.pool.step_down("demo", Tier.SUSPENDED))
     await rig.until(demo_1="gone")
 
 
-async def test_a_failed_step_to_a_warmer_tier_does_not_end_an_order_to_stop(rig: Rig) -> None:
+async def test_a_failed_step_to_a_warmer_tier_does_not_end_a_command_to_stop(rig: Rig) -> None:
     await use(rig)
     gate = rig.runtime.gates["suspend"] = asyncio.Event()
     rig.runtime.failures["suspend"] = [RuntimeFailure("suspend", "busy", alive=True)]
     rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
-    orders = rig.pool.step_down("demo", Tier.STOPPED)
+    commands = rig.pool.step_down("demo", Tier.STOPPED)
     gate.set()
-    await carried_out(orders)
+    await carried_out(commands)
     assert rig.states() == {}
 
 
-async def test_closing_the_pool_ends_open_orders(rig: Rig) -> None:
+async def test_closing_the_pool_ends_open_commands(rig: Rig) -> None:
     await use(rig)
     rig.runtime.gates["suspend"] = asyncio.Event()
-    (order,) = rig.pool.step_down("demo", Tier.SUSPENDED)
+    (command,) = rig.pool.step_down("demo", Tier.SUSPENDED)
     await settle()
     await rig.pool.close()
-    with pytest.raises(OrderFailedError, match="shutting down"):
-        await order.carried_out()
+    with pytest.raises(CommandFailedError, match="shutting down"):
+        await command.carried_out()
     with pytest.raises(DrainingError):
         rig.pool.step_down("demo", Tier.SUSPENDED)
 
@@ -288,11 +288,11 @@ async def test_a_golden_checkpoint_outlives_a_stop_and_instances_of_it_come_back
 async def test_a_golden_checkpoint_is_discarded_with_the_last_instance(rig_of: Any) -> None:
     rig = await golden(rig_of)
     lease = await rig.pool.lease("demo")
-    orders = rig.pool.step_down("demo", Tier.STOPPED, wait=True, discard=True)
+    commands = rig.pool.step_down("demo", Tier.STOPPED, wait=True, discard=True)
     await settle()
     assert list(rig.runtime.images) == ["demo"], "one of its instances is still in use"
     lease.release()
-    await carried_out(orders)
+    await carried_out(commands)
     await settle()
     assert (rig.states(), rig.runtime.images) == ({}, {})
     assert (await use(rig)).found is Tier.STOPPED
@@ -307,7 +307,7 @@ async def test_a_golden_checkpoint_is_discarded_when_all_instances_go_in_one_mom
     assert (rig.states(), rig.runtime.images) == ({}, {})
 
 
-# --- doors ---
+# --- drain and undrain ---
 
 
 async def test_a_drained_model_takes_nothing_new_and_finishes_what_it_has(rig_of: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 import pytest
 
-from proxy.errors import HostError, OrderFailedError, RequestError
+from proxy.errors import CommandFailedError, HostError, RequestError
 from proxy.host import processes
 from proxy.pool import written_off
 from proxy.pool.instance import MOVING, State
@@ -215,10 +215,10 @@ async def test_an_instance_that_was_written_off_is_removed_as_soon_as_that_works
     await rig.pool.open()
     await _wake(rig)
     rig.runtime.hanging = {"remove"}
-    (order,) = rig.pool.step_down("demo", Tier.STOPPED)
+    (command,) = rig.pool.step_down("demo", Tier.STOPPED)
     async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(OrderFailedError, match="written off"):
-            await order.carried_out()
+        with pytest.raises(CommandFailedError, match="written off"):
+            await command.carried_out()
         assert "demo-1" in rig.runtime.processes
         rig.runtime.hanging = set()
         rig.runtime.answers.set()
@@ -242,9 +242,9 @@ async def test_no_exception_leaves_an_instance_on_its_way(rig_of: Callable[..., 
             rig.clock.now += 1000
         with contextlib.suppress(KeyError):
             rig.runtime.kill("demo-1")
-        for order in rig.pool.step_down("demo", Tier.STOPPED, discard=True):
-            with contextlib.suppress(OrderFailedError):
-                await order.carried_out()
+        for command in rig.pool.step_down("demo", Tier.STOPPED, discard=True):
+            with contextlib.suppress(CommandFailedError):
+                await command.carried_out()
         await _at_rest(rig)
         assert not rig.runtime.failures.pop(operation), "it came to that"
 
@@ -284,12 +284,12 @@ async def test_force_ends_an_instance_in_every_state(rig_of: Callable[..., Rig],
     while gate is not None and not rig.runtime.calls[gate]:
         await asyncio.sleep(0.005)
     lease = await rig.pool.lease("demo") if gate is None else None
-    (order,) = rig.pool.force_stop("demo")
+    (command,) = rig.pool.force_stop("demo")
     for task in waiting:
         task.cancel()
     rig.runtime.gates.pop("remove", None)
     async with asyncio.timeout(PATIENCE_S):
-        await order.carried_out()
+        await command.carried_out()
     if lease is not None:
         lease.release()
     assert rig.states() == {}

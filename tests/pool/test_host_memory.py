@@ -218,8 +218,8 @@ async def test_a_wake_from_the_archive_needs_the_tmpfs_of_its_image_too() -> Non
     host = with_archives(1000, {"a": 300, "b": 300, "c": 300}, {"a": 250}, shared=False)
     await host.rig.pool.open()
     await checkpoint(host, "a")
-    for order in host.rig.pool.step_down("a", Tier.CHECKPOINTED):
-        await order.carried_out()
+    for command in host.rig.pool.step_down("a", Tier.CHECKPOINTED):
+        await command.carried_out()
     await host.rig.pass_time(1001)
     assert host.rig.states()["a-1"] == "archived"
     await host.use("b")

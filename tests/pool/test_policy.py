@@ -418,15 +418,15 @@ def test_a_busy_one_is_asked_for_its_place_only_after_a_while_and_never_cut() ->
 
 
 def test_one_that_an_operator_sends_down_is_waited_for() -> None:
-    ordered = instance(State.READY, key="b", leases=1)
-    ordered.commanded = Tier.SUSPENDED
-    load = gpus(ordered, needs={"a": 60, "b": 60}, asleep={"b": 2})
-    models = needy(since=0.0), model(ordered, key="b")
-    assert plan(*models, now=20.0, gpus=load).actions == [Retire(ordered, "an order")]
-    ordered.state = State.RETIRING
+    commanded = instance(State.READY, key="b", leases=1)
+    commanded.commanded = Tier.SUSPENDED
+    load = gpus(commanded, needs={"a": 60, "b": 60}, asleep={"b": 2})
+    models = needy(since=0.0), model(commanded, key="b")
+    assert plan(*models, now=20.0, gpus=load).actions == [Retire(commanded, "a command")]
+    commanded.state = State.RETIRING
     assert plan(*models, now=20.0, gpus=load).actions == []
-    ordered.leases, ordered.idle_since = 0, 20.0
-    assert plan(*models, now=20.0, gpus=load).actions == [StepDown(ordered, Tier.SUSPENDED, "order")]
+    commanded.leases, commanded.idle_since = 0, 20.0
+    assert plan(*models, now=20.0, gpus=load).actions == [StepDown(commanded, Tier.SUSPENDED, "command")]
 
 
 def test_as_many_busy_ones_are_asked_as_hold_what_is_missing() -> None:

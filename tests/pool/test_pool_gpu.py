@@ -396,8 +396,8 @@ async def test_a_checkpoint_that_is_taken_at_once_is_weighed_before(rig_of: RigO
     rig = await rig_of(idle=TO_TMPFS, a=(60, 2))
     rig.pool._moves.gpus.due.set = lambda: None  # type: ignore[method-assign]
     await use(rig, "a")
-    (order,) = rig.pool.step_down("a", Tier.CHECKPOINTED)
-    await order.carried_out()
+    (command,) = rig.pool.step_down("a", Tier.CHECKPOINTED)
+    await command.carried_out()
     gpu = rig.runtime.images["a-1"].facts.details["gpu"]
     assert gpu == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 2 * GIB}}
 

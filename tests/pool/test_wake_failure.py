@@ -84,8 +84,8 @@ async def test_success_an_operator_and_a_reload_end_the_back_off(how: str) -> No
             await rig.pool.reconfigure(rig.settings)
     async with await rig.pool.lease("bad") as lease:
         assert lease.instance_id == "bad-1"
-    for order in rig.pool.step_down("bad", Tier.STOPPED):
-        await order.carried_out()
+    for command in rig.pool.step_down("bad", Tier.STOPPED):
+        await command.carried_out()
     rig.runtime.failures["start"] = [NO]
     assert await refused(rig) == 1
     await rig.pool.close()
@@ -160,8 +160,8 @@ async def test_lines_of_an_engine_before_are_not_taken_for_those_of_this_one(tmp
     ask = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
     try:
         assert (await front.post("/v1/completions", ask))[0].status == 200
-        for order in front.pool.step_down("demo", Tier.STOPPED):
-            await order.carried_out()
+        for command in front.pool.step_down("demo", Tier.STOPPED):
+            await command.carried_out()
         marker.touch()
         async with asyncio.timeout(PATIENCE_S):
             assert (await front.post("/v1/completions", ask))[0].status == 503

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.criu, pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))]
 
 LATER = {"sleeping": "never", "suspended": "never", "checkpointed": "1h"}
-"""Engines are checkpointed, but in these tests by an order."""
+"""Engines are checkpointed, but in these tests by a command."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
 
 
 async def checkpoint(proxy: Proxy) -> int:
-    """Have the engine checkpointed: the status of the order's answer."""
+    """Have the engine checkpointed: the status of the command's answer."""
     async with proxy.session.post("/admin/models/demo/checkpoint", json={"when_busy": "wait"}) as answer:
         return answer.status
 

@@ -230,8 +230,8 @@ async def test_it_wakes_the_instance_that_made_it_though_another_is_ready(front_
     assert set(makers.values()) == {"demo-1", "demo-2"}
     for to in (Tier.SLEEPING, Tier.SUSPENDED):
         for id_, maker in makers.items():
-            (order,) = front.pool.step_down("demo", to, instance_id=maker)
-            await order.carried_out()
+            (command,) = front.pool.step_down("demo", to, instance_id=maker)
+            await command.carried_out()
             async with front.session.get(f"/v1/responses/{id_}") as response:
                 assert (response.status, response.headers["x-warmpool-instance"]) == (200, maker)
                 assert response.headers["x-warmpool-tier"] == to.label

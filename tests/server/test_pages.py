@@ -145,12 +145,12 @@ async def test_another_spelling_of_an_own_path_is_another_path(front: Front, tar
     assert (status, error_of(answer)["code"]) == (404, "not_found")
 
 
-async def test_an_order_is_spelled_out_and_a_models_name_may_be_encoded(front_of: Any) -> None:
+async def test_a_command_is_spelled_out_and_a_models_name_may_be_encoded(front_of: Any) -> None:
     front: Front = await front_of(name="org/Demo")
     fields = ("Host: localhost", "Content-Type: application/json")
-    for order, expected in (("dra%69n", 404), ("drain", 200), ("undrain", 200)):
-        status, answer = await raw(front, "POST", f"/admin/models/org%2FDemo/{order}", *fields, body=b"{}")
-        assert status == expected, (order, answer)
+    for command, expected in (("dra%69n", 404), ("drain", 200), ("undrain", 200)):
+        status, answer = await raw(front, "POST", f"/admin/models/org%2FDemo/{command}", *fields, body=b"{}")
+        assert status == expected, (command, answer)
     for name in ("org/Demo", "org%2FDemo", "%6frg/Demo"):
         status, answer = await raw(front, "GET", f"/v1/models/{name}", "Host: localhost")
         assert (status, orjson.loads(answer)["id"]) == (200, "org/Demo")

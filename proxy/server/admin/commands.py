@@ -1,7 +1,7 @@
-"""Orders of operators: wake, suspend, checkpoint, stop, drain, undrain.
+"""Commands of operators: wake, suspend, checkpoint, stop, drain, undrain.
 
-Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No order but
-`stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its order back.
+Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No command but
+`stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its command back.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DOWN: Final[Mapping[str, Tier]] = {
     "checkpoint": Tier.CHECKPOINTED,
     "stop": Tier.STOPPED,
 }
-"""The orders that send instances down, and how far."""
+"""The commands that send instances down, and how far."""
 FOR_MODELS: Final = ("wake", *DOWN, "drain", "undrain")
 
 
 class _Body(BaseModel):
-    """What an order may say beside itself; unknown fields are errors."""
+    """What a command may say beside itself; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -55,25 +55,25 @@ class _Stop(_Down):
     force: bool = False
 
 
-class Orders:
-    """The handlers of `/admin/models/{model}/{order}`, `/admin/drain` and `/admin/undrain`."""
+class CommandHandlers:
+    """The handlers of `/admin/models/{model}/{command}`, `/admin/drain` and `/admin/undrain`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def for_model(self, request: web.Request) -> web.StreamResponse:
-        """One order to one model."""
-        order = request.match_info["order"]
-        if order not in FOR_MODELS:
-            raise RouteNotFoundError(f"There is no order {order!r}; there are: {', '.join(FOR_MODELS)}.")
+        """One command to one model."""
+        command = request.match_info["command"]
+        if command not in FOR_MODELS:
+            raise RouteNotFoundError(f"There is no command {command!r}; there are: {', '.join(FOR_MODELS)}.")
         key = self._pool.find(request.match_info["model"])
-        if order in DOWN:
-            return await self._down(request, key, order)
+        if command in DOWN:
+            return await self._down(request, key, command)
         body = await _body(request, _Body)
-        if order == "wake":
+        if command == "wake":
             return await self._wake(key, wait=body.wait)
-        return await self._drain_or_undrain(key, order, wait=body.wait)
+        return await self._drain_or_undrain(key, command, wait=body.wait)
 
     async def drain(self, request: web.Request) -> web.StreamResponse:
         """Let the whole server take no new requests."""
@@ -87,43 +87,43 @@ class Orders:
         if not wait:
             self._spawn(f"wake {key}", self._pool.wake(key))
             await asyncio.sleep(0)  # it has begun, so that a status asked for now says so
-            return _answer({"model": key, "order": "wake", "done": False})
+            return _answer({"model": key, "command": "wake", "done": False})
         instance, found, record = await self._pool.wake(key)
         wake = None if record is None else {"seconds": record.seconds, "stages": dict(record.stages)}
         facts = {"instance": instance, "found": found.label, "wake": wake}
-        return _answer({"model": key, "order": "wake", "done": True, **facts})
+        return _answer({"model": key, "command": "wake", "done": True, **facts})
 
-    async def _down(self, request: web.Request, key: str, order: str) -> web.Response:
-        body = await _body(request, _Stop if order == "stop" else _Down)
+    async def _down(self, request: web.Request, key: str, command: str) -> web.Response:
+        body = await _body(request, _Stop if command == "stop" else _Down)
         discard = isinstance(body, _Stop) and body.golden_checkpoint == "discard"
         if isinstance(body, _Stop) and body.force:
             given = self._pool.force_stop(key, instance_id=body.instance, discard=discard)
         else:
             given = self._pool.step_down(
-                key, DOWN[order], instance_id=body.instance, wait=body.when_busy == "wait", discard=discard
+                key, DOWN[command], instance_id=body.instance, wait=body.when_busy == "wait", discard=discard
             )
         if body.wait:
             for one in given:
                 await one.carried_out()
         done = not any(one.open for one in given)
-        instances = [_order_status(one) for one in given]
-        return _answer({"model": key, "order": order, "done": done, "instances": instances})
+        instances = [_command_status(one) for one in given]
+        return _answer({"model": key, "command": command, "done": done, "instances": instances})
 
-    async def _drain_or_undrain(self, key: str | None, order: str, *, wait: bool) -> web.Response:
-        if order == "undrain":
+    async def _drain_or_undrain(self, key: str | None, command: str, *, wait: bool) -> web.Response:
+        if command == "undrain":
             self._pool.undrain(key)
-            return _answer({"model": key, "order": order, "done": True})
+            return _answer({"model": key, "command": command, "done": True})
         self._pool.drain(key)
         if wait:
             await self._pool.until_unused(key)
-        return _answer({"model": key, "order": order, "done": self._pool.unused(key)})
+        return _answer({"model": key, "command": command, "done": self._pool.unused(key)})
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, object]) -> None:
         async def carry_out() -> None:
             try:
                 await work
             except WarmpoolError as error:
-                log.warning("order %s: %s", name, error)
+                log.warning("command %s: %s", name, error)
 
         task = asyncio.create_task(carry_out(), name=name)
         self._tasks.add(task)
@@ -136,12 +136,12 @@ class Orders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def _order_status(order: Command) -> dict[str, Any]:
+def _command_status(command: Command) -> dict[str, Any]:
     return {
-        "id": order.instance_id,
-        "found": order.found.label,
-        "to": max(order.found, order.to).label,  # one that is colder already stays there
-        "done": not order.open,
+        "id": command.instance_id,
+        "found": command.found.label,
+        "to": max(command.found, command.to).label,  # one that is colder already stays there
+        "done": not command.open,
     }
 
 
@@ -154,7 +154,7 @@ async def _body(request: web.Request, shape: type[B]) -> B:
     """The body, an object or nothing. Raises InvalidRequestError or MediaTypeError."""
     # A page of another site can send a form, but not this content type without being asked for leave (CORS).
     if request.content_type != "application/json":
-        raise MediaTypeError("An order needs the header `Content-Type: application/json`; its body may be `{}`.")
+        raise MediaTypeError("A command needs the header `Content-Type: application/json`; its body may be `{}`.")
     try:
         fields = orjson.loads(await body_of(request, request.client_max_size) or b"{}")
     except orjson.JSONDecodeError as error:

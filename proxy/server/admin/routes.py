@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.server.admin.commands import Orders
+from proxy.server.admin.commands import CommandHandlers
 from proxy.server.admin.events import Events
 from proxy.server.admin.page import page, to_page
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
     """Add the routes, and what ends with the application."""
-    orders = Orders(pool)
+    handlers = CommandHandlers(pool)
     events = Events(admin.read_status, pool.listen, over=lambda: pool.stopping)
     app.router.add_get("/admin", to_page)
     app.router.add_get("/admin/", page)
     app.router.add_get("/admin/status", admin.status)
     app.router.add_get("/admin/events", events.stream)
-    app.router.add_post("/admin/models/{model:.+}/{order}", orders.for_model)
-    app.router.add_post("/admin/drain", orders.drain)
-    app.router.add_post("/admin/undrain", orders.undrain)
-    app.on_shutdown.extend((events.close, orders.close))
+    app.router.add_post("/admin/models/{model:.+}/{command}", handlers.for_model)
+    app.router.add_post("/admin/drain", handlers.drain)
+    app.router.add_post("/admin/undrain", handlers.undrain)
+    app.on_shutdown.extend((events.close, handlers.close))

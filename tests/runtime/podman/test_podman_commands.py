@@ -1,4 +1,4 @@
-"""Orders of operators to engines in real containers, by the commands."""
+"""Commands of operators to engines in real containers, by the commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def run(proxy: Proxy, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-async def test_containers_go_up_and_down_as_ordered_and_a_stream_is_not_cut(host: Host, images: Path) -> None:
+async def test_containers_go_up_and_down_as_commanded_and_a_stream_is_not_cut(host: Host, images: Path) -> None:
     proxy = await host.serve("--tokens-per-second", "40", idle=AWAKE, max_instances=2)
     status, said = await run(proxy, "wake", "demo")
     assert (status, said[:26]) == (0, "demo-1: ready from stopped"), said

@@ -1,4 +1,4 @@
-"""The control API on a real engine: orders, what is refused and why, and the events."""
+"""The control API on a real engine: commands, what is refused and why, and the events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NEVER = {"sleeping": "never", "suspended": "never", "checkpointed": "never"}
 
 
-async def order(front: Front, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+async def command(front: Front, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
     async with front.session.post(f"/admin/{path}", json=body) as response:
         return response.status, await response.json()
 
@@ -40,43 +40,43 @@ async def front(front_of: Any) -> Front:
     return made
 
 
-async def test_orders_take_an_engine_up_and_down(front: Front) -> None:
-    status, answer = await order(front, "models/demo/wake")
+async def test_commands_take_an_engine_up_and_down(front: Front) -> None:
+    status, answer = await command(front, "models/demo/wake")
     assert (status, answer["done"], answer["found"], answer["instance"]) == (200, True, "stopped", "demo-1")
     assert set(answer["wake"]["stages"]) >= {"start", "load"}
-    status, answer = await order(front, "models/demo/wake")
+    status, answer = await command(front, "models/demo/wake")
     assert (status, answer["found"], answer["wake"]) == (200, "ready", None)
-    status, answer = await order(front, "models/demo/suspend")
+    status, answer = await command(front, "models/demo/suspend")
     assert status == 200
     assert answer["instances"] == [{"id": "demo-1", "found": "ready", "to": "suspended", "done": True}]
     assert await state(front) == "suspended"
-    status, answer = await order(front, "models/demo/suspend")
+    status, answer = await command(front, "models/demo/suspend")
     assert answer["instances"] == [{"id": "demo-1", "found": "suspended", "to": "suspended", "done": True}]
     response, _ = await front.post("/v1/completions", ASK)
     assert response.headers["x-warmpool-tier"] == "suspended"
-    status, answer = await order(front, "models/demo/stop", instance="demo-1")
+    status, answer = await command(front, "models/demo/stop", instance="demo-1")
     assert (status, answer["done"], await state(front)) == (200, True, "gone")
-    assert (await order(front, "models/demo/stop"))[1]["instances"] == []
+    assert (await command(front, "models/demo/stop"))[1]["instances"] == []
 
 
-async def test_an_order_need_not_be_waited_for(front: Front) -> None:
-    status, answer = await order(front, "models/demo/wake", wait=False)
+async def test_a_command_need_not_be_waited_for(front: Front) -> None:
+    status, answer = await command(front, "models/demo/wake", wait=False)
     assert (status, answer["done"]) == (202, False)
     assert await state(front) == "waking"
-    assert (await order(front, "models/demo/wake"))[1]["instance"] == "demo-1"
-    status, answer = await order(front, "models/demo/suspend", wait=False)
+    assert (await command(front, "models/demo/wake"))[1]["instance"] == "demo-1"
+    status, answer = await command(front, "models/demo/suspend", wait=False)
     assert (status, answer["instances"][0]["done"]) == (202, False)
-    assert (await order(front, "models/demo/suspend"))[0] == 200
+    assert (await command(front, "models/demo/suspend"))[0] == 200
     assert await state(front) == "suspended"
 
 
 async def test_a_stream_is_never_cut(front: Front) -> None:
     async with front.session.post("/v1/completions", json=HELD) as stream:
         first = await stream.content.readany()
-        status, answer = await order(front, "models/demo/suspend")
+        status, answer = await command(front, "models/demo/suspend")
         assert (status, answer["error"]["code"]) == (409, "conflict")
         assert "demo-1 is answering 1 requests" in answer["error"]["message"]
-        going = asyncio.create_task(order(front, "models/demo/suspend", when_busy="wait"))
+        going = asyncio.create_task(command(front, "models/demo/suspend", when_busy="wait"))
         async with asyncio.timeout(PATIENCE_S):
             while await state(front) != "retiring":
                 await asyncio.sleep(0.02)
@@ -88,29 +88,29 @@ async def test_a_stream_is_never_cut(front: Front) -> None:
     assert await state(front) == "suspended"
 
 
-async def test_a_client_that_leaves_does_not_take_its_order_back(front: Front) -> None:
+async def test_a_client_that_leaves_does_not_take_its_command_back(front: Front) -> None:
     with pytest.raises(asyncio.TimeoutError):
         async with asyncio.timeout(0.05):
-            await order(front, "models/demo/wake")
+            await command(front, "models/demo/wake")
     async with asyncio.timeout(PATIENCE_S):
         while await state(front) != "ready":
             await asyncio.sleep(0.02)
 
 
 async def test_drain_and_admit(front: Front) -> None:
-    await order(front, "models/demo/wake")
-    status, answer = await order(front, "models/demo/drain")
-    assert (status, answer) == (200, {"model": "demo", "order": "drain", "done": True})
+    await command(front, "models/demo/wake")
+    status, answer = await command(front, "models/demo/drain")
+    assert (status, answer) == (200, {"model": "demo", "command": "drain", "done": True})
     response, body = await front.post("/v1/completions", ASK)
     assert (response.status, error_of(body)["code"]) == (503, "draining")
-    assert (await order(front, "models/demo/wake"))[0] in (200, 503)
-    assert (await order(front, "models/demo/undrain"))[0] == 200
+    assert (await command(front, "models/demo/wake"))[0] in (200, 503)
+    assert (await command(front, "models/demo/undrain"))[0] == 200
     assert (await front.post("/v1/completions", ASK))[0].status == 200
-    assert (await order(front, "drain"))[0] == 200
+    assert (await command(front, "drain"))[0] == 200
     async with front.session.get("/ready") as ready:
         assert ready.status == 503
     assert (await front.post("/v1/completions", ASK))[0].status == 503
-    assert (await order(front, "undrain"))[0] == 200
+    assert (await command(front, "undrain"))[0] == 200
     assert (await front.post("/v1/completions", ASK))[0].status == 200
 
 
@@ -129,13 +129,13 @@ async def test_drain_and_admit(front: Front) -> None:
 async def test_what_cannot_be_done_says_why(
     front: Front, path: str, body: dict[str, Any], status: int, code: str, said: str
 ) -> None:
-    answered, answer = await order(front, path, **body)
+    answered, answer = await command(front, path, **body)
     error = error_of(orjson.dumps(answer))
     assert (answered, error["code"]) == (status, code)
     assert said in error["message"]
 
 
-async def test_another_sites_form_gives_no_orders(front: Front) -> None:
+async def test_another_sites_form_gives_no_commands(front: Front) -> None:
     for data in ("{}", {"wait": "false"}):
         async with front.session.post("/admin/models/demo/wake", data=data) as response:
             assert response.status == 415
@@ -199,7 +199,7 @@ async def test_events_begin_with_a_snapshot_and_follow_every_change(front: Front
         name, status = await anext(stream)
         assert (name, status["models"]["demo"]["tier"]) == ("snapshot", "stopped")
         assert status["now_unix_s"] > 0
-        going = asyncio.create_task(order(front, "models/demo/wake"))
+        going = asyncio.create_task(command(front, "models/demo/wake"))
         async with asyncio.timeout(PATIENCE_S):
             while status["models"]["demo"]["tier"] != "ready":
                 name, change = await anext(stream)

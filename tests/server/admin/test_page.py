@@ -126,7 +126,7 @@ async def front(front_of: Any) -> Front:
 
 
 @needs_chromium
-async def test_it_follows_what_happens_and_its_buttons_give_orders(browser: Browser, front: Front) -> None:
+async def test_it_follows_what_happens_and_its_buttons_give_commands(browser: Browser, front: Front) -> None:
     there = await visit(browser, front)
     page = there.page
     assert await page.locator("#connection").inner_text() == "serving"

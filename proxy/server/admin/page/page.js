@@ -1,7 +1,7 @@
 "use strict";
 // Everything that comes from the server goes into the page as text, never as markup.
 const TIERS = ["ready", "sleeping", "suspended", "checkpointed", "archived", "stopped"];
-const ORDERS = {
+const COMMANDS = {
   wake: { key: "w", label: "Wake", text: "An instance is made ready, as for a request. Where room is short, another model makes it." },
   suspend: { key: "s", label: "Suspend", text: "The GPU is freed; processes and host memory stay. The next request wakes it." },
   checkpoint: { key: "c", label: "Checkpoint", text: "An image on tmpfs takes the place of the processes. The next request restores it." },
@@ -170,10 +170,10 @@ function connection(text, kind) {
   pill.className = `pill ${kind}`;
 }
 
-// --- orders ---
+// --- commands ---
 
-async function order(model, name) {
-  const what = ORDERS[name], entry = model === null ? null : status.models[model];
+async function command(model, name) {
+  const what = COMMANDS[name], entry = model === null ? null : status.models[model];
   const going = ["suspend", "checkpoint", "stop"].includes(name);
   const running = entry ? entry.instances.reduce((sum, i) => sum + i.leases, 0) + entry.queue : 0;
   byId("confirm-title").textContent = model === null ? `${what.label} the whole server?` : `${what.label} ${model}?`;
@@ -198,7 +198,7 @@ async function order(model, name) {
   const path = model === null ? name : `models/${encodeURIComponent(model)}/${name}`;
   try {
     await ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-    toast(`${what.label} ${model ?? "the server"}: ordered`);
+    toast(`${what.label} ${model ?? "the server"}: command given`);
   } catch (error) {
     toast(`${what.label} ${model ?? "the server"}: ${error.message}`, true);
   }
@@ -216,9 +216,9 @@ function show() {
   const totals = [[models.length, "models"], [instances.filter((i) => i.tier === "ready").length, "ready"], [status.leases, "running"], [waiting, "waiting"]];
   if (status.leaving?.length) totals.push([status.leaving.length, "leaving"]);  // of models that changed or went
   put(byId("totals"), ...totals.map(([count, name]) => h("div", null, h("dt", null, name), h("dd", null, String(count)))));
-  const doors = byId("doors");
-  doors.hidden = false;
-  doors.textContent = status.draining ? "Undrain the server" : "Drain the server";
+  const drain = byId("drain");
+  drain.hidden = false;
+  drain.textContent = status.draining ? "Undrain the server" : "Drain the server";
   document.title = `warmpool: ${instances.filter((i) => i.tier === "ready").length} ready, ${status.leases} running`;
   keyed(byId("models"), models, ([key]) => key, ([key]) => modelCard(key));
   showMemory();
@@ -230,10 +230,10 @@ function show() {
 
 function modelCard(key) {
   const title = h("div", { class: "title" }), ladder = h("ol", { class: "ladder", "aria-label": "Tiers" }), facts = h("p", { class: "facts" });
-  const list = h("ul", { class: "instances" }), doors = h("button", { type: "button", onclick: () => order(key, doors.dataset.order) });
+  const list = h("ul", { class: "instances" }), drain = h("button", { type: "button", onclick: () => command(key, drain.dataset.command) });
   const buttons = ["wake", "suspend", "checkpoint", "stop"].map((name) =>
-    h("button", { type: "button", "data-order": name, onclick: () => order(key, name) }, ORDERS[name].label));
-  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, facts, list, h("div", { class: "buttons" }, ...buttons, doors));
+    h("button", { type: "button", "data-command": name, onclick: () => command(key, name) }, COMMANDS[name].label));
+  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, facts, list, h("div", { class: "buttons" }, ...buttons, drain));
   card.show = ([, entry]) => {
     card.dataset.tier = entry.tier;
     put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "draining") : null);
@@ -244,11 +244,11 @@ function modelCard(key) {
     put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
     keyed(list, entry.instances, (i) => i.id, instanceRow);
     list.hidden = !entry.instances.length;
-    doors.dataset.order = entry.draining ? "undrain" : "drain";
-    doors.textContent = ORDERS[doors.dataset.order].label;
+    drain.dataset.command = entry.draining ? "undrain" : "drain";
+    drain.textContent = COMMANDS[drain.dataset.command].label;
     const any = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
     const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping"), checkpoint: any("ready", "sleeping", "suspended"), stop: entry.instances.length > 0 };
-    for (const button of buttons) button.disabled = !enabled[button.dataset.order];
+    for (const button of buttons) button.disabled = !enabled[button.dataset.command];
   };
   return card;
 }
@@ -262,7 +262,7 @@ function instanceRow() {
     put(row,
       h("code", null, i.id), h("span", { class: `state${row.dataset.tier === "moving" ? " moving" : ""}` }, words(i.state)),
       i.leases ? h("span", { class: "muted" }, plural(i.leases, "request")) : i.last_used_unix_s ? h("span", { class: "muted" }, "used ", ago(i.last_used_unix_s)) : null,
-      i.ordered ? h("span", { class: "muted" }, `${i.ordered} as ordered`) : i.next_step ? h("span", { class: "muted" }, `${i.next_step.to} in `, until(i.next_step.at_unix_s)) : null,
+      i.commanded ? h("span", { class: "muted" }, `${i.commanded} as commanded`) : i.next_step ? h("span", { class: "muted" }, `${i.next_step.to} in `, until(i.next_step.at_unix_s)) : null,
       gpus ? h("span", { class: "muted" }, gpus) : null,
       i.has_checkpoint ? h("span", { class: "muted" }, "has a checkpoint") : null,
       i.last_wake ? h("span", { class: "muted" }, `woken from ${i.last_wake.from} in ${seconds(i.last_wake.seconds)}`) : null);
@@ -368,8 +368,8 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "t") nextTheme();
   else if (step) cards[Math.max(0, Math.min(cards.length - 1, index + step))]?.focus();
   else if (here) {
-    const name = Object.keys(ORDERS).find((n) => ORDERS[n].key === event.key);
-    const button = name === "drain" ? here.querySelector(".buttons button:last-child") : name && here.querySelector(`[data-order="${name}"]`);
+    const name = Object.keys(COMMANDS).find((n) => COMMANDS[n].key === event.key);
+    const button = name === "drain" ? here.querySelector(".buttons button:last-child") : name && here.querySelector(`[data-command="${name}"]`);
     if (!button) return;
     button.click();
   } else return;
@@ -377,7 +377,7 @@ document.addEventListener("keydown", (event) => {
 });
 byId("help").addEventListener("click", () => byId("keys").showModal());
 byId("theme").addEventListener("click", nextTheme);
-byId("doors").addEventListener("click", () => order(null, status.draining ? "undrain" : "drain"));
+byId("drain").addEventListener("click", () => command(null, status.draining ? "undrain" : "drain"));
 byId("token-dialog").addEventListener("cancel", (event) => event.preventDefault());
 const stored = localStorage.getItem("warmpool-theme");
 setTheme(stored in THEMES ? stored : "");
