@@ -101,7 +101,7 @@ def keep(made: Mapping[str, Any], series: str, writer: Writer) -> None:
     values |= {_within("proof", name): float(value) for name, value in made["proof_s"].items()}
     values |= sizes(made["space_by_kind"])
     values |= beside(made, made["space_by_kind"]["memory pages"])
-    made_s = {n: s for n, s in made["making_s"].items() if n not in ("leftovers", "start", "load")}
+    made_s = {n: s for n, s in made["making_s"].items() if n not in ("cleanup", "start", "load")}
     values["create_s"] = made_s.get("checkpoint", 0.0)
     writer.sample(series, values, stages_s=dict(made["making_s"]), memory_bytes=dict(made["memory_bytes"]))
 

@@ -203,7 +203,7 @@ class FakeRuntime:
         if beside and self.shares_images:
             handle = self.handles[instance_id] = replace(handle, image=f"{key}.next")
         self.processes[instance_id] = Process(next(self._boots), command=_command(model))
-        self.weigh(handle)
+        self.measure(handle)
         return handle
 
     def promote(self, handle: Handle) -> Handle:
@@ -216,7 +216,7 @@ class FakeRuntime:
     async def footprint(self, key: str) -> Footprint | None:
         return self.footprints.get(key)
 
-    def weigh(self, handle: Handle) -> None:
+    def measure(self, handle: Handle) -> None:
         """Let NVML see what the engine holds now."""
         process = self.processes.get(handle.instance_id)
         if process is None:
@@ -261,12 +261,12 @@ class FakeRuntime:
     async def suspend(self, handle: Handle) -> None:
         await self._enter("suspend")
         self._process(handle, "suspend").frozen = True
-        self.weigh(handle)
+        self.measure(handle)
 
     async def resume(self, handle: Handle) -> None:
         await self._enter("resume")
         self._process(handle, "resume").frozen = False
-        self.weigh(handle)
+        self.measure(handle)
 
     async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
         process = self._process(handle, "checkpoint")
@@ -285,12 +285,12 @@ class FakeRuntime:
             image.boot, image.served, sleep_level=image.sleep_level, command=image.command, restored=True
         )
         self.leaks.pop(handle.instance_id, None)
-        self.weigh(handle)
+        self.measure(handle)
         return self._new_handle(handle.instance_id, handle.model)
 
     def _end(self, handle: Handle) -> None:
         process = self.processes.pop(handle.instance_id, None)
-        self.weigh(handle)
+        self.measure(handle)
         if process is not None and not process.exited.done():
             process.exited.set_result("signal 9")
 
@@ -419,7 +419,7 @@ class FakeEngine:
         process = self._process("sleep")
         await self.runtime._enter("sleep")
         process.sleep_level = level
-        self.runtime.weigh(self.handle)
+        self.runtime.measure(self.handle)
 
     async def save_weights(self) -> int:
         process = self._process("save_weights")
@@ -432,7 +432,7 @@ class FakeEngine:
         with stages.measure("wake_up"):
             await self.runtime._enter("wake_up")
         process.sleep_level = 0
-        self.runtime.weigh(self.handle)
+        self.runtime.measure(self.handle)
         if level < 2:
             return True
         good = copied and process.boot in self.runtime.copies

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAKING: Final = (
-    "leftovers", "start", "load", "warmup", "canary", "sleep", "checkpoint", "check", "restore", "health", "wake_up",
+    "cleanup", "start", "load", "warmup", "canary", "sleep", "checkpoint", "check", "restore", "health", "wake_up",
     "reseed", "canary again", "stop",
 )  # fmt: skip
 """The stages of `create`, for the length of the bar; some may not occur."""
@@ -77,24 +77,24 @@ def _image(store: CheckpointStore, settings: Settings, name: str, there: Iterabl
     raise click.ClickException(f"{name}: {reason}")
 
 
-def _shop(settings: Settings, key: str) -> golden.Workshop:
+def _context(settings: Settings, key: str) -> golden.CheckpointContext:
     runtimes = wiring.runtimes(settings)
     runtime = runtimes[settings.models[key].runtime]
-    return golden.Workshop(settings, key, runtime, wiring.store(settings))
+    return golden.CheckpointContext(settings, key, runtime, wiring.store(settings))
 
 
 def create(path: Path | None, model: str, *, as_json: bool) -> None:
     """Make a golden checkpoint and prove it."""
     settings = load(path)
     key = _model(settings, model)
-    shop = _shop(settings, key)
+    context = _context(settings, key)
 
     async def work() -> golden.Created:
         if found := await preflight.problems(settings, Host(), key):
             raise golden.GoldenError(f"nothing was started, for its checkpoint would fail: {'; '.join(found)}")
-        async with _opened(shop.runtime):
+        async with _opened(context.runtime):
             with tables.Bar(key, len(MAKING)) as bar:
-                return await golden.create(shop, bar)
+                return await golden.create(context, bar)
 
     created = _run(work())
     if as_json:
@@ -138,12 +138,12 @@ def verify(path: Path | None, image: str, *, digests_only: bool) -> None:
         return
     if manifest.model not in settings.models:
         raise click.ClickException(f"{name}: the configuration has no model {manifest.model!r}")
-    shop = _shop(settings, manifest.model)
+    context = _context(settings, manifest.model)
 
     async def work() -> bool:
-        async with _opened(shop.runtime):
+        async with _opened(context.runtime):
             with tables.Bar(name, 6) as bar:
-                return await golden.verify(shop, name, bar, restore=True)
+                return await golden.verify(context, name, bar, restore=True)
 
     asked = _run(work())
     click.echo(f"{name}: good" + ("" if asked else " (it has no canary: only that it comes up)"))

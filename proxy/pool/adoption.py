@@ -47,7 +47,9 @@ class Adoption:
         images = {owner: image_of(facts) for owner, facts in recovered.images.items()}
         model_of = {found.handle.instance_id: found.handle.model for found in recovered.instances}
         for owner, facts in recovered.images.items():
-            self._state.ledger.learn(owner if runtime.shares_images else model_of[owner], facts.details.get("gpu"))
+            self._state.gpu_accounting.learn(
+                owner if runtime.shares_images else model_of[owner], facts.details.get("gpu")
+            )
         for key in mine.keys() & images.keys() if runtime.shares_images else ():
             models[key].image = images[key]
             log.info("%s: golden checkpoint adopted", key)

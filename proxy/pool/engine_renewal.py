@@ -11,13 +11,14 @@ from proxy.host import facts as host
 from proxy.pool import policy
 from proxy.pool.command import Command
 from proxy.pool.instance import DESCENDING, Event, Instance, State
-from proxy.pool.model import Model, handle_of, note_unexpected
+from proxy.pool.model import handle_of, note_unexpected
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from proxy.pool.instance_moves import Moves
+    from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.runtime.base import Outdated
 
@@ -99,7 +100,7 @@ class Renewals:
         if print_ is None:
             return False
         if engine:
-            return print_.engine > (self._state.memory.memory or host.memory()).available_bytes
+            return print_.engine > (self._state.memory_accounting.memory or host.memory()).available_bytes
         return print_.image > min(print_.free, host.available_bytes())
 
     async def renew(self, key: str) -> bool:
@@ -109,9 +110,7 @@ class Renewals:
         False where that did not come about: it failed, or a request needed the place; the status says which.
         """
         old = self._state.models[key]
-        new = Model(
-            key, old.settings, old.served_name, old.runtime, self._state.ledger, self._state.memory, coming=True
-        )
+        new = self._state.new_model(key, old.settings, coming=True)
         self._state.coming[key] = new
         instance = self._state.new_instance(new, self._state.free_id(new))
         instance.begin_wake(Tier.STOPPED, self._state.clock())
@@ -151,7 +150,7 @@ class Renewals:
         with stages.measure("checkpoint"):
             async with asyncio.timeout(new.settings.checkpoint_timeout):
                 await self._steps.go_down(new, instance, Tier.READY, Tier.CHECKPOINTED)
-        self._state.ledger.arrived(instance, Tier.CHECKPOINTED)
+        self._state.gpu_accounting.arrived(instance, Tier.CHECKPOINTED)
         instance.apply(Event.AT_CHECKPOINTED)
         instance.begin_wake(Tier.CHECKPOINTED, instance.wake_began)
         await self._steps.climb(new, instance, Tier.CHECKPOINTED, stages)

@@ -16,10 +16,10 @@ from proxy.config.values import short_size
 from proxy.engine.api_key import key_of
 from proxy.engine.client import EngineClient
 from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
-from proxy.pool.gpu_accounting import GpuLedger
+from proxy.pool.gpu_accounting import GpuAccounting
 from proxy.pool.image import Image, Place
 from proxy.pool.instance import Event, Instance, State
-from proxy.pool.memory_accounting import MemoryLedger
+from proxy.pool.memory_accounting import MemoryAccounting
 from proxy.pool.model import Model, handle_of
 from proxy.pool.transitions import Steps
 from proxy.telemetry.stages import Stages
@@ -57,29 +57,29 @@ class _Watched(Stages):
     def __init__(self, watcher: Watcher) -> None:
         super().__init__()
         self._watcher = watcher
-        self._inside = False
+        self._in_stage = False
         self.current = ""
         """The last one that began."""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """As of any stages."""
-        if self._inside:
+        if self._in_stage:
             with super().measure(name):
                 yield
             return
-        self._inside, self.current = True, name
+        self._in_stage, self.current = True, name
         self._watcher.begins(name)
         try:
             with super().measure(name):
                 yield
         finally:
-            self._inside = False
+            self._in_stage = False
             self._watcher.ended(name, self.seconds[name])
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class CheckpointContext:
     """What is needed to work on the checkpoints of one model."""
 
     settings: Settings
@@ -116,12 +116,12 @@ class Created:
 class _Engine:
     """One instance of the model outside any pool; what moves it are the pool's own transitions."""
 
-    def __init__(self, shop: Workshop, instance_id: str, image: Image | None = None) -> None:
-        self._shop, self.runtime, self.settings = shop, shop.runtime, shop.model
-        self.ledger = GpuLedger(shop.settings.pool.gpu_creep)
-        name = shop.settings.served_name(shop.key)
-        self.model = Model(shop.key, shop.model, name, shop.runtime, self.ledger, MemoryLedger())
-        self.instance = Instance(instance_id, shop.key, image)
+    def __init__(self, context: CheckpointContext, instance_id: str, image: Image | None = None) -> None:
+        self._context, self.runtime, self.settings = context, context.runtime, context.model
+        self.gpu_accounting = GpuAccounting(context.settings.pool.gpu_creep)
+        name = context.settings.served_name(context.key)
+        self.model = Model(context.key, context.model, name, context.runtime, self.gpu_accounting, MemoryAccounting())
+        self.instance = Instance(instance_id, context.key, image)
         self.model.instances[instance_id] = self.instance
         self.steps = Steps(self)
 
@@ -132,7 +132,7 @@ class _Engine:
 
     def connect(self, handle: Handle, _served_name: str, _settings: ModelSettings) -> EngineClient:
         """The client of the engine."""
-        return self._shop.client(handle)
+        return self._context.client(handle)
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task beside the move."""
@@ -148,7 +148,7 @@ class _Engine:
         """Learn what it holds of the GPUs, if it holds any."""
         held = dict(await self.runtime.gpu_bytes(handle_of(instance)))
         if any(held.values()):
-            self.ledger.learn(model.key, {kind: held})
+            self.gpu_accounting.learn(model.key, {kind: held})
 
     # --- what is done with it ---
 
@@ -177,33 +177,33 @@ class _Engine:
             await self.instance.client.disconnect()
 
 
-async def create(shop: Workshop, watcher: Watcher) -> Created:
+async def create(context: CheckpointContext, watcher: Watcher) -> Created:
     """Make the golden checkpoint of a model and prove it. The runtime is open.
 
     Raises GoldenError. A checkpoint that was there stays until the new one is whole; one that fails its proof is set
     aside. Nothing keeps running, unless the model's `leave_running` asks for it.
     """
     making, proof = _Watched(watcher), _Watched(watcher)
-    model, runtime = shop.model, shop.runtime
+    model, runtime = context.model, context.runtime
     _need_checkpoints(runtime)
-    engine = _Engine(shop, f"{shop.key}-1")
+    engine = _Engine(context, f"{context.key}-1")
     try:
-        with making.measure("leftovers"):
-            await _clear(shop)
-        await _need_room(shop)
+        with making.measure("cleanup"):
+            await _clear(context)
+        await _need_room(context)
         await engine.start(making)
         await engine.checkpoint(making)
         handle = handle_of(engine.instance)
         with making.measure("check"):
-            manifest = await asyncio.to_thread(shop.store.load, shop.image(handle))
+            manifest = await asyncio.to_thread(context.store.load, context.image(handle))
             if not manifest.bytes_by_kind()["memory pages"]:
                 raise GoldenError("check: the image holds no memory pages")
-        await _prove(shop, engine, proof)
+        await _prove(context, engine, proof)
         if not (model.podman is not None and model.podman.criu.leave_running):
             with proof.measure("stop"):
                 await runtime.drop(handle_of(engine.instance))
     except (RuntimeFailure, EngineError, TimeoutError, WarmpoolError) as error:
-        await _abandon(shop, engine)
+        await _abandon(context, engine)
         if isinstance(error, GoldenError):
             raise
         stage = proof.current or making.current
@@ -211,7 +211,7 @@ async def create(shop: Workshop, watcher: Watcher) -> Created:
         reason = str(error) or f"no result within {setting} ({getattr(model, setting):g} s)"
         raise GoldenError(f"{stage}: {reason}") from error
     except asyncio.CancelledError:
-        await _abandon(shop, engine)
+        await _abandon(context, engine)
         raise
     return Created(manifest, making.seconds, proof.seconds, engine.instance.image.canary_checked)
 
@@ -222,59 +222,59 @@ def _need_checkpoints(runtime: Runtime) -> None:
         raise GoldenError(f"this host cannot checkpoint: {tiers.missing[Tier.CHECKPOINTED]}")
 
 
-async def _need_room(shop: Workshop) -> None:
+async def _need_room(context: CheckpointContext) -> None:
     """Raise GoldenError where an image as large as the one that is there, and stays until then, would not fit."""
-    there = await shop.runtime.footprint(shop.key)
+    there = await context.runtime.footprint(context.key)
     if there is None or there.image <= there.free:
         return
-    images = [name for name in shop.store.names() if shop.store.load(name).model == shop.key]
-    refused = [await shop.runtime.refusal(shop.store.load(name), shop.settings.models) for name in images]
+    images = [name for name in context.store.names() if context.store.load(name).model == context.key]
+    refused = [await context.runtime.refusal(context.store.load(name), context.settings.models) for name in images]
     if not all(refused):  # else its space is free when it is needed
         raise GoldenError(
             f"nothing was started, for its checkpoint would not fit: the one that is there takes "
             f"{short_size(there.image)}, {short_size(max(0, there.free))} are free in pool.checkpoint_dir beyond the "
-            f"reserve; `warmpool checkpoint archive {shop.key}` or `rm` makes room"
+            f"reserve; `warmpool checkpoint archive {context.key}` or `rm` makes room"
         )
 
 
-async def _clear(shop: Workshop) -> None:
+async def _clear(context: CheckpointContext) -> None:
     """Remove what is left of the model's instances; other models' are left as they are."""
-    recovered = await shop.runtime.recover(_models_of(shop))
+    recovered = await context.runtime.recover(_models_of(context))
     for found in recovered.instances:
-        if found.handle.model == shop.key:
-            if shop.runtime.shares_images:
-                await shop.runtime.remove(found.handle)
+        if found.handle.model == context.key:
+            if context.runtime.shares_images:
+                await context.runtime.remove(found.handle)
             else:
-                await shop.runtime.drop(found.handle)
+                await context.runtime.drop(found.handle)
 
 
-def _models_of(shop: Workshop) -> dict[str, ModelSettings]:
-    return {key: model for key, model in shop.settings.models.items() if model.runtime == shop.runtime.name}
+def _models_of(context: CheckpointContext) -> dict[str, ModelSettings]:
+    return {key: model for key, model in context.settings.models.items() if model.runtime == context.runtime.name}
 
 
-async def _prove(shop: Workshop, engine: _Engine, stages: _Watched) -> None:
+async def _prove(context: CheckpointContext, engine: _Engine, stages: _Watched) -> None:
     """Restore an image and compare its answer with the canary. Raises GoldenError, the image set aside if it failed."""
     try:
         await engine.restore(stages)
     except PortTakenError as error:
         raise GoldenError(f"the checkpoint is kept, and was not proven: {error}") from error
     except (RuntimeFailure, EngineError, TimeoutError) as error:
-        await shop.runtime.quarantine_image(handle_of(engine.instance))
-        reason = str(error) or f"no result within wake_timeout ({shop.model.wake_timeout:g} s)"
+        await context.runtime.quarantine_image(handle_of(engine.instance))
+        reason = str(error) or f"no result within wake_timeout ({context.model.wake_timeout:g} s)"
         text = f"the checkpoint does not prove good and was set aside: {stages.current}: {reason}"
         raise GoldenError(text) from error
     finally:
         await engine.let_go()
 
 
-async def _abandon(shop: Workshop, engine: _Engine) -> None:
+async def _abandon(context: CheckpointContext, engine: _Engine) -> None:
     await engine.let_go()
     if (handle := engine.instance.handle) is not None:
         with contextlib.suppress(RuntimeFailure):
-            await (shop.runtime.remove(handle) if shop.runtime.shares_images else shop.runtime.drop(handle))
+            await (context.runtime.remove(handle) if context.runtime.shares_images else context.runtime.drop(handle))
 
 
-async def verify(shop: Workshop, image: str, watcher: Watcher, *, restore: bool) -> bool:
+async def verify(context: CheckpointContext, image: str, watcher: Watcher, *, restore: bool) -> bool:
     """Check every digest of an image and, with `restore`, that it comes up and repeats its canary.
 
     True when the canary was asked. Raises GoldenError (the image is set aside when it is the restore that fails) and
@@ -282,27 +282,27 @@ async def verify(shop: Workshop, image: str, watcher: Watcher, *, restore: bool)
     """
     stages = _Watched(watcher)
     with stages.measure("digests"):
-        manifest = await shop.store.verify(image)
+        manifest = await context.store.verify(image)
     if not restore:
         return False
-    _need_checkpoints(shop.runtime)
-    reason = await shop.runtime.refusal(manifest, shop.settings.models)
+    _need_checkpoints(context.runtime)
+    reason = await context.runtime.refusal(manifest, context.settings.models)
     if reason is not None:
         raise GoldenError(f"the image is intact, but refused here: {reason}")
-    recovered = await shop.runtime.recover(_models_of(shop))
-    mine = [f.handle for f in recovered.instances if shop.image(f.handle) == image and f.tier is Tier.CHECKPOINTED]
+    recovered = await context.runtime.recover(_models_of(context))
+    mine = [f.handle for f in recovered.instances if context.image(f.handle) == image and f.tier is Tier.CHECKPOINTED]
     try:
-        handle = mine[0] if mine else await shop.runtime.clone(f"{shop.key}-verify", shop.key, shop.model)
+        handle = mine[0] if mine else await context.runtime.clone(f"{context.key}-verify", context.key, context.model)
     except RuntimeFailure as error:
         raise GoldenError(str(error)) from error
     there = Image(Place.TMPFS, sleep_level=manifest.sleep_level, canary=manifest.canary)
-    engine = _Engine(shop, handle.instance_id, there)
+    engine = _Engine(context, handle.instance_id, there)
     engine.instance.adopt(State.CHECKPOINTED, 0.0)
     engine.steps.attach(engine.model, engine.instance, handle)
     try:
-        await _prove(shop, engine, stages)
+        await _prove(context, engine, stages)
     finally:
-        await (shop.runtime.drop(handle) if mine else shop.runtime.remove(handle))
+        await (context.runtime.drop(handle) if mine else context.runtime.remove(handle))
     return engine.instance.image.canary_checked
 
 

@@ -1,6 +1,6 @@
 """GPU memory as far as the pool knows it: what there is, who holds how much, what a model needs.
 
-Pure bookkeeping. The pool weighs (it asks NVML and the runtimes) and writes down what it saw; `load` is what the policy
+Pure bookkeeping. `gpu_monitor` asks NVML and the runtimes and writes down what it saw; `load` is what the policy
 decides by. Memory is counted per GPU, in bytes, by the GPU's UUID.
 
 What a model needs is learned from its last run, before that from its checkpoint's manifest, before that from the
@@ -29,7 +29,7 @@ Bytes: TypeAlias = "Mapping[str, int]"
 
 NOTHING: Final[Bytes] = {}
 HOST: Final = "host memory"
-"""Among the GPUs' UUIDs: the host's own memory, which `memory_ledger` adds."""
+"""Among the GPUs' UUIDs: the host's own memory, which `memory_accounting` adds."""
 READY: Final = "ready"
 SLEEPING: Final = "sleeping"
 _KINDS: Final = {State.READY: READY, State.RETIRING: READY, State.SLEEPING: SLEEPING}
@@ -114,17 +114,17 @@ class _Account:
     """What is known of one engine since it was started or restored."""
 
     held: Bytes = field(default_factory=dict)
-    """As it was last weighed, or as is expected of the tier it has reached since."""
+    """As it was last measured, or as is expected of the tier it has reached since."""
     trails: dict[str, _Trail] = field(default_factory=dict)
     """Kind (`READY`, `SLEEPING`) → what it held whenever it had just got there, over all GPUs."""
     fresh: bool = True
-    """It has not been weighed awake since it woke."""
+    """It has not been measured awake since it woke."""
     cycles: int = 0
-    told: bool = False
+    logged: bool = False
     """That it has grown was logged."""
 
 
-class GpuLedger:
+class GpuAccounting:
     """All accounts of one pool. `creep_bytes`: how much an engine may grow before it is grown; 0 is any amount."""
 
     def __init__(self, creep_bytes: int) -> None:
@@ -209,7 +209,7 @@ class GpuLedger:
         account.held = self.need(instance.model) or account.held
 
     def arrived(self, instance: Instance, tier: Tier) -> None:
-        """It stepped down; until it is weighed it holds what is expected there."""
+        """It stepped down; until it is measured it holds what is expected there."""
         account = self._account(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
             account.held = self.asleep(instance.model) or account.held
@@ -223,7 +223,7 @@ class GpuLedger:
     def _account(self, instance: Instance) -> _Account:
         return self._accounts.setdefault(instance.id, _Account())
 
-    def weigh(self, instance: Instance, held: Bytes, *, outgoing: bool = False) -> None:
+    def record(self, instance: Instance, held: Bytes, *, outgoing: bool = False) -> None:
         """Write down what a resting instance was seen to hold; one that is `outgoing` says nothing about its model."""
         kind = _KINDS.get(instance.state)
         if kind is not None and not any(held.values()):
@@ -319,9 +319,9 @@ class GpuLedger:
     def newly_grown(self, instance: Instance) -> bool:
         """Whether it is grown and nobody has been told."""
         account = self._accounts.get(instance.id)
-        if account is None or account.told or not self.grown(instance):
+        if account is None or account.logged or not self.grown(instance):
             return False
-        account.told = True
+        account.logged = True
         return True
 
     def expected(self, instance: Instance, tier: Tier) -> Bytes:

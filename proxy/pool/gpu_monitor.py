@@ -1,4 +1,4 @@
-"""GPU memory as it is: weighed after every move and now and then, and looked after when others make room."""
+"""GPU memory as it is: measured after every move and now and then, and looked after when others make room."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ _LOOK_S = 30.0
 """How long NVML may take."""
 _MAKE_SURE_S = 120.0
 """How long a wake may wait for memory that does not come free."""
-_WEIGH_EVERY_S = 5.0
+_MEASURE_EVERY_S = 5.0
 """How often GPU memory is looked at when nothing moves: other programs come and go, engines grow."""
 
 
-class GpuWatch:
-    """Feeds the ledger. `gpus`: None where there is nothing to weigh."""
+class GpuMonitor:
+    """Feeds the accounting. `gpus`: None where there is nothing to measure."""
 
     def __init__(self, gpus: Gpus | None, state: PoolState, effects: Effects) -> None:
         self._gpus, self._state, self._effects = gpus, state, effects
-        self._ledger, self._metrics = state.ledger, state.metrics
+        self._accounting, self._metrics = state.gpu_accounting, state.metrics
         self.due = asyncio.Event()
         """Set when something moved."""
-        self._weigher: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Weigh, and go on weighing; nothing where NVML cannot be asked."""
+        """Measure, and go on measuring; nothing where NVML cannot be asked."""
         if self._gpus is not None and self._gpus.measurable:
-            self._ledger.suspending_frees = self._gpus.usable
-            await self.weigh()
-            self._weigher = asyncio.create_task(self._keep_weighing(), name="weigh")
+            self._accounting.suspending_frees = self._gpus.usable
+            await self.measure()
+            self._measuring = asyncio.create_task(self._keep_measuring(), name="measure")
 
     async def stop(self) -> None:
-        """No more weighing."""
-        if self._weigher is not None:
-            self._weigher.cancel()
-            await asyncio.wait([self._weigher], timeout=GIVE_UP_S)
+        """No more measuring."""
+        if self._measuring is not None:
+            self._measuring.cancel()
+            await asyncio.wait([self._measuring], timeout=GIVE_UP_S)
 
-    async def _keep_weighing(self) -> None:
+    async def _keep_measuring(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_WEIGH_EVERY_S):
+                async with asyncio.timeout(_MEASURE_EVERY_S):
                     await self.due.wait()
             self.due.clear()
-            await self.weigh()
+            await self.measure()
             self._effects.tick()
 
     async def weigh(self) -> None:
@@ -71,11 +71,11 @@ class GpuWatch:
         try:
             if self._gpus is not None:
                 async with asyncio.timeout(_LOOK_S):
-                    await self._weigh_all(self._gpus)
+                    await self._measure_all(self._gpus)
         except Exception:
-            log.exception("GPU memory could not be weighed")
+            log.exception("GPU memory could not be measured")
 
-    async def _weigh_all(self, gpus: Gpus) -> None:
+    async def _measure_all(self, gpus: Gpus) -> None:
         seen = [(m, s, s.state, s.generation) for m, s in self._live()]
         readings = asyncio.gather(*(m.runtime.gpu_bytes(handle_of(s)) for m, s, _, _ in seen))
         memory, held = await asyncio.gather(gpus.memory(), readings)
@@ -86,10 +86,10 @@ class GpuWatch:
             same = instance.state is state and instance.generation == generation and instance.id in model.instances
             settled = settled and same and (state in RESTING or state is State.RETIRING)
             if same:
-                self._ledger.weigh(instance, count, outgoing=model.leaving)
+                self._accounting.record(instance, count, outgoing=model.leaving)
                 self._tell_if_grown(instance)
         ours = [(instance, count) for (_, instance, _, _), count in zip(seen, held, strict=True)]
-        self._ledger.read(memory, ours, settled=settled)
+        self._accounting.read(memory, ours, settled=settled)
         self._publish_gpus()
 
     def _live(self) -> list[tuple[Model, Instance]]:
@@ -102,19 +102,19 @@ class GpuWatch:
         ]
 
     def _tell_if_grown(self, instance: Instance) -> None:
-        if self._ledger.newly_grown(instance):
+        if self._accounting.newly_grown(instance):
             log.warning(
                 "%s holds %d MiB more of the GPU than at first, after %d cycles: %s",
                 instance.id,
-                self._ledger.growth_bytes(instance) >> 20,
-                self._ledger.cycles(instance),
+                self._accounting.growth_bytes(instance) >> 20,
+                self._accounting.cycles(instance),
                 "it is replaced from its checkpoint when it is idle" if instance.renewable else "it has no checkpoint",
             )
 
     async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what a model holds awake or asleep in passing, where that was never seen."""
-        if self._gpus is not None and not model.leaving and not self._ledger.knows(model.key, kind):
-            self._ledger.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(instance)))})
+        if self._gpus is not None and not model.leaving and not self._accounting.knows(model.key, kind):
+            self._accounting.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(instance)))})
 
     async def make_sure(self, evictions: Evictions) -> None:
         """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
@@ -136,14 +136,14 @@ class GpuWatch:
         leaving = [s.task for _, s in victims if s.state is State.SUSPENDING and s.task is not None]
         if leaving:
             await asyncio.wait(leaving)
-        await self.weigh()
+        await self.measure()
         if not await self._lacking(evictions.needed):
             return
         stopping = []
         for instance_id, (model, instance) in instances.items():
             if instance.state not in (State.SLEEPING, State.SUSPENDED):
                 continue
-            leaked = self._ledger.leaked_bytes(instance, evictions.expected[instance_id])
+            leaked = self._accounting.leaked_bytes(instance, evictions.expected[instance_id])
             if leaked:
                 log.error("%s holds %d MiB more of the GPU than expected: stopped", instance_id, leaked >> 20)
                 self._metrics.gpu_leaks.labels(model.key).inc()
@@ -165,12 +165,12 @@ class GpuWatch:
                 self._metrics.gpu_memory.labels(str(gpu["index"]), kind).set(gpu[f"{kind}_bytes"])
         for model in self._state.everyone():
             if not model.leaving:
-                held = sum(self._ledger.charged(model.instances.values()).values())
+                held = sum(self._accounting.charged(model.instances.values()).values())
                 self._metrics.instance_gpu.labels(model.key).set(held)
 
     def status(self) -> list[dict[str, Any]]:
         """For `/admin/status`: every GPU, and whose its memory is."""
-        charged = self._ledger.charged(i for m in self._state.everyone() for i in m.instances.values())
+        charged = self._accounting.charged(i for m in self._state.everyone() for i in m.instances.values())
         return [
             {
                 "index": gpu.index,
@@ -178,8 +178,8 @@ class GpuWatch:
                 "uuid": gpu.uuid,
                 "total_bytes": gpu.total_bytes,
                 "used_bytes": gpu.used_bytes,
-                "foreign_bytes": self._ledger.foreign.get(gpu.uuid, 0),
+                "foreign_bytes": self._accounting.foreign.get(gpu.uuid, 0),
                 "charged_bytes": charged.get(gpu.uuid, 0),
             }
-            for gpu in self._ledger.gpus
+            for gpu in self._accounting.gpus
         ]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from proxy.config.values import format_size
 from proxy.errors import NoMemoryError, RuntimeFailure
 from proxy.pool import gpu_accounting
-from proxy.pool.gpu_monitor import GpuWatch
+from proxy.pool.gpu_monitor import GpuMonitor
 from proxy.pool.image_faults import ImageFaults
 from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
-from proxy.pool.memory_monitor import MemoryWatch
+from proxy.pool.memory_monitor import MemoryMonitor
 from proxy.pool.model import client_of, is_left
 from proxy.pool.plan import Action, Clone, Readmit, Refuse, Retire, StepDown, Wake
 from proxy.pool.stall_detection import StallDetection
@@ -59,14 +59,14 @@ class Moves:
         self._state = state
         self.tick, self.tick_soon, self.connect = tick, tick_soon, connect
         self.tasks: set[asyncio.Task[None]] = set()
-        self.gpus = GpuWatch(gpus, state, self)
-        self.memory_watch = MemoryWatch(memory if state.settings.pool.memory_check else None, state, self)
+        self.gpus = GpuMonitor(gpus, state, self)
+        self.memory_monitor = MemoryMonitor(memory if state.settings.pool.memory_check else None, state, self)
         self.stalls = StallDetection(state, self)
         self.faults = ImageFaults(state, self)
         self.measure_once, self.quarantine = self.gpus.measure_once, self.faults.quarantine
         self.steps = Steps(self)
         self.downs = SteppingDown(state, self, self.steps, self.faults)
-        self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_watch)
+        self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_monitor)
 
     @property
     def copies_to_archive(self) -> bool:
@@ -76,14 +76,14 @@ class Moves:
     async def start_watching(self) -> None:
         """Look after memory and after engines that stand still."""
         await self.gpus.start()
-        await self.memory_watch.start()
+        await self.memory_monitor.start()
         self.stalls.start()
 
     def cancel(self) -> list[asyncio.Task[None]]:
         """End everything that goes on; the tasks that have to come to their end."""
         for task in self.tasks:
             task.cancel()
-        watches = (self.stalls, self.memory_watch, self.gpus)
+        watches = (self.stalls, self.memory_monitor, self.gpus)
         return [*self.tasks, *(asyncio.create_task(watch.stop(), name="looks") for watch in watches)]
 
     async def settled(self) -> None:
@@ -141,17 +141,17 @@ class Moves:
     def _evict(self, action: Wake) -> Evictions:
         held = gpu_accounting.NOTHING
         if action.instance is not None:
-            held = self._state.ledger.charge(self._state.find(action.instance)[1])
-        needed = gpu_accounting.beyond(self._state.ledger.need(action.model) or gpu_accounting.NOTHING, held)
-        if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.ledger.gpus}):
+            held = self._state.gpu_accounting.charge(self._state.find(action.instance)[1])
+        needed = gpu_accounting.beyond(self._state.gpu_accounting.need(action.model) or gpu_accounting.NOTHING, held)
+        if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.gpu_accounting.gpus}):
             needed = {}  # as much was free before anybody made room: nothing is to be seen to
         expected = {}
         for instance in (s for m in self._state.everyone() for s in m.instances.values()):
             if instance.state in (State.SLEEPING, State.SUSPENDED):
-                expected[instance.id] = self._state.ledger.expected(instance, instance.tier)
+                expected[instance.id] = self._state.gpu_accounting.expected(instance, instance.tier)
         for victim in action.victims:
             _, instance = self._state.find(victim.instance)
-            expected[instance.id] = self._state.ledger.expected(instance, victim.to)
+            expected[instance.id] = self._state.gpu_accounting.expected(instance, victim.to)
         tasks = {victim.instance.id: self.step_down(victim) for victim in action.victims}
         return Evictions(tasks, needed, expected)
 
@@ -176,7 +176,7 @@ class Moves:
 
     def note_moved(self) -> None:
         self.gpus.due.set()
-        self.memory_watch.due.set()
+        self.memory_monitor.due.set()
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -265,7 +265,7 @@ class Moves:
         """The engine is of no use any more. During a move the move's own task finds out."""
         if instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
             instance.apply(Event.BROKE)
-            self._state.memory.broke(model.key)
+            self._state.memory_accounting.broke(model.key)
             self.move(model, instance, "mend", self.downs.mend(model, instance))
             self.tick()
 

@@ -40,7 +40,7 @@ class ImageHeld:
     """It belongs to this instance; else to its model."""
 
 
-class MemoryLedger:
+class MemoryAccounting:
     """The accounts of one pool. `reserve_bytes` are left free."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class MemoryLedger:
         """What images took there at about that time; None before the policy has asked since."""
         self.reserve_bytes = 0
         self._seen: dict[str, tuple[int, int]] = {}
-        """Instance → the generation in which it was weighed, and what its processes held."""
+        """Instance → the generation in which it was measured, and what its processes held."""
         self._learned: dict[Tier, dict[str, int]] = {tier: {} for tier in (Tier.READY, Tier.SLEEPING, Tier.SUSPENDED)}
         self._measured: set[str] = set()
         self._models: set[str] = set()
@@ -104,7 +104,7 @@ class MemoryLedger:
             self._learned[Tier.READY].pop(model, None)
             self._images.pop(model, None)  # and so its checkpoint is asked again
 
-    def weigh(self, instance: Instance, held_bytes: int, *, outgoing: bool = False) -> None:
+    def record(self, instance: Instance, held_bytes: int, *, outgoing: bool = False) -> None:
         """Write down what an instance's processes were seen to hold; an `outgoing` one says nothing of its model."""
         self._seen[instance.id] = instance.generation, held_bytes
         tier = _TIERS.get(instance.state)

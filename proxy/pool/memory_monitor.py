@@ -27,12 +27,12 @@ _LOOKS: Final = 5
 """So many of these, and all engines are asked what they hold; at once when something moved."""
 
 
-class MemoryWatch:
-    """Feeds the ledger. `read`: None where host memory plays no part."""
+class MemoryMonitor:
+    """Feeds the accounting. `read`: None where host memory plays no part."""
 
     def __init__(self, read: Callable[[], Memory] | None, state: PoolState, effects: Effects) -> None:
         self._read, self._state, self._effects = read, state, effects
-        self._ledger, self._metrics = state.memory, state.metrics
+        self._accounting, self._metrics = state.memory_accounting, state.metrics
         self.due = asyncio.Event()
         """Set when something moved."""
         self._watcher: asyncio.Task[None] | None = None
@@ -40,8 +40,8 @@ class MemoryWatch:
     async def start(self) -> None:
         """Read, and go on reading."""
         if self._read is not None:
-            await self.weigh()
-            self._watcher = asyncio.create_task(self._keep_weighing(), name="weigh host memory")
+            await self.measure()
+            self._watcher = asyncio.create_task(self._keep_measuring(), name="measure host memory")
 
     async def stop(self) -> None:
         """No more readings."""
@@ -49,7 +49,7 @@ class MemoryWatch:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
 
-    async def _keep_weighing(self) -> None:
+    async def _keep_measuring(self) -> None:
         looks = 0
         while True:
             with contextlib.suppress(TimeoutError):
@@ -60,8 +60,8 @@ class MemoryWatch:
             if looks:
                 await self._look()
             else:
-                await self.weigh()
-            if not looks or self._ledger.is_short:
+                await self.measure()
+            if not looks or self._accounting.is_short:
                 self._effects.tick()
 
     async def _look(self) -> None:
@@ -69,7 +69,7 @@ class MemoryWatch:
         try:
             if self._read is not None:
                 memory = await asyncio.to_thread(self._read)
-                self._ledger.read(memory, sum(self._ledger.held(s) for _, s in self._live()))
+                self._accounting.read(memory, sum(self._accounting.held(s) for _, s in self._live()))
         except Exception:
             log.exception("host memory could not be read")
 
@@ -77,24 +77,24 @@ class MemoryWatch:
         """Write down what there is and what our engines hold; nothing where that cannot be learned."""
         try:
             if self._read is not None:
-                await self._weigh_all(self._read)
+                await self._measure_all(self._read)
         except Exception:
             log.exception("host memory could not be read")
 
-    async def _weigh_all(self, read: Callable[[], Memory]) -> None:
+    async def _measure_all(self, read: Callable[[], Memory]) -> None:
         seen = [(m, s, s.state, s.generation) for m, s in self._live()]
         # In this order: what an engine takes in between is within the reserve, and must not count twice.
         memory = await asyncio.to_thread(read)
         held = await asyncio.gather(*(m.runtime.host_bytes(handle_of(s)) for m, s, _, _ in seen))
-        self._ledger.read(memory, sum(held))
+        self._accounting.read(memory, sum(held))
         for (model, instance, state, generation), count in zip(seen, held, strict=True):
             if instance.state is state and instance.generation == generation and instance.id in model.instances:
-                self._ledger.weigh(instance, count, outgoing=model.leaving)
+                self._accounting.record(instance, count, outgoing=model.leaving)
         for model in self._state.everyone():
-            if not self._ledger.knows_image(model.key) and any(s.image.present for s in model.instances.values()):
+            if not self._accounting.knows_image(model.key) and any(s.image.present for s in model.instances.values()):
                 found = await model.runtime.footprint(model.key)
                 if found is not None:
-                    self._ledger.learn(model.key, found.engine, found.image)
+                    self._accounting.learn(model.key, found.engine, found.image)
         self._publish()
 
     def _live(self) -> list[tuple[Model, Instance]]:
@@ -106,10 +106,12 @@ class MemoryWatch:
         ]
 
     def _publish(self) -> None:
-        if (memory := self._ledger.memory) is None:
+        if (memory := self._accounting.memory) is None:
             return
         self._metrics.host_memory.labels("total").set(memory.total_bytes)
         self._metrics.host_memory.labels("available").set(memory.available_bytes)
         for model in self._state.everyone():
             if not model.leaving:
-                self._metrics.instance_host.labels(model.key).set(sum(map(self._ledger.held, model.instances.values())))
+                self._metrics.instance_host.labels(model.key).set(
+                    sum(map(self._accounting.held, model.instances.values()))
+                )

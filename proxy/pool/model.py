@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
     from proxy.engine.client import EngineClient
-    from proxy.pool.gpu_accounting import GpuLedger
+    from proxy.pool.gpu_accounting import GpuAccounting
     from proxy.pool.instance import Instance
-    from proxy.pool.memory_accounting import MemoryLedger
+    from proxy.pool.memory_accounting import MemoryAccounting
     from proxy.pool.wait_queue import Waiter
     from proxy.pool.wake_failure import WakeFailure
     from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
@@ -47,8 +47,8 @@ class Model:
     settings: ModelSettings
     served_name: str
     runtime: Runtime
-    ledger: GpuLedger
-    memory: MemoryLedger
+    gpu_accounting: GpuAccounting
+    memory_accounting: MemoryAccounting
     instances: dict[str, Instance] = field(default_factory=dict)
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""
@@ -103,7 +103,7 @@ class Model:
             start_at=self.start_at,
             failing=frozenset(self.failing),
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
-            grown=frozenset(i for i, s in self.instances.items() if s.renewable and self.ledger.grown(s)),
+            grown=frozenset(i for i, s in self.instances.items() if s.renewable and self.gpu_accounting.grown(s)),
             wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
         )
 
@@ -117,7 +117,7 @@ class Model:
     def wake_failed(self, failure: WakeFailure, now: float) -> WakeFailedError:
         """What those who ask for it are told after a wake that failed, until it is tried again."""
         left_s = max(1.0, self.start_at - now)
-        message = f"{failure.told_to_clients(self.served_name)}. It is tried again in {math.ceil(left_s)} s."
+        message = f"{failure.message_for_clients(self.served_name)}. It is tried again in {math.ceil(left_s)} s."
         return WakeFailedError(message, retry_after_s=left_s, detail="; ".join(failure.reasons))
 
     def back_off(self, now: float) -> None:

@@ -114,8 +114,8 @@ def commanded_step(instance: InstanceView, to: Tier, model: ModelView) -> Tier |
 
 
 def decide(view: View, now: float) -> Plan:
-    """What to do now: what operators commanded, wakes for those who wait (longest first), evictions for them, then steps
-    due by the timetable.
+    """What to do now: operators' commands, wakes for those who wait (longest first), evictions for them, then steps due
+    by the timetable.
     """
     draft = Draft()
     for model in view.models:

@@ -245,7 +245,7 @@ class Pool:
     @property
     def host_memory(self) -> Memory | None:
         """Where engines run, as it was last read; None where it plays no part."""
-        return self._state.memory.memory
+        return self._state.memory_accounting.memory
 
     def tier(self, key: str) -> Tier:
         """The tier that a request for the model would find."""

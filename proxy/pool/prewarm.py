@@ -73,7 +73,7 @@ class Prewarm:
             silence()
 
     def _is_tight(self) -> bool:
-        limited = bool(self._state.settings.pool.max_awake or self._state.ledger.gpus)
+        limited = bool(self._state.settings.pool.max_awake or self._state.gpu_accounting.gpus)
         return limited and any(i.state in AWAKE for m in self._state.everyone() for i in m.instances.values())
 
     async def _unarchive(self, model: Model) -> bool:

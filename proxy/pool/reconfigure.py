@@ -101,11 +101,11 @@ class Reconfiguration:
                 model.queue, old.queue = old.queue, model.queue
                 model.draining = old.draining
         for key in (*changes.removed, *changes.replaced):
-            self._state.ledger.unlearn(key)
-            self._state.memory.unlearn(key)
+            self._state.gpu_accounting.unlearn(key)
+            self._state.memory_accounting.unlearn(key)
             self._state.send_away(before[key])
         for key, facts in images.items():
-            self._state.ledger.learn(key, facts.details.get("gpu"))
+            self._state.gpu_accounting.learn(key, facts.details.get("gpu"))
         self._state.configure_accounts()
         self._state.metrics.expect(changes.added, [tier.label for tier in Tier])
 

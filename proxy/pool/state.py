@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 from proxy.errors import ModelNotFoundError
 from proxy.pool.command import Command
 from proxy.pool.costs import Costs
-from proxy.pool.gpu_accounting import GpuLedger
+from proxy.pool.gpu_accounting import GpuAccounting
 from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
-from proxy.pool.memory_accounting import ImageHeld, MemoryLedger
+from proxy.pool.memory_accounting import ImageHeld, MemoryAccounting
 from proxy.pool.model import Model, stop_grace_s, tier_found
 from proxy.pool.removal_retry import RemovalRetries
 from proxy.pool.view import InstanceView, View
@@ -74,8 +74,8 @@ class PoolState:
         }
         self.runtimes = {m.runtime: self.all_runtimes[m.runtime] for m in settings.models.values()}
         """Those that are open."""
-        self.ledger = GpuLedger(settings.pool.gpu_creep)
-        self.memory = MemoryLedger()
+        self.gpu_accounting = GpuAccounting(settings.pool.gpu_creep)
+        self.memory_accounting = MemoryAccounting()
         self.costs = Costs()
         self.models = {key: self.new_model(key, model) for key, model in settings.models.items()}
         self.leaving: list[Model] = []
@@ -117,7 +117,7 @@ class PoolState:
         """A model with no instance yet."""
         runtime = self.runtimes[settings.runtime]
         name = self.settings.served_name(key)
-        return Model(key, settings, name, runtime, self.ledger, self.memory, coming=coming)
+        return Model(key, settings, name, runtime, self.gpu_accounting, self.memory_accounting, coming=coming)
 
     def everyone(self) -> list[Model]:
         """All models, those that come and go among them."""
@@ -154,8 +154,8 @@ class PoolState:
             [m.view() for m in everyone],
             self.settings.pool.max_awake,
             self.settings.pool.switch_after,
-            self.memory.load(
-                self.ledger.load(i for m in everyone for i in m.instances.values()),
+            self.memory_accounting.load(
+                self.gpu_accounting.load(i for m in everyone for i in m.instances.values()),
                 (i for m in everyone for i in m.instances.values()),
                 {
                     i: ImageHeld(s.image.present, s.image.archived, not m.runtime.shares_images)
@@ -196,9 +196,9 @@ class PoolState:
     def configure_accounts(self) -> None:
         """Tell the accounts what the configuration says of memory."""
         for key, model in self.settings.models.items():
-            self.ledger.configure(key, model.gpu_memory, model.gpus)
-            self.memory.configure(key, model.host_memory)
-        self.memory.reserve_bytes = int(self.settings.pool.memory_reserve)
+            self.gpu_accounting.configure(key, model.gpu_memory, model.gpus)
+            self.memory_accounting.configure(key, model.host_memory)
+        self.memory_accounting.reserve_bytes = int(self.settings.pool.memory_reserve)
 
     async def open_runtime(self, runtime: Runtime) -> None:
         """Open a runtime. Raises HostError when it cannot work here."""

@@ -76,7 +76,7 @@ class SteppingDown:
             log.info("%s %s", instance.id, to.label)
             instance.stepped_down(to)
         if arrived is not Tier.READY:
-            self._state.ledger.arrived(instance, arrived)
+            self._state.gpu_accounting.arrived(instance, arrived)
         self._effects.note_moved()
         if damage is not None:
             await self._faults.quarantine(model, instance, damage)
@@ -109,8 +109,8 @@ class SteppingDown:
         """An instance is no more the pool's; `failure`: it has not ended."""
         instance.apply(Event.WENT)
         del model.instances[instance.id]
-        self._state.ledger.forget(instance.id)
-        self._state.memory.forget(instance.id)
+        self._state.gpu_accounting.forget(instance.id)
+        self._state.memory_accounting.forget(instance.id)
         self._effects.note_moved()
         self._state.forget_if_gone(model)
         model.discarding = model.discarding and bool(model.instances)
@@ -138,7 +138,7 @@ class SteppingDown:
             else:
                 instance.sleeps(instance.image.sleep_level)
                 instance.rest(Tier.CHECKPOINTED, self._state.clock())
-                self._state.ledger.arrived(instance, Tier.CHECKPOINTED)
+                self._state.gpu_accounting.arrived(instance, Tier.CHECKPOINTED)
                 self._effects.note_moved()
                 return
         instance.apply(Event.STOP)

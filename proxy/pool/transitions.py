@@ -97,7 +97,7 @@ class Steps:
 
     async def _start(self, model: Model, instance: Instance, stages: Stages) -> None:
         settings = model.settings
-        model.ledger.began(instance)
+        model.gpu_accounting.began(instance)
         # Whatever is left of a start that is cut off can be removed by this.
         instance.reserve(Handle(instance.id, model.key, "", 0))
         for others_left in reversed(range(_PORTS_TRIED)):
@@ -137,7 +137,7 @@ class Steps:
     async def _restore(self, model: Model, instance: Instance, stages: Stages) -> None:
         settings, image = model.settings, instance.image
         await self.unwatch(instance)
-        model.ledger.began(instance)
+        model.gpu_accounting.began(instance)
         await self.unarchive(model, instance, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
@@ -309,7 +309,7 @@ class Steps:
             details: dict[str, Any] = {"warmup": instance.warmup, "weights_copy_bytes": copied, "making_s": making_s}
             if self._is_checkpointed(model) or model.reseed_gap is not None:
                 details["repeats_randomness"] = model.reseed_gap
-            if figures := model.ledger.figures(model.key):
+            if figures := model.gpu_accounting.figures(model.key):
                 details["gpu"] = figures
             facts = ImageFacts(instance.sleep_level, instance.canary, details)
             with stages.measure("checkpoint"):

@@ -29,7 +29,7 @@ class WakeFailure:
     log_lines: tuple[str, ...] = ()
     """What the engine wrote last, for operators only."""
 
-    def told_to_clients(self, name: str) -> str:
+    def message_for_clients(self, name: str) -> str:
         """The error of those who asked for the model: which tiers failed, and nothing of this host."""
         tiers = ", ".join(reason.partition(":")[0] for reason in self.reasons)
         return f"The model {name!r} could not be started (tried: {tiers})"

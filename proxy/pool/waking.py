@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from proxy.pool.effects import Effects
     from proxy.pool.gpu_accounting import Bytes
-    from proxy.pool.gpu_monitor import GpuWatch
+    from proxy.pool.gpu_monitor import GpuMonitor
     from proxy.pool.image_faults import ImageFaults
-    from proxy.pool.memory_monitor import MemoryWatch
+    from proxy.pool.memory_monitor import MemoryMonitor
     from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.pool.stepping_down import SteppingDown
@@ -58,12 +58,12 @@ class Waking:
         steps: Steps,
         faults: ImageFaults,
         downs: SteppingDown,
-        gpus: GpuWatch,
-        memory_watch: MemoryWatch,
+        gpus: GpuMonitor,
+        memory_monitor: MemoryMonitor,
     ) -> None:
         self._state, self._effects, self._steps = state, effects, steps
         self._faults, self._downs = faults, downs
-        self._gpus, self._memory_watch = gpus, memory_watch
+        self._gpus, self._memory_monitor = gpus, memory_monitor
 
     async def wake(
         self, model: Model, instance: Instance, generation: int, evictions: Evictions = NO_EVICTIONS
@@ -120,7 +120,7 @@ class Waking:
         instance.woken(record)
         model.end_back_off()
         if tier in (Tier.SLEEPING, Tier.SUSPENDED):
-            self._state.ledger.woke(instance)
+            self._state.gpu_accounting.woke(instance)
         self._effects.note_moved()
         self._state.wakes.appendleft(status.wake_status(record) | {"model": model.key, "instance": instance.id})
         if tier is found and whole:
@@ -133,10 +133,10 @@ class Waking:
 
     async def _check_memory(self, instance: Instance, *, unpacks: bool) -> None:
         """Fail rather than have the OOM killer choose, where what was to be made free is not."""
-        if not self._state.memory.lacking(instance, unpacks=unpacks):
+        if not self._state.memory_accounting.lacking(instance, unpacks=unpacks):
             return
-        await self._memory_watch.weigh()
-        if missing := self._state.memory.lacking(instance, unpacks=unpacks):
+        await self._memory_monitor.measure()
+        if missing := self._state.memory_accounting.lacking(instance, unpacks=unpacks):
             raise RuntimeFailure("memory", f"{format_size(missing)} of host memory are missing for it")
 
     async def _last_log_lines(self, model: Model, instance: Instance) -> list[str]:

@@ -70,7 +70,7 @@ class ImageFacts:
     sleep_level: int
     canary: str | None
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Warm-up figures and the like, for people; and `gpu`, what the engine holds (`GpuLedger.figures`)."""
+    """Warm-up figures and the like, for people; and `gpu`, what the engine holds (`GpuAccounting.figures`)."""
     archived: bool = False
     """The image is in the archive, not on tmpfs."""
 

@@ -16,7 +16,7 @@ from proxy.errors import (
     RouteNotFoundError,
     SlowUploadError,
 )
-from proxy.pool.memory import Ledger
+from proxy.pool.memory_report import MemoryReport
 from proxy.server.admin.routes import attach
 from proxy.server.admin.status import Admin
 from proxy.server.auth.cors import Cors
@@ -102,7 +102,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     quieten()
     relay = Relay(pool, metrics, addressing, response_ids, traces, guard.refusals)
     realtime = Realtime(pool, metrics, addressing)
-    admin = Admin(pool, metrics, Ledger(settings.pool))
+    admin = Admin(pool, metrics, MemoryReport(settings.pool))
     local = Local(pool)
     cors = Cors(settings.server.cors) if settings.server.cors.origins else None
     app = web.Application(

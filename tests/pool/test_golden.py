@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proxy.runtime.base import Handle, Runtime
 
 
-class Told:
+class Recorded:
     """Writes down the stages it is told of."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Store:
         return self.load(image)
 
 
-class Shop(golden.Workshop):
+class Context(golden.CheckpointContext):
     def client(self, handle: Handle) -> EngineClient:
         return RIGS[handle.model]._connect(handle, handle.model, self.model)
 
@@ -62,32 +62,32 @@ class Shop(golden.Workshop):
 RIGS: dict[str, Rig] = {}
 
 
-def shop_of(rig: Rig) -> Shop:
+def context_of(rig: Rig) -> Context:
     RIGS["demo"] = rig
-    return Shop(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", Store(rig)))
+    return Context(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", Store(rig)))
 
 
 @pytest.mark.parametrize("shares_images", [False, True])
 async def test_a_checkpoint_is_made_and_proven(shares_images: bool) -> None:
-    rig, told = Rig(shares_images=shares_images), Told()
-    made = await golden.create(shop_of(rig), told)
-    stages = ["leftovers", "start", "load", "warmup", "canary", "sleep", "checkpoint", "check"]
-    assert told.stages[: len(stages)] == stages == [*made.making_s][: len(stages)]
+    rig, recorded = Rig(shares_images=shares_images), Recorded()
+    made = await golden.create(context_of(rig), recorded)
+    stages = ["cleanup", "start", "load", "warmup", "canary", "sleep", "checkpoint", "check"]
+    assert recorded.stages[: len(stages)] == stages == [*made.making_s][: len(stages)]
     assert {"restore", "health", "wake_up", "canary", "stop"} <= {*made.proof_s}
     assert made.canary_checked
     assert not rig.runtime.processes
     (image,) = rig.runtime.images.values()
     assert (image.facts.sleep_level, image.facts.canary) == (2, "canary")
     assert "start" in image.facts.details["making_s"]
-    assert await golden.verify(shop_of(rig), "demo" if shares_images else "demo-1", Told(), restore=True)
+    assert await golden.verify(context_of(rig), "demo" if shares_images else "demo-1", Recorded(), restore=True)
     assert not rig.runtime.processes
     assert rig.runtime.images
 
 
 async def test_one_that_answers_otherwise_is_set_aside() -> None:
     rig = Rig()
-    shop = shop_of(rig)
-    await golden.create(shop, Told())
+    context = context_of(rig)
+    await golden.create(context, Recorded())
     connect = rig._connect
 
     def other(*what: Any) -> EngineClient:
@@ -97,14 +97,14 @@ async def test_one_that_answers_otherwise_is_set_aside() -> None:
 
     rig._connect = other  # type: ignore[assignment, method-assign]
     with pytest.raises(golden.GoldenError, match="set aside: canary: .*answers differently"):
-        await golden.verify(shop, "demo-1", Told(), restore=True)
+        await golden.verify(context, "demo-1", Recorded(), restore=True)
     assert (rig.runtime.images, [*rig.runtime.quarantined]) == ({}, ["demo-1"])
 
 
 async def test_a_copy_of_the_weights_that_fails_is_a_warning_as_in_the_pool(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig({"demo": {"weights_copy": True}})
     rig.runtime.failures["save_weights"] = [EngineError("save_weights", "no space")]
-    made = await golden.create(shop_of(rig), Told())
+    made = await golden.create(context_of(rig), Recorded())
     assert made.manifest.details["weights_copy_bytes"] == 0
     assert "no copy of its weights" in caplog.text
 
@@ -113,11 +113,11 @@ async def test_what_fails_on_the_way_is_named_and_leaves_nothing() -> None:
     rig = Rig()
     rig.runtime.failures["sleep"] = [EngineError("sleep", "it refuses")]
     with pytest.raises(golden.GoldenError, match="^sleep: .*it refuses"):
-        await golden.create(shop_of(rig), Told())
+        await golden.create(context_of(rig), Recorded())
     assert (rig.runtime.processes, rig.runtime.images) == ({}, {})
 
 
 async def test_keep_or_not_a_checkpoint_that_was_made_stays() -> None:
     rig = Rig({"demo": {"keep": False}})
-    await golden.create(shop_of(rig), Told())
+    await golden.create(context_of(rig), Recorded())
     assert [*rig.runtime.images] == ["demo-1"]

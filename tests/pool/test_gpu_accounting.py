@@ -1,4 +1,4 @@
-"""The GPU memory ledger: what is learned, what is charged, what is foreign, what is worn; without a GPU or a pool."""
+"""The accounting of GPU memory: what is learned, what is charged, what is foreign, what is grown; no GPU, no pool."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.gpu.nvml import GpuMemory
-from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuLedger, beyond, plus
+from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuAccounting, beyond, plus
 from proxy.pool.instance import Instance, State
 from proxy.pool.view import view_of
 from proxy.tiers import Tier
@@ -26,8 +26,8 @@ def instance(state: State, *, model: str = "a", number: int = 1) -> Instance:
     return one
 
 
-def ledger(*gpus: GpuMemory, creep: int = 0) -> GpuLedger:
-    made = GpuLedger(creep)
+def accounting(*gpus: GpuMemory, creep: int = 0) -> GpuAccounting:
+    made = GpuAccounting(creep)
     made.read(gpus or [gpu()], [], settled=True)
     return made
 
@@ -41,14 +41,14 @@ def test_arithmetic_is_done_gpu_by_gpu() -> None:
 
 
 def test_the_last_run_is_believed_before_the_manifest_and_that_before_the_setting() -> None:
-    one = ledger()
+    one = accounting()
     assert one.need("a") is None
     one.configure("a", 70 * GIB, [0])
     assert one.need("a") == {"GPU-0": 70 * GIB}
     one.learn("a", {"ready": {"GPU-0": 60 * GIB}, "sleeping": {"GPU-0": 2 * GIB}})
     assert (one.need("a"), one.asleep("a")) == ({"GPU-0": 60 * GIB}, {"GPU-0": 2 * GIB})
-    one.weigh(instance(State.READY), {"GPU-0": 61 * GIB})
-    one.weigh(instance(State.SLEEPING), {"GPU-0": 3 * GIB})
+    one.record(instance(State.READY), {"GPU-0": 61 * GIB})
+    one.record(instance(State.SLEEPING), {"GPU-0": 3 * GIB})
     assert (one.need("a"), one.asleep("a")) == ({"GPU-0": 61 * GIB}, {"GPU-0": 3 * GIB})
     one.learn("a", {"ready": {"GPU-0": GIB}})
     assert one.need("a") == {"GPU-0": 61 * GIB}, "a manifest does not undo what was seen"
@@ -62,7 +62,7 @@ def test_the_last_run_is_believed_before_the_manifest_and_that_before_the_settin
      {"ready": {"GPU-0": -1}}, {"ready": {"GPU-0": 1.5}}],
 )  # fmt: skip
 def test_a_manifest_that_says_something_else_teaches_nothing(figures: Any) -> None:
-    one = ledger()
+    one = accounting()
     one.learn("a", figures)
     assert not one.knows("a", READY)
     assert one.need("a") is None
@@ -70,7 +70,7 @@ def test_a_manifest_that_says_something_else_teaches_nothing(figures: Any) -> No
 
 def test_an_image_of_another_host_means_the_only_gpu_or_none_of_several() -> None:
     figures = {"ready": {"GPU-elsewhere": 60 * GIB}}
-    only, several = ledger(), ledger(gpu(0), gpu(1))
+    only, several = accounting(), accounting(gpu(0), gpu(1))
     for one in (only, several):
         one.learn("a", figures)
     assert only.need("a") == {"GPU-0": 60 * GIB}
@@ -80,7 +80,7 @@ def test_an_image_of_another_host_means_the_only_gpu_or_none_of_several() -> Non
 
 
 def test_a_setting_names_gpus_by_index_and_those_that_are_not_there_count_for_nothing() -> None:
-    one = ledger(gpu(0), gpu(1))
+    one = accounting(gpu(0), gpu(1))
     one.configure("a", GIB, [1, 5])
     one.configure("b", GIB, [5])
     assert one.need("a") == {"GPU-1": GIB}
@@ -89,31 +89,31 @@ def test_a_setting_names_gpus_by_index_and_those_that_are_not_there_count_for_no
 
 
 def test_a_model_with_other_engines_learns_nothing_from_those_that_go() -> None:
-    one = ledger()
+    one = accounting()
     one.configure("a", 70 * GIB, [0])
     going = instance(State.READY)
-    one.weigh(going, {"GPU-0": 60 * GIB})
+    one.record(going, {"GPU-0": 60 * GIB})
     one.unlearn("a")
     one.configure("a", None, [0])
-    one.weigh(going, {"GPU-0": 61 * GIB}, outgoing=True)
+    one.record(going, {"GPU-0": 61 * GIB}, outgoing=True)
     assert (one.need("a"), one.charge(going)) == (None, {"GPU-0": 61 * GIB})
-    one.weigh(instance(State.READY, number=2), {"GPU-0": 20 * GIB})
+    one.record(instance(State.READY, number=2), {"GPU-0": 20 * GIB})
     assert one.need("a") == {"GPU-0": 20 * GIB}
 
 
 def test_an_empty_reading_of_an_engine_is_not_believed() -> None:
-    one = ledger()
+    one = accounting()
     ready = instance(State.READY)
-    one.weigh(ready, {"GPU-0": GIB})
-    one.weigh(ready, {})
+    one.record(ready, {"GPU-0": GIB})
+    one.record(ready, {})
     assert (one.need("a"), one.charge(ready)) == ({"GPU-0": GIB}, {"GPU-0": GIB})
 
 
 # --- what an instance holds ---
 
 
-def known() -> GpuLedger:
-    one = ledger()
+def known() -> GpuAccounting:
+    one = accounting()
     one.learn("a", {"ready": {"GPU-0": 60 * GIB}, "sleeping": {"GPU-0": 2 * GIB}})
     return one
 
@@ -126,7 +126,7 @@ def known() -> GpuLedger:
         (State.ARCHIVED, 0, 0), (State.CLONING, 0, 0), (State.STOPPING, 0, 0),
     ],
 )  # fmt: skip
-def test_what_was_never_weighed_is_charged_what_its_model_is_known_for(state: State, now: int, after: int) -> None:
+def test_what_was_never_measured_is_charged_what_its_model_is_known_for(state: State, now: int, after: int) -> None:
     one = instance(state)
     load = known().load([one])
     assert sum(load.now["a-1"].values()) == now * GIB
@@ -135,141 +135,141 @@ def test_what_was_never_weighed_is_charged_what_its_model_is_known_for(state: St
 
 @pytest.mark.parametrize("state", [State.SUSPENDING, State.CHECKPOINTING, State.STOPPING, State.BROKEN])
 def test_what_leaves_the_gpu_is_charged_until_it_has_left(state: State) -> None:
-    one, book = instance(State.READY), known()
-    book.weigh(one, {"GPU-0": 61 * GIB})
+    one, accounts = instance(State.READY), known()
+    accounts.record(one, {"GPU-0": 61 * GIB})
     one.state = state
-    load = book.load([one])
+    load = accounts.load([one])
     assert (load.now["a-1"], load.after["a-1"]) == ({"GPU-0": 61 * GIB}, {})
 
 
-def test_a_tier_that_was_reached_is_charged_as_expected_until_it_is_weighed() -> None:
-    one, book = instance(State.READY), known()
-    book.weigh(one, {"GPU-0": 61 * GIB})
+def test_a_tier_that_was_reached_is_charged_as_expected_until_it_is_measured() -> None:
+    one, accounts = instance(State.READY), known()
+    accounts.record(one, {"GPU-0": 61 * GIB})
     one.state = State.SLEEPING
-    book.arrived(one, Tier.SLEEPING)
-    assert book.charge(one) == {"GPU-0": 2 * GIB}
+    accounts.arrived(one, Tier.SLEEPING)
+    assert accounts.charge(one) == {"GPU-0": 2 * GIB}
     one.state = State.SUSPENDED
-    book.arrived(one, Tier.SUSPENDED)
-    assert book.charge(one) == {}
-    book.weigh(one, {"GPU-0": 4 * MIB})
-    assert book.charge(one) == {"GPU-0": 4 * MIB}
+    accounts.arrived(one, Tier.SUSPENDED)
+    assert accounts.charge(one) == {}
+    accounts.record(one, {"GPU-0": 4 * MIB})
+    assert accounts.charge(one) == {"GPU-0": 4 * MIB}
     one.state = State.WAKING
-    assert book.charge(one) == {"GPU-0": 61 * GIB}
+    assert accounts.charge(one) == {"GPU-0": 61 * GIB}
     one.state = State.READY
-    book.woke(one)
-    assert book.charge(one) == {"GPU-0": 61 * GIB}
-    book.forget(one.id)
-    assert book.cycles(one) == 0
+    accounts.woke(one)
+    assert accounts.charge(one) == {"GPU-0": 61 * GIB}
+    accounts.forget(one.id)
+    assert accounts.cycles(one) == 0
 
 
 def test_where_suspending_frees_nothing_a_suspended_engine_is_charged() -> None:
-    one, book = instance(State.SUSPENDED), known()
-    book.suspending_frees = False
-    book.weigh(one, {"GPU-0": 60 * GIB})
-    load = book.load([one])
+    one, accounts = instance(State.SUSPENDED), known()
+    accounts.suspending_frees = False
+    accounts.record(one, {"GPU-0": 60 * GIB})
+    load = accounts.load([one])
     assert load.now["a-1"] == {"GPU-0": 60 * GIB}
     assert load.held_on(Tier.SUSPENDED, view_of(one)) == {"GPU-0": 2 * GIB}
     assert load.held_on(Tier.CHECKPOINTED, view_of(one)) == {}
     one.state = State.SUSPENDING
-    assert book.load([one]).after["a-1"] == {"GPU-0": 60 * GIB}
+    assert accounts.load([one]).after["a-1"] == {"GPU-0": 60 * GIB}
 
 
 # --- what is foreign ---
 
 
 def test_what_none_of_ours_holds_is_no_room_for_anybody() -> None:
-    one, book = instance(State.READY), ledger()
-    assert ledger(gpu(used=5 * GIB)).foreign == {"GPU-0": 5 * GIB}
-    book.weigh(one, {"GPU-0": 60 * GIB})
-    book.read([gpu(used=63 * GIB)], [(one, {"GPU-0": 60 * GIB})], settled=True)
-    assert book.foreign == {"GPU-0": 3 * GIB}
-    assert book.load([one]).capacity == {"GPU-0": 77 * GIB}
-    assert book.charged([one]) == {"GPU-0": 60 * GIB}
+    one, accounts = instance(State.READY), accounting()
+    assert accounting(gpu(used=5 * GIB)).foreign == {"GPU-0": 5 * GIB}
+    accounts.record(one, {"GPU-0": 60 * GIB})
+    accounts.read([gpu(used=63 * GIB)], [(one, {"GPU-0": 60 * GIB})], settled=True)
+    assert accounts.foreign == {"GPU-0": 3 * GIB}
+    assert accounts.load([one]).capacity == {"GPU-0": 77 * GIB}
+    assert accounts.charged([one]) == {"GPU-0": 60 * GIB}
 
 
 def test_while_something_moves_what_is_foreign_stays_as_it_was() -> None:
-    book = ledger(gpu(used=2 * GIB))
-    book.read([gpu(used=40 * GIB)], [(instance(State.WAKING), {"GPU-0": 10 * GIB})], settled=False)
-    assert book.foreign == {"GPU-0": 2 * GIB}
-    assert book.gpus[0].used_bytes == 40 * GIB
+    accounts = accounting(gpu(used=2 * GIB))
+    accounts.read([gpu(used=40 * GIB)], [(instance(State.WAKING), {"GPU-0": 10 * GIB})], settled=False)
+    assert accounts.foreign == {"GPU-0": 2 * GIB}
+    assert accounts.gpus[0].used_bytes == 40 * GIB
 
 
 def test_where_processes_cannot_be_told_apart_an_engine_is_not_foreign_to_itself() -> None:
-    book = ledger()
-    book.configure("a", 60 * GIB, [0])
-    book.read([gpu(used=61 * GIB)], [(instance(State.READY), {})], settled=True)
-    assert book.foreign == {"GPU-0": GIB}
+    accounts = accounting()
+    accounts.configure("a", 60 * GIB, [0])
+    accounts.read([gpu(used=61 * GIB)], [(instance(State.READY), {})], settled=True)
+    assert accounts.foreign == {"GPU-0": GIB}
 
 
 def test_without_a_reading_the_policy_sees_no_gpu() -> None:
-    book = GpuLedger(0)
-    book.configure("a", GIB, [0])
-    assert book.load([instance(State.READY)]) is EMPTY
+    accounts = GpuAccounting(0)
+    accounts.configure("a", GIB, [0])
+    assert accounts.load([instance(State.READY)]) is EMPTY
 
 
 # --- growth ---
 
 
-def test_an_engine_that_grows_beyond_the_limit_is_worn_until_it_begins_anew() -> None:
-    one, book = instance(State.READY), ledger(creep=512 * MIB)
+def test_an_engine_that_grows_beyond_the_limit_is_grown_until_it_begins_anew() -> None:
+    one, accounts = instance(State.READY), accounting(creep=512 * MIB)
     for cycle in range(8):
-        book.weigh(one, {"GPU-0": 60 * GIB + cycle * 100 * MIB})
-        book.woke(one)
-        assert not book.grown(one)
-    assert (book.cycles(one), book.growth_bytes(one)) == (8, 500 * MIB)
-    book.weigh(one, {"GPU-0": 60 * GIB + 800 * MIB})
-    assert book.grown(one)
-    assert [book.newly_grown(one), book.newly_grown(one)] == [True, False]
-    book.began(one)
-    assert (book.grown(one), book.cycles(one), book.growth_bytes(one)) == (False, 0, 0)
-    book.weigh(one, {"GPU-0": 60 * GIB})
-    assert book.need("a") == {"GPU-0": 60 * GIB}, "what had crept in is forgotten"
+        accounts.record(one, {"GPU-0": 60 * GIB + cycle * 100 * MIB})
+        accounts.woke(one)
+        assert not accounts.grown(one)
+    assert (accounts.cycles(one), accounts.growth_bytes(one)) == (8, 500 * MIB)
+    accounts.record(one, {"GPU-0": 60 * GIB + 800 * MIB})
+    assert accounts.grown(one)
+    assert [accounts.newly_grown(one), accounts.newly_grown(one)] == [True, False]
+    accounts.began(one)
+    assert (accounts.grown(one), accounts.cycles(one), accounts.growth_bytes(one)) == (False, 0, 0)
+    accounts.record(one, {"GPU-0": 60 * GIB})
+    assert accounts.need("a") == {"GPU-0": 60 * GIB}, "what had crept in is forgotten"
 
 
 def test_what_requests_take_is_no_growth_but_is_needed() -> None:
-    one, book = instance(State.READY), ledger(creep=512 * MIB)
+    one, accounts = instance(State.READY), accounting(creep=512 * MIB)
     for cycle in range(5):
         just_woken = 63 if cycle == 2 else 60  # the first request was large
         for count in (just_woken, 63, 64, 64):
-            book.weigh(one, {"GPU-0": count * GIB})
-        book.woke(one)
-    assert book.growth_bytes(one) == 0
-    assert book.need("a") == {"GPU-0": 64 * GIB}
+            accounts.record(one, {"GPU-0": count * GIB})
+        accounts.woke(one)
+    assert accounts.growth_bytes(one) == 0
+    assert accounts.need("a") == {"GPU-0": 64 * GIB}
 
 
 def test_an_engine_without_sleep_mode_keeps_what_its_first_requests_took() -> None:
-    one, book = instance(State.READY), ledger(creep=512 * MIB)
+    one, accounts = instance(State.READY), accounting(creep=512 * MIB)
     one.barred.add(Tier.SLEEPING)
     for _ in range(5):
-        for count in (60 if book.cycles(one) == 0 else 64, 64):
-            book.weigh(one, {"GPU-0": count * GIB})
-        book.woke(one)
-    assert book.growth_bytes(one) == 0
+        for count in (60 if accounts.cycles(one) == 0 else 64, 64):
+            accounts.record(one, {"GPU-0": count * GIB})
+        accounts.woke(one)
+    assert accounts.growth_bytes(one) == 0
     for _ in range(3):
-        book.weigh(one, {"GPU-0": 65 * GIB})
-        book.woke(one)
-    assert book.growth_bytes(one) == GIB
+        accounts.record(one, {"GPU-0": 65 * GIB})
+        accounts.woke(one)
+    assert accounts.growth_bytes(one) == GIB
 
 
 def test_what_it_leaves_behind_asleep_counts_too_and_zero_is_any_amount() -> None:
-    one, book, free = instance(State.SLEEPING), ledger(creep=512 * MIB), ledger()
+    one, accounts, free = instance(State.SLEEPING), accounting(creep=512 * MIB), accounting()
     for count in (2 * GIB, 3 * GIB, 3 * GIB, 3 * GIB):
-        book.weigh(one, {"GPU-0": count})
-        free.weigh(one, {"GPU-0": count})
-    assert (book.grown(one), free.grown(one)) == (True, False)
-    assert book.knows("a", SLEEPING)
-    assert not book.newly_grown(instance(State.READY, number=2))
+        accounts.record(one, {"GPU-0": count})
+        free.record(one, {"GPU-0": count})
+    assert (accounts.grown(one), free.grown(one)) == (True, False)
+    assert accounts.knows("a", SLEEPING)
+    assert not accounts.newly_grown(instance(State.READY, number=2))
 
 
 def test_a_leak_is_more_than_noise() -> None:
-    one, book = instance(State.READY), known()
-    book.weigh(one, {"GPU-0": 61 * GIB})
-    expected = book.expected(one, Tier.SLEEPING)
+    one, accounts = instance(State.READY), known()
+    accounts.record(one, {"GPU-0": 61 * GIB})
+    expected = accounts.expected(one, Tier.SLEEPING)
     assert expected == {"GPU-0": 2 * GIB}
     one.state = State.SLEEPING
-    book.weigh(one, {"GPU-0": 2 * GIB + 10 * MIB})
-    assert book.leaked_bytes(one, expected) == 0
-    book.weigh(one, {"GPU-0": 3 * GIB})
-    assert book.leaked_bytes(one, expected) == GIB
-    assert book.expected(one, Tier.SLEEPING) == {"GPU-0": 3 * GIB}, "one that rests is expected to stay as it is"
-    assert book.expected(one, Tier.SUSPENDED) == {}
+    accounts.record(one, {"GPU-0": 2 * GIB + 10 * MIB})
+    assert accounts.leaked_bytes(one, expected) == 0
+    accounts.record(one, {"GPU-0": 3 * GIB})
+    assert accounts.leaked_bytes(one, expected) == GIB
+    assert accounts.expected(one, Tier.SLEEPING) == {"GPU-0": 3 * GIB}, "one that rests is expected to stay as it is"
+    assert accounts.expected(one, Tier.SUSPENDED) == {}

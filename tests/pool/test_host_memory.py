@@ -139,7 +139,7 @@ class Host:
     async def use(self, model: str) -> None:
         async with await self.rig.pool.lease(model):
             pass
-        await self.rig.pool._moves.memory_watch.weigh()
+        await self.rig.pool._moves.memory_monitor.measure()
         await settle()
 
 
@@ -167,7 +167,7 @@ async def test_a_request_waits_for_a_busy_engine_whose_memory_it_needs() -> None
     host = Host(500, {"a": 300, "b": 300})
     await host.rig.pool.open()
     async with await host.rig.pool.lease("a"):
-        await host.rig.pool._moves.memory_watch.weigh()
+        await host.rig.pool._moves.memory_monitor.measure()
         waits = host.rig.pool._moves.spawn("b", host.use("b"))
         await settle()
         assert host.rig.states() == {"a-1": "ready"}
@@ -184,7 +184,7 @@ async def test_idle_engines_go_when_others_take_the_hosts_memory() -> None:
     for model in "ab":
         await host.use(model)
     host.total = 500
-    await host.rig.pool._moves.memory_watch.weigh()
+    await host.rig.pool._moves.memory_monitor.measure()
     host.rig.pool.tick()
     await settle()
     assert host.rig.states() == {"b-1": "ready"}
@@ -211,7 +211,7 @@ async def checkpoint(host: Host, model: str) -> None:
     await host.use(model)
     for _ in range(3):
         await host.rig.pass_time(11)
-    await host.rig.pool._moves.memory_watch.weigh()
+    await host.rig.pool._moves.memory_monitor.measure()
 
 
 async def test_a_wake_from_the_archive_needs_the_tmpfs_of_its_image_too() -> None:

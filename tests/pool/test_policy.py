@@ -489,14 +489,16 @@ def test_only_the_gpus_that_are_short_count() -> None:
 
 
 @pytest.mark.parametrize("state", [State.READY, State.SLEEPING])
-def test_a_worn_instance_is_replaced_from_its_checkpoint_instead(state: State) -> None:
-    worn = instance(state, key="b")
-    other = model(worn, key="b", grown=frozenset({"b-1"}))
+def test_a_grown_instance_is_replaced_from_its_checkpoint_instead(state: State) -> None:
+    grown = instance(state, key="b")
+    other = model(grown, key="b", grown=frozenset({"b-1"}))
     assert plan(other, now=1.0).actions == []
-    assert plan(other, now=120.0).actions == [StepDown(worn, Tier.CHECKPOINTED, "recycle")]
-    load = gpus(worn, needs={"a": 79, "b": 60}, asleep={"b": 2})
-    assert plan(needy(), other, gpus=load).actions == [Wake("a", None, (StepDown(worn, Tier.CHECKPOINTED, "recycle"),))]
-    worn.postponed[Tier.CHECKPOINTED] = 1000.0
+    assert plan(other, now=120.0).actions == [StepDown(grown, Tier.CHECKPOINTED, "recycle")]
+    load = gpus(grown, needs={"a": 79, "b": 60}, asleep={"b": 2})
+    assert plan(needy(), other, gpus=load).actions == [
+        Wake("a", None, (StepDown(grown, Tier.CHECKPOINTED, "recycle"),))
+    ]
+    grown.postponed[Tier.CHECKPOINTED] = 1000.0
     (step,) = plan(other, now=120.0).actions
     assert isinstance(step, StepDown)
     assert step.reason == "idle"
@@ -543,7 +545,7 @@ def views(draw: st.DrawFn) -> View:
 
 
 def host(*instances: InstanceView, free: int, left: dict[tuple[str, Tier], int], short: int = 0) -> GpuLoad:
-    """Host memory alone, as `MemoryLedger` makes it: `left` where it is not 0; `a` needs 60."""
+    """Host memory alone, as `MemoryAccounting` makes it: `left` where it is not 0; `a` needs 60."""
     return GpuLoad(
         {HOST: free}, {i.id: {HOST: 0} for i in instances}, {i.id: {HOST: 0} for i in instances}, {"a": {HOST: 60}},
         host_left={(i.id, tier): left.get((i.id, tier), 0) for i in instances for tier in STEPS}, host_short=short,
@@ -582,7 +584,7 @@ def test_a_wake_from_the_archive_makes_room_for_its_image_too() -> None:
 
 @st.composite
 def with_host(draw: st.DrawFn, models: list[ModelView], load: GpuLoad) -> GpuLoad:
-    """The same with some host memory, as `MemoryLedger` adds it."""
+    """The same with some host memory, as `MemoryAccounting` adds it."""
     everyone = [i for m in models for i in m.instances]
     held = {i.id: draw(st.integers(0, 50)) for i in everyone}
     needs = {m.key: draw(st.integers(1, 90)) for m in models if draw(st.booleans())}
@@ -688,50 +690,50 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
 KEPT: dict[str, Any] = {"min_ready": 1, "timetable": {}}
 
 
-def worn(*numbers: int) -> dict[str, Any]:
+def grown(*numbers: int) -> dict[str, Any]:
     return {**KEPT, "grown": frozenset(f"a-{n}" for n in numbers)}
 
 
 def test_the_only_instance_is_recycled_when_it_is_idle_for_a_while() -> None:
     one = instance(State.READY, idle_since=5.0)
-    assert plan(model(one, **worn()), now=1000.0) == Plan()
-    assert plan(model(one, **worn(1)), now=14.0) == Plan([], 15.0)
-    assert plan(model(one, **worn(1)), now=15.0).actions == [StepDown(one, Tier.CHECKPOINTED, "recycle")]
-    assert plan(model(one, **worn(1), waiting=1, oldest_wait=15.0), now=15.0).actions == []
-    assert plan(model(instance(State.READY, leases=1), **worn(1)), now=15.0) == Plan()
-    assert plan(model(one, **worn(1), restock_at=20.0), now=15.0) == Plan([], 20.0), "restores fail"
+    assert plan(model(one, **grown()), now=1000.0) == Plan()
+    assert plan(model(one, **grown(1)), now=14.0) == Plan([], 15.0)
+    assert plan(model(one, **grown(1)), now=15.0).actions == [StepDown(one, Tier.CHECKPOINTED, "recycle")]
+    assert plan(model(one, **grown(1), waiting=1, oldest_wait=15.0), now=15.0).actions == []
+    assert plan(model(instance(State.READY, leases=1), **grown(1)), now=15.0) == Plan()
+    assert plan(model(one, **grown(1), restock_at=20.0), now=15.0) == Plan([], 20.0), "restores fail"
     one.postponed[Tier.CHECKPOINTED] = 100.0
-    assert plan(model(one, **worn(1)), now=15.0) == Plan()
+    assert plan(model(one, **grown(1)), now=15.0) == Plan()
 
 
 def test_with_more_instances_another_comes_up_first() -> None:
     old, other = instance(State.READY, leases=1), instance(State.CHECKPOINTED, number=2)
-    assert plan(model(old, other, **worn(1))).actions == [Wake("a", other)]
-    assert plan(model(old, max_instances=2, **worn(1))).actions == [Wake("a", None)]
+    assert plan(model(old, other, **grown(1))).actions == [Wake("a", other)]
+    assert plan(model(old, max_instances=2, **grown(1))).actions == [Wake("a", None)]
     other.state = State.WAKING
-    assert plan(model(instance(State.READY), other, **worn(1)), now=100.0).actions == []
+    assert plan(model(instance(State.READY), other, **grown(1)), now=100.0).actions == []
     other.state = State.READY
-    assert plan(model(old, other, **worn(1))).actions == [Retire(old, "it has grown, and is replaced")]
+    assert plan(model(old, other, **grown(1))).actions == [Retire(old, "it has grown, and is replaced")]
     old.state = State.RETIRING
-    assert plan(model(old, other, **worn(1))).actions == [], "it is not readmitted"
+    assert plan(model(old, other, **grown(1))).actions == [], "it is not readmitted"
     old.leases, old.idle_since = 0, 0.0
-    assert plan(model(old, other, **worn(1))).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
+    assert plan(model(old, other, **grown(1))).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
     other.state = State.CHECKPOINTED
-    assert plan(model(old, other, **worn(1))).actions == [Wake("a", other), Readmit(old)], "who stood in for it broke"
+    assert plan(model(old, other, **grown(1))).actions == [Wake("a", other), Readmit(old)], "who stood in for it broke"
 
 
 def test_where_there_is_no_room_for_another_it_is_recycled_in_place() -> None:
     old, other = instance(State.READY), instance(State.CHECKPOINTED, number=2)
-    kept = model(old, other, **worn(1))
+    kept = model(old, other, **grown(1))
     load = gpus(old, other, needs={"a": 60})
     assert plan(kept, gpus=load) == Plan([], 10.0)
     assert plan(kept, gpus=load, now=10.0).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
     assert plan(kept, max_awake=1, now=10.0).actions == [StepDown(old, Tier.CHECKPOINTED, "recycle")]
 
 
-def test_of_several_worn_instances_one_goes_at_a_time() -> None:
+def test_of_several_grown_instances_one_goes_at_a_time() -> None:
     both = instance(State.READY, idle_since=1.0), instance(State.READY, number=2, idle_since=0.0)
-    kept = {**worn(1, 2), "min_ready": 2}
+    kept = {**grown(1, 2), "min_ready": 2}
     assert plan(model(*both, **kept), now=20.0).actions == [StepDown(both[1], Tier.CHECKPOINTED, "recycle")]
     both[1].state = State.CHECKPOINTING
     assert plan(model(*both, **kept), now=20.0).actions == []

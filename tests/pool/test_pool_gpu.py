@@ -218,7 +218,7 @@ async def test_other_programs_count(rig_of: RigOf) -> None:
     await known(rig, "a", "b")
     await use(rig, "a")
     rig.nvml.held[FOREIGN] = 30 * GIB
-    await rig.pool._moves.gpus.weigh()
+    await rig.pool._moves.gpus.measure()
     await use(rig, "b")
     assert rig.states() == {"a-1": "suspended", "b-1": "ready"}
     rig.nvml.held[FOREIGN] = 2 * GIB
@@ -392,7 +392,7 @@ async def test_a_checkpoint_remembers_what_its_engine_holds_for_the_next_start(r
     assert rig.states() == {"a-1": "suspending", "b-1": "ready"}, "asleep was known to be enough"
 
 
-async def test_a_checkpoint_that_is_taken_at_once_is_weighed_before(rig_of: RigOf) -> None:
+async def test_a_checkpoint_that_is_taken_at_once_is_measured_before(rig_of: RigOf) -> None:
     rig = await rig_of(idle=TO_TMPFS, a=(60, 2))
     rig.pool._moves.gpus.due.set = lambda: None  # type: ignore[method-assign]
     await use(rig, "a")
@@ -405,14 +405,14 @@ async def test_a_checkpoint_that_is_taken_at_once_is_weighed_before(rig_of: RigO
 async def test_a_checkpoint_that_is_made_without_a_proxy_remembers_the_same() -> None:
     rig = Rig(takes={"demo": (60 * GIB, 2 * GIB)})
 
-    class Shop(golden.Workshop):
+    class Context(golden.CheckpointContext):
         def client(self, handle: Handle) -> EngineClient:
             return rig._connect(handle, "demo", self.model)
 
-    shop = Shop(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", None))
+    context = Context(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", None))
 
     async def made(number: int) -> Mapping[str, Any]:
-        engine = golden._Engine(shop, f"demo-{number}")
+        engine = golden._Engine(context, f"demo-{number}")
         await engine.start(Stages())
         await engine.checkpoint(Stages())
         return rig.runtime.images[f"demo-{number}"].facts.details

@@ -113,8 +113,10 @@ async def test_an_instance_that_can_serve_does_while_another_cannot_start() -> N
 
 def test_clients_see_nothing_of_this_host_but_the_tiers_that_failed() -> None:
     reasons = ("checkpointed: restore: /mnt/ram/demo-1/criu: No such file", "stopped: start: 'x': [Errno 2] '/opt/x'")
-    told = WakeFailure("demo-1", Tier.CHECKPOINTED, 0.0, reasons, ("CUDA out of memory",)).told_to_clients("demo")
-    assert told == "The model 'demo' could not be started (tried: checkpointed, stopped)"
+    message = WakeFailure("demo-1", Tier.CHECKPOINTED, 0.0, reasons, ("CUDA out of memory",)).message_for_clients(
+        "demo"
+    )
+    assert message == "The model 'demo' could not be started (tried: checkpointed, stopped)"
 
 
 async def test_the_last_lines_are_bounded_and_cannot_steer_a_terminal(tmp_path: Path) -> None:

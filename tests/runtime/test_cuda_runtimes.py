@@ -277,20 +277,20 @@ async def test_two_models_of_which_one_fits_take_turns_on_the_gpu(tmp_path: Path
             for name in ("a", "b"):
                 async with await pool.lease(name):
                     assert len(OneGpu(driver).processes()) == 1
-                await _weighed(pool, name)
+                await _measured(pool, name)
         states = {key: entry["instances"][0]["state"] for key, entry in pool.status()["models"].items()}
         assert states == {"a": "suspended", "b": "ready"}
         assert pool.status()["models"]["a"]["instances"][0]["cycles"] == 2
         figures = {"GPU-1": 60 * GIB}
-        held = pool._state.ledger.figures("b")
+        held = pool._state.gpu_accounting.figures("b")
         assert held == {"ready": figures, "sleeping": figures}, "so it has to be suspended first"
     finally:
         await pool.close()
         gpus.close()
 
 
-async def _weighed(pool: Pool, name: str) -> None:
+async def _measured(pool: Pool, name: str) -> None:
     """Return when the pool knows what the model's engine holds."""
     async with asyncio.timeout(30):
-        while not pool._state.ledger.knows(name, READY):
+        while not pool._state.gpu_accounting.knows(name, READY):
             await asyncio.sleep(0.01)

@@ -17,7 +17,7 @@ from prometheus_client import exposition
 from proxy.config.settings import Settings
 from proxy.pool import status as pool_status
 from proxy.pool.instance import State
-from proxy.pool.memory import Ledger
+from proxy.pool.memory_report import MemoryReport
 from proxy.pool.pool import Pool
 from proxy.server.admin import events, pieces
 from proxy.server.admin.status import Admin
@@ -49,7 +49,7 @@ class Many:
 
     @property
     def admin(self) -> Admin:
-        return Admin(self.pool, self.metrics, Ledger(self.settings.pool))
+        return Admin(self.pool, self.metrics, MemoryReport(self.settings.pool))
 
 
 class Asked(dict[Any, Any]):

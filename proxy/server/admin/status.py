@@ -12,7 +12,7 @@ from proxy.errors import RETRY
 from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
-    from proxy.pool.memory import Ledger
+    from proxy.pool.memory_report import MemoryReport
     from proxy.pool.pool import Pool
     from proxy.telemetry.metrics import Metrics
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Admin:
     """`/health`, `/ready`, `/metrics` and `/admin/status`."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, pool: Pool, metrics: Metrics, memory: MemoryReport) -> None:
         self._pool = pool
         self._metrics = metrics
-        self._ledger = ledger
+        self._memory = memory
 
     async def health(self, _: web.Request) -> web.StreamResponse:
         """200 as long as the event loop turns."""
@@ -36,7 +36,7 @@ class Admin:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Prometheus' text format."""
-        size, free = await self._ledger.checkpoint_space()
+        size, free = await self._memory.checkpoint_space()
         self._metrics.checkpoint_dir_size.set(size)
         self._metrics.checkpoint_dir_free.set(free)
         return await pieces.answer(request, await self._metrics.scrape(), {"Content-Type": self._metrics.content_type})
@@ -48,7 +48,7 @@ class Admin:
 
     async def read_status(self) -> dict[str, Any]:
         """What `/admin/status` answers."""
-        memory = await self._ledger.read()
+        memory = await self._memory.read()
         if (host := self._pool.host_memory) is not None:
             memory["host"] = {"total_bytes": host.total_bytes, "available_bytes": host.available_bytes}
         return {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proxy.config.pool import PoolSettings
 
 
-class Ledger:
+class MemoryReport:
     """Reads sizes for `/admin/status`, beside the runtimes that write; an image is read again only when it changed."""
 
     def __init__(self, pool: PoolSettings) -> None:
@@ -33,7 +33,7 @@ class Ledger:
 
     def _read(self) -> dict[str, Any]:
         memory = host.memory()
-        ledger: dict[str, Any] = {
+        report: dict[str, Any] = {
             "host": {"total_bytes": memory.total_bytes, "available_bytes": memory.available_bytes},
             "checkpoints": {
                 **_usage(self._store.root),
@@ -42,8 +42,8 @@ class Ledger:
             },
         }
         if self._store.archive is not None:
-            ledger["archive"] = {**_usage(self._store.archive), "images": self._archived()}
-        return ledger
+            report["archive"] = {**_usage(self._store.archive), "images": self._archived()}
+        return report
 
     def _images(self) -> list[dict[str, Any]]:
         known: dict[str, tuple[int, dict[str, Any]]] = {}
