@@ -15,7 +15,7 @@ from proxy.pool.pool import Pool
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
 from proxy.server import app, listeners
-from proxy.server.auth.middleware import Guard
+from proxy.server.auth.middleware import Auth
 from proxy.server.connection_limits import GuardedRunner
 from proxy.server.tls import Tls
 from proxy.telemetry.metrics import Metrics
@@ -46,10 +46,10 @@ class Front:
         )
         self.pool = Pool(settings, {"process": runtime}, self.metrics, memory=facts.memory)
         self.settings = settings
-        self.guard = Guard(settings, self.metrics)
+        self.auth = Auth(settings, self.metrics)
         self.tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
         self.runner = GuardedRunner(
-            app.build(self.pool, settings, self.metrics, self.guard), settings, self.metrics,
+            app.build(self.pool, settings, self.metrics, self.auth), settings, self.metrics,
             shutdown_timeout=2.0,
         )  # fmt: skip
         self.url = ""

@@ -15,7 +15,7 @@ from proxy.engine.connection import Upstream
 from proxy.engine.http1 import ProtocolError
 from proxy.pool.pool import Pool
 from proxy.server import app, listeners
-from proxy.server.auth.middleware import Guard
+from proxy.server.auth.middleware import Auth
 from proxy.server.connection_limits import GuardedRunner
 from proxy.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine, FakeRuntime
@@ -105,7 +105,7 @@ class Scripted:
         self.runtime = FakeRuntime()
         self.pool = Pool(self.settings, {"process": self.runtime}, self.metrics, connect=self._connect)
         self.runner = GuardedRunner(
-            app.build(self.pool, self.settings, self.metrics, Guard(self.settings, self.metrics)),
+            app.build(self.pool, self.settings, self.metrics, Auth(self.settings, self.metrics)),
             self.settings,
             self.metrics,
             shutdown_timeout=2.0,

@@ -147,7 +147,7 @@ class Proxy:
         await self.session.close()
         status = await asyncio.to_thread(self.process.wait, PATIENCE_S)
         async with asyncio.timeout(PATIENCE_S):
-            # After kill -9 the guard needs a moment.
+            # After kill -9 the orphan reaper needs a moment.
             while processes_with(str(self.folder)):
                 await asyncio.sleep(0.02)
         return status

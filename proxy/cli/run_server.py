@@ -19,7 +19,7 @@ from proxy.pool.pool import Pool
 from proxy.pool.usage import Usage
 from proxy.runtime.state_dir import of_earlier_version
 from proxy.server import server
-from proxy.server.last_resort import LastResort
+from proxy.server.forced_exit import ForcedExit
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 
@@ -48,19 +48,19 @@ def run(path: Path | None, log_format: str, log_level: str) -> None:
     # tenth of a request's time.
     gc.freeze()
     gc.set_threshold(5_000, 20, 100)
-    last_resort = LastResort()
+    forced_exit = ForcedExit()
 
     async def run() -> None:
         try:
             await server.serve(
-                pool, settings, metrics, load=lambda: load(path), file=path, usage=usage, last_resort=last_resort
+                pool, settings, metrics, load=lambda: load(path), file=path, usage=usage, forced_exit=forced_exit
             )
         except HostError as error:
-            last_resort.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
+            forced_exit.within(_EXIT_S, EXIT_HOST, f"warmpool: {error}")
             raise
         finally:
             # Event loop and interpreter wait for tasks and threads, which may hang.
-            last_resort.within(_EXIT_S)
+            forced_exit.within(_EXIT_S)
 
     try:
         uvloop.run(run())

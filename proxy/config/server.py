@@ -182,7 +182,7 @@ class ServerSettings(Section):
 
     @model_validator(mode="after")
     def _not_open_by_accident(self) -> ServerSettings:
-        if not is_loopback(self.host) and not self.guarded and not self.allow_anyone:
+        if not is_loopback(self.host) and not self.authenticates_clients and not self.allow_anyone:
             raise ValueError(
                 f"{self.host} can be reached by others, and there are no keys: set keys_file (`warmpool key new`) or "
                 "tls.client_ca, or allow_anyone = true if whoever reaches the port may use every model"
@@ -190,6 +190,6 @@ class ServerSettings(Section):
         return self
 
     @property
-    def guarded(self) -> bool:
+    def authenticates_clients(self) -> bool:
         """Whether clients have to show who they are."""
         return self.keys_file is not None or self.tls.client_ca is not None

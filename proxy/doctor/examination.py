@@ -100,10 +100,10 @@ async def examine(settings: Settings | None, host: Host, checks: Sequence[Examin
     if needs.uses_podman and host.which("podman"):
         podman = PodmanFacts.of(await host.run("podman", "info", "--format", "json"))
     it = Situation(needs, host, podman)
-    return [row for check in checks for row in await _guarded(check, it)]
+    return [row for check in checks for row in await _examined(check, it)]
 
 
-async def _guarded(check: Examine, it: Situation) -> list[Check]:
+async def _examined(check: Examine, it: Situation) -> list[Check]:
     try:
         return await check(it)
     except Exception as error:  # noqa: BLE001 - a host in disorder is what this command is for

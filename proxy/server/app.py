@@ -20,9 +20,8 @@ from proxy.pool.memory_report import MemoryReport
 from proxy.server.admin.routes import attach
 from proxy.server.admin.status import Admin
 from proxy.server.auth.cors import Cors
-from proxy.server.auth.middleware import ADMIN, PASSED, Guard
+from proxy.server.auth.middleware import ADMIN, PASSED, Auth
 from proxy.server.connection_limits import CONNECTION, REFUSALS
-from proxy.server.faults import method_of, path_of, quieten, stack_of
 from proxy.server.forward import tracing
 from proxy.server.forward.affinity import ResponseIds
 from proxy.server.forward.model_resolver import Addressing
@@ -35,6 +34,7 @@ from proxy.server.inflight import Traffic
 from proxy.server.models import Local
 from proxy.server.request_body import waits_with_body
 from proxy.server.request_id import name_request, request_id
+from proxy.server.safe_logging import method_of, path_of, silence_aiohttp, stack_of
 from proxy.telemetry.loop_stalls import LoopStalls
 from proxy.telemetry.metrics import UNKNOWN_MODEL
 
@@ -53,13 +53,13 @@ TRAFFIC: web.AppKey[Traffic] = web.AppKey("traffic", Traffic)
 """The requests in flight."""
 
 
-def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None = None) -> web.Application:
+def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = None) -> web.Application:
     """The application; the pool is opened and closed by whoever runs it.
 
-    `guard` decides who may do what; one is made from the settings where none is given. Raises ConfigError then,
+    `auth` decides who may do what; one is made from the settings where none is given. Raises ConfigError then,
     and HostError where a part that the settings ask for is not installed.
     """
-    guard = guard or Guard(settings, metrics)
+    auth = auth or Auth(settings, metrics)
 
     @web.middleware
     async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -99,14 +99,14 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     response_ids = ResponseIds()
     scanner = Scanner()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner)
-    quieten()
-    relay = Relay(pool, metrics, addressing, response_ids, traces, guard.refusals)
+    silence_aiohttp()
+    relay = Relay(pool, metrics, addressing, response_ids, traces, auth.refusals)
     realtime = Realtime(pool, metrics, addressing)
     admin = Admin(pool, metrics, MemoryReport(settings.pool))
     local = Local(pool)
     cors = Cors(settings.server.cors) if settings.server.cors.origins else None
     app = web.Application(
-        middlewares=[errors, *([cors.middleware] if cors is not None else []), guard.middleware],
+        middlewares=[errors, *([cors.middleware] if cors is not None else []), auth.middleware],
         client_max_size=settings.server.body_limit,
     )
     for route in ROUTES:
@@ -128,12 +128,12 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     app.on_response_prepare.append(_name_server)
     app.on_response_prepare.append(name_request)
     if settings.server.keys_file is not None:
-        app.on_response_prepare.append(guard.add_headers)
+        app.on_response_prepare.append(auth.add_headers)
     if cors is not None:
         app.on_response_prepare.append(cors.add_headers)
     traffic = app[TRAFFIC] = Traffic()
     traffic.attach(app)
-    app[REFUSALS] = guard.refusals
+    app[REFUSALS] = auth.refusals
     app.on_cleanup.append(_sum_up)
 
     async def end_scanner(_: web.Application) -> None:
@@ -142,7 +142,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, guard: Guard | None 
     app.on_cleanup.append(end_scanner)
     app.cleanup_ctx.append(partial(_watch_loop, metrics))
     off = traces is not None or cors is not None
-    app[CONNECTION] = Front(pool, metrics, addressing, guard, traffic, off=off).connection
+    app[CONNECTION] = Front(pool, metrics, addressing, auth, traffic, off=off).connection
     return app
 
 

@@ -27,9 +27,9 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.config.values import is_loopback
 from proxy.errors import SlowUploadError, envelope
-from proxy.server.faults import stack_of
 from proxy.server.forward.response import date
 from proxy.server.request_body import CONTINUE
+from proxy.server.safe_logging import stack_of
 from proxy.telemetry.refusals import Refusals, network_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
     from proxy.telemetry.metrics import Metrics
 
-log = logging.getLogger("warmpool.guard")
+log = logging.getLogger("warmpool.limits")
 
 _LINGER_S: Final = 5.0
 """How long the rest of a refused body is read, so that the client sees the answer before the connection ends."""

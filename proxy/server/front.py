@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from proxy.engine.connection import Connection, Sink, Upstream
     from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
-    from proxy.server.auth.middleware import Admission, Guard, Known
+    from proxy.server.auth.middleware import Admission, Auth, Known
     from proxy.server.forward.model_resolver import Address, Addressing
     from proxy.server.inflight import Traffic
     from proxy.telemetry.metrics import Metrics
@@ -68,7 +68,7 @@ _UNUSUAL: Final = frozenset(
     b"content-length transfer-encoding content-encoding expect upgrade http2-settings te trailer keep-alive "
     b"proxy-connection origin x-warmpool-max-wait".split()
 )
-"""What aiohttp's server, the guard or the relay have to see to. (Every `sec-` too.)"""
+"""What aiohttp's server, authentication or the relay have to see to. (Every `sec-` too.)"""
 _KEY_FIELDS: Final = tuple(name.encode("ascii") for name in KEY_FIELDS)
 _BODILESS: Final = frozenset({204, 304})
 _OWN: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
@@ -174,7 +174,7 @@ def shape_of(head: bytes) -> Shape | None:
 
 
 def _keys_in(found: dict[bytes, bytes]) -> tuple[str, ...]:
-    """As the guard finds them."""
+    """As authentication finds them."""
     bearer = [found[b"authorization"].decode("ascii")] if b"authorization" in found else []
     others = [found[name].decode("ascii") for name in _KEY_FIELDS if name in found]
     return keys_shown(bearer, others)
@@ -215,7 +215,7 @@ class Front:
         pool: Pool,
         metrics: Metrics,
         addressing: Addressing,
-        guard: Guard,
+        auth: Auth,
         traffic: Traffic,
         *,
         off: bool = False,
@@ -224,7 +224,7 @@ class Front:
         self.metrics = metrics
         self.traffic = traffic
         self._addressing = addressing
-        self._guard = guard
+        self._auth = auth
         self._off = off
         self._settings: object = None
         self._most = 0
@@ -261,7 +261,7 @@ class Front:
         shape = connection.shape
         if head != connection.shape_head:
             shape = shape_of(head) if head.count(b"\n") <= self._fields_most else None
-            if shape is not None and not self._guard.pages.knows(connection.transport, shape.host):
+            if shape is not None and not self._auth.pages.knows(connection.transport, shape.host):
                 shape = None  # aiohttp's side says so to the client
             connection.shape, connection.shape_head = shape, head
         if shape is None:
@@ -276,12 +276,12 @@ class Front:
         began = time.perf_counter()
         admission = None
         try:
-            known = self._known(shape) if self._guard.keys is not None else None
+            known = self._known(shape) if self._auth.keys is not None else None
             address = self._addressing.find_json(shape.match, body)
             if address.streams and self._heartbeat:
                 return False
             if known is not None:
-                admission = self._guard.admit(known)
+                admission = self._auth.admit(known)
                 admission.holder.check_model(address.model)
                 admission.holder.expect(address.asked)
         except RequestError:  # aiohttp's side says so to the client
@@ -299,9 +299,9 @@ class Front:
         return True
 
     def _known(self, shape: Shape) -> Known:
-        keys = self._guard.keys
+        keys = self._auth.keys
         if shape.known is None or shape.known_of is not keys:
-            shape.known, shape.known_of = self._guard.identify(shape.keys), keys
+            shape.known, shape.known_of = self._auth.identify(shape.keys), keys
         refuse_expired(shape.known.entry)
         return shape.known
 

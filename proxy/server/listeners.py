@@ -101,7 +101,7 @@ def site(runner: web.BaseRunner, sock: socket.socket, server: ServerSettings, tl
 
 def refuse_open(server: ServerSettings, addresses: list[str]) -> None:
     """Raises HostError where others could reach one of `addresses` without having to show who they are."""
-    if server.guarded or server.allow_anyone:
+    if server.authenticates_clients or server.allow_anyone:
         return
     if reachable := [address for address in addresses if not is_loopback(address)]:
         raise HostError(

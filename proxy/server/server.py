@@ -22,9 +22,9 @@ from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.host import daemon_thread
 from proxy.pool import renewal_schedule
-from proxy.server import app, config_watch, faults, listeners
+from proxy.server import app, config_watch, listeners, safe_logging
 from proxy.server.auth import api_keys
-from proxy.server.auth.middleware import Guard
+from proxy.server.auth.middleware import Auth
 from proxy.server.connection_limits import GuardedRunner
 from proxy.server.tls import Tls
 from proxy.systemd import notify
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
     from proxy.pool.pool import Pool
     from proxy.pool.usage import Usage
-    from proxy.server.last_resort import LastResort
+    from proxy.server.forced_exit import ForcedExit
     from proxy.systemd.notify import Manager
     from proxy.telemetry.metrics import Metrics
 
@@ -144,9 +144,9 @@ class _Preflight:
 class _End:
     """The signals that end the server, and the time that is left then."""
 
-    def __init__(self, pool: Pool, last_resort: LastResort | None) -> None:
+    def __init__(self, pool: Pool, forced_exit: ForcedExit | None) -> None:
         self._pool = pool
-        self._last_resort = last_resort
+        self._forced_exit = forced_exit
         self._serves = False
         self._end = math.inf
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
@@ -163,8 +163,8 @@ class _End:
 
     def _limit(self, limit_s: float) -> None:
         self._end = min(self._end, time.monotonic() + limit_s)
-        if self._last_resort is not None:
-            self._last_resort.within(limit_s)
+        if self._forced_exit is not None:
+            self._forced_exit.within(limit_s)
 
     def left_s(self) -> float:
         """How long closing the pool may take."""
@@ -193,11 +193,11 @@ async def serve(
     file: Path | None = None,
     manager: Manager | None = None,
     usage: Usage | None = None,
-    last_resort: LastResort | None = None,
+    forced_exit: ForcedExit | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within `drain_timeout`.
 
-    A second signal ends at once. `last_resort` ends the process when it has not ended 10 s after `drain_timeout`, 1 s
+    A second signal ends at once. `forced_exit` ends the process when it has not ended 10 s after `drain_timeout`, 1 s
     after a second signal. SIGHUP: the configuration is read again with `load`, and keys, admin token and
     certificates; where `server.watch` says so, also when `file` is another one. `manager` holds the sockets and hears
     of our state; None: that of the environment. `usage` is the pool's, read before and kept.
@@ -209,22 +209,22 @@ async def serve(
     end = _End(pool, last_resort)
     seen = await config_watch.facts(file) if file is not None else None
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(faults.note_loop_error)
+    loop.set_exception_handler(safe_logging.note_loop_error)
     # Before the handlers: while files are read here, which may hang, signals end the process as they do by default.
-    guard = Guard(settings, metrics)
+    auth = Auth(settings, metrics)
     tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end.on_signal)
     # Until there is something to reload, SIGHUP must not end us.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     files: list[Callable[[], Awaitable[str]]] = [
-        partial(_read_again, "keys and admin token", guard.read, lambda found: guard.take(found, pool.settings.names()))
+        partial(_read_again, "keys and admin token", auth.read, lambda found: auth.take(found, pool.settings.names()))
     ]
     if tls is not None:
         files.append(partial(_read_again, "certificates", tls.read, tls.take))
     in_the_way = _Preflight(pool)
     reloader = Reloader(pool, manager, load or (lambda: settings), files, in_the_way.begin)
-    application = app.build(pool, settings, metrics, guard)
+    application = app.build(pool, settings, metrics, auth)
     traffic = application[app.TRAFFIC]
     runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
     await runner.setup()

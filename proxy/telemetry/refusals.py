@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from typing import Final
 
-log = logging.getLogger("warmpool.guard")
+log = logging.getLogger("warmpool.limits")
 
 EVERY_S: Final = 60.0
 MOST_ADDRESSES: Final = 256

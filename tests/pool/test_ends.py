@@ -395,10 +395,10 @@ def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     program = """
 import threading
 from proxy.telemetry import logs
-from proxy.server.last_resort import LastResort
+from proxy.server.forced_exit import ForcedExit
 logs.to_stderr("text", "info")
 threading.Thread(target=threading.Event().wait).start()
-LastResort().within(0.1)
+ForcedExit().within(0.1)
 """
     ended = subprocess.run([PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert ended.returncode == 1

@@ -436,7 +436,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         await until_healthy(handle.base_url)
 
 
-def test_the_guard_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None:
+def test_the_orphan_reaper_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None:
     """A proxy that ends without a chance to clean up leaves nothing running."""
     script = f"""
 import asyncio, sys

@@ -159,7 +159,7 @@ async def test_what_is_refused_is_counted_and_logged_in_one_line(edge: Front, ca
     caplog.set_level("INFO", "warmpool")
     await exchange(edge, SHAPES["a NUL in a value"])
     assert edge.sample("warmpool_refused_total", reason="malformed") == 1
-    lines = [r for r in caplog.records if r.name == "warmpool.guard"]
+    lines = [r for r in caplog.records if r.name == "warmpool.limits"]
     assert len(lines) == 1
     assert lines[0].exc_info is None
     assert "\n" not in lines[0].getMessage()

@@ -197,7 +197,7 @@ async def test_both_ways_give_the_same(
 
 
 def read_by_aiohttp(data: bytes) -> list[Any]:
-    """The requests that aiohttp's parser and the guard find in some bytes."""
+    """The requests that aiohttp's parser and authentication find in some bytes."""
 
     class Protocol:
         _reading_paused = False
@@ -430,7 +430,7 @@ async def test_a_key_counts_the_same_both_ways(tmp_path: Path, front_of: Any, be
     for number, path in enumerate(("below", "above")):
         front: Front = await front_of(server={"keys_file": str(file)})
         now = time.monotonic()
-        front.guard._clock = lambda now=now: now  # type: ignore[misc]
+        front.auth._clock = lambda now=now: now  # type: ignore[misc]
         await _asked(front, post(asked, f"Authorization: Bearer {made['free'][1]}"))
         below.clear()
         more = () if path == "below" else (ABOVE,)

@@ -1143,7 +1143,7 @@ class PodmanRuntime(KeepsImages):
         return f"warmpool-{self._claim.owner[:6]}-{instance_id}"
 
     def _mark(self, instance_id: str) -> str:
-        # Not what the process runtime's marks begin with: its guard ends everything that carries one.
+        # Not what the process runtime's marks begin with: its orphan reaper ends everything that carries one.
         return f"podman:{self._claim.owner}:{instance_id};"
 
     def _running(self, handle: Handle, operation: str) -> _Container:

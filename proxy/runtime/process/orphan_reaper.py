@@ -1,4 +1,4 @@
-"""Keeps a process running that ends the engines when warmpool is gone (`guard.py`), and tells it of them.
+"""Keeps a process running that ends the engines when warmpool is gone (`end_orphans.py`), and tells it of them.
 
 It is started again whenever it ends. Telling it never fails and never waits: engines are worth more than their reaper.
 """

@@ -1,4 +1,4 @@
-"""Who a request comes from, as far as it was asked: attached by the guard, used by whoever answers.
+"""Who a request comes from, as far as it was asked: attached by `middleware`, used by whoever answers.
 
 Whatever forwards a request has four duties towards its caller: `check_model` once the model is known, `expect` once the
 request is read, `priority` for the lease, and the `meter` to be fed with every piece of the answer's body. Without keys

@@ -30,14 +30,14 @@ from proxy.errors import (
     RouteNotFoundError,
 )
 from proxy.server.auth import api_keys
+from proxy.server.auth.browser_origin import Pages, refuse_borrowed_loopback, refuse_other_sites
 from proxy.server.auth.caller import CALLER, KEY_FIELDS, KEY_PROTOCOL, keys_shown
-from proxy.server.auth.pages import Pages, refuse_borrowed_loopback, refuse_other_sites
 from proxy.server.auth.prompt_tokens import prompt_tokens
 from proxy.server.auth.rate_limit import Account
 from proxy.server.auth.token_meter import Meter
-from proxy.server.faults import method_of, path_of
 from proxy.server.forward.handed import take_admitted
 from proxy.server.forward.routes import spelled_as
+from proxy.server.safe_logging import method_of, path_of
 from proxy.telemetry.refusals import Refusals
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-log = logging.getLogger("warmpool.guard")
+log = logging.getLogger("warmpool.auth")
 
 PASSED: web.RequestKey[bool] = web.RequestKey("passed", bool)
 """Of a request that may pass: what became of it is for its handler to say."""
@@ -168,7 +168,7 @@ class Admission:
         self._account.undo(self._expected, self._clock())
 
 
-class Guard:
+class Auth:
     """The keys and the admin token in force, and the middleware that asks for them.
 
     `clock` is monotonic, in seconds.

@@ -24,9 +24,8 @@ from proxy.errors import (
     UpstreamError,
     sse_error,
 )
+from proxy.server.auth.browser_origin import contained
 from proxy.server.auth.caller import caller_of
-from proxy.server.auth.pages import contained
-from proxy.server.faults import method_of, path_of
 from proxy.server.forward import routes
 from proxy.server.forward.handed import take_begun
 from proxy.server.forward.heartbeat import Heartbeat
@@ -35,6 +34,7 @@ from proxy.server.forward.tracing import CONTEXT_FIELDS
 from proxy.server.request_body import body_of
 from proxy.server.request_id import HEADER as REQUEST_ID
 from proxy.server.request_id import request_id
+from proxy.server.safe_logging import method_of, path_of
 from proxy.telemetry.logs import lines_of_requests
 from proxy.telemetry.metrics import UNKNOWN_MODEL
 from proxy.telemetry.refusals import Refusals

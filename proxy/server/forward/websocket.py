@@ -20,12 +20,12 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from proxy.errors import InvalidRequestError, RouteNotFoundError, UpgradeRequiredError, UpstreamError
 from proxy.server.auth.caller import KEY_PROTOCOL, caller_of
-from proxy.server.faults import path_of
 from proxy.server.forward import routes
 from proxy.server.forward.json_edit import edited
 from proxy.server.forward.relay import max_wait_s
 from proxy.server.request_id import HEADER as REQUEST_ID
 from proxy.server.request_id import request_id
+from proxy.server.safe_logging import path_of
 
 if TYPE_CHECKING:
     from proxy.pool.lease import Lease

@@ -79,7 +79,7 @@ async def keyed_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any,
     yield make
     for keyed in made:
         await keyed.front.close()
-        assert all(known.account.running == 0 for known in keyed.front.guard._known.values())
+        assert all(known.account.running == 0 for known in keyed.front.auth._known.values())
 
 
 def answered(front: Front, status: str) -> float:
@@ -166,7 +166,7 @@ async def test_of_several_keys_any_that_is_known_counts(keyed: Keyed, field: str
 
 async def test_an_expired_key_beside_a_good_one(keyed: Keyed) -> None:
     keyed.change("other", expires=dt.datetime.now(dt.UTC) - dt.timedelta(days=1))
-    keyed.front.guard.reload()
+    keyed.front.auth.reload()
     headers = {"Authorization": f"Bearer {keyed.keys['other']}", "x-api-key": keyed.keys["team"]}
     response, _ = await keyed.front.post("/v1/completions", ASK, headers=headers)
     assert response.status == 200
@@ -257,7 +257,7 @@ async def test_tokens_by_the_minute(keyed_of: Any, usage: bool, monkeypatch: pyt
     if usage:
         more["stream_options"] = {"include_usage": True}
     now = time.monotonic()
-    monkeypatch.setattr(keyed.front.guard, "_clock", lambda: now)
+    monkeypatch.setattr(keyed.front.auth, "_clock", lambda: now)
     response, answer = await keyed.ask("team", **more)
     assert response.status == 200
     async with keyed.front.session.get("/v1/models", headers=keyed["team"]) as looked:
@@ -275,7 +275,7 @@ async def test_a_picture_costs_its_tokens_and_not_its_length(
 ) -> None:
     keyed: Keyed = await keyed_of({"team": {"tokens_per_minute": 5000}}, "--max-model-len", "1000000")
     now = time.monotonic()
-    monkeypatch.setattr(keyed.front.guard, "_clock", lambda: now)
+    monkeypatch.setattr(keyed.front.auth, "_clock", lambda: now)
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 600_000}}
     content = [{"type": "text", "text": "What is it?"}, picture]
     ask = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "stream": stream}
@@ -361,7 +361,7 @@ async def test_reading_the_file_again_adds_revokes_changes_and_keeps_what_was_us
         del entries[keyed.keys["gone"][3:11]]
     keyed.change("team", requests_per_minute=4)
     assert (await keyed.ask("new"))[0].status == 401, "not yet"
-    keyed.front.guard.reload()
+    keyed.front.auth.reload()
     assert (await keyed.ask("new"))[0].status == 200
     assert (await keyed.ask("gone"))[0].status == 401
     response, _ = await keyed.ask("team")
@@ -373,14 +373,14 @@ async def test_new_names_of_models_are_taken_up(keyed_of: Any) -> None:
     assert (await keyed.ask("early"))[0].status == 403
     before = keyed.front.settings
     renamed = before.models["demo"].model_copy(update={"name": "org/New"})
-    keyed.front.guard.reload(Settings(models={**before.models, "demo": renamed}, server=before.server))
+    keyed.front.auth.reload(Settings(models={**before.models, "demo": renamed}, server=before.server))
     assert (await keyed.ask("early"))[0].status == 200
 
 
 async def test_a_bad_file_changes_nothing(keyed: Keyed) -> None:
     keyed.file.chmod(0o644)
     with pytest.raises(ConfigError, match="mode 0644"):
-        keyed.front.guard.reload()
+        keyed.front.auth.reload()
     assert (await keyed.ask("team"))[0].status == 200
 
 
@@ -494,7 +494,7 @@ async def test_the_admin_token(front_of: Any, tmp_path: Path) -> None:
     async with front.session.post("/admin/drain", json={}) as response:
         assert response.status == 401
     private_files.write(file, "n" * 40)
-    front.guard.reload()
+    front.auth.reload()
     async with front.session.get("/metrics", headers={"Authorization": f"Bearer {token}"}) as response:
         assert response.status == 401
     async with front.session.get("/v1/models") as response:

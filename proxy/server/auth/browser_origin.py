@@ -38,7 +38,7 @@ class Pages:
         self._origins = frozenset(origin.lower() for origin in server.cors.origins)
         self._hosts = frozenset(host.lower() for host in server.hosts)
         self._needs_keys = server.keys_file is not None
-        self._open = not server.guarded and not server.allow_anyone
+        self._open = not server.authenticates_clients and not server.allow_anyone
 
     def knows(self, transport: asyncio.BaseTransport | None, host: str) -> bool:
         """Whether a connection may use models by this name (`Host`, "" where there is none)."""

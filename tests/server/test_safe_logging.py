@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from proxy.server.faults import note_loop_error, quieten, stack_of
+from proxy.server.safe_logging import note_loop_error, silence_aiohttp, stack_of
 from proxy.telemetry.refusals import Refusals
 from tests.scripted import QUESTION, Peer, Scripted, post
 from tests.served import Proxy
@@ -211,7 +211,7 @@ async def test_nothing_of_a_broken_answer_is_logged(answer: bytes, caplog: pytes
 
 
 async def test_what_the_event_loop_and_aiohttp_say_of_an_error_quotes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    quieten()
+    silence_aiohttp()
     loop = asyncio.get_running_loop()
     message = f"Exception in callback Client.data_received(b'{PROMPT}')"
     note_loop_error(loop, {"message": message, "exception": ValueError(KEY), "protocol": PROMPT})

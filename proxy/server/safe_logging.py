@@ -80,7 +80,7 @@ class _WithoutText(logging.Filter):
 _FILTER: Final = _WithoutText()
 
 
-def quieten() -> None:
+def silence_aiohttp() -> None:
     """Keep what clients sent out of aiohttp's lines; any number of times."""
     logging.getLogger("aiohttp.server").addFilter(_FILTER)
     for name in ("aiohttp.websocket", "aiohttp.internal"):  # their warnings quote subprotocols and cookies

@@ -15,7 +15,7 @@ _LOG_S: Final = 0.3
 """How long the last words may take: whoever reads the log may hang too."""
 
 
-class LastResort:
+class ForcedExit:
     """Ends the process at a time that can only come nearer, from a thread that nothing waits for."""
 
     def __init__(self) -> None:
