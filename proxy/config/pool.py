@@ -43,7 +43,7 @@ class PoolSettings(Section):
     switch_after: Duration = Field(
         default=10.0,
         description="With max_awake reached and no idle instance: how long a request waits before a busy instance of "
-        "another model is closed to new requests, so that it becomes idle.",
+        "another model takes no new requests, so that it becomes idle.",
     )
     gpu_creep: Memory = Field(
         default=ByteSize(512 << 20),

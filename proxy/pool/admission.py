@@ -14,7 +14,7 @@ from proxy.pool import policy
 from proxy.pool.instance import Instance, State, WakeRecord, holding, pick
 from proxy.pool.lease import Lease
 from proxy.pool.model import client_of, tier_found
-from proxy.pool.state import ADMITTING, Phase
+from proxy.pool.state import SERVING_PHASES, Phase
 from proxy.pool.wait_queue import Waiter
 from proxy.tiers import Tier
 
@@ -52,11 +52,11 @@ class Admission:
         or DrainingError. Cancelling hands on what was granted in the same moment.
         """
         model = self._state.models[self._state.resolve(name)]
-        if self._state.phase not in ADMITTING:
+        if self._state.phase not in SERVING_PHASES:
             raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
         if self._state.draining or model.draining:
             what = "The server" if self._state.draining else f"The model {name!r}"
-            raise DrainingError(f"{what} is closed to new requests for now.", retry_after_s=1.0)
+            raise DrainingError(f"{what} is draining: it takes no new requests for now.", retry_after_s=1.0)
         if counts:
             self._state.usage.note(model.key)
         if (lease := self._at_once(model, preferred)) is not None:
@@ -103,7 +103,7 @@ class Admission:
         """
         state = self._state
         model = state.models.get(key)
-        if model is None or model.draining or state.draining or state.phase not in ADMITTING:
+        if model is None or model.draining or state.draining or state.phase not in SERVING_PHASES:
             return None
         if (lease := self._at_once(model)) is not None:
             state.usage.note(key)

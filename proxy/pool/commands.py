@@ -42,7 +42,7 @@ class Commands:
         """Have an instance of a model ready: its id, the tier that was found, the wake if there was one.
 
         A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
-        Instances that an earlier command has closed are open again. Raises what `lease` does.
+        Instances that an earlier command took out of use serve again. Raises what `lease` does.
         """
         model = self._state.models[key]
         model.end_back_off()

@@ -255,7 +255,7 @@ def _spare_for(needy: ModelView, candidate: InstanceView | None, model: ModelVie
 def ask_for_room(
     view: View, needy: ModelView, candidate: InstanceView | None, now: float, draft: Draft, missing: Bytes
 ) -> None:
-    """Close the least busy instance that may make room once `needy` has waited long enough.
+    """Retire the least busy instance that may make room once `needy` has waited long enough.
 
     Where GPU memory is missing: as many as hold that much.
     """

@@ -67,7 +67,7 @@ class Model:
     reseed_gap: str | None = None
     """Why its engines repeat random numbers after a restore, if they do."""
     draining: bool = False
-    """Closed to new requests by an operator."""
+    """An operator drained it: it takes no new requests."""
     discarding: bool = False
     """Its golden checkpoint goes with its last instance."""
     leaving: bool = False

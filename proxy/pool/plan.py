@@ -37,7 +37,7 @@ class StepDown:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """Close a busy instance to new requests, so that it becomes idle."""
+    """Have a busy instance take no new requests, so that it becomes idle."""
 
     instance: InstanceView
     reason: str = "another model waits for its place"
@@ -54,7 +54,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Readmit:
-    """Open a retiring instance again: nobody needs its place any more."""
+    """Have a retiring instance take requests again: nobody needs its place any more."""
 
     instance: InstanceView
 

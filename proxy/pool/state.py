@@ -46,7 +46,7 @@ class Phase(enum.IntEnum):
     CLOSED = enum.auto()
 
 
-ADMITTING: Final = frozenset({Phase.SERVING, Phase.STOPPING})
+SERVING_PHASES: Final = frozenset({Phase.SERVING, Phase.STOPPING})
 """The phases in which requests are served."""
 
 
@@ -86,18 +86,13 @@ class PoolState:
         """Models whose checkpoint could not be used at the start, as after an upgrade."""
         self.phase = Phase.STARTING
         self.draining = False
-        """Closed to new requests by an operator."""
+        """An operator drained it: it takes no new requests."""
         self.open_leases = 0
         self.waiting = 0
         """Those in a queue, and those who have just left one."""
         self.wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
         self.listeners: set[Callable[[], None]] = set()
         self.configure_accounts()
-
-    @property
-    def admits(self) -> bool:
-        """Whether requests are admitted, of clients that come all the same among them."""
-        return self.phase in ADMITTING and not self.draining
 
     @property
     def ready(self) -> bool:

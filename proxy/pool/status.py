@@ -51,7 +51,7 @@ def publish(state: PoolState) -> Iterator[None]:
             if kind is not State.GONE:
                 state.metrics.instances.labels(key, kind.value).set(counts[kind])
         state.metrics.queue_depth.labels(key).set(sum(len(m.queue) for m in same))
-        state.metrics.leases.labels(key).set(sum(i.leases for i in instances))
+        state.metrics.running_requests.labels(key).set(sum(i.leases for i in instances))
         yield
 
 

@@ -74,7 +74,7 @@ class ModelView:
     oldest_wait: float | None = None
     """When the one to be served next began to wait."""
     draining: bool = False
-    """It is closed to new requests; nothing is kept ready that nobody waits for."""
+    """It takes no new requests; nothing is kept ready that nobody waits for."""
     restock_at: float = -math.inf
     """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
     start_at: float = -math.inf

@@ -187,7 +187,9 @@ class Metrics:
             self.refused.labels(reason)
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
-        self.leases = Gauge("warmpool_leases", "Requests that an instance is working on.", ["model"], registry=r)
+        self.running_requests = Gauge(
+            "warmpool_running_requests", "Requests that an instance is working on.", ["model"], registry=r
+        )
 
         self.checkpoint_dir_size = Gauge(
             "warmpool_checkpoint_dir_size_bytes", "Size of the filesystem that checkpoints are on.", registry=r
@@ -219,7 +221,7 @@ class Metrics:
         for (name, _), times in self._times.items():
             if name == model:
                 times.forget()
-        for gauge in (self.instances, self.queue_depth, self.leases, self.instance_gpu, self.instance_host):
+        for gauge in (self.instances, self.queue_depth, self.running_requests, self.instance_gpu, self.instance_host):
             for sample in [s for family in gauge.collect() for s in family.samples]:
                 if sample.labels["model"] == model:
                     gauge.remove(*sample.labels.values())

@@ -89,7 +89,7 @@ async def test_checkpoint_now_writes_an_image_that_wakes(proxy: Proxy) -> None:
 async def test_drain_and_undrain(proxy: Proxy) -> None:
     assert await run(proxy, "drain", "demo") == "demo: draining; no request is left\n"
     status, _, err = await attempt(proxy, "wake", "demo")
-    assert (status, "closed to new requests" in err) == (1, True)
+    assert (status, "takes no new requests" in err) == (1, True)
     assert "demo draining" in await run(proxy, "status")
     assert await run(proxy, "undrain", "demo") == "demo: takes requests again\n"
     assert await run(proxy, "drain") == "all models: draining; no request is left\n"

@@ -154,7 +154,7 @@ async def test_with_wait_it_goes_after_its_last_request_and_takes_no_new_one(rig
     assert rig.states() == {"demo-1": "retiring"}
     late = asyncio.create_task(use(rig))
     await rig.pass_time(60)
-    assert (rig.states(), late.done()) == ({"demo-1": "retiring"}, False), "it is not opened again"
+    assert (rig.states(), late.done()) == ({"demo-1": "retiring"}, False), "it is not readmitted"
     lease.release()
     await carried_out(commands)
     assert (await late).found is Tier.SLEEPING, "a ready one it did not find"
@@ -314,7 +314,7 @@ async def test_a_drained_model_takes_nothing_new_and_finishes_what_it_has(rig_of
     rig: Rig = await rig_of({"a": {"idle": NEVER}, "b": {"idle": NEVER}})
     lease = await rig.pool.lease("a")
     rig.pool.drain("a")
-    with pytest.raises(DrainingError, match="closed to new requests"):
+    with pytest.raises(DrainingError, match="takes no new requests"):
         await rig.pool.lease("a")
     await use(rig, "b")
     unused = asyncio.create_task(rig.pool.until_unused("a"))
@@ -338,7 +338,7 @@ async def test_a_drain_hears_of_requests_that_give_up(rig: Rig) -> None:
     await asyncio.wait_for(unused, 5)
 
 
-async def test_a_drained_server_is_not_ready_until_it_is_opened_again(rig: Rig) -> None:
+async def test_a_drained_server_is_not_ready_until_it_is_undrained(rig: Rig) -> None:
     rig.pool.drain()
     assert (rig.pool.ready, rig.pool.status()["draining"]) == (False, True)
     with pytest.raises(DrainingError):

@@ -572,7 +572,7 @@ async def test_a_busy_model_gives_way_after_switch_after(rig_of: Any) -> None:
     assert rig.states() == {"a-1": "retiring"}
     late = asyncio.create_task(use(rig, "a"))
     await settle()
-    assert not late.done(), "closed to new requests"
+    assert not late.done(), "retiring"
     held.release()
     await other
     await late
@@ -1019,7 +1019,7 @@ async def test_metrics_say_what_happened(rig: Rig) -> None:
         'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 1.0',
         'warmpool_step_downs_total{model="demo",reason="idle",tier="checkpointed"} 1.0',
         'warmpool_wake_seconds_count{model="demo",stage="total",tier="checkpointed"} 1.0',
-        'warmpool_leases{model="demo"} 0.0',
+        'warmpool_running_requests{model="demo"} 0.0',
         'warmpool_queue_depth{model="demo"} 0.0',
     ):
         assert line in text

@@ -183,7 +183,7 @@ async def test_both_ways_give_the_same(
                 (s.name, *sorted(s.labels.items())): s.value
                 for family in proxy.metrics.registry.collect()
                 for s in family.samples
-                if s.name in ("warmpool_requests_total", "warmpool_ttft_seconds_count", "warmpool_leases")
+                if s.name in ("warmpool_requests_total", "warmpool_ttft_seconds_count", "warmpool_running_requests")
             }
             found.append((heard, lines, samples))
             assert bool(below) == (path == "below" and request_ not in ("not JSON", "no such model"))

@@ -278,7 +278,7 @@ async def test_health_ready_metrics_status(front: Front) -> None:
         'warmpool_wake_seconds_count{model="demo",stage="load",tier="stopped"} 1.0',
         'warmpool_instances{model="demo",state="ready"} 1.0',
         'warmpool_queue_depth{model="demo"} 0.0',
-        'warmpool_leases{model="demo"} 0.0',
+        'warmpool_running_requests{model="demo"} 0.0',
     ):
         assert line in text
     front.pool.drain()
