@@ -198,7 +198,7 @@ class _Wakes:
 
 
 def _obey(model: ModelView, draft: Draft) -> None:
-    """Take instances where an operator wants them; a busy one takes no new requests, and goes after its last request."""
+    """Take instances where an operator wants them; a busy one retires first, and goes after its last request."""
     for instance in model.instances:
         if instance.commanded is None or (instance.state not in RESTING and instance.state is not State.RETIRING):
             continue  # what is under way comes to its end first

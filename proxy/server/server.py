@@ -206,7 +206,7 @@ async def serve(
     cannot work.
     """
     manager = manager if manager is not None else notify.from_environment()
-    end = _End(pool, last_resort)
+    end = _End(pool, forced_exit)
     seen = await config_watch.facts(file) if file is not None else None
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(safe_logging.note_loop_error)
