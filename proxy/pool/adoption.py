@@ -80,7 +80,7 @@ class Adoption:
             if state is State.BROKEN and left_s > 0 and await client_of(instance).loads(model.settings.health.path):
                 self._go_on_waking(model, instance, Tier.STOPPED, left_s)
                 return
-            if state is State.READY and self._steps.owes_proof(model, instance):
+            if state is State.READY and self._steps.needs_proof(model, instance):
                 self._go_on_waking(model, instance, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
             instance.adopt(state, self._state.clock())

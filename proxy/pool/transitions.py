@@ -176,7 +176,7 @@ class Steps:
             with stages.measure(reseed.STAGE):
                 work = reseed.reseed(client_of(instance), handle_of(instance), model.settings, model.served_name)
                 note_gap(model, instance.id, await unless_it_ends(instance.watcher, work))
-        if self.owes_canary(model, instance):
+        if self.needs_canary(model, instance):
             with stages.measure("canary"):
                 answer = await unless_it_ends(instance.watcher, client_of(instance).canary())
             if answer != instance.image.canary:
@@ -188,11 +188,11 @@ class Steps:
             instance.image.canary_repeated()
         instance.proven()
 
-    def owes_proof(self, model: Model, instance: Instance) -> bool:
+    def needs_proof(self, model: Model, instance: Instance) -> bool:
         """Whether something is to be asked of it before it serves."""
-        return self.owes_canary(model, instance) or (instance.unproven and reseed.possible(model.settings))
+        return self.needs_canary(model, instance) or (instance.unproven and reseed.possible(model.settings))
 
-    def owes_canary(self, model: Model, instance: Instance) -> bool:
+    def needs_canary(self, model: Model, instance: Instance) -> bool:
         """Whether it has to answer before it serves."""
         asked, image = model.settings.canary, instance.image
         due = asked == "always" or (asked == "first" and not image.canary_checked)
