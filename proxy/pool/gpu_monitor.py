@@ -66,7 +66,7 @@ class GpuMonitor:
             await self.measure()
             self._effects.tick()
 
-    async def weigh(self) -> None:
+    async def measure(self) -> None:
         """Write down what the GPUs and our engines hold; nothing where that cannot be learned."""
         try:
             if self._gpus is not None:

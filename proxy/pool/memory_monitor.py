@@ -73,7 +73,7 @@ class MemoryMonitor:
         except Exception:
             log.exception("host memory could not be read")
 
-    async def weigh(self) -> None:
+    async def measure(self) -> None:
         """Write down what there is and what our engines hold; nothing where that cannot be learned."""
         try:
             if self._read is not None:

@@ -56,7 +56,7 @@ class StepEffects(Protocol):
     def copies_to_archive(self) -> bool:
         """Whether a copy of a new checkpoint goes to the archive."""
 
-    def connect(self, handle: Handle, served_name: str, settings: ModelSettings) -> EngineClient:
+    def connect(self, handle: Handle, served_name: str, settings: ModelSettings, /) -> EngineClient:
         """The client of an engine."""
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -14,7 +14,7 @@ import pytest
 
 from proxy.errors import CommandFailedError, HostError, RequestError
 from proxy.host import processes
-from proxy.pool import written_off
+from proxy.pool import removal_retry
 from proxy.pool.instance import MOVING, State
 from proxy.runtime import bounded
 from proxy.telemetry import overdue
@@ -210,7 +210,7 @@ async def test_a_runtime_that_never_answers_at_the_start_is_an_error_of_the_host
 async def test_an_instance_that_was_written_off_is_removed_as_soon_as_that_works(
     rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written_off, "_RETRY_S", (0.01,))
+    monkeypatch.setattr(removal_retry, "_RETRY_S", (0.01,))
     rig = rig_of()
     await rig.pool.open()
     await _wake(rig)

@@ -139,7 +139,7 @@ async def test_an_engine_without_sleep_mode_skips_that_tier(rig_of: Any) -> None
         engine.sleeps = False  # type: ignore[attr-defined]
         return engine
 
-    rig.pool._moves.steps._connect = without_sleep
+    rig.pool._moves.connect = without_sleep
     await use(rig)
     await rig.pass_time(10)
     assert rig.states() == {"demo-1": "ready"}

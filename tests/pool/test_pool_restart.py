@@ -87,7 +87,7 @@ async def test_a_restored_engine_is_asked_whether_it_can_sleep() -> None:
             engine.sleeps = False
             return engine
 
-        rig.pool._moves.steps._connect = without_sleep
+        rig.pool._moves.connect = without_sleep
     first, heir = rigs
     await first.pool.open()
     await use(first)

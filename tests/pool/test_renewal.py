@@ -147,7 +147,7 @@ async def test_one_that_fails_leaves_everything_as_it_was(operation: str) -> Non
 async def test_one_that_answers_otherwise_after_its_restore_does_not_take_over() -> None:
     rig = await rig_with()
     await checkpointed(rig)
-    connect = rig.pool._moves.steps._connect
+    connect = rig.pool._moves.connect
 
     def forgetful(*arguments: Any) -> Any:
         engine = connect(*arguments)
@@ -160,7 +160,7 @@ async def test_one_that_answers_otherwise_after_its_restore_does_not_take_over()
         rig.runtime.restore = changed  # type: ignore[method-assign, assignment]
         return engine
 
-    rig.pool._moves.steps._connect = forgetful
+    rig.pool._moves.connect = forgetful
     await outdate(rig)
     assert not await rig.pool.renew("demo")
     assert "answers differently" in outdated_status(rig)["renewal"]

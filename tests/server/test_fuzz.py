@@ -26,7 +26,7 @@ import pytest
 from proxy.server.forward.routes import ROUTES
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.served import Proxy
-from tests.server.test_said_of_clients import KEY, PROBES, PROMPT
+from tests.server.test_safe_logging import KEY, PROBES, PROMPT
 from tests.support import PATIENCE_S, engine_model, get_json
 
 if TYPE_CHECKING:
