@@ -1,7 +1,7 @@
 """Host memory as far as the pool knows it: what is free, which instance holds how much, what a model needs.
 
-Pure bookkeeping, as `gpu_accounting`; `load` adds it to what that knows, as one more place that is held and freed. What a
-model needs is learned from its last run, before that from its checkpoint, before that from the setting `host_memory`,
+Pure bookkeeping, as `gpu_accounting`; `load` adds it to what that knows, as one more place that is held and freed. What
+a model needs is learned from its last run, before that from its checkpoint, before that from the setting `host_memory`,
 and before that taken to be as much as the largest of the others.
 """
 
