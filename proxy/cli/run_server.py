@@ -9,7 +9,7 @@ from typing import Final
 
 import uvloop
 
-from proxy.cli import wiring
+from proxy.cli import embedded, wiring
 from proxy.cli.failures import EXIT_HOST
 from proxy.config.load import load
 from proxy.errors import HostError
@@ -28,9 +28,14 @@ _EXIT_S: Final = 5.0
 
 
 def run(path: Path | None, log_format: str, log_level: str) -> None:
-    """Serve until a signal. Raises ConfigError, HostError."""
+    """Serve until a signal: what is configured, or where nothing is, a model to try. Raises ConfigError, HostError."""
+    unnamed = path is None and embedded.is_wanted()
+    if unnamed:
+        path = embedded.path()
     settings = load(path)
     logs.to_stderr(log_format, log_level)
+    if unnamed:
+        embedded.say_what_to_do()
     if earlier := of_earlier_version(settings.pool.state_dir.absolute(), Path.cwd()):
         logging.getLogger("warmpool").warning(earlier)
     metrics = Metrics()

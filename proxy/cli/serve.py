@@ -33,7 +33,10 @@ FORMATS: Final = ("text", "json", "journal")
     help="The least important lines to log.",
 )
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
-    """Run the proxy until SIGTERM or Ctrl-C."""
+    """Run the proxy until SIGTERM or Ctrl-C.
+
+    Without --config, WARMPOOL_CONFIG and models in the environment it serves `demo`, an engine for trying warmpool out.
+    """
     from proxy.cli import run_server
 
     run_server.run(path, log_format, log_level)

@@ -99,6 +99,15 @@ def site(runner: web.BaseRunner, sock: socket.socket, server: ServerSettings, tl
     return Site(runner, sock, tls=tls, handshake_s=server.limits.head_timeout, url=url)
 
 
+def addresses(site: Site, server: ServerSettings) -> str | None:
+    """What clients and operators use of a site, as a line for the log; None for a unix socket."""
+    if site.name.startswith("unix:"):
+        return None
+    by_socket_only = server.admin.socket is not None and server.admin.token_file is None
+    page = "" if by_socket_only else f", status page: {site.name}/admin/"
+    return f"OpenAI API: {site.name}/v1{page}"
+
+
 def refuse_open(server: ServerSettings, addresses: list[str]) -> None:
     """Raises HostError where others could reach one of `addresses` without having to show who they are."""
     if server.authenticates_clients or server.allow_anyone:

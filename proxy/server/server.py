@@ -244,6 +244,8 @@ async def serve(
         for site in sites:
             await site.start()
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
+            if usable := listeners.addresses(site, settings.server):
+                log.info(usable)
         manager.ready(f"serving {len(settings.models)} models")
         loop.add_signal_handler(signal.SIGHUP, reloader.request)
         in_the_way.begin()

@@ -1,0 +1,46 @@
+"""What `warmpool serve` serves where nobody says what: config/embedded.toml, a model to try warmpool with."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX
+from proxy.errors import HostError
+from proxy.systemd import units
+
+log = logging.getLogger("warmpool")
+
+_NAME: Final = "embedded.toml"
+_PACKAGED: Final = Path(__file__).parent.parent / "config" / _NAME
+"""In a wheel; in the sources it is in their folder config."""
+_SOURCES: Final = Path(__file__).parent.parent.parent / "config" / _NAME
+
+
+def is_wanted() -> bool:
+    """Whether the environment names no model either."""
+    prefix = f"{ENV_PREFIX}MODELS"
+    return not any(name.upper() == prefix or name.upper().startswith(prefix + ENV_DELIMITER) for name in os.environ)
+
+
+def path() -> Path:
+    """The file. Raises HostError where it is not part of what is installed."""
+    for candidate in (_PACKAGED, _SOURCES):
+        if candidate.is_file():
+            return candidate
+    raise HostError(f"{_NAME} is not installed: name a configuration (warmpool serve --config FILE)")
+
+
+def say_what_to_do() -> None:
+    """Log what is served, and how to serve something else."""
+    log.warning(
+        "no configuration was named: this serves demo, an engine for trying warmpool out that answers at random"
+    )
+    for there in (Path("warmpool.toml"), units.CONFIG):
+        if there.exists():
+            log.warning("there is a %s: warmpool serve --config %s", there, there)
+    log.info(
+        "your own models: warmpool config reference > warmpool.toml, edit it, warmpool serve --config warmpool.toml"
+    )
