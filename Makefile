@@ -25,8 +25,9 @@ test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU in one
 	$(BIN)/pytest -n 2 --dist loadgroup -m 'not vllm and not podman and not criu'
 	$(BIN)/pytest -m 'not vllm and (podman or criu)'
 
-fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000)
-	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} $(BIN)/pytest -s tests/server/test_fuzz.py
+fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \
+		DIFFERENTIAL_SECONDS=$${DIFFERENTIAL_SECONDS:-300} $(BIN)/pytest -s tests/server/test_fuzz.py tests/server/test_differential.py
 
 lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .
@@ -66,8 +67,8 @@ bench: $(VENV)/.loadtest ## load tests, a short tour (4 minutes): samples and a 
 bench-vllm: $(VENV)/.dev vllm-cpu ## (root) measure the real vLLM in containers: JSON in build/vllm-cpu.json, a table on the terminal
 	$(BIN)/python -m loadtest.bench_vllm_cpu --model $(VLLM_CPU_MODEL) --json build/vllm-cpu.json
 
-bench-proxy: $(VENV)/.run ## two cores: warmpool beside nginx, vLLM's router and LiteLLM: JSON in build/proxy.json, a table (10 minutes)
-	$(BIN)/python -m loadtest.bench_proxy --json build/proxy.json
+bench-proxy: $(VENV)/.run ## two cores: warmpool beside nginx, vLLM's router and LiteLLM (10 minutes), or beside another checkout (BESIDE=../old)
+	$(BIN)/python -m loadtest.bench_proxy $(if $(BESIDE),--beside $(BESIDE)) $(if $(BESIDE_PYTHON),--beside-python $(BESIDE_PYTHON))
 
 bench-gpu: $(VENV)/.run ## (root) measure every tier on a GPU: make bench-gpu CONFIG=your.toml
 	$(INSTALL) --editable '.[gpu]'

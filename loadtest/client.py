@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from loadtest.alarm import Alarm
-from loadtest.wire import Answer, Events, WireError
+from loadtest.answer_parser import Answer, Events, WireError
+from loadtest.precise_timer import PreciseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -188,13 +188,13 @@ class Client:
             done(outcome)
             idle.set()
 
-        with Alarm() as alarm, undisturbed():
+        with PreciseTimer() as timer, undisturbed():
             began_ns = time.monotonic_ns()
             in_a_row = 0
             for request in requests:
                 due_ns = began_ns + round(request.due_s * _SECOND_NS)
                 if due_ns > time.monotonic_ns():
-                    await alarm.until(due_ns)
+                    await timer.until(due_ns)
                     in_a_row = 0
                 elif (in_a_row := in_a_row + 1) % _IN_A_ROW == 0:
                     await asyncio.sleep(0)

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from loadtest import comparing, flags, images, ladder, own_error, results, serving, soak, tables, trace
+from loadtest import (
+    checkpoint_images,
+    client_calibration,
+    compare_runs,
+    ladder,
+    restore_flags,
+    results,
+    serving,
+    soak,
+    tables,
+    trace,
+)
 from loadtest.client import Client, Target, TargetError
 from loadtest.display import Display
 from loadtest.report import page, pictures
@@ -325,7 +336,7 @@ def soak_(
 @click.option(
     "--disk",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    default=flags.DISK,
+    default=restore_flags.DISK,
     help="A folder on disk.",
 )
 @click.option(
@@ -334,21 +345,23 @@ def soak_(
 )  # fmt: skip
 @_out
 @click.pass_context
-def restore_flags(
+def measure_restore_flags(
     ctx: click.Context, setup: serving.Setup, count: int, only: tuple[str, ...], program: Path | None, disk: Path,
     compressions: tuple[str, ...], out: Path | None,
 ) -> None:  # fmt: skip
     """The same restore with one setting after the other changed: what each is worth."""
     matrix = [
         variant
-        for variant in flags.variants(setup.runtime, program, disk)
-        if not only or variant.name in (flags.DEFAULT, flags.AGAIN) or any(text in variant.name for text in only)
+        for variant in restore_flags.variants(setup.runtime, program, disk)
+        if not only
+        or variant.name in (restore_flags.DEFAULT, restore_flags.AGAIN)
+        or any(text in variant.name for text in only)
     ]
     writer = _writer("restore-flags", out, setup=setup, count=count, only=list(only))
     good = _run(
         writer,
         "restore-flags",
-        lambda display: flags.restore_flags(setup, matrix, count, compressions, writer, display),
+        lambda display: restore_flags.restore_flags(setup, matrix, count, compressions, writer, display),
     )
     _finish(ctx, writer, good)
 
@@ -376,9 +389,11 @@ def checkpoint(
     out: Path | None,
 ) -> None:
     """Make golden checkpoints: how long, how large, by sleep level and load format."""
-    variants = [images.Variant(level, form) for level in levels for form in (formats or (None,))]
+    variants = [checkpoint_images.Variant(level, form) for level in levels for form in (formats or (None,))]
     writer = _writer("checkpoint", out, setup=setup, count=count, levels=list(levels), formats=list(formats))
-    good = _run(writer, "checkpoint", lambda display: images.checkpoint(setup, variants, count, writer, display))
+    good = _run(
+        writer, "checkpoint", lambda display: checkpoint_images.checkpoint(setup, variants, count, writer, display)
+    )
     _finish(ctx, writer, good)
 
 
@@ -403,9 +418,9 @@ def analyze(ctx: click.Context, setup: serving.Setup, folder: Path | None, out: 
         with setup.folders() as where:
             if not where.image_names():
                 display.phase("an image")
-                await images.learning(
+                await checkpoint_images.learning(
                     setup,
-                    images.Variant(setup.sleep_level or setup.entry(key).get("golden_sleep_level", 2)),
+                    checkpoint_images.Variant(setup.sleep_level or setup.entry(key).get("golden_sleep_level", 2)),
                     key,
                     where,
                     writer,
@@ -423,7 +438,7 @@ def _look(folder: Path, writer: results.Writer) -> None:
     if not names:
         raise serving.ServeError(f"{folder}: there is no image in it")
     for name in names:
-        for text in images.analyze(store, name, writer):
+        for text in checkpoint_images.analyze(store, name, writer):
             writer.note(f"{name}: {text}")
 
 
@@ -435,9 +450,9 @@ def _look(folder: Path, writer: results.Writer) -> None:
 @click.pass_context
 def calibrate(ctx: click.Context, streams: int, per_second: float, tokens_per_second: float, out: Path | None) -> None:
     """How wrong this client is by itself, against a server that knows when it did what."""
-    load = own_error.Load(streams, per_second, tokens_per_second)
+    load = client_calibration.Load(streams, per_second, tokens_per_second)
     writer = _writer("calibrate", out, streams=streams, per_second=per_second, tokens_per_second=tokens_per_second)
-    found = _run(writer, "calibrate", lambda display: own_error.measure(load, writer, display))
+    found = _run(writer, "calibrate", lambda display: client_calibration.measure(load, writer, display))
     _finish(ctx, writer, not found.lost)
 
 
@@ -454,11 +469,11 @@ def calibrate(ctx: click.Context, streams: int, per_second: float, tokens_per_se
 def compare(ctx: click.Context, base: Path, other: Path, bound: float) -> None:
     """Compare two files of results; exit status 1 when OTHER is slower beyond the bound, and not by chance."""
     first, second = results.read(base), results.read(other)
-    found = list(comparing.compare(first, second))
+    found = list(compare_runs.compare(first, second))
     if not found:
         raise results.ResultError(f"{base} and {other} have no series in common")
     console = tables.console()
-    for text in comparing.differences(first, second):
+    for text in compare_runs.differences(first, second):
         console.print(f"not the same: {text}")
     console.print(tables.comparison(found, bound))
     ctx.exit(1 if any(one.regressed(bound) for one in found) else 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loadtest.serving import TIERS, ServeError, completion, learn_versions, serving
-from loadtest.watching import watching
+from loadtest.timeline import recorded_timeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +170,7 @@ async def at_once(
     """Requests that are all meant to be sent in the same moment."""
     outcomes: list[Outcome] = []
     requests = [completion(name, 0.0, series, keep_text=True, model=key, round=number) for _ in range(size)]
-    async with watching(served.client, writer):
+    async with recorded_timeline(served.client, writer):
         await served.client.run(requests, outcomes.append)
     return outcomes
 

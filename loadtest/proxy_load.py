@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MARK = EVENT[:6]
 
 
-def request(path: str, body: bytes, host: str = "bench") -> bytes:
+def request(path: str, body: bytes, host: str = "127.0.0.1") -> bytes:
     """A POST with a JSON body."""
     return (
         f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nAuthorization: Bearer none\r\n"
@@ -180,7 +180,7 @@ def streams(
     return Streamed([*first.values()], events, seconds, ended)
 
 
-def first_bytes(port: int, message: bytes, *, count: int) -> list[float]:
+def first_tokens(port: int, message: bytes, *, count: int) -> list[float]:
     """Time to the first token of `count` streams, one after the other, each on the same kept connection."""
     times = []
     wire = socket.create_connection(("127.0.0.1", port), timeout=30)

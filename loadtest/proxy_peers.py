@@ -7,7 +7,9 @@ a folder; one that cannot be had is left out, with the reason.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -44,6 +46,55 @@ class UnavailableError(Exception):
     """A peer cannot be had here; says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A working copy of warmpool's repository, and the Python of its own environment."""
+
+    root: Path
+    python: str
+
+    @classmethod
+    def at(cls, folder: Path, python: Path | None) -> Checkout:
+        """One in another folder, as a rule with its own `.venv`. Raises UnavailableError."""
+        root = folder.absolute()
+        if not (root / "proxy" / "__main__.py").is_file():
+            raise UnavailableError(f"{root} is no checkout of warmpool: there is no proxy/__main__.py")
+        # Not resolved: that would lead out of the environment.
+        chosen = root / ".venv" / "bin" / "python" if python is None else python.absolute()
+        if not chosen.is_file():
+            raise UnavailableError(f"there is no {chosen}: make it (make .venv/.run), or name one with --beside-python")
+        return cls(root, str(chosen))
+
+    def version(self) -> str:
+        """The commit, "-dirty" where files were changed."""
+        return _output("git", "-C", str(self.root), "describe", "--always", "--dirty")
+
+    def keys(self) -> frozenset[str]:
+        """The keys that its configuration knows, as `pool.max_queue` and `models.*.canary`. Raises UnavailableError."""
+        command = [self.python, "-m", "proxy", "config", "reference"]
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise UnavailableError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
+        found, section = set(), ""
+        for line in done.stdout.splitlines():
+            if header := _SECTION(line):
+                section = re.sub(r"^models\.\w+", "models.*", header[1])
+            elif key := _KEY(line):
+                found.add(f"{section}.{key[1]}")
+        return frozenset(found)
+
+    def environment(self) -> dict[str, str]:
+        """That of its processes: its own modules come first."""
+        return {**os.environ, "PYTHONPATH": str(self.root)}
+
+
+_SECTION: Final = re.compile(r"#? ?\[+([\w.]+)\]+$").match
+_KEY: Final = re.compile(r"#? ?([a-z_0-9]+) = ").match
+HERE: Final = Checkout(ROOT, sys.executable)
+
+
 @dataclass(slots=True)
 class Contender:
     """A proxy that runs."""
@@ -56,20 +107,49 @@ class Contender:
     upstream: psutil.Process | None = None
 
     def cpu_s(self) -> float:
-        """CPU time used so far, kernel and user; threads that have ended do not count."""
-        return sum(_cpu_ns(thread) for p in self.processes for thread in Path(f"/proc/{p.pid}/task").iterdir()) / 1e9
+        """CPU time used so far, in the kernel and outside."""
+        return sum(_cpu_s(process.pid) for process in self.processes)
 
     def memory_bytes(self) -> int:
         """What its processes have to themselves."""
         return sum(p.memory_full_info().uss for p in self.processes)
 
+    def cpu_share(self, seconds: float) -> float:
+        """How much of a core it uses, looked at for so long."""
+        before, began = self.cpu_s(), time.monotonic()
+        time.sleep(seconds)
+        return (self.cpu_s() - before) / (time.monotonic() - began)
 
-def _cpu_ns(thread: Path) -> int:
-    """Of one thread, as the scheduler counts it (the times in `stat` are in hundredths of a second)."""
+    def until_quiet(self, timeout_s: float = 60.0) -> None:
+        """Return when it has hardly used CPU for a while: all that was sent to it has come to rest.
+
+        That needs no name in an answer of it. A health check of an engine that starts takes far less.
+        """
+        deadline = time.monotonic() + timeout_s
+        quiet = 0
+        while quiet < _QUIET and time.monotonic() < deadline:
+            quiet = quiet + 1 if self.cpu_share(_LOOK_S) < _QUIET_SHARE else 0
+
+
+_LOOK_S: Final = 0.2
+_QUIET: Final = 4
+_QUIET_SHARE: Final = 0.1
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def _cpu_s(pid: int) -> float:
+    """utime + stime of a process with all its threads, those that have ended too.
+
+    The figures of /proc/PID/stat, from the clock of the process: nanoseconds instead of hundredths of a second
+    (clock_getcpuclockid(3)). 0 where there is no such process.
+    """
+    clock = ctypes.c_int()
+    if _LIBC.clock_getcpuclockid(pid, ctypes.byref(clock)):
+        return 0.0
     try:
-        return int((thread / "schedstat").read_text().split()[0])
-    except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-        return 0
+        return time.clock_gettime(clock.value)
+    except OSError:  # ended meanwhile
+        return 0.0
 
 
 def free_port() -> int:
@@ -99,23 +179,24 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def running(name: str, folder: Path, peers: Path, **warmpool: object) -> Iterator[Contender]:
+def running(
+    name: str, folder: Path, peers: Path, *, checkout: Checkout = HERE, release: Path | None = None
+) -> Iterator[Contender]:
     """A contender that answers, in a folder of its own. Raises UnavailableError.
 
-    `warmpool`: settings of its model; with `release`, a file, the engine is not up before that exists, and not woken.
+    `checkout`: whose warmpool. With `release` its engine is not up before that file exists, and not woken.
     """
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         up = free_port()
         upstream = None
-        ready = "release" in warmpool  # its engine is not to be woken yet
         program, installed = name.removesuffix(INSTALLED), name.endswith(INSTALLED)
         if program != "warmpool":
             upstream = stack.enter_context(_process(upstream_command(str(up)), folder / "upstream.log"))
         if program == "direct":
             version, port, command = "", up, None
         elif program == "warmpool":
-            version, port, command = _warmpool(folder, warmpool, installed=installed)
+            version, port, command = _warmpool(folder, checkout, release, installed=installed)
         elif program == "nginx":
             version, port, command = _nginx(folder, up)
         elif program == "vllm-router":
@@ -125,15 +206,16 @@ def running(name: str, folder: Path, peers: Path, **warmpool: object) -> Iterato
         processes = []
         if command is not None:
             pinned = ["taskset", "--cpu-list", str(PROXY_CORE), *command]
-            processes = [stack.enter_context(_process(pinned, folder / "proxy.log"))]
+            processes = [stack.enter_context(_process(pinned, folder / "proxy.log", checkout))]
         began = time.monotonic()
-        while not (ready and _accepts(port)) and not (not ready and answers(port)):
-            if time.monotonic() - began > _START_S or any(not p.is_running() for p in processes):
+        started = answers if release is None else _accepts
+        while not started(port):
+            if time.monotonic() - began > _START_S or any(p.status() == psutil.STATUS_ZOMBIE for p in processes):
                 raise UnavailableError(f"{name} did not start: {(folder / 'proxy.log').read_text()[-500:]}")
             time.sleep(0.1)
         if command is not None and program != "warmpool":
             processes += processes[0].children(recursive=True)
-        if program == "warmpool" and not ready:
+        if program == "warmpool" and release is None:
             upstream = next(
                 p for p in processes[0].children(recursive=True) if "loadtest.proxy_upstream" in p.cmdline()
             )
@@ -147,10 +229,10 @@ def _accepts(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _process(command: list[str], log: Path) -> Iterator[psutil.Process]:
-    environment = {**os.environ, **_LITELLM, "PYTHONPATH": str(ROOT)}
+def _process(command: list[str], log: Path, checkout: Checkout = HERE) -> Iterator[psutil.Process]:
+    environment = {**checkout.environment(), **_LITELLM}
     with log.open("ab") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=checkout.root, env=environment, stdout=output, stderr=output)
     try:
         yield psutil.Process(process.pid)
     finally:
@@ -167,14 +249,13 @@ def _output(*command: str) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def _warmpool(folder: Path, model: dict[str, object], *, installed: bool) -> tuple[str, int, list[str]]:
+def _warmpool(folder: Path, checkout: Checkout, release: Path | None, *, installed: bool) -> tuple[str, int, list[str]]:
     port = free_port()
-    release = model.pop("release", None)
-    command = upstream_command("{port}", "{python}")
+    engine = upstream_command("{port}")  # the same for every checkout
     if release is not None:
-        command += ["--ready-file", str(release)]
+        engine += ["--ready-file", str(release)]
     settings = {
-        "server": {"port": port},
+        "server": {"port": port, "body_limit": "64MiB"},
         "pool": {
             "state_dir": str(folder / "state"),
             "checkpoint_dir": str(folder / "images"),
@@ -182,21 +263,46 @@ def _warmpool(folder: Path, model: dict[str, object], *, installed: bool) -> tup
         },
         "models": {
             "bench": {
-                "process": {"command": command, "cwd": str(ROOT)},
+                "process": {"command": engine, "cwd": str(ROOT)},
                 "warmup": {"requests": 0},
                 "canary": "never",
                 "max_concurrency": 2048,
                 "max_queue": 20_000,
                 "queue_timeout": "5m",
                 "idle": {"sleeping": "never", "suspended": "never", "checkpointed": "never"},
-                **model,
             }
         },
     }
+    if checkout != HERE:
+        settings, unknown = known_settings(settings, checkout.keys())
+        if needed := sorted(_NEEDED.intersection(unknown)):
+            raise UnavailableError(f"the configuration of {checkout.root} knows no {', '.join(needed)}")
     (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
-    version = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     options = ["-c", str(folder / "warmpool.toml"), *([] if installed else ["--log-level", "warning"])]
-    return version, port, [sys.executable, "-m", "proxy", "serve", *options]
+    return checkout.version(), port, [checkout.python, "-m", "proxy", "serve", *options]
+
+
+_NEEDED: Final = frozenset({"server.port", "models.*.process.command", "models.*.process.cwd"})
+"""What another checkout has to know; what else it does not is left to its defaults."""
+
+
+def known_settings(settings: dict[str, Any], known: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
+    """Those that are known, and the others as `Checkout.keys` writes them."""
+    unknown: list[str] = []
+
+    def kept(table: dict[str, Any], path: str) -> dict[str, Any]:
+        made = {}
+        for name, value in table.items():
+            where = "models.*" if path == "models" else f"{path}.{name}".lstrip(".")
+            if isinstance(value, dict):
+                made[name] = kept(value, where)
+            elif where in known:
+                made[name] = value
+            else:
+                unknown.append(where)
+        return made
+
+    return kept(settings, ""), unknown
 
 
 _NGINX_CONF: Final = """

@@ -34,6 +34,8 @@ _MODELS: Final = b'{"object":"list","data":[{"id":"bench","object":"model","crea
 _PHASES: Final = 200
 _CLOCK_MONOTONIC: Final = 1
 _MOST_BEHIND: Final = 40
+_LARGE: Final = 1 << 20
+"""Of a body that is larger only the beginning is kept: copying it would hold up the streams, and be measured."""
 _LENGTH: Final = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _TOKENS: Final = re.compile(rb'"max_tokens": ?(\d+)')
 _STREAM: Final = re.compile(rb'"stream": ?true')
@@ -127,6 +129,8 @@ class Connection(asyncio.Protocol):
         self.phase: set[Connection] | None = None
         self.paused = False
         self._left = 0
+        self._skipped = 0
+        """Bytes that are still to come of a large body and that nobody looks at."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Nothing is said before a request."""
@@ -147,6 +151,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Answer each request that is complete."""
+        if self._skipped:
+            self._skipped -= len(data)
+            if self._skipped > 0:
+                return
+            assert self._transport is not None
+            request, self._received, data = self._received, b"", data[len(data) + self._skipped :]
+            self._skipped = 0
+            self._transport.write(self._reply(request, request.find(b"\r\n\r\n")))
         self._received = self._received + data if self._received else data
         while self._received and self._transport is not None:
             head_end = self._received.find(b"\r\n\r\n")
@@ -155,6 +167,8 @@ class Connection(asyncio.Protocol):
             length = _LENGTH.search(self._received, 0, head_end)
             end = head_end + 4 + (int(length[1]) if length else 0)
             if len(self._received) < end:
+                if end - len(self._received) > _LARGE:
+                    self._skipped = end - len(self._received)
                 return
             request, self._received = self._received[:end], self._received[end:]
             self._transport.write(self._reply(request, head_end))

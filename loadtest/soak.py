@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from loadtest.client_aborts import Phase, leave
 from loadtest.ladder import Checks
-from loadtest.leaving import Phase, leave
 from loadtest.serving import completion, learn_versions, serving
-from loadtest.watching import watching
+from loadtest.timeline import recorded_timeline
 from proxy.runtime.state_dir import Claim
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ async def soak(setup: Setup, count: int, seconds: float, writer: Writer, display
             found.before = await _at_rest(served, where, keys)
             display.phase(f"{seconds:g} s of load")
             ends_s = time.monotonic() + seconds
-            async with watching(served.client, writer), asyncio.TaskGroup() as users:
+            async with recorded_timeline(served.client, writer), asyncio.TaskGroup() as users:
                 for number, key in enumerate(keys):
                     draw = random.Random(f"{seed} {number}")
                     users.create_task(_use(served, setup, key, draw, ends_s, found, writer))

@@ -17,7 +17,7 @@ from proxy.config.values import short_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from loadtest.comparing import Comparison
+    from loadtest.compare_runs import Comparison
     from loadtest.results import Result
 
 COLD: Final = "stopped"
@@ -165,7 +165,7 @@ def against(result: Result, base: str) -> Table:
         found = stats.ratio(result.values(base), result.values(series))
         if found is None or series == base:
             continue
-        word = "slower" if found.low > 1 else "faster" if found.high < 1 else "no difference to be told"
+        word = "slower" if found.low > 1 else "faster" if found.high < 1 else "no clear difference"
         if min(len(result.values(one)) for one in (base, series)) < stats.FEWEST:
             word = f"fewer than {stats.FEWEST} samples"
         made.add_row(series, f"{found.ratio:.2f}", f"{found.low:.2f} to {found.high:.2f}", word)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loadtest.results import TTFT
 from loadtest.serving import ServeError, completion, learn_versions, serving
-from loadtest.watching import watching
+from loadtest.timeline import recorded_timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -210,7 +210,7 @@ async def replay(
     """Send everything at its moment, and write down what became of it."""
     account = Account()
     lates: list[float] = []
-    async with watching(client, writer) as latest:
+    async with recorded_timeline(client, writer) as latest:
 
         def done(outcome: Outcome) -> None:
             account.look_at(outcome, how.late_s)

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import own_error
-from loadtest.alarm import Alarm
+from loadtest import client_calibration
+from loadtest.answer_parser import Answer, Events, WireError
 from loadtest.client import Client, Outcome, Request, Target, TargetError
 from loadtest.display import Display
+from loadtest.precise_timer import PreciseTimer
 from loadtest.results import Writer
-from loadtest.wire import Answer, Events, WireError
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -134,10 +134,10 @@ def test_an_address_that_cannot_be_used_is_refused(url: str) -> None:
 
 
 async def test_an_alarm_rings_at_its_moment_and_never_before() -> None:
-    with Alarm() as alarm:
+    with PreciseTimer() as timer:
         for wait_ns in (0, 300_000, 1_700_000):
             moment_ns = time.monotonic_ns() + wait_ns
-            await alarm.until(moment_ns)
+            await timer.until(moment_ns)
             assert time.monotonic_ns() >= moment_ns
 
 
@@ -151,7 +151,7 @@ class Calibrated:
 @pytest.fixture
 async def calibrated() -> AsyncIterator[Calibrated]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "loadtest.calibrated", "--ttft", "0.05", stdout=asyncio.subprocess.PIPE, cwd=ROOT
+        sys.executable, "-m", "loadtest.calibration_server", "--ttft", "0.05", stdout=asyncio.subprocess.PIPE, cwd=ROOT
     )
     assert process.stdout is not None
     yield Calibrated(process, (await process.stdout.readline()).decode().strip())
@@ -179,7 +179,7 @@ async def test_its_times_enclose_what_the_server_did(calibrated: Calibrated) -> 
         # The kernel's time is never later than the time at which a program has read.
         assert outcome.ttft_s <= outcome.read_s
         # Nor can an answer be there before it was sent (the two clocks agree to some microseconds).
-        assert own_error.error_s(outcome) > -0.0001
+        assert client_calibration.error_s(outcome) > -0.0001
         assert len(outcome.token_s) == outcome.tokens == 3
         assert list(outcome.token_s) == sorted(outcome.token_s)
 
@@ -227,9 +227,9 @@ async def test_failures_are_outcomes(calibrated: Calibrated) -> None:
 
 
 async def test_its_own_error_is_measured() -> None:
-    load = own_error.Load(streams=150, per_second=150, ttft_s=0.1)
+    load = client_calibration.Load(streams=150, per_second=150, ttft_s=0.1)
     with Writer(None, "calibrate", {}) as writer, Display("calibrate", enabled=False) as display:
-        found = await own_error.measure(load, writer, display)
+        found = await client_calibration.measure(load, writer, display)
         result = writer.close()
     assert found.lost == 0
     assert found.most_open == 150

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tomli_w
 
-from loadtest import images, results, serving, trace
+from loadtest import checkpoint_images, results, serving, trace
 from proxy.runtime.state_dir import Claim
 from tests.loadtest.test_results import SAMPLE
 from tests.podman_bench import why_no_podman
@@ -247,10 +247,10 @@ def test_a_load_format_goes_into_the_command(tmp_path: Path) -> None:
     config.write_text(tomli_w.dumps({"models": {"a": {"process": {"command": command}}}}))
     setup = serving.Setup(config=config)
     with serving.folders() as where:
-        made = images.configure(setup, images.Variant(1, "safetensors"), where)
+        made = checkpoint_images.configure(setup, checkpoint_images.Variant(1, "safetensors"), where)
         written = tomllib.loads(made.read_text())
         with pytest.raises(serving.ServeError, match="loads no files"):
-            images.configure(serving.Setup(), images.Variant(2, "auto"), where)
+            checkpoint_images.configure(serving.Setup(), checkpoint_images.Variant(2, "auto"), where)
     model = written["models"]["a"]
     assert model["process"]["command"] == ["vllm", "serve", "--load-format", "safetensors", "--port", "{port}"]
     assert model["golden_sleep_level"] == 1
@@ -278,9 +278,9 @@ def test_ways_to_make_an_image(tmp_path: Path) -> None:
     setup = vllm_config(tmp_path, weights_copy=True)
     with serving.folders() as where:
         made = {
-            level: tomllib.loads(images.configure(setup, images.Variant(level, "auto"), where).read_text())["models"][
-                "a"
-            ]
+            level: tomllib.loads(
+                checkpoint_images.configure(setup, checkpoint_images.Variant(level, "auto"), where).read_text()
+            )["models"]["a"]
             for level in (0, 1, 2)
         }
     assert made[0]["podman"]["command"] == [
@@ -296,22 +296,27 @@ def test_ways_to_make_an_image(tmp_path: Path) -> None:
     assert made[1]["podman"]["env"] == {"A": "b", "VLLM_SERVER_DEV_MODE": "1"}
     # A copy of the weights beside an image that holds them is refused by the configuration.
     assert [made[level]["weights_copy"] for level in (0, 1, 2)] == [True, False, True]
-    own = [images.Variant(2), images.Variant(1), images.Variant(0), images.Variant(2, "auto")]
-    assert [images.is_own(setup, variant, "a") for variant in own] == [True, False, False, False]
+    own = [
+        checkpoint_images.Variant(2),
+        checkpoint_images.Variant(1),
+        checkpoint_images.Variant(0),
+        checkpoint_images.Variant(2, "auto"),
+    ]
+    assert [checkpoint_images.is_own(setup, variant, "a") for variant in own] == [True, False, False, False]
     setup = dataclasses.replace(setup, model="b")
-    assert [images.is_own(setup, variant, "b") for variant in own] == [True, True, False, False]
+    assert [checkpoint_images.is_own(setup, variant, "b") for variant in own] == [True, True, False, False]
 
 
 def test_gpu_state_is_a_part_of_the_memory_pages() -> None:
     held = {"ready": {"GPU-1": 3 << 30, "GPU-2": 1 << 30}}
     report = {"memory_bytes": {"anonymous": 5, "GPU state": 1 << 20}, "gpu_bytes": held}
     known = {"on_the_GPU.ready_bytes": 4 << 30, "copied_from_the_GPU_bytes": 1 << 20}
-    made = images.beside(report, 3 << 20)
+    made = checkpoint_images.beside(report, 3 << 20)
     assert made == known | {"memory_pages.GPU_state_bytes": 1 << 20, "memory_pages.else_bytes": 2 << 20}
     # Zeros that were left out may be of either part.
     report["zero_bytes_left_out"] = 4096
-    assert images.beside(report, 3 << 20) == known | {"zeros_left_out_bytes": 4096}
-    assert images.beside({"memory_bytes": {"anonymous": 5}, "gpu_bytes": {}}, 3 << 20) == {}
+    assert checkpoint_images.beside(report, 3 << 20) == known | {"zeros_left_out_bytes": 4096}
+    assert checkpoint_images.beside({"memory_bytes": {"anonymous": 5}, "gpu_bytes": {}}, 3 << 20) == {}
 
 
 def test_a_trace_fits_the_engines_of_a_configuration(tmp_path: Path) -> None:

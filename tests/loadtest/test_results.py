@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hdrh.histogram import HdrHistogram
 
-from loadtest import attribution, comparing, machine, results, stats, tables, trace
+from loadtest import attribution, compare_runs, machine, results, stats, tables, trace
 from loadtest.client import Outcome
 from loadtest.commands import cli
 from loadtest.ladder import Checks
@@ -292,7 +292,7 @@ def test_compare_ends_with_the_status_of_what_it_found(tmp_path: Path, shift: fl
 def test_a_regression_is_beyond_the_bound_and_not_by_chance(tmp_path: Path) -> None:
     base = results.read(run_file(tmp_path / "a", "restore", {"ready": [1.0] * 20}))
     other = results.read(run_file(tmp_path / "b", "restore", {"ready": [1.08] * 20}))
-    (found, *_) = comparing.compare(base, other)
+    (found, *_) = compare_runs.compare(base, other)
     assert not found.regressed(1.10)
     assert found.verdict(1.10) == "slower, within the bound"
     assert found.regressed(1.05)
@@ -301,7 +301,7 @@ def test_a_regression_is_beyond_the_bound_and_not_by_chance(tmp_path: Path) -> N
 def test_a_few_samples_are_no_regression(tmp_path: Path) -> None:
     base = results.read(run_file(tmp_path / "a", "restore", {"ready": [1.0] * 20}))
     other = results.read(run_file(tmp_path / "b", "restore", {"ready": [5.0] * 9}))
-    (found, *_) = comparing.compare(base, other)
+    (found, *_) = compare_runs.compare(base, other)
     assert not found.regressed(1.10)
     assert found.verdict(1.10) == "fewer than 10 samples"
 

@@ -46,7 +46,7 @@ class Comparison:
             return "slower, within the bound"
         if self.ratio.high < 1:
             return "faster"
-        return "no difference to be told"
+        return "no clear difference"
 
 
 def compare(base: Result, other: Result) -> Iterator[Comparison]:

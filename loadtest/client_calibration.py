@@ -57,7 +57,7 @@ def error_s(outcome: Outcome) -> float:
 async def measure(load: Load, writer: Writer, display: Display) -> Measured:
     """Open the streams and compare."""
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "loadtest.calibrated", "--ttft", str(load.ttft_s),
+        sys.executable, "-m", "loadtest.calibration_server", "--ttft", str(load.ttft_s),
         "--tokens-per-second", str(load.tokens_per_second), stdout=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     try:

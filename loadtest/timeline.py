@@ -28,7 +28,9 @@ def seen(status: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def watching(client: Client, writer: Writer, interval_s: float = INTERVAL_S) -> AsyncIterator[dict[str, Any]]:
+async def recorded_timeline(
+    client: Client, writer: Writer, interval_s: float = INTERVAL_S
+) -> AsyncIterator[dict[str, Any]]:
     """Write down the state whenever it has changed while the block lasts; yields the latest one, kept up to date."""
     latest: dict[str, Any] = {}
 

@@ -1,10 +1,10 @@
 """A server that knows when it did what: the measure for the load-test client itself.
 
-``python -m loadtest.calibrated [--port N] [--ttft S] [--tokens-per-second N]``. Answers `POST /v1/completions` with a
-stream of `max_tokens` events, the first after `ttft` (spread over a tenth of a second, as no two requests are alike).
-The first event says, in nanoseconds of this host's monotonic clock, when the request had come in and when the event
-went out, each taken next to the system call, so that neither is a promise. What a client measures beyond the difference
-is its own error (and the way of the bytes).
+``python -m loadtest.calibration_server [--port N] [--ttft S] [--tokens-per-second N]``. Answers `POST /v1/completions`
+with a stream of `max_tokens` events, the first after `ttft` (spread over a tenth of a second, as no two requests are
+alike). The first event says, in nanoseconds of this host's monotonic clock, when the request had come in and when the
+event went out, each taken next to the system call, so that neither is a promise. What a client measures beyond the
+difference is its own error (and the way of the bytes).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ async def serve(port: int, ttft_s: float, tokens_per_second: float) -> None:
 
 def main() -> None:
     """Run the server."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.calibrated", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m loadtest.calibration_server", description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ttft", type=float, default=0.3, help="seconds")
     parser.add_argument("--tokens-per-second", type=float, default=10.0)

@@ -27,7 +27,7 @@ class _TimerSpec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Alarm:
+class PreciseTimer:
     """Wakes one coroutine at moments of `time.monotonic_ns`. Close it, or use it with `with`."""
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class Alarm:
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         self._loop = asyncio.get_running_loop()
-        self._tier: asyncio.Future[None] | None = None
-        self._loop.add_reader(self._fd, self._ring)
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop.add_reader(self._fd, self._fire)
 
     def __enter__(self) -> Self:
         return self
@@ -54,12 +54,12 @@ class Alarm:
         if moment_ns <= time.monotonic_ns():
             return
         spec = _TimerSpec(it_value=_TimeSpec(moment_ns // _NS, moment_ns % _NS))
-        self._tier = self._loop.create_future()
+        self._waiter = self._loop.create_future()
         if _libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None):
             raise OSError(ctypes.get_errno(), "timerfd_settime")
-        await self._tier
+        await self._waiter
 
-    def _ring(self) -> None:
+    def _fire(self) -> None:
         os.read(self._fd, 8)
-        if self._tier is not None and not self._tier.done():
-            self._tier.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
