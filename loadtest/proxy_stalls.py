@@ -36,7 +36,7 @@ STREAMS: Final = 32
 MOST_MS: Final = 10.0
 """What the 99th percentile may be above that of the control."""
 CONTROL_S: Final = 1.0
-POSTS: Final = 3
+POSTS: Final = 2
 """Of each shape."""
 _AFTER_S: Final = 0.2
 """What a body did to the loop may show a moment after its answer."""

@@ -278,7 +278,7 @@ def test_what_is_no_file_of_results_is_refused(tmp_path: Path, content: str, rea
 
 
 @pytest.mark.parametrize(
-    ("shift", "status", "word"), [(0.0, 0, "no difference"), (0.6, 1, "regression"), (-0.6, 0, "faster")]
+    ("shift", "status", "word"), [(0.0, 0, "no clear difference"), (0.6, 1, "regression"), (-0.6, 0, "faster")]
 )
 def test_compare_ends_with_the_status_of_what_it_found(tmp_path: Path, shift: float, status: int, word: str) -> None:
     base = run_file(tmp_path / "a", "restore", {"ready": lognormal(40, 1)})
