@@ -24,23 +24,25 @@ from proxy.checkpoint.store import CheckpointStore
 from proxy.cli import main as cli
 from proxy.engine.client import EngineClient
 from proxy.runtime.podman import abandoned, bundle
-from proxy.runtime.podman import runtime as podman
+from proxy.runtime.podman.engine import PodmanEngine
+from proxy.runtime.podman.maker import Maker
+from proxy.runtime.podman.runtime import PodmanRuntime
 
 POINTS = {
     "sleep": (EngineClient, "sleep"),
     "begin": (CheckpointStore, "begin"),
-    "dump": (podman.PodmanRuntime, "_dump"),
-    "collect": (podman.PodmanRuntime, "_collect"),
+    "dump": (PodmanEngine, "_dump"),
+    "collect": (PodmanEngine, "_collect"),
     "manifest": (store, "_write_manifest"),
     "commit": (CheckpointStore, "commit"),
-    "clone": (podman.PodmanRuntime, "clone"),
+    "clone": (PodmanRuntime, "clone"),
     "link": (bundle, "link_image"),
-    "restore": (podman.PodmanRuntime, "_bring_up"),
+    "restore": (PodmanEngine, "_bring_up"),
     "wake_up": (EngineClient, "wake_up"),
     "export": (CheckpointStore, "export"),
     "import": (CheckpointStore, "import_"),
     "pack": (store, "_Stoppable"),
-    "create": (podman.PodmanRuntime, "_create"),
+    "create": (Maker, "make"),
 }
 
 

@@ -18,7 +18,7 @@ from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.host import facts
 from proxy.pool.pool import Pool
-from proxy.runtime.base import Footprint, Found, Handle, ImageFacts, Outdated, Recovered, Tiers, Vitals
+from proxy.runtime.base import EngineProcess, Footprint, Found, ImageFacts, Outdated, Recovered, Tiers, Vitals
 from proxy.telemetry.metrics import Metrics
 from proxy.tiers import Tier
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
@@ -89,6 +89,7 @@ class FakeRuntime:
 
     def __init__(self, *, shares_images: bool = False, gpus: Gpus | None = None, nvml: FakeNvml | None = None) -> None:
         self.shares_images = shares_images
+        self.images = FakeImages(self)
         self.gpus = gpus
         self.nvml = nvml or FakeNvml()
         self.takes: dict[str, tuple[int, int]] = {}
@@ -101,17 +102,12 @@ class FakeRuntime:
         self.offered = ALL_TIERS
         self.missing: dict[Tier, str] = {}
         self.processes: dict[str, Process] = {}
-        self.images: dict[str, Image] = {}
-        self.quarantined: dict[str, Image] = {}
-        self.keeps_copies = False
-        """Whether copies of images stay in the archive."""
-        self.archive_copies: set[str] = set()
-        """The owners of those images."""
         self.copies: set[int] = set()
         """Of weights, by the boot of the engine that wrote them."""
         self.reseed_gap: str | None = None
         """What engines say of their workers' randomness."""
-        self.handles: dict[str, Handle] = {}
+        self.engines: dict[str, FakeProcess] = {}
+        """By instance; those that were never started, or were removed, have no port."""
         self.calls: Counter[str] = Counter()
         self.log_lines: dict[str, list[str]] = {}
         """Instance → what its engine wrote last."""
@@ -121,11 +117,10 @@ class FakeRuntime:
         self.answers = asyncio.Event()
         self.changes: dict[str, Outdated] = {}
         """Model → what has changed since its engines were started."""
-        self.footprints: dict[str, Footprint] = {}
         self.lost: set[str] = set()
         """Models whose images are of another version."""
-        self._boots = itertools.count(1)
-        self._ports = itertools.count(20000)
+        self.boots = itertools.count(1)
+        self.ports = itertools.count(20000)
 
     async def _enter(self, operation: str) -> None:
         self.calls[operation] += 1
@@ -139,21 +134,6 @@ class FakeRuntime:
         if errors := self.failures.get(operation):
             raise errors.pop(0)
 
-    def _process(self, handle: Handle, operation: str) -> Process:
-        process = self.processes.get(handle.instance_id)
-        if process is None:
-            raise RuntimeFailure(operation, "the engine is not running")
-        return process
-
-    def _owner(self, handle: Handle) -> str:
-        return handle.image or (handle.model if self.shares_images else handle.instance_id)
-
-    def _image(self, handle: Handle, operation: str) -> Image:
-        image = self.images.get(self._owner(handle))
-        if image is None:
-            raise RuntimeFailure(operation, "no image")
-        return image
-
     def kill(self, instance_id: str) -> None:
         """The engine ends by itself."""
         process = self.processes.pop(instance_id)
@@ -162,7 +142,10 @@ class FakeRuntime:
     def inherit(self, before: FakeRuntime, *, keep: bool) -> None:
         """Take over what a predecessor left."""
         if keep:
-            self.images, self.handles, self.processes = before.images, before.handles, before.processes
+            self.images.there, self.processes = before.images.there, before.processes
+            for left in before.engines.values():
+                if left.port:
+                    self.engine(left.instance_id, left.key).port = left.port
 
     async def open(self) -> None:
         await self._enter("open")
@@ -182,160 +165,38 @@ class FakeRuntime:
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         await self._enter("recover")
         found = []
-        for handle in self.handles.values():
-            image = self.images.get(self._owner(handle))
-            if process := self.processes.get(handle.instance_id):
-                found.append(Found(handle, Tier.READY, process.started_unix_s, process.restored))
-            elif image is not None:
-                found.append(Found(handle, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
-        images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.items()}
+        for engine in self.engines.values():
+            image = self.images.there.get(engine.image)
+            if process := self.processes.get(engine.instance_id):
+                found.append(Found(engine, Tier.READY, process.started_unix_s, process.restored))
+            elif image is not None and engine.port:
+                found.append(Found(engine, Tier.ARCHIVED if image.archived else Tier.CHECKPOINTED))
+        images = {owner: replace(image.facts, archived=image.archived) for owner, image in self.images.there.items()}
         return Recovered(found, images, frozenset(self.lost))
 
-    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
-        await self._enter("images_for")
-        if not self.shares_images:
-            return {}
-        return {key: i.facts for key, i in self.images.items() if key in models and i.command == _command(models[key])}
+    def engine(self, instance_id: str, key: str) -> FakeProcess:
+        if instance_id not in self.engines:
+            self.engines[instance_id] = FakeProcess(self, instance_id, key)
+        return self.engines[instance_id]
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
+    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> FakeProcess:
         await self._enter("start")
-        handle = self._new_handle(instance_id, key)
-        if beside and self.shares_images:
-            handle = self.handles[instance_id] = replace(handle, image=f"{key}.next")
-        self.processes[instance_id] = Process(next(self._boots), command=_command(model))
-        self.measure(handle)
-        return handle
+        engine = self._prepared(instance_id, key)
+        engine.beside = beside and self.shares_images
+        self.processes[instance_id] = Process(next(self.boots), command=_command(model))
+        engine.measure()
+        return engine
 
-    def promote(self, handle: Handle) -> Handle:
-        self.calls["promote"] += 1
-        if handle.image in self.images:
-            self.images[handle.model] = self.images.pop(handle.image)
-        self.handles[handle.instance_id] = replace(handle, image="")
-        return self.handles[handle.instance_id]
-
-    async def footprint(self, key: str) -> Footprint | None:
-        return self.footprints.get(key)
-
-    def measure(self, handle: Handle) -> None:
-        """Let NVML see what the engine holds now."""
-        process = self.processes.get(handle.instance_id)
-        if process is None:
-            self.nvml.held.pop(handle.port, None)
-            return
-        ready, asleep = self.takes.get(handle.model, (0, 0))
-        held = 0 if process.frozen else asleep if process.sleep_level else ready
-        self.nvml.held[handle.port] = held + self.leaks.get(handle.instance_id, 0)
-
-    async def gpu_bytes(self, handle: Handle) -> Mapping[str, int]:
-        if self.gpus is None or handle.instance_id not in self.processes:
-            return {}
-        return await self.gpus.held_by_gpu([handle.port])  # the port stands for the pid
-
-    async def clone(self, instance_id: str, key: str, model: ModelSettings) -> Handle:
+    async def clone(self, instance_id: str, key: str, model: ModelSettings) -> FakeProcess:
         await self._enter("clone")
         if not self.shares_images:
             raise RuntimeFailure("clone", "this runtime has no clones")
-        return self._new_handle(instance_id, key)
+        return self._prepared(instance_id, key)
 
-    def _new_handle(self, instance_id: str, key: str) -> Handle:
-        handle = self.handles.get(instance_id) or Handle(instance_id, key, "127.0.0.1", next(self._ports))
-        self.handles[instance_id] = handle
-        return handle
-
-    async def wait_exit(self, handle: Handle) -> str:
-        process = self.processes.get(handle.instance_id)
-        return "ended" if process is None else await asyncio.shield(process.exited)
-
-    async def host_bytes(self, handle: Handle) -> int:
-        return self.host_takes.get(handle.model, 0) if handle.instance_id in self.processes else 0
-
-    async def vitals(self, handle: Handle) -> Vitals:
-        return Vitals({}, self._process(handle, "vitals").frozen)
-
-    async def listens(self, handle: Handle) -> bool:
-        return True
-
-    async def log_tail(self, handle: Handle) -> list[str]:
-        return [*self.log_lines.get(handle.instance_id, ())]
-
-    async def suspend(self, handle: Handle) -> None:
-        await self._enter("suspend")
-        self._process(handle, "suspend").frozen = True
-        self.measure(handle)
-
-    async def resume(self, handle: Handle) -> None:
-        await self._enter("resume")
-        self._process(handle, "resume").frozen = False
-        self.measure(handle)
-
-    async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
-        process = self._process(handle, "checkpoint")
-        await self._enter("checkpoint")
-        image = Image(process.boot, process.served, process.sleep_level, handle.model, facts, command=process.command)
-        self.images[self._owner(handle)] = image
-        self._end(handle)
-
-    async def restore(self, handle: Handle, stages: Stages) -> Handle:
-        with stages.measure("fake"):
-            await self._enter("restore")
-        image = self._image(handle, "restore")
-        if image.archived:
-            raise RuntimeFailure("restore", "the image is archived")
-        self.processes[handle.instance_id] = Process(
-            image.boot, image.served, sleep_level=image.sleep_level, command=image.command, restored=True
-        )
-        self.leaks.pop(handle.instance_id, None)
-        self.measure(handle)
-        return self._new_handle(handle.instance_id, handle.model)
-
-    def _end(self, handle: Handle) -> None:
-        process = self.processes.pop(handle.instance_id, None)
-        self.measure(handle)
-        if process is not None and not process.exited.done():
-            process.exited.set_result("signal 9")
-
-    async def drop(self, handle: Handle) -> None:
-        await self._enter("drop")
-        self._end(handle)
-
-    def leave(self, handle: Handle) -> bool:
-        return self.leaves
-
-    async def discard_image(self, handle: Handle) -> None:
-        await self._enter("discard_image")
-        self.images.pop(self._owner(handle), None)
-
-    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
-        await self._enter("verify_image" if whole else "look_at_image")
-
-    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
-        await self._enter("quarantine_image")
-        owner = self._owner(handle)
-        image = self.images.pop(owner, None)
-        if image is not None:
-            self.quarantined[owner] = image
-            if keep_copy and owner in self.archive_copies:
-                self.images[owner] = replace(image, archived=True)
-                return True
-        self.archive_copies.discard(owner)
-        return False
-
-    async def copy_to_archive(self, handle: Handle) -> None:
-        await self._enter("copy_to_archive")
-        self._image(handle, "archive")
-        if self.keeps_copies:
-            self.archive_copies.add(self._owner(handle))
-
-    async def archive_image(self, handle: Handle) -> None:
-        await self._enter("archive_image")
-        self._image(handle, "archive").archived = True
-
-    async def unarchive_image(self, handle: Handle) -> None:
-        await self._enter("unarchive_image")
-        self._image(handle, "unarchive").archived = False
-
-    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
-        return None
+    def _prepared(self, instance_id: str, key: str) -> FakeProcess:
+        engine = self.engine(instance_id, key)
+        engine.port = engine.port or next(self.ports)
+        return engine
 
     async def outdated(
         self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
@@ -343,12 +204,182 @@ class FakeRuntime:
         await self._enter("outdated")
         return {key: entry for key, entry in self.changes.items() if key in models}
 
-    async def remove(self, handle: Handle) -> None:
-        await self._enter("remove")
-        self._end(handle)
-        if not self.shares_images:
-            self.images.pop(handle.instance_id, None)
-        self.handles.pop(handle.instance_id, None)
+
+class FakeProcess:
+    """An engine of the fake runtime."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, runtime: FakeRuntime, instance_id: str, key: str) -> None:
+        self.runtime, self.instance_id, self.key = runtime, instance_id, key
+        self.port = 0
+        self.beside = False
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def image(self) -> str:
+        if self.beside:
+            return f"{self.key}.next"
+        return self.key if self.runtime.shares_images else self.instance_id
+
+    def _process(self, operation: str) -> Process:
+        process = self.runtime.processes.get(self.instance_id)
+        if process is None:
+            raise RuntimeFailure(operation, "the engine is not running")
+        return process
+
+    def measure(self) -> None:
+        """Let NVML see what the engine holds now."""
+        runtime = self.runtime
+        process = runtime.processes.get(self.instance_id)
+        if process is None:
+            runtime.nvml.held.pop(self.port, None)
+            return
+        ready, asleep = runtime.takes.get(self.key, (0, 0))
+        held = 0 if process.frozen else asleep if process.sleep_level else ready
+        runtime.nvml.held[self.port] = held + runtime.leaks.get(self.instance_id, 0)
+
+    async def gpu_bytes(self) -> Mapping[str, int]:
+        if self.runtime.gpus is None or self.instance_id not in self.runtime.processes:
+            return {}
+        return await self.runtime.gpus.held_by_gpu([self.port])  # the port stands for the pid
+
+    async def wait_exit(self) -> str:
+        process = self.runtime.processes.get(self.instance_id)
+        return "ended" if process is None else await asyncio.shield(process.exited)
+
+    async def host_bytes(self) -> int:
+        return self.runtime.host_takes.get(self.key, 0) if self.instance_id in self.runtime.processes else 0
+
+    async def vitals(self) -> Vitals:
+        return Vitals({}, self._process("vitals").frozen)
+
+    async def listens(self) -> bool:
+        return True
+
+    async def log_tail(self) -> list[str]:
+        return [*self.runtime.log_lines.get(self.instance_id, ())]
+
+    async def suspend(self) -> None:
+        await self.runtime._enter("suspend")
+        self._process("suspend").frozen = True
+        self.measure()
+
+    async def resume(self) -> None:
+        await self.runtime._enter("resume")
+        self._process("resume").frozen = False
+        self.measure()
+
+    async def checkpoint(self, facts: ImageFacts, stages: Stages) -> None:
+        process = self._process("checkpoint")
+        await self.runtime._enter("checkpoint")
+        image = Image(process.boot, process.served, process.sleep_level, self.key, facts, command=process.command)
+        self.runtime.images.there[self.image] = image
+        self._end()
+
+    async def restore(self, stages: Stages) -> None:
+        with stages.measure("fake"):
+            await self.runtime._enter("restore")
+        image = self.runtime.images.of(self, "restore")
+        if image.archived:
+            raise RuntimeFailure("restore", "the image is archived")
+        self.runtime.processes[self.instance_id] = Process(
+            image.boot, image.served, sleep_level=image.sleep_level, command=image.command, restored=True
+        )
+        self.runtime.leaks.pop(self.instance_id, None)
+        self.measure()
+
+    def promote(self) -> None:
+        self.runtime.calls["promote"] += 1
+        images = self.runtime.images.there
+        if self.beside and self.image in images:
+            images[self.key] = images.pop(self.image)
+        self.beside = False
+
+    def _end(self) -> None:
+        process = self.runtime.processes.pop(self.instance_id, None)
+        self.measure()
+        if process is not None and not process.exited.done():
+            process.exited.set_result("signal 9")
+
+    async def kill(self) -> None:
+        await self.runtime._enter("kill")
+        self._end()
+
+    async def remove(self) -> None:
+        await self.runtime._enter("remove")
+        self._end()
+        if not self.runtime.shares_images:
+            self.runtime.images.there.pop(self.instance_id, None)
+        self.runtime.engines.pop(self.instance_id, None)
+
+
+class FakeImages:
+    """What the fake runtime keeps."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self.runtime = runtime
+        self.there: dict[str, Image] = {}
+        self.quarantined: dict[str, Image] = {}
+        self.keeps_copies = False
+        """Whether copies of images stay in the archive."""
+        self.archive_copies: set[str] = set()
+        """The owners of those images."""
+        self.footprints: dict[str, Footprint] = {}
+
+    def of(self, engine: EngineProcess, operation: str) -> Image:
+        image = self.there.get(engine.image)
+        if image is None:
+            raise RuntimeFailure(operation, "no image")
+        return image
+
+    async def fitting(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        await self.runtime._enter("fitting")
+        if not self.runtime.shares_images:
+            return {}
+        return {key: i.facts for key, i in self.there.items() if key in models and i.command == _command(models[key])}
+
+    async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
+        return None
+
+    async def footprint(self, key: str) -> Footprint | None:
+        return self.footprints.get(key)
+
+    async def discard(self, engine: EngineProcess) -> None:
+        await self.runtime._enter("discard_image")
+        self.there.pop(engine.image, None)
+
+    async def verify(self, engine: EngineProcess, *, whole: bool) -> None:
+        await self.runtime._enter("verify_image" if whole else "look_at_image")
+
+    async def quarantine(self, engine: EngineProcess, *, keep_copy: bool = False) -> bool:
+        await self.runtime._enter("quarantine_image")
+        owner = engine.image
+        image = self.there.pop(owner, None)
+        if image is not None:
+            self.quarantined[owner] = image
+            if keep_copy and owner in self.archive_copies:
+                self.there[owner] = replace(image, archived=True)
+                return True
+        self.archive_copies.discard(owner)
+        return False
+
+    async def copy_to_archive(self, engine: EngineProcess) -> None:
+        await self.runtime._enter("copy_to_archive")
+        self.of(engine, "archive")
+        if self.keeps_copies:
+            self.archive_copies.add(engine.image)
+
+    async def archive(self, engine: EngineProcess) -> None:
+        await self.runtime._enter("archive_image")
+        self.of(engine, "archive").archived = True
+
+    async def unarchive(self, engine: EngineProcess) -> None:
+        await self.runtime._enter("unarchive_image")
+        self.of(engine, "unarchive").archived = False
 
 
 def _command(model: ModelSettings) -> list[str]:
@@ -359,17 +390,17 @@ def _command(model: ModelSettings) -> list[str]:
 class FakeEngine:
     """What EngineClient is to a real engine, to a process of the fake runtime."""
 
-    def __init__(self, runtime: FakeRuntime, handle: Handle) -> None:
+    def __init__(self, runtime: FakeRuntime, engine: EngineProcess) -> None:
         self.runtime = runtime
-        self.handle = handle
-        self.base_url = handle.base_url
+        self.engine = engine
+        self.base_url = engine.base_url
         self.connected = False
         self.sleeps = True
         self.silent_s = 0.0
         self.answer = "canary"
 
     def _process(self, stage: str) -> Process:
-        process = self.runtime.processes.get(self.handle.instance_id)
+        process = self.runtime.processes.get(self.engine.instance_id)
         if process is None or process.frozen or not process.listens:
             raise EngineError(stage, "no answer")
         self.connected = True
@@ -381,11 +412,11 @@ class FakeEngine:
             await asyncio.sleep(0)
 
     async def healthy(self, path: str) -> bool:
-        process = self.runtime.processes.get(self.handle.instance_id)
+        process = self.runtime.processes.get(self.engine.instance_id)
         return process is not None and process.healthy and process.listens and not process.frozen
 
     async def loads(self, path: str) -> bool:
-        process = self.runtime.processes.get(self.handle.instance_id)
+        process = self.runtime.processes.get(self.engine.instance_id)
         return process is None or not process.listens
 
     async def is_sleeping(self) -> bool | None:
@@ -419,7 +450,7 @@ class FakeEngine:
         process = self._process("sleep")
         await self.runtime._enter("sleep")
         process.sleep_level = level
-        self.runtime.measure(self.handle)
+        self.runtime.engines[self.engine.instance_id].measure()
 
     async def save_weights(self) -> int:
         process = self._process("save_weights")
@@ -432,7 +463,7 @@ class FakeEngine:
         with stages.measure("wake_up"):
             await self.runtime._enter("wake_up")
         process.sleep_level = 0
-        self.runtime.measure(self.handle)
+        self.runtime.engines[self.engine.instance_id].measure()
         if level < 2:
             return True
         good = copied and process.boot in self.runtime.copies
@@ -490,9 +521,9 @@ class Rig:
             memory=memory,
         )
 
-    def _connect(self, handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:
-        engine = FakeEngine(self.runtime, handle)
-        self.engines[handle.instance_id] = engine
+    def _connect(self, process: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:
+        engine = FakeEngine(self.runtime, process)
+        self.engines[process.instance_id] = engine
         return cast("EngineClient", engine)
 
     def states(self) -> dict[str, str]:

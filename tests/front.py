@@ -80,7 +80,7 @@ class Front:
 
     async def engine(self) -> str:
         """The address of the engine of the first model, which must be ready."""
-        handle = next(iter(self.pool._state.models["demo"].instances.values())).handle
+        handle = next(iter(self.pool._state.models["demo"].instances.values())).engine
         assert handle is not None
         return handle.base_url
 

@@ -23,7 +23,7 @@ from tests.support import HttpBench, files_in, why_no_criu
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 
 def why_no_podman() -> str | None:
@@ -106,12 +106,18 @@ class PodmanBench(HttpBench):
         )
         self.model = model_of("--max-model-len", "2048" if changed else "4096")
 
-    def container(self, handle: Handle) -> str:
-        return self.runtime._container_name(handle.instance_id)
+    def container(self, handle: EngineProcess) -> str:
+        return self.runtime._parts.maker.name(handle.instance_id)
 
-    async def crash(self, handle: Handle) -> None:
-        pid = self.runtime._containers[handle.instance_id].pid
-        assert pid is not None
+    def pid_of(self, instance_id: str) -> int:
+        """Of the first process of a container that runs."""
+        it = self.runtime.engines[instance_id].it
+        assert it is not None
+        assert it.pid is not None
+        return it.pid
+
+    async def crash(self, handle: EngineProcess) -> None:
+        pid = self.pid_of(handle.instance_id)
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
             process.kill()
 
@@ -130,9 +136,9 @@ class PodmanBench(HttpBench):
         last = self
         while last.heir is not None:
             last = last.heir
-        for it in list(last.runtime._containers.values()):
-            await last.runtime.remove(it.handle)
-            await last.runtime.discard_image(it.handle)
+        for engine in list(last.runtime.engines.values()):
+            await engine.remove()
+            await last.runtime.images.discard(engine)
         await self.close()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.config.model import ModelSettings
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
 
 FACTS = ImageFacts(sleep_level=1, canary="yes", details={"gpu": {"ready": {"GPU-1": 1 << 30}}})
 PATIENCE_S = 60
@@ -39,19 +39,19 @@ class Bench(Protocol):
     def model(self) -> ModelSettings:
         """What to start."""
 
-    async def healthy(self, handle: Handle) -> None:
+    async def healthy(self, handle: EngineProcess) -> None:
         """Return when the engine answers."""
 
-    async def boot_id(self, handle: Handle) -> str:
+    async def boot_id(self, handle: EngineProcess) -> str:
         """What is drawn anew whenever an engine starts, and survives a checkpoint."""
 
-    async def answers(self, handle: Handle) -> bool:
+    async def answers(self, handle: EngineProcess) -> bool:
         """Whether the engine answers right now."""
 
-    async def crash(self, handle: Handle) -> None:
+    async def crash(self, handle: EngineProcess) -> None:
         """Kill the engine behind the runtime's back."""
 
-    async def scribble(self, handle: Handle) -> None:
+    async def scribble(self, handle: EngineProcess) -> None:
         """Have the engine change memory and files of its own."""
 
     def remains(self) -> list[str]:
@@ -64,15 +64,15 @@ class Bench(Protocol):
 class RuntimeContract:
     """The contract."""
 
-    async def start(self, bench: Bench, number: int = 1) -> Handle:
+    async def start(self, bench: Bench, number: int = 1) -> EngineProcess:
         handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
         await bench.healthy(handle)
         return handle
 
-    async def checkpointed(self, bench: Bench, number: int = 1) -> tuple[Handle, str]:
+    async def checkpointed(self, bench: Bench, number: int = 1) -> tuple[EngineProcess, str]:
         handle = await self.start(bench, number)
         boot = await bench.boot_id(handle)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         return handle, boot
 
     @pytest.fixture
@@ -92,13 +92,13 @@ class RuntimeContract:
 
     async def test_what_its_processes_do_and_hold_is_seen(self, bench: Bench) -> None:
         handle = await self.start(bench)
-        assert not (await bench.runtime.vitals(handle)).stopped
-        assert await bench.runtime.host_bytes(handle) >= 0
-        assert len(await bench.runtime.log_tail(handle)) <= MAX_LINES
-        await bench.runtime.drop(handle)
-        assert await bench.runtime.host_bytes(handle) == 0
+        assert not (await handle.vitals()).stopped
+        assert await handle.host_bytes() >= 0
+        assert len(await handle.log_tail()) <= MAX_LINES
+        await handle.kill()
+        assert await handle.host_bytes() == 0
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.vitals(handle)
+            await handle.vitals()
 
     async def test_a_tier_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
         tiers = bench.runtime.tiers()
@@ -111,38 +111,38 @@ class RuntimeContract:
         two = await self.start(bench, 2)
         assert await bench.boot_id(one) != await bench.boot_id(two)
         assert one.base_url != two.base_url
-        await bench.runtime.remove(one)
+        await one.remove()
         assert not await bench.answers(one)
         assert await bench.answers(two)
-        await bench.runtime.remove(two)
-        await bench.runtime.remove(two)
+        await two.remove()
+        await two.remove()
         assert bench.remains() == []
 
     async def test_wait_exit_ends_with_the_engine_and_not_before(self, bench: Bench) -> None:
         handle = await self.start(bench)
-        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        waiting = asyncio.create_task(handle.wait_exit())
         await asyncio.sleep(0)
         assert not waiting.done()
         await bench.crash(handle)
         assert await asyncio.wait_for(waiting, PATIENCE_S)
         assert not await bench.answers(handle)
-        await bench.runtime.remove(handle)
+        await handle.remove()
         assert bench.remains() == []
 
     async def test_wait_exit_can_be_cancelled_and_asked_again(self, bench: Bench) -> None:
         handle = await self.start(bench)
-        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        waiting = asyncio.create_task(handle.wait_exit())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
-        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
-        await bench.runtime.drop(handle)
+        waiting = asyncio.create_task(handle.wait_exit())
+        await handle.kill()
         await asyncio.wait_for(waiting, PATIENCE_S)
 
     async def test_an_instance_can_be_started_again(self, bench: Bench) -> None:
         handle = await self.start(bench)
         boot = await bench.boot_id(handle)
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert not await bench.answers(handle)
         again = await self.start(bench)
         assert again == handle
@@ -152,27 +152,27 @@ class RuntimeContract:
         handle = await self.start(bench)
         boot = await bench.boot_id(handle)
         for _ in range(2):
-            await bench.runtime.suspend(handle)
+            await handle.suspend()
             assert not await bench.answers(handle)
-            await bench.runtime.resume(handle)
+            await handle.resume()
             assert await bench.boot_id(handle) == boot
 
     async def test_what_an_engine_holds_of_a_gpu_can_be_asked_whatever_it_does(
         self, bench: Bench, suspends: None
     ) -> None:
         handle = await self.start(bench)
-        assert sum((await bench.runtime.gpu_bytes(handle)).values()) == 0, "these engines use none"
-        await bench.runtime.suspend(handle)
-        assert sum((await bench.runtime.gpu_bytes(handle)).values()) == 0
-        await bench.runtime.drop(handle)
-        assert await bench.runtime.gpu_bytes(handle) == {}
-        await bench.runtime.remove(handle)
-        assert await bench.runtime.gpu_bytes(handle) == {}
+        assert sum((await handle.gpu_bytes()).values()) == 0, "these engines use none"
+        await handle.suspend()
+        assert sum((await handle.gpu_bytes()).values()) == 0
+        await handle.kill()
+        assert await handle.gpu_bytes() == {}
+        await handle.remove()
+        assert await handle.gpu_bytes() == {}
 
     async def test_a_suspended_engine_can_be_removed(self, bench: Bench, suspends: None) -> None:
         handle = await self.start(bench)
-        await bench.runtime.suspend(handle)
-        await bench.runtime.remove(handle)
+        await handle.suspend()
+        await handle.remove()
         assert bench.remains() == []
 
     async def test_state_survives_a_checkpoint_as_often_as_it_is_restored(
@@ -182,23 +182,23 @@ class RuntimeContract:
         assert not await bench.answers(handle)
         for _ in range(3):
             stages = Stages()
-            handle = await bench.runtime.restore(handle, stages)
+            await handle.restore(stages)
             assert stages.seconds
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
-            await bench.runtime.drop(handle)
+            await handle.kill()
             assert not await bench.answers(handle)
 
     async def test_a_restored_engine_that_crashed_is_restored_again(self, bench: Bench, checkpoints: None) -> None:
         handle, boot = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
-        waiting = asyncio.create_task(bench.runtime.wait_exit(handle))
+        waiting = asyncio.create_task(handle.wait_exit())
         await asyncio.sleep(0)
         await bench.crash(handle)
         await asyncio.wait_for(waiting, PATIENCE_S)
-        await bench.runtime.drop(handle)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.kill()
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
@@ -207,9 +207,9 @@ class RuntimeContract:
     ) -> None:
         handle = await self.start(bench)
         boot = await bench.boot_id(handle)
-        await bench.runtime.suspend(handle)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.suspend()
+        await handle.checkpoint(FACTS, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
@@ -219,11 +219,11 @@ class RuntimeContract:
             two, second = await bench.runtime.clone("demo-2", "demo", bench.model), first
         else:
             (one, first), (two, second) = await asyncio.gather(self.checkpointed(bench, 1), self.checkpointed(bench, 2))
-        one, two = await asyncio.gather(*(bench.runtime.restore(h, Stages()) for h in (one, two)))
+        await asyncio.gather(*(h.restore(Stages()) for h in (one, two)))
         for handle, boot in ((one, first), (two, second)):
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
-        await bench.runtime.drop(one)
+        await one.kill()
         assert await bench.answers(two)
 
     async def test_clones_are_prepared_without_a_process_or_refused(self, bench: Bench, checkpoints: None) -> None:
@@ -234,12 +234,13 @@ class RuntimeContract:
             return
         clones = [await bench.runtime.clone(f"demo-{n}", "demo", bench.model) for n in (2, 3)]
         assert not any([await bench.answers(clone) for clone in clones])
-        await bench.runtime.remove(handle)
-        for clone in await asyncio.gather(*(bench.runtime.restore(clone, Stages()) for clone in clones)):
+        await handle.remove()
+        await asyncio.gather(*(clone.restore(Stages()) for clone in clones))
+        for clone in clones:
             await bench.healthy(clone)
             assert await bench.boot_id(clone) == boot
-            await bench.runtime.remove(clone)
-        await bench.runtime.discard_image(handle)
+            await clone.remove()
+        await bench.runtime.images.discard(handle)
         assert bench.remains() == []
 
     async def test_what_an_engine_did_after_its_restore_does_not_reach_the_image(
@@ -247,20 +248,20 @@ class RuntimeContract:
     ) -> None:
         handle, boot = await self.checkpointed(bench)
         for _ in range(2):
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             await bench.scribble(handle)
-            await bench.runtime.drop(handle)
-        handle = await bench.runtime.restore(handle, Stages())
+            await handle.kill()
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
     async def test_without_an_image_there_is_no_restore(self, bench: Bench, checkpoints: None) -> None:
         handle, _ = await self.checkpointed(bench)
-        await bench.runtime.discard_image(handle)
+        await bench.runtime.images.discard(handle)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.restore(handle, Stages())
-        await bench.runtime.remove(handle)
+            await handle.restore(Stages())
+        await handle.remove()
         assert bench.remains() == []
 
     async def test_removing_a_checkpointed_instance_removes_its_image_unless_it_is_shared(
@@ -268,19 +269,19 @@ class RuntimeContract:
     ) -> None:
         handle, _ = await self.checkpointed(bench)
         assert bench.remains() != []
-        await bench.runtime.remove(handle)
+        await handle.remove()
         if bench.runtime.shares_images:
             assert bench.remains() != []
-            await bench.runtime.discard_image(handle)
+            await bench.runtime.images.discard(handle)
         assert bench.remains() == []
 
     async def test_a_quarantined_image_is_kept_and_not_restored(self, bench: Bench, checkpoints: None) -> None:
         handle, _ = await self.checkpointed(bench)
-        await bench.runtime.quarantine_image(handle)
+        await bench.runtime.images.quarantine(handle)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
         assert (await bench.runtime.recover({"demo": bench.model})).images == {}
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert await self.start(bench) == handle
 
     async def test_the_copy_of_a_quarantined_image_is_kept_where_nothing_is_against_it(
@@ -288,53 +289,53 @@ class RuntimeContract:
     ) -> None:
         self._needs(bench, Tier.ARCHIVED)
         handle, boot = await self.checkpointed(bench)
-        await bench.runtime.copy_to_archive(handle)
-        assert await bench.runtime.quarantine_image(handle, keep_copy=True)
+        await bench.runtime.images.copy_to_archive(handle)
+        assert await bench.runtime.images.quarantine(handle, keep_copy=True)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.restore(handle, Stages())
-        await bench.runtime.drop(handle)
-        await bench.runtime.unarchive_image(handle)
-        handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
+        await handle.kill()
+        await bench.runtime.images.unarchive(handle)
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
-        await bench.runtime.drop(handle)
-        assert not await bench.runtime.quarantine_image(handle)
+        await handle.kill()
+        assert not await bench.runtime.images.quarantine(handle)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.unarchive_image(handle)
+            await bench.runtime.images.unarchive(handle)
 
     async def test_an_archived_image_comes_back_from_the_archive(self, bench: Bench, checkpoints: None) -> None:
         self._needs(bench, Tier.ARCHIVED)
         handle, boot = await self.checkpointed(bench)
         for _ in range(2):
-            await bench.runtime.archive_image(handle)
+            await bench.runtime.images.archive(handle)
             with pytest.raises(RuntimeFailure):
-                await bench.runtime.restore(handle, Stages())
-            await bench.runtime.drop(handle)
-            await bench.runtime.unarchive_image(handle)
-            handle = await bench.runtime.restore(handle, Stages())
+                await handle.restore(Stages())
+            await handle.kill()
+            await bench.runtime.images.unarchive(handle)
+            await handle.restore(Stages())
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
-            await bench.runtime.drop(handle)
-        await bench.runtime.discard_image(handle)
+            await handle.kill()
+        await bench.runtime.images.discard(handle)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.unarchive_image(handle)
+            await bench.runtime.images.unarchive(handle)
 
     async def test_a_successor_finds_what_is_archived(self, bench: Bench, checkpoints: None) -> None:
         self._needs(bench, Tier.ARCHIVED)
         handle, _ = await self.checkpointed(bench)
-        await bench.runtime.archive_image(handle)
+        await bench.runtime.images.archive(handle)
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
-        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.ARCHIVED)]
+        assert [(f.engine.instance_id, f.tier) for f in recovered.instances] == [("demo-1", Tier.ARCHIVED)]
         assert [image.archived for image in recovered.images.values()] == [True]
 
     async def test_nothing_can_be_done_with_an_engine_that_is_gone(self, bench: Bench) -> None:
         handle = await self.start(bench)
-        await bench.runtime.drop(handle)
+        await handle.kill()
         for operation in (
-            bench.runtime.suspend(handle),
-            bench.runtime.resume(handle),
-            bench.runtime.checkpoint(handle, FACTS, Stages()),
+            handle.suspend(),
+            handle.resume(),
+            handle.checkpoint(FACTS, Stages()),
         ):
             with pytest.raises(RuntimeFailure) as failure:
                 await operation
@@ -344,11 +345,12 @@ class RuntimeContract:
         handle, boot = await self.checkpointed(bench)
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
-        assert [(f.handle, f.tier) for f in recovered.instances] == [(handle, Tier.CHECKPOINTED)]
+        assert [(f.engine.instance_id, f.tier) for f in recovered.instances] == [("demo-1", Tier.CHECKPOINTED)]
         owner = "demo" if bench.runtime.shares_images else "demo-1"
         assert {o: (i.sleep_level, i.canary) for o, i in recovered.images.items()} == {owner: (1, "yes")}
         assert recovered.images[owner].details["gpu"] == FACTS.details["gpu"]
-        handle = await after.runtime.restore(handle, Stages())
+        handle = after.runtime.engine("demo-1", "demo")
+        await handle.restore(Stages())
         await after.healthy(handle)
         assert await after.boot_id(handle) == boot
 
@@ -391,7 +393,7 @@ class RealFilesContract:
         assert await bench.runtime.outdated(models, {"demo-2"}) == {}, "it is on its way out"
         template.write_text("hello")
         assert await outdated() is None
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         assert await outdated() is None
         template.unlink()
         template.write_text("hello")
@@ -416,7 +418,7 @@ class RealFilesContract:
         models = {"demo": bench.model}
         handle = await bench.runtime.start("demo-1", "demo", bench.model)
         await bench.healthy(handle)
-        await bench.runtime.checkpoint(handle, replace(FACTS, sleep_level=2), Stages())
+        await handle.checkpoint(replace(FACTS, sleep_level=2), Stages())
         weights.write_bytes(b"new")
         outdated = (await bench.runtime.outdated(models))["demo"]
         assert (outdated.usable, outdated.reason) == (False, f"{weights} was edited after the engine was started")

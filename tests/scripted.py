@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
     Step = bytes | Callable[["Peer"], Awaitable[None]]
 
@@ -111,8 +111,8 @@ class Scripted:
             shutdown_timeout=2.0,
         )
 
-    def _connect(self, handle: Handle, _: str, __: ModelSettings) -> EngineClient:
-        engine = _Engine(self.runtime, handle)
+    def _connect(self, process: EngineProcess, _: str, __: ModelSettings) -> EngineClient:
+        engine = _Engine(self.runtime, process)
         engine.upstream = Upstream(f"http://127.0.0.1:{self.engine_port}", self.silence_s)
         self.upstreams.append(engine.upstream)
         return cast("EngineClient", engine)

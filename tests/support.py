@@ -15,7 +15,7 @@ import psutil
 from proxy.config.model import ModelSettings
 
 if TYPE_CHECKING:
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
@@ -108,15 +108,15 @@ class HttpBench:
         await self.heir.runtime.open()
         return self.heir
 
-    async def healthy(self, handle: Handle) -> None:
+    async def healthy(self, handle: EngineProcess) -> None:
         """Return when the engine answers."""
         await until_healthy(handle.base_url)
 
-    async def boot_id(self, handle: Handle) -> str:
+    async def boot_id(self, handle: EngineProcess) -> str:
         """What the engine drew when it started."""
         return str((await get_json(f"{handle.base_url}/debug/state"))["boot_id"])
 
-    async def answers(self, handle: Handle) -> bool:
+    async def answers(self, handle: EngineProcess) -> bool:
         """Whether the engine answers right now."""
         try:
             async with (
@@ -127,7 +127,7 @@ class HttpBench:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def scribble(self, handle: Handle) -> None:
+    async def scribble(self, handle: EngineProcess) -> None:
         """Have the engine change memory, and its scratch files if it has any."""
         body = {"model": "demo", "prompt": "scribble", "max_tokens": 50}
         async with (

@@ -251,7 +251,7 @@ async def _refusal(settings: Settings, manifest: Manifest) -> str | None:
     if runtime is None:
         return f"there is no runtime {manifest.runtime!r}"
     async with _opened(runtime):
-        return await runtime.refusal(manifest, settings.models)
+        return await runtime.images.refusal(manifest, settings.models)
 
 
 async def _listing(settings: Settings) -> list[dict[str, Any]]:
@@ -288,7 +288,7 @@ async def _states(settings: Settings, manifests: Iterable[Manifest]) -> dict[int
                 models = {key: model for key, model in settings.models.items() if model.runtime == name}
                 outdated = await runtime.outdated(models) if mine else {}
                 for manifest in mine:
-                    reason = await runtime.refusal(manifest, settings.models)
+                    reason = await runtime.images.refusal(manifest, settings.models)
                     state = f"outdated: {outdated[manifest.model].reason}" if manifest.model in outdated else "good"
                     states[id(manifest)] = state if reason is None else f"refused: {reason}"
         except (HostError, RuntimeFailure) as error:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from proxy.doctor.needs import Needs
     from proxy.doctor.view import Host
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
 
     MakeRuntime: TypeAlias = Callable[[str, Claim, CheckpointStore], Runtime]
     """From the name of a runtime, where its state is and where its images go."""
@@ -128,30 +128,30 @@ def _folder(images: Path) -> Path:
 
 async def _round_trip(runtime: Runtime, model: ModelSettings, log: Path, stages: Stages) -> None:
     with stages.measure("start"):
-        handle = await runtime.start(_INSTANCE, "selftest", model)
+        engine = await runtime.start(_INSTANCE, "selftest", model)
     try:
         with stages.measure("start"):
             run, _ = await _counted(log, "", _TICKS)
         with stages.measure("checkpoint"):
-            await runtime.checkpoint(handle, ImageFacts(sleep_level=0, canary=None), Stages())
+            await engine.checkpoint(ImageFacts(sleep_level=0, canary=None), Stages())
         before = await _last(log)
         with stages.measure("restore"):
-            handle = await runtime.restore(handle, Stages())
+            await engine.restore(Stages())
             after_run, after = await _counted(log, run, (before[1] if before else 0) + _TICKS)
         if after_run != run or before is None or after < before[1]:
             raise _TestError("the engine began anew instead of going on")
     except BaseException:
         with contextlib.suppress(RuntimeFailure):
-            await _remove(runtime, handle)
+            await _remove(runtime, engine)
         raise
     with stages.measure("remove"):
-        await _remove(runtime, handle)
+        await _remove(runtime, engine)
 
 
-async def _remove(runtime: Runtime, handle: Handle) -> None:
-    await runtime.drop(handle)
-    await runtime.discard_image(handle)
-    await runtime.remove(handle)
+async def _remove(runtime: Runtime, engine: EngineProcess) -> None:
+    await engine.kill()
+    await runtime.images.discard(engine)
+    await engine.remove()
 
 
 async def _counted(log: Path, run: str, at_least: int) -> tuple[str, int]:

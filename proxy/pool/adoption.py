@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.pool.instance import Instance, State
-from proxy.pool.model import client_of, handle_of, image_of, limit_s, note_unexpected, too_slow
+from proxy.pool.model import client_of, engine_of, image_of, limit_s, note_unexpected, too_slow
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -45,7 +45,7 @@ class Adoption:
         recovered = await runtime.recover(mine)
         self._state.lost |= recovered.lost
         images = {owner: image_of(facts) for owner, facts in recovered.images.items()}
-        model_of = {found.handle.instance_id: found.handle.model for found in recovered.instances}
+        model_of = {found.engine.instance_id: found.engine.key for found in recovered.instances}
         for owner, facts in recovered.images.items():
             self._state.gpu_accounting.learn(
                 owner if runtime.shares_images else model_of[owner], facts.details.get("gpu")
@@ -57,19 +57,19 @@ class Adoption:
 
     async def _adopt(self, found: Found, images: Mapping[str, Image]) -> None:
         """Take over an instance as it is; one that runs but does not serve is ended."""
-        model = self._state.models[found.handle.model]
+        model = self._state.models[found.engine.key]
         if len(model.instances) >= model.settings.max_instances:
             try:
-                await model.runtime.remove(found.handle)
+                await found.engine.remove()
             except RuntimeFailure as error:
                 log.error(
                     "%s, of which there is one too many, stays until the next start: %s",
-                    found.handle.instance_id,
+                    found.engine.instance_id,
                     error,
                 )
             return
-        instance = self._state.new_instance(model, found.handle.instance_id)
-        self._steps.attach(model, instance, found.handle)
+        instance = self._state.new_instance(model, found.engine.instance_id)
+        self._steps.attach(model, instance, found.engine)
         if not model.runtime.shares_images and instance.id in images:
             instance.use_image(images[instance.id])
         if found.tier is Tier.READY:
@@ -127,7 +127,7 @@ class Adoption:
         client = client_of(instance)
         with contextlib.suppress(EngineError, RuntimeFailure, TimeoutError):
             async with asyncio.timeout(_ADOPT_S):
-                if not await model.runtime.listens(handle_of(instance)):
+                if not await engine_of(instance).listens():
                     return State.BROKEN
                 asleep = await client.is_sleeping()
                 if asleep:

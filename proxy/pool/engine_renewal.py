@@ -11,7 +11,7 @@ from proxy.host import facts as host
 from proxy.pool import policy
 from proxy.pool.command import Command
 from proxy.pool.instance import DESCENDING, Event, Instance, State
-from proxy.pool.model import handle_of, note_unexpected
+from proxy.pool.model import engine_of, note_unexpected
 from proxy.pool.transitions import DEEPEST_SLEEP
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -93,7 +93,7 @@ class Renewals:
     async def _lacks_memory(self, model: Model, *, engine: bool) -> bool:
         """Whether there is too little host memory for another engine, or on tmpfs for an image, or none can say."""
         try:
-            print_ = await model.runtime.footprint(model.key)
+            print_ = await model.runtime.images.footprint(model.key)
         except OverdueError as error:
             log.warning("%s: how much memory it needs is not known: %s", model.key, error)
             return True
@@ -125,7 +125,7 @@ class Renewals:
             origin = await self._make_ready(new, instance, stages)
             while moves := self._moves_of(self._state.models[new.key]):
                 await asyncio.wait(moves)
-            instance.promote(new.runtime.promote(handle_of(instance)))
+            engine_of(instance).promote()
         except Exception as error:  # noqa: BLE001 - whatever it was, the outdated engines serve on
             note_unexpected(instance, error)
             self._effects.withdraw(new.key, f"failed: {str(error) or 'no result in time'}")

@@ -20,7 +20,7 @@ from proxy.pool.gpu_accounting import GpuAccounting
 from proxy.pool.image import Image, Place
 from proxy.pool.instance import Event, Instance, State
 from proxy.pool.memory_accounting import MemoryAccounting
-from proxy.pool.model import Model, handle_of
+from proxy.pool.model import Model, engine_of
 from proxy.pool.transitions import Steps
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.store import CheckpointStore
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
 
 _MIB: Final = 1 << 20
 
@@ -92,14 +92,10 @@ class CheckpointContext:
         """The model's settings."""
         return self.settings.models[self.key]
 
-    def image(self, handle: Handle) -> str:
-        """The name of an instance's image in the store."""
-        return handle.model if self.runtime.shares_images else handle.instance_id
-
-    def client(self, handle: Handle) -> EngineClient:
+    def client(self, engine: EngineProcess) -> EngineClient:
         """A client of a running instance."""
         key = key_of(self.key, self.model)
-        return EngineClient(handle.base_url, self.settings.served_name(self.key), api_key=key)
+        return EngineClient(engine.base_url, self.settings.served_name(self.key), api_key=key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +126,9 @@ class _Engine:
     keeps_images = True
     copies_to_archive = False
 
-    def connect(self, handle: Handle, _served_name: str, _settings: ModelSettings) -> EngineClient:
+    def connect(self, engine: EngineProcess, _served_name: str, _settings: ModelSettings) -> EngineClient:
         """The client of the engine."""
-        return self._context.client(handle)
+        return self._context.client(engine)
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task beside the move."""
@@ -146,7 +142,7 @@ class _Engine:
 
     async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what it holds of the GPUs, if it holds any."""
-        held = dict(await self.runtime.gpu_bytes(handle_of(instance)))
+        held = dict(await engine_of(instance).gpu_bytes())
         if any(held.values()):
             self.gpu_accounting.learn(model.key, {kind: held})
 
@@ -193,15 +189,15 @@ async def create(context: CheckpointContext, watcher: Watcher) -> Created:
         await _need_room(context)
         await engine.start(making)
         await engine.checkpoint(making)
-        handle = handle_of(engine.instance)
+        image = engine_of(engine.instance).image
         with making.measure("check"):
-            manifest = await asyncio.to_thread(context.store.load, context.image(handle))
+            manifest = await asyncio.to_thread(context.store.load, image)
             if not manifest.bytes_by_kind()["memory pages"]:
                 raise GoldenError("check: the image holds no memory pages")
         await _prove(context, engine, proof)
         if not (model.podman is not None and model.podman.criu.leave_running):
             with proof.measure("stop"):
-                await runtime.drop(handle_of(engine.instance))
+                await engine_of(engine.instance).kill()
     except (RuntimeFailure, EngineError, TimeoutError, WarmpoolError) as error:
         await _abandon(context, engine)
         if isinstance(error, GoldenError):
@@ -224,11 +220,13 @@ def _need_checkpoints(runtime: Runtime) -> None:
 
 async def _need_room(context: CheckpointContext) -> None:
     """Raise GoldenError where an image as large as the one that is there, and stays until then, would not fit."""
-    there = await context.runtime.footprint(context.key)
+    there = await context.runtime.images.footprint(context.key)
     if there is None or there.image <= there.free:
         return
     images = [name for name in context.store.names() if context.store.load(name).model == context.key]
-    refused = [await context.runtime.refusal(context.store.load(name), context.settings.models) for name in images]
+    refused = [
+        await context.runtime.images.refusal(context.store.load(name), context.settings.models) for name in images
+    ]
     if not all(refused):  # else its space is free when it is needed
         raise GoldenError(
             f"nothing was started, for its checkpoint would not fit: the one that is there takes "
@@ -241,11 +239,11 @@ async def _clear(context: CheckpointContext) -> None:
     """Remove what is left of the model's instances; other models' are left as they are."""
     recovered = await context.runtime.recover(_models_of(context))
     for found in recovered.instances:
-        if found.handle.model == context.key:
+        if found.engine.key == context.key:
             if context.runtime.shares_images:
-                await context.runtime.remove(found.handle)
+                await found.engine.remove()
             else:
-                await context.runtime.drop(found.handle)
+                await found.engine.kill()
 
 
 def _models_of(context: CheckpointContext) -> dict[str, ModelSettings]:
@@ -259,7 +257,7 @@ async def _prove(context: CheckpointContext, engine: _Engine, stages: _Watched) 
     except PortTakenError as error:
         raise GoldenError(f"the checkpoint is kept, and was not proven: {error}") from error
     except (RuntimeFailure, EngineError, TimeoutError) as error:
-        await context.runtime.quarantine_image(handle_of(engine.instance))
+        await context.runtime.images.quarantine(engine_of(engine.instance))
         reason = str(error) or f"no result within wake_timeout ({context.model.wake_timeout:g} s)"
         text = f"the checkpoint does not prove good and was set aside: {stages.current}: {reason}"
         raise GoldenError(text) from error
@@ -269,9 +267,9 @@ async def _prove(context: CheckpointContext, engine: _Engine, stages: _Watched) 
 
 async def _abandon(context: CheckpointContext, engine: _Engine) -> None:
     await engine.let_go()
-    if (handle := engine.instance.handle) is not None:
+    if (process := engine.instance.engine) is not None:
         with contextlib.suppress(RuntimeFailure):
-            await (context.runtime.remove(handle) if context.runtime.shares_images else context.runtime.drop(handle))
+            await (process.remove() if context.runtime.shares_images else process.kill())
 
 
 async def verify(context: CheckpointContext, image: str, watcher: Watcher, *, restore: bool) -> bool:
@@ -286,23 +284,23 @@ async def verify(context: CheckpointContext, image: str, watcher: Watcher, *, re
     if not restore:
         return False
     _need_checkpoints(context.runtime)
-    reason = await context.runtime.refusal(manifest, context.settings.models)
+    reason = await context.runtime.images.refusal(manifest, context.settings.models)
     if reason is not None:
         raise GoldenError(f"the image is intact, but refused here: {reason}")
     recovered = await context.runtime.recover(_models_of(context))
-    mine = [f.handle for f in recovered.instances if context.image(f.handle) == image and f.tier is Tier.CHECKPOINTED]
+    mine = [f.engine for f in recovered.instances if f.engine.image == image and f.tier is Tier.CHECKPOINTED]
     try:
-        handle = mine[0] if mine else await context.runtime.clone(f"{context.key}-verify", context.key, context.model)
+        process = mine[0] if mine else await context.runtime.clone(f"{context.key}-verify", context.key, context.model)
     except RuntimeFailure as error:
         raise GoldenError(str(error)) from error
     there = Image(Place.TMPFS, sleep_level=manifest.sleep_level, canary=manifest.canary)
-    engine = _Engine(context, handle.instance_id, there)
+    engine = _Engine(context, process.instance_id, there)
     engine.instance.adopt(State.CHECKPOINTED, 0.0)
-    engine.steps.attach(engine.model, engine.instance, handle)
+    engine.steps.attach(engine.model, engine.instance, process)
     try:
         await _prove(context, engine, stages)
     finally:
-        await (context.runtime.drop(handle) if mine else context.runtime.remove(handle))
+        await (process.kill() if mine else process.remove())
     return engine.instance.image.canary_checked
 
 

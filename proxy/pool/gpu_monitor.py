@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.pool import gpu_accounting, policy
 from proxy.pool.instance import RESTING, Instance, State
-from proxy.pool.model import handle_of
+from proxy.pool.model import engine_of
 from proxy.pool.plan import StepDown
 from proxy.pool.view import view_of
 from proxy.telemetry.overdue import GIVE_UP_S
@@ -77,7 +77,7 @@ class GpuMonitor:
 
     async def _measure_all(self, gpus: Gpus) -> None:
         seen = [(m, s, s.state, s.generation) for m, s in self._live()]
-        readings = asyncio.gather(*(m.runtime.gpu_bytes(handle_of(s)) for m, s, _, _ in seen))
+        readings = asyncio.gather(*(engine_of(s).gpu_bytes() for m, s, _, _ in seen))
         memory, held = await asyncio.gather(gpus.memory(), readings)
         if not memory:
             return
@@ -98,7 +98,7 @@ class GpuMonitor:
             (m, s)
             for m in self._state.everyone()
             for s in m.instances.values()
-            if s.handle is not None and s.state not in gpu_accounting.HOLDS_NOTHING
+            if s.engine is not None and s.state not in gpu_accounting.HOLDS_NOTHING
         ]
 
     def _tell_if_grown(self, instance: Instance) -> None:
@@ -114,7 +114,7 @@ class GpuMonitor:
     async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what a model holds awake or asleep in passing, where that was never seen."""
         if self._gpus is not None and not model.leaving and not self._accounting.knows(model.key, kind):
-            self._accounting.learn(model.key, {kind: dict(await model.runtime.gpu_bytes(handle_of(instance)))})
+            self._accounting.learn(model.key, {kind: dict(await engine_of(instance).gpu_bytes())})
 
     async def make_sure(self, evictions: Evictions) -> None:
         """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.errors import Fault, RuntimeFailure
 from proxy.pool.instance import Instance, State
-from proxy.pool.model import handle_of
-from proxy.runtime.base import Handle
+from proxy.pool.model import engine_of
 
 if TYPE_CHECKING:
     from proxy.pool.effects import Effects
@@ -49,7 +48,7 @@ class ImageFaults:
         try:
             async with image.lock, asyncio.timeout(model.settings.checkpoint_timeout):
                 if image.present and not image.archived:
-                    await model.runtime.verify_image(handle_of(instance), whole=True)
+                    await model.runtime.images.verify(engine_of(instance), whole=True)
         except RuntimeFailure as error:
             log.warning("%s: %s", instance.id, error)
             if error.fault is Fault.DAMAGE and image.present:
@@ -69,10 +68,10 @@ class ImageFaults:
         keep_copy = damaged and not image.archived and not resting
         image.gone()
         self._forget_resting(model, image, "its checkpoint was set aside")
-        # A clone that could not be made has no handle yet.
-        handle = instance.handle or Handle(instance.id, model.key, "", 0)
+        # A clone that could not be made has no engine yet.
+        engine = instance.engine or model.runtime.engine(instance.id, model.key)
         try:
-            if await model.runtime.quarantine_image(handle, keep_copy=keep_copy) and not image.present:
+            if await model.runtime.images.quarantine(engine, keep_copy=keep_copy) and not image.present:
                 image.copied_back(canary)
                 log.info("%s: its checkpoint is restored from the copy in the archive", instance.id)
         except (RuntimeFailure, OSError) as error:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from proxy.engine.client import EngineClient
     from proxy.pool.command import Command
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 
 class State(enum.Enum):
@@ -191,10 +191,10 @@ class Instance:
         "client",
         "command",
         "discards_image",
+        "engine",
         "evicted",
         "failed_steps",
         "generation",
-        "handle",
         "id",
         "idle_since",
         "image",
@@ -239,7 +239,7 @@ class Instance:
 
         # What the transitions work with.
         self.image = Image() if image is None else image
-        self.handle: Handle | None = None
+        self.engine: EngineProcess | None = None
         self.client: EngineClient | None = None
         self.task: asyncio.Task[None] | None = None
         """The one move under way."""
@@ -315,21 +315,17 @@ class Instance:
 
     # --- its engine ---
 
-    def reserve(self, handle: Handle) -> None:
-        """An engine is about to be started: what is left of a start that is cut off can be removed by this handle."""
-        self.handle = self.handle or handle
+    def reserve(self, engine: EngineProcess) -> None:
+        """An engine is about to be started: what is left of a start that is cut off can be removed by this."""
+        self.engine = self.engine or engine
 
-    def attach(self, handle: Handle, connect: Callable[[Handle], EngineClient]) -> None:
-        """Its engine has this handle; `connect` makes the client of one that has none yet."""
-        self.handle = handle
+    def attach(self, engine: EngineProcess, connect: Callable[[EngineProcess], EngineClient]) -> None:
+        """This is its engine; `connect` makes the client of one that has none yet."""
+        self.engine = engine
         if self.client is None:
-            self.client = connect(handle)
+            self.client = connect(engine)
         else:
-            self.client.base_url = handle.base_url
-
-    def promote(self, handle: Handle) -> None:
-        """It has taken the place of another one, and has this handle now."""
-        self.handle = handle
+            self.client.base_url = engine.base_url
 
     def watched_by(self, watcher: asyncio.Task[str]) -> None:
         """The end of its engine is learned from this task."""

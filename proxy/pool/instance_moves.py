@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from proxy.host.facts import Memory
     from proxy.pool.model import Model
     from proxy.pool.state import PoolState
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 log = logging.getLogger("warmpool.pool")
 
@@ -52,7 +52,7 @@ class Moves:
         *,
         tick: Callable[[], None],
         tick_soon: Callable[[], None],
-        connect: Callable[[Handle, str, ModelSettings], EngineClient],
+        connect: Callable[[EngineProcess, str, ModelSettings], EngineClient],
         gpus: Gpus | None,
         memory: Callable[[], Memory] | None,
     ) -> None:
@@ -293,9 +293,9 @@ class Moves:
         if work is not None:
             await asyncio.wait([work], timeout=2 * GIVE_UP_S)
         await self.steps.unwatch(instance)
-        if instance.handle is not None:
+        if instance.engine is not None:
             try:
-                await model.runtime.drop(instance.handle)
+                await instance.engine.kill()
             except RuntimeFailure as error:
                 log.error("%s: %s", instance.id, error)
         await self.downs.remove(model, instance, "force")

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from proxy.pool.gpu_accounting import HOLDS_NOTHING
-from proxy.pool.model import handle_of
+from proxy.pool.model import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,14 +85,14 @@ class MemoryMonitor:
         seen = [(m, s, s.state, s.generation) for m, s in self._live()]
         # In this order: what an engine takes in between is within the reserve, and must not count twice.
         memory = await asyncio.to_thread(read)
-        held = await asyncio.gather(*(m.runtime.host_bytes(handle_of(s)) for m, s, _, _ in seen))
+        held = await asyncio.gather(*(engine_of(s).host_bytes() for m, s, _, _ in seen))
         self._accounting.read(memory, sum(held))
         for (model, instance, state, generation), count in zip(seen, held, strict=True):
             if instance.state is state and instance.generation == generation and instance.id in model.instances:
                 self._accounting.record(instance, count, outgoing=model.leaving)
         for model in self._state.everyone():
             if not self._accounting.knows_image(model.key) and any(s.image.present for s in model.instances.values()):
-                found = await model.runtime.footprint(model.key)
+                found = await model.runtime.images.footprint(model.key)
                 if found is not None:
                     self._accounting.learn(model.key, found.engine, found.image)
         self._publish()
@@ -102,7 +102,7 @@ class MemoryMonitor:
             (m, s)
             for m in self._state.everyone()
             for s in m.instances.values()
-            if s.handle is not None and s.state not in HOLDS_NOTHING
+            if s.engine is not None and s.state not in HOLDS_NOTHING
         ]
 
     def _publish(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from proxy.pool.memory_accounting import MemoryAccounting
     from proxy.pool.wait_queue import Waiter
     from proxy.pool.wake_failure import WakeFailure
-    from proxy.runtime.base import Handle, ImageFacts, Outdated, Runtime
+    from proxy.runtime.base import EngineProcess, ImageFacts, Outdated, Runtime
 
 log = logging.getLogger("warmpool.pool")
 
@@ -179,16 +179,16 @@ def is_left(model: Model, instance: Instance) -> bool:
     if model.coming:
         return False
     fit = instance.state in _LEFT_RUNNING or (instance.state is State.WAKING and instance.loading)
-    return fit and instance.handle is not None and model.runtime.leave(instance.handle)
+    return fit and instance.engine is not None and model.runtime.leaves
 
 
-def handle_of(instance: Instance) -> Handle:
-    assert instance.handle is not None  # noqa: S101 - an instance that was started has one
-    return instance.handle
+def engine_of(instance: Instance) -> EngineProcess:
+    assert instance.engine is not None  # noqa: S101 - an instance that was started has one
+    return instance.engine
 
 
 def client_of(instance: Instance) -> EngineClient:
-    assert instance.client is not None  # noqa: S101 - made with the handle
+    assert instance.client is not None  # noqa: S101 - made with the engine
     return instance.client
 
 
@@ -215,16 +215,14 @@ async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any,
             await asyncio.wait([task], timeout=GIVE_UP_S)
 
 
-async def until_it_listens(
-    runtime: Runtime, handle: Handle, watcher: asyncio.Task[str] | None, interval_s: float
-) -> None:
+async def until_it_listens(engine: EngineProcess, watcher: asyncio.Task[str] | None, interval_s: float) -> None:
     """Return when the engine itself listens on its port; nothing is sent there before.
 
     Raises PortTakenError where another program does, also if that is why the engine has ended.
     """
 
     async def listens() -> None:
-        while not await runtime.listens(handle):
+        while not await engine.listens():
             await asyncio.sleep(interval_s)
 
     try:
@@ -232,5 +230,5 @@ async def until_it_listens(
     except PortTakenError:
         raise
     except RuntimeFailure:
-        await runtime.listens(handle)
+        await engine.listens()
         raise

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from proxy.host.facts import Memory
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.pool")
@@ -66,7 +66,7 @@ class Pool:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
-        connect: Callable[[Handle, str, ModelSettings], EngineClient] | None = None,
+        connect: Callable[[EngineProcess, str, ModelSettings], EngineClient] | None = None,
         usage: Usage | None = None,
         gpus: Gpus | None = None,
         memory: Callable[[], Memory] | None = None,
@@ -175,14 +175,14 @@ class Pool:
             await instance.client.disconnect()
         if is_left(model, instance):
             log.info("%s left running, for the next warmpool to adopt", instance.id)
-        elif instance.handle is not None:
-            end = model.runtime.drop if instance.image.present else model.runtime.remove
+        elif instance.engine is not None:
+            end = instance.engine.kill if instance.image.present else instance.engine.remove
             try:
                 async with asyncio.timeout(grace_s):
-                    await end(instance.handle)
+                    await end()
             except TimeoutError:
                 log.warning("%s did not end within %.1f s: ended by force", instance.id, grace_s)
-                await model.runtime.drop(instance.handle)
+                await instance.engine.kill()
         del model.instances[instance.id]
 
     # --- deciding ---
@@ -282,6 +282,6 @@ async def _ended_within(limit_s: float, tasks: Sequence[asyncio.Task[None]]) -> 
             log.error("%s: %s", task.get_name(), error)
 
 
-def _connect(handle: Handle, served_name: str, model: ModelSettings) -> EngineClient:
-    key = key_of(handle.model, model)
-    return EngineClient(handle.base_url, served_name, response_timeout_s=model.response_timeout, api_key=key)
+def _connect(engine: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:
+    key = key_of(engine.key, model)
+    return EngineClient(engine.base_url, served_name, response_timeout_s=model.response_timeout, api_key=key)

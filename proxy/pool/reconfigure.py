@@ -74,7 +74,7 @@ class Reconfiguration:
         images: dict[str, ImageFacts] = {}
         for name in {settings.models[key].runtime for key in keys}:
             models = {key: m for key, m in settings.models.items() if m.runtime == name}
-            found = await self._state.runtimes[name].images_for(models)
+            found = await self._state.runtimes[name].images.fitting(models)
             images |= {key: facts for key, facts in found.items() if key in keys}
         return images
 

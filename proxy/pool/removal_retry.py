@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from proxy.pool.model import handle_of
+from proxy.pool.model import engine_of
 
 if TYPE_CHECKING:
     from proxy.pool.instance import Instance
@@ -40,7 +40,7 @@ class RemovalRetries:
         return instance_id in self._entries
 
     def add(self, model: Model, instance: Instance, reason: str) -> None:
-        """Take an instance that is no more the pool's, and has a handle."""
+        """Take an instance that is no more the pool's, and has an engine."""
         instance_id = instance.id
         log.error(
             "%s is written off: %s; it is removed as soon as that works, or by the next start", instance_id, reason
@@ -54,7 +54,7 @@ class RemovalRetries:
         for delay_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
             await asyncio.sleep(delay_s)
             try:
-                await model.runtime.remove(handle_of(instance))
+                await engine_of(instance).remove()
             except Exception as error:  # noqa: BLE001 - whatever it was, it may work later
                 log.warning("%s, written off, cannot be removed yet: %r", instance_id, error)
             else:

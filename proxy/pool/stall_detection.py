@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.errors import RuntimeFailure
 from proxy.pool.instance import Instance, State
-from proxy.pool.model import client_of, handle_of
+from proxy.pool.model import client_of, engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,15 +125,15 @@ class StallDetection:
 
     async def _reason(self, model: Model, instance: Instance) -> str | None:
         """Why an engine is to be given up; None while anything speaks for it."""
-        before = await self._read(model, instance)
+        before = await self._read(instance)
         if before.vitals.stopped:
             await asyncio.sleep(_STOPPED_AGAIN_S)
-            stopped = (await model.runtime.vitals(handle_of(instance))).stopped
+            stopped = (await engine_of(instance).vitals()).stopped
             return "its processes were stopped, or its container paused, by hand" if stopped else None
         client = client_of(instance)
         if not is_stalled_long(model.settings, client.silent_s) or await self._generates(model, instance, before.at):
             return None
-        after = await self._read(model, instance)
+        after = await self._read(instance)
         if not is_stalled_long(model.settings, client.silent_s) or not stands_still(before, after):
             return None
         return (
@@ -153,11 +153,11 @@ class StallDetection:
         await asyncio.sleep(max(0.0, ends - asyncio.get_running_loop().time()))
         return False
 
-    async def _read(self, model: Model, instance: Instance) -> Reading:
-        vitals = await model.runtime.vitals(handle_of(instance))
+    async def _read(self, instance: Instance) -> Reading:
+        vitals = await engine_of(instance).vitals()
         progress = {} if vitals.stopped else await client_of(instance).progress()
         return Reading(asyncio.get_running_loop().time(), progress, vitals)
 
 
 def _should_run(instance: Instance) -> bool:
-    return instance.state in (State.READY, State.RETIRING) and instance.handle is not None
+    return instance.state in (State.READY, State.RETIRING) and instance.engine is not None

@@ -87,11 +87,11 @@ class SteppingDown:
         if instance.client is not None:
             await instance.client.disconnect()
         attempt = 0
-        while instance.handle is not None:
+        while instance.engine is not None:
             try:
-                await model.runtime.remove(instance.handle)
+                await instance.engine.remove()
                 if instance.discards_image:
-                    await model.runtime.discard_image(instance.handle)
+                    await model.runtime.images.discard(instance.engine)
                 break
             except RuntimeFailure as error:
                 if isinstance(error, OverdueError) or attempt == len(_REMOVE_RETRY_S):
@@ -121,18 +121,18 @@ class SteppingDown:
         if instance.state is State.BROKEN:
             instance.apply(Event.STOP)
         self._forget(model, instance, f"it is written off: {reason}")
-        if instance.handle is not None:
+        if instance.engine is not None:
             self._state.written_off.add(model, instance, reason)
         self._effects.tick()
 
     async def mend(self, model: Model, instance: Instance) -> None:
         """Clear a broken engine away: down to its checkpoint if it has one, else altogether."""
         await self._steps.unwatch(instance)
-        if instance.image.present and instance.handle is not None:
+        if instance.image.present and instance.engine is not None:
             if instance.client is not None:
                 await instance.client.disconnect()
             try:
-                await model.runtime.drop(instance.handle)
+                await instance.engine.kill()
             except RuntimeFailure as error:
                 log.error("%s: %s", instance.id, error)
             else:

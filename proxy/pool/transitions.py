@@ -14,9 +14,9 @@ from proxy.engine import weights
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.pool import gpu_accounting
 from proxy.pool.image import Image, Place
-from proxy.pool.model import client_of, handle_of, limit_s, unless_it_ends, until_it_listens
+from proxy.pool.model import client_of, engine_of, limit_s, unless_it_ends, until_it_listens
 from proxy.runtime import reseed
-from proxy.runtime.base import Handle, ImageFacts
+from proxy.runtime.base import ImageFacts
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from proxy.engine.client import EngineClient
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
+    from proxy.runtime.base import EngineProcess
 
 log = logging.getLogger("warmpool.pool")
 
@@ -56,7 +57,7 @@ class StepEffects(Protocol):
     def copies_to_archive(self) -> bool:
         """Whether a copy of a new checkpoint goes to the archive."""
 
-    def connect(self, handle: Handle, served_name: str, settings: ModelSettings, /) -> EngineClient:
+    def connect(self, engine: EngineProcess, served_name: str, settings: ModelSettings, /) -> EngineClient:
         """The client of an engine."""
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -88,7 +89,7 @@ class Steps:
                     await self._restore(model, instance, stages)
                 case Tier.SUSPENDED:
                     with stages.measure("resume"):
-                        await model.runtime.resume(handle_of(instance))
+                        await engine_of(instance).resume()
                     await self._wake_up(instance, stages)
                     await self._prove(model, instance, stages)
                 case _:
@@ -99,11 +100,11 @@ class Steps:
         settings = model.settings
         model.gpu_accounting.began(instance)
         # Whatever is left of a start that is cut off can be removed by this.
-        instance.reserve(Handle(instance.id, model.key, "", 0))
+        instance.reserve(model.runtime.engine(instance.id, model.key))
         for others_left in reversed(range(_PORTS_TRIED)):
             with stages.measure("start"):
-                handle = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
-            self.attach(model, instance, handle)
+                engine = await model.runtime.start(instance.id, model.key, settings, beside=model.coming)
+            self.attach(model, instance, engine)
             instance.started()
             self.watch(model, instance)
             try:
@@ -114,14 +115,14 @@ class Steps:
                     raise
                 log.warning("%s: %s; it is started on another port", instance.id, error)
                 await self.unwatch(instance)
-                await model.runtime.drop(handle)
+                await engine.kill()
 
     async def load(self, model: Model, instance: Instance, stages: Stages) -> None:
         """From an engine that was started to one that serves and is known."""
         settings, client = model.settings, client_of(instance)
         instance.begin_load()
         with stages.measure("load"):
-            await until_it_listens(model.runtime, handle_of(instance), instance.watcher, settings.health.interval)
+            await until_it_listens(engine_of(instance), instance.watcher, settings.health.interval)
             await unless_it_ends(instance.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
         instance.end_load()
         with stages.measure("warmup"):
@@ -141,7 +142,8 @@ class Steps:
         await self.unarchive(model, instance, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
-            self.attach(model, instance, await model.runtime.restore(handle_of(instance), stages))
+            await engine_of(instance).restore(stages)
+            self.attach(model, instance, engine_of(instance))
         instance.sleeps(image.sleep_level)
         instance.restored(copies_weights=model.settings.weights_copy)
         self.watch(model, instance)
@@ -164,7 +166,7 @@ class Steps:
     async def _be_healthy(self, model: Model, instance: Instance, stages: Stages) -> None:
         health = model.settings.health
         with stages.measure("health"):
-            await until_it_listens(model.runtime, handle_of(instance), instance.watcher, health.interval)
+            await until_it_listens(engine_of(instance), instance.watcher, health.interval)
             await unless_it_ends(instance.watcher, client_of(instance).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
@@ -174,7 +176,7 @@ class Steps:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
         if instance.unproven and reseed.possible(model.settings):
             with stages.measure(reseed.STAGE):
-                work = reseed.reseed(client_of(instance), handle_of(instance), model.settings, model.served_name)
+                work = reseed.reseed(client_of(instance), engine_of(instance), model.settings, model.served_name)
                 note_gap(model, instance.id, await unless_it_ends(instance.watcher, work))
         if self.needs_canary(model, instance):
             with stages.measure("canary"):
@@ -203,7 +205,7 @@ class Steps:
         async with instance.image.lock:
             if instance.image.archived:
                 with stages.measure("unarchive"):
-                    await model.runtime.unarchive_image(handle_of(instance))
+                    await model.runtime.images.unarchive(engine_of(instance))
                 instance.image.moved(Place.TMPFS)
 
     def _read_weights(self, model: Model, image: Image) -> asyncio.Task[None]:
@@ -226,7 +228,7 @@ class Steps:
         """Delete the image."""
         instance.image.gone()
         try:
-            await model.runtime.discard_image(handle_of(instance))
+            await model.runtime.images.discard(engine_of(instance))
         except RuntimeFailure as error:
             log.error("%s: %s", instance.id, error)
 
@@ -243,14 +245,14 @@ class Steps:
                 if instance.sleep_level:
                     await self._effects.measure_once(model, instance, gpu_accounting.SLEEPING)
                 await client_of(instance).disconnect()
-                await model.runtime.suspend(handle_of(instance))
+                await engine_of(instance).suspend()
             case Tier.CHECKPOINTED:
                 async with instance.image.lock:
                     await self._to_image(model, instance, origin, stages)
             case _:
                 async with instance.image.lock:
                     if not instance.image.archived:
-                        await model.runtime.archive_image(handle_of(instance))
+                        await model.runtime.images.archive(engine_of(instance))
                         instance.image.moved(Place.ARCHIVE)
 
     async def _fall_asleep(
@@ -294,7 +296,7 @@ class Steps:
         if image.present:
             await self.unwatch(instance)
             await client.disconnect()
-            await model.runtime.drop(handle_of(instance))
+            await engine_of(instance).kill()
         else:
             if instance.canary is None and origin is Tier.READY and model.settings.canary != "never":
                 instance.answers(await client.canary())
@@ -313,7 +315,7 @@ class Steps:
                 details["gpu"] = figures
             facts = ImageFacts(instance.sleep_level, instance.canary, details)
             with stages.measure("checkpoint"):
-                await model.runtime.checkpoint(handle_of(instance), facts, stages)
+                await engine_of(instance).checkpoint(facts, stages)
             image.written(instance.sleep_level, instance.canary)
             if not model.coming:
                 self.keep_copy(model, instance)
@@ -323,9 +325,9 @@ class Steps:
         """Whether the image of an engine that runs can be restored once more, as far as the sizes of its files say."""
         try:
             if instance.image.archived:  # what was on tmpfs was damaged
-                await model.runtime.unarchive_image(handle_of(instance))
+                await model.runtime.images.unarchive(engine_of(instance))
                 instance.image.moved(Place.TMPFS)
-            await model.runtime.verify_image(handle_of(instance), whole=False)
+            await model.runtime.images.verify(engine_of(instance), whole=False)
         except OverdueError:
             return True  # nor could another one be written now
         except RuntimeFailure as error:
@@ -340,7 +342,7 @@ class Steps:
 
     async def _copy_to_archive(self, model: Model, instance: Instance) -> None:
         try:
-            await model.runtime.copy_to_archive(handle_of(instance))
+            await model.runtime.images.copy_to_archive(engine_of(instance))
         except RuntimeFailure as error:
             log.warning("%s: no copy of its checkpoint in the archive: %s", model.key, error)
             if error.fault is Fault.DAMAGE:
@@ -355,13 +357,13 @@ class Steps:
                 return instance.sleep_level == 0 and await client_of(instance).is_sleeping() is False
         return False
 
-    def attach(self, model: Model, instance: Instance, handle: Handle) -> None:
-        """Take note of a handle, and of where the engine is."""
-        instance.attach(handle, lambda it: self._effects.connect(it, model.served_name, model.settings))
+    def attach(self, model: Model, instance: Instance, engine: EngineProcess) -> None:
+        """Take note of an engine, and of where it is."""
+        instance.attach(engine, lambda it: self._effects.connect(it, model.served_name, model.settings))
 
     def watch(self, model: Model, instance: Instance) -> None:
         """Learn of the engine's end."""
-        watcher = asyncio.create_task(model.runtime.wait_exit(handle_of(instance)), name=f"watch {instance.id}")
+        watcher = asyncio.create_task(engine_of(instance).wait_exit(), name=f"watch {instance.id}")
         instance.watched_by(watcher)
         watcher.add_done_callback(lambda task: self._effects.ended(model, instance, task))
 

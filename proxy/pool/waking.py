@@ -90,7 +90,7 @@ class Waking:
                 failures.append(f"{tier.label}: {reason}")
                 log.warning("%s did not wake from %s: %s", instance.id, tier.label, reason)
                 self._state.metrics.wake_failures.labels(model.key, tier.label).inc()
-                log_lines = await self._last_log_lines(model, instance)
+                log_lines = await self._last_log_lines(instance)
                 await self.clear_away(model, instance, tier, error)
                 if tier is Tier.CHECKPOINTED and instance.image.archived:  # only its copy is any good
                     tiers.insert(tiers.index(tier) + 1, Tier.ARCHIVED)
@@ -139,9 +139,9 @@ class Waking:
         if missing := self._state.memory_accounting.lacking(instance, unpacks=unpacks):
             raise RuntimeFailure("memory", f"{format_size(missing)} of host memory are missing for it")
 
-    async def _last_log_lines(self, model: Model, instance: Instance) -> list[str]:
+    async def _last_log_lines(self, instance: Instance) -> list[str]:
         """What the engine wrote last, which goes to the log too."""
-        lines = [*await model.runtime.log_tail(instance.handle)] if instance.handle is not None else []
+        lines = [*await instance.engine.log_tail()] if instance.engine is not None else []
         if lines:
             log.warning("%s: the last lines of its log:\n  %s", instance.id, "\n  ".join(lines))
         return lines
@@ -168,10 +168,10 @@ class Waking:
         await self._steps.unwatch(instance)
         if instance.client is not None:
             await instance.client.disconnect()
-        if instance.handle is None:
+        if instance.engine is None:
             return
         try:
-            await model.runtime.drop(instance.handle)
+            await instance.engine.kill()
         except RuntimeFailure as error:
             log.error("%s: %s", instance.id, error)
         hangs = self._state.overdue.hanging(instance.id)  # which is the host's fault, not the image's
@@ -182,7 +182,7 @@ class Waking:
         """Prepare an instance that the golden checkpoint can be restored to."""
         try:
             async with asyncio.timeout(model.settings.wake_timeout):
-                handle = await model.runtime.clone(instance.id, model.key, model.settings)
+                engine = await model.runtime.clone(instance.id, model.key, model.settings)
         except (RuntimeFailure, TimeoutError) as error:
             reason = str(error) or too_slow(model.settings, Tier.CHECKPOINTED)
             log.warning("%s cannot be prepared: %s", instance.id, reason)
@@ -193,7 +193,7 @@ class Waking:
             instance.apply(Event.BROKE)
             await self._downs.mend(model, instance)
             return
-        self._steps.attach(model, instance, handle)
+        self._steps.attach(model, instance, engine)
         if not instance.image.present:  # set aside meanwhile
             instance.apply(Event.BROKE)
             await self._downs.mend(model, instance)

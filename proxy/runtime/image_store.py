@@ -1,4 +1,4 @@
-"""What every runtime that checkpoints to the store does with images, whoever they belong to."""
+"""The images of a runtime's engines: where they are, whether they are whole, and whether they fit this host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from proxy.checkpoint.inputs import Reader
 from proxy.checkpoint.manifest import Inputs
 from proxy.checkpoint.store import DamagedError, OtherVersionError, StoreError
 from proxy.errors import Fault, RuntimeFailure
@@ -19,13 +20,13 @@ from proxy.runtime.base import Footprint, ImageFacts, Outdated, Tiers
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
-    from proxy.checkpoint.inputs import Edited, Reader
+    from proxy.checkpoint.inputs import Edited
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
     from proxy.config.model import ModelSettings
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 log = logging.getLogger("warmpool.runtime")
 
@@ -48,134 +49,145 @@ class Origin:
     """What it has read; None before that was looked at."""
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An engine that runs."""
+
+    instance_id: str
+    key: str
+    spec_digest: str
+    origin: Origin
+
+
 def failure(operation: str, error: Exception, *, alive: bool = False) -> RuntimeFailure:
     """A failure of the store's or of the kernel's, with what it says of the image."""
     fault = Fault.DAMAGE if isinstance(error, DamagedError) else Fault.HOST
     return RuntimeFailure(operation, str(error), alive=alive, fault=fault)
 
 
-class KeepsImages(abc.ABC):
-    """The image part of a runtime. `shares_images` says whose they are."""
+class ImageStore(abc.ABC):
+    """See `proxy.runtime.base.Images`. A runtime adds how it tells whether an image fits.
 
-    name: str
-    shares_images: bool
-    _store: CheckpointStore
-    _reader: Reader
+    `shared`: an image is a model's, named by its key; else an instance's, named by its id.
+    """
 
-    def _image(self, handle: Handle) -> str:
-        return handle.image or (handle.model if self.shares_images else handle.instance_id)
+    def __init__(self, store: CheckpointStore, runtime: str, *, shared: bool) -> None:
+        self.store = store
+        self.shared = shared
+        self.tiers = Tiers(frozenset())
+        """What the host offers, as of `open`."""
+        self.runtime = runtime
+        """Its name."""
+        self._reader = Reader()
 
-    def _open_store(self, reason: str | None) -> Tiers:
-        """The tiers there are, the store open if this host can checkpoint (`reason` None: it can)."""
+    @property
+    def usable(self) -> bool:
+        """Whether this host can checkpoint."""
+        return Tier.CHECKPOINTED in self.tiers.offered
+
+    def open(self, reason: str | None) -> None:
+        """Open the store if this host can checkpoint (`reason` None: it can), and find the tiers that there are."""
         if reason is None:
             try:
-                self._store.open()
+                self.store.open()
             except StoreError as error:
                 reason = str(error)
         offered = {Tier.SLEEPING, Tier.SUSPENDED}
         if reason is not None:
-            return Tiers(frozenset(offered), {Tier.CHECKPOINTED: reason})
-        self._store.sweep()
-        archived = {Tier.ARCHIVED} if self._store.archive is not None else set()
-        refused = self._store.archive_refused
-        return Tiers(
+            self.tiers = Tiers(frozenset(offered), {Tier.CHECKPOINTED: reason})
+            return
+        self.store.sweep()
+        archived = {Tier.ARCHIVED} if self.store.archive is not None else set()
+        refused = self.store.archive_refused
+        self.tiers = Tiers(
             frozenset({*offered, Tier.CHECKPOINTED, *archived}),
             {Tier.ARCHIVED: refused} if refused is not None else {},
         )
-
-    async def discard_image(self, handle: Handle) -> None:
-        """See `Runtime.discard_image`."""
-        image = self._image(handle)
-        await self._store.remove(image)
-        await self._store.remove_archive(image)
-
-    async def verify_image(self, handle: Handle, *, whole: bool) -> None:
-        """See `Runtime.verify_image`."""
-        image = self._image(handle)
-        try:
-            if whole:
-                await self._store.verify(image)
-            else:
-                await asyncio.to_thread(self._store.load, image)
-        except (StoreError, OSError) as error:
-            raise failure("verify", error, alive=True) from error
-
-    async def quarantine_image(self, handle: Handle, *, keep_copy: bool = False) -> bool:
-        """See `Runtime.quarantine_image`."""
-        image = self._image(handle)
-        kept = keep_copy and await self._has_copy(image)
-        await asyncio.to_thread(self._store.quarantine, image)
-        if not kept:
-            await self._store.remove_archive(image)
-        return kept
-
-    async def _has_copy(self, image: str) -> bool:
-        """Whether the archive holds what an image, some file of which may be damaged, should be."""
-        try:
-            return await self._is_archived(self._store.manifest(image))
-        except StoreError:
-            return False
-
-    async def copy_to_archive(self, handle: Handle) -> None:
-        """See `Runtime.copy_to_archive`."""
-        image = self._image(handle)
-        try:
-            async with self._store.archiving:
-                if not await self._is_archived(self._store.load(image)):
-                    await self._store.put_into_archive(image)
-        except StoreError as error:
-            raise failure("archive", error, alive=True) from error
-
-    async def archive_image(self, handle: Handle) -> None:
-        """See `Runtime.archive_image`."""
-        await self.copy_to_archive(handle)
-        await self._store.remove(self._image(handle))
-
-    async def _is_archived(self, manifest: Manifest) -> bool:
-        """Whether the archive holds this very image, as far as its head says."""
-        if manifest.image not in self._store.archived():
-            return False
-        try:
-            return (await self._store.archived_manifest(manifest.image)).sha256_by_file == manifest.sha256_by_file
-        except StoreError as error:
-            log.warning("archive %s cannot be used, and is written anew: %s", manifest.image, error)
-            return False
-
-    async def unarchive_image(self, handle: Handle) -> None:
-        """See `Runtime.unarchive_image`."""
-        try:
-            await self._store.take_from_archive(self._image(handle))
-        except StoreError as error:
-            raise failure("unarchive", error) from error
-
-    @abc.abstractmethod
-    def tiers(self) -> Tiers:
-        """See `Runtime.tiers`."""
-
-    async def images_for(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
-        """See `Runtime.images_for`."""
-        if not self.shares_images or Tier.CHECKPOINTED not in self.tiers().offered:
-            return {}
-        return {key: facts for key, (_, facts) in (await self._usable_images(models)).items()}
 
     @abc.abstractmethod
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> Mapping[str, str]:
         """What must be the same where this image of the model is restored."""
 
-    def _origins(self) -> Iterable[tuple[Handle, str, Origin]]:
-        """Handle, digest and origin of each engine that runs and whose origin is known."""
-        return ()
-
-    async def _moved(self, model: ModelSettings, image_id: str) -> str | None:  # noqa: ARG002 - for those with images
-        """In which way an engine that is started now would have another container image than this."""
-        return None
-
     @abc.abstractmethod
     def _digest(self, key: str, model: ModelSettings) -> str:
         """Of everything that shapes the model's engine."""
 
+    async def _moved(self, model: ModelSettings, image_id: str) -> str | None:  # noqa: ARG002 - others need it
+        """In which way an engine that is started now would have another container image than this."""
+        return None
+
+    async def discard(self, engine: EngineProcess) -> None:
+        """See `Images.discard`."""
+        await self.store.remove(engine.image)
+        await self.store.remove_archive(engine.image)
+
+    async def verify(self, engine: EngineProcess, *, whole: bool) -> None:
+        """See `Images.verify`."""
+        image = engine.image
+        try:
+            if whole:
+                await self.store.verify(image)
+            else:
+                await asyncio.to_thread(self.store.load, image)
+        except (StoreError, OSError) as error:
+            raise failure("verify", error, alive=True) from error
+
+    async def quarantine(self, engine: EngineProcess, *, keep_copy: bool = False) -> bool:
+        """See `Images.quarantine`."""
+        image = engine.image
+        kept = keep_copy and await self._has_copy(image)
+        await asyncio.to_thread(self.store.quarantine, image)
+        if not kept:
+            await self.store.remove_archive(image)
+        return kept
+
+    async def _has_copy(self, image: str) -> bool:
+        """Whether the archive holds what an image, some file of which may be damaged, should be."""
+        try:
+            return await self._is_archived(self.store.manifest(image))
+        except StoreError:
+            return False
+
+    async def copy_to_archive(self, engine: EngineProcess) -> None:
+        """See `Images.copy_to_archive`."""
+        image = engine.image
+        try:
+            async with self.store.archiving:
+                if not await self._is_archived(self.store.load(image)):
+                    await self.store.put_into_archive(image)
+        except StoreError as error:
+            raise failure("archive", error, alive=True) from error
+
+    async def archive(self, engine: EngineProcess) -> None:
+        """See `Images.archive`."""
+        await self.copy_to_archive(engine)
+        await self.store.remove(engine.image)
+
+    async def _is_archived(self, manifest: Manifest) -> bool:
+        """Whether the archive holds this very image, as far as its head says."""
+        if manifest.image not in self.store.archived():
+            return False
+        try:
+            return (await self.store.archived_manifest(manifest.image)).sha256_by_file == manifest.sha256_by_file
+        except StoreError as error:
+            log.warning("archive %s cannot be used, and is written anew: %s", manifest.image, error)
+            return False
+
+    async def unarchive(self, engine: EngineProcess) -> None:
+        """See `Images.unarchive`."""
+        try:
+            await self.store.take_from_archive(engine.image)
+        except StoreError as error:
+            raise failure("unarchive", error) from error
+
+    async def fitting(self, models: Mapping[str, ModelSettings]) -> Mapping[str, ImageFacts]:
+        """See `Images.fitting`."""
+        if not self.shared or not self.usable:
+            return {}
+        return {key: facts for key, (_, facts) in (await self.usable_images(models)).items()}
+
     async def refusal(self, manifest: Manifest, models: Mapping[str, ModelSettings]) -> str | None:
-        """See `Runtime.refusal`."""
+        """See `Images.refusal`."""
         model = models.get(manifest.model)
         if model is None:
             return f"there is no model {manifest.model!r} any more"
@@ -191,16 +203,16 @@ class KeepsImages(abc.ABC):
         return edited.reason if edited is not None and edited.weights else None
 
     async def outdated(
-        self, models: Mapping[str, ModelSettings], instances: Container[str] | None = None
+        self, models: Mapping[str, ModelSettings], instances: Container[str] | None, running: Sequence[Running]
     ) -> Mapping[str, Outdated]:
-        """See `Runtime.outdated`."""
+        """See `Runtime.outdated`; `running`: the engines that run and whose origin is known."""
         found = await self._outdated_images(models, instances)
-        for handle, digest, origin in list(self._origins()):
-            key = handle.model
-            model = models.get(key) if instances is None or handle.instance_id in instances else None
-            if model is not None and key not in found and digest == self._digest(key, model):
-                await self._learn(origin, model)
-                if (outdated := await self._since(model, origin, reloads=True)) is not None:
+        for engine in running:
+            key = engine.key
+            model = models.get(key) if instances is None or engine.instance_id in instances else None
+            if model is not None and key not in found and engine.spec_digest == self._digest(key, model):
+                await self.learn(engine.origin, model)
+                if (outdated := await self._since(model, engine.origin, reloads=True)) is not None:
                     found[key] = outdated
         return found
 
@@ -212,7 +224,7 @@ class KeepsImages(abc.ABC):
         reason = await self._moved(model, origin.image_id) or vllm_extension.upgraded(model, origin.extension)
         return None if reason is None else Outdated(reason)
 
-    async def _learn(self, origin: Origin, model: ModelSettings) -> Inputs:
+    async def learn(self, origin: Origin, model: ModelSettings) -> Inputs:
         """What an engine has read, by the first look since its start."""
         if origin.inputs is None:
             try:
@@ -233,17 +245,17 @@ class KeepsImages(abc.ABC):
         self, models: Mapping[str, ModelSettings], instances: Container[str] | None
     ) -> dict[str, Outdated]:
         found: dict[str, Outdated] = {}
-        if Tier.CHECKPOINTED not in self.tiers().offered:
+        if not self.usable:
             return found
-        for image in sorted({*self._store.names(), *self._store.archived()}):
-            if not self.shares_images and instances is not None and image not in instances:
+        for image in sorted({*self.store.names(), *self.store.archived()}):
+            if not self.shared and instances is not None and image not in instances:
                 continue
             try:
-                manifest = await self._manifest(image)
+                manifest = await self.manifest(image)
             except StoreError:
                 continue  # who uses it will say so
             model = models.get(manifest.model)
-            if model is None or manifest.runtime != self.name or self._store.refuses(image):
+            if model is None or manifest.runtime != self.runtime or self.store.refuses(image):
                 continue
             reason = await self.refusal(manifest, models)
             outdated = (
@@ -254,69 +266,69 @@ class KeepsImages(abc.ABC):
             if outdated is not None:
                 found[manifest.model] = outdated
                 if not outdated.usable:
-                    self._store.refuse(image)
+                    self.store.refuse(image)
         return found
 
     async def footprint(self, key: str) -> Footprint | None:
-        """See `Runtime.footprint`."""
-        for image in self._store.names():
+        """See `Images.footprint`."""
+        for image in self.store.names():
             with contextlib.suppress(StoreError):
-                manifest = self._store.load(image)
+                manifest = self.store.load(image)
                 if manifest.model == key:
                     engine = sum((manifest.details.get("memory") or {}).values())
-                    size = manifest.total_bytes() + self._store.weights_bytes(image)
-                    return Footprint(engine, size, self._store.free_bytes())
-        for image in self._store.archived() if Tier.ARCHIVED in self.tiers().offered else ():
+                    size = manifest.total_bytes() + self.store.weights_bytes(image)
+                    return Footprint(engine, size, self.store.free_bytes())
+        for image in self.store.archived() if Tier.ARCHIVED in self.tiers.offered else ():
             with contextlib.suppress(StoreError):
-                manifest = await self._store.archived_manifest(image)
+                manifest = await self.store.archived_manifest(image)
                 if manifest.model == key:
                     engine = sum((manifest.details.get("memory") or {}).values())
-                    return Footprint(engine, manifest.total_bytes(), self._store.free_bytes())
+                    return Footprint(engine, manifest.total_bytes(), self.store.free_bytes())
         return None
 
-    async def _manifest(self, image: str) -> Manifest:
+    async def manifest(self, image: str) -> Manifest:
         """That of an image on tmpfs, or in the archive. Raises StoreError."""
-        if image in self._store.names():
-            return self._store.load(image)
-        return await self._store.archived_manifest(image)
+        if image in self.store.names():
+            return self.store.load(image)
+        return await self.store.archived_manifest(image)
 
-    def _lost(self, models: Mapping[str, ModelSettings], usable: Iterable[str]) -> frozenset[str]:
+    def lost(self, models: Mapping[str, ModelSettings], usable: Iterable[str]) -> frozenset[str]:
         """See `Recovered.lost`."""
 
         def model_of(image: str) -> str:
-            return image if self.shares_images else image.rpartition("-")[0]
+            return image if self.shared else image.rpartition("-")[0]
 
-        there = {model_of(image) for image in (*self._store.names(), *self._store.archived())}
+        there = {model_of(image) for image in (*self.store.names(), *self.store.archived())}
         return frozenset(there & models.keys() - {model_of(image) for image in usable})
 
-    async def _usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
+    async def usable_images(self, models: Mapping[str, ModelSettings]) -> dict[str, tuple[Manifest, ImageFacts]]:
         """The images of these models that fit this host, on tmpfs or archived; others are refused, with a reason."""
         usable: dict[str, tuple[Manifest, ImageFacts]] = {}
-        for archived, names in ((False, self._store.names()), (True, self._store.archived())):
+        for archived, names in ((False, self.store.names()), (True, self.store.archived())):
             for image in names:
                 if image in usable:
                     continue
                 try:
-                    manifest = await self._store.archived_manifest(image) if archived else self._store.load(image)
+                    manifest = await self.store.archived_manifest(image) if archived else self.store.load(image)
                 except OtherVersionError as error:
                     log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, error)
                     if not archived:
-                        self._store.refuse(image)
+                        self.store.refuse(image)
                     continue
                 except StoreError as error:
                     log.error("%s %s is damaged: %s", "archive" if archived else "checkpoint", image, error)
                     if not archived:
-                        await asyncio.to_thread(self._store.quarantine, image)
+                        await asyncio.to_thread(self.store.quarantine, image)
                     continue
-                if manifest.runtime != self.name:
+                if manifest.runtime != self.runtime:
                     continue
                 reason = await self.refusal(manifest, models)
                 if reason is not None:
                     log.warning("%s %s is refused: %s", "archive" if archived else "checkpoint", image, reason)
                     if not archived:
-                        self._store.refuse(image)
+                        self.store.refuse(image)
                     continue
-                self._store.accept(image)
+                self.store.accept(image)
                 facts = ImageFacts(manifest.sleep_level, manifest.canary, manifest.details, archived)
                 usable[image] = manifest, facts
         return usable

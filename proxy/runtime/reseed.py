@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 STAGE: Final = "reseed"
 _VLLM_S: Final = 30.0
@@ -52,7 +52,7 @@ async def asked_gap(client: EngineClient, model: ModelSettings) -> str | None:
     return _reason(status, answer)
 
 
-async def reseed(client: EngineClient, handle: Handle, model: ModelSettings, name: str) -> str | None:
+async def reseed(client: EngineClient, engine: EngineProcess, model: ModelSettings, name: str) -> str | None:
     """Begin the generators of a running engine anew; why that could not be had, or not of all, where that is so.
 
     `name` is what clients call the model. Raises EngineError when it should have worked and did not.
@@ -71,7 +71,7 @@ async def reseed(client: EngineClient, handle: Handle, model: ModelSettings, nam
         if status not in (200, 204):
             raise EngineError(STAGE, f"POST {way.path} answered {status}")
     if way.command is not None:
-        values = {"host": handle.host, "port": str(handle.port), "model": name, "instance": handle.instance_id}
+        values = {"host": engine.host, "port": str(engine.port), "model": name, "instance": engine.instance_id}
         async with _limit(way.timeout):
             await _run([_filled(word, values) for word in way.command], digits)
     return gap(model)

@@ -27,9 +27,10 @@ from proxy.config.model import ModelSettings
 from proxy.host import cpu
 from proxy.host.facts import huge_pages_of
 from proxy.pool import golden
-from proxy.runtime.base import Handle, Tiers
-from proxy.runtime.image_store import KeepsImages
+from proxy.runtime.base import Tiers
+from proxy.runtime.image_store import ImageStore
 from proxy.tiers import Tier
+from tests.fakes import FakeRuntime
 from tests.support import files_in
 
 if TYPE_CHECKING:
@@ -393,27 +394,19 @@ async def test_an_archive_that_cannot_be_read_is_written_anew(store: CheckpointS
     written = await write(store, "demo")
     (await store.put_into_archive("demo")).write_bytes(b"damaged")
     images = Images(store)
-    await images.copy_to_archive(Handle("demo", "demo", "", 0))
+    await images.copy_to_archive(FakeRuntime(shares_images=True).engine("demo-1", "demo"))
     assert await store.archived_manifest("demo") == written
 
 
-class Images(KeepsImages):
-    """What every runtime does with images, of a runtime that does nothing else."""
-
-    name = "fake"
-    shares_images = True
+class Images(ImageStore):
+    """Those of a runtime that does nothing else."""
 
     def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-
-    def tiers(self) -> Tiers:
-        return Tiers(frozenset({Tier.CHECKPOINTED, Tier.ARCHIVED}))
+        super().__init__(store, "fake", shared=True)
+        self.tiers = Tiers(frozenset({Tier.CHECKPOINTED, Tier.ARCHIVED}))
 
     async def _facts_for(self, model: ModelSettings, manifest: Manifest) -> dict[str, str]:
         return {"kernel": "k"}
-
-    async def _since_changed(self, model: ModelSettings, manifest: Manifest) -> None:
-        return None
 
     def _digest(self, key: str, model: ModelSettings) -> str:
         return "d"
@@ -426,7 +419,7 @@ async def test_manifests_that_cannot_be_read_keep_no_other_image_from_being_foun
     for name, changed in (("old", {"format": 2}), ("wrong", {"private": {"pid": "1"}})):
         path = store.path(name) / MANIFEST
         path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), **changed}))
-    assert list(await Images(store).images_for(models)) == ["demo"]
+    assert list(await Images(store).fitting(models)) == ["demo"]
     assert store.quarantined() == ["wrong"]
     assert store.names() == ["demo", "old"]
 
@@ -452,7 +445,7 @@ async def test_an_image_fits_a_cpu_that_can_do_what_its_own_could(
     path = store.path("demo") / MANIFEST
     content = orjson.loads(path.read_bytes())
     path.write_bytes(orjson.dumps({**content, "cpu": {**content["cpu"], **taken_on}}))
-    assert list(await Images(store).images_for(models)) == ([] if said else ["demo"])
+    assert list(await Images(store).fitting(models)) == ([] if said else ["demo"])
     assert said is None or said in caplog.text
     assert store.names() == ["demo"], "it is kept, since the other CPU may come back"
 

@@ -25,7 +25,7 @@ from proxy.doctor.needs import Needs
 from proxy.doctor.report import Check
 from proxy.doctor.view import Host, Ran, Space
 from proxy.errors import HostError, RuntimeFailure
-from proxy.runtime.base import Handle, ImageFacts, Tiers
+from proxy.runtime.base import ImageFacts, Tiers
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.tiers import Tier
@@ -790,32 +790,35 @@ class PretendedRuntime:
             return Tiers(frozenset(), {Tier.CHECKPOINTED: "no checkpoints here"})
         return Tiers(frozenset({Tier.CHECKPOINTED}))
 
-    async def start(self, instance_id: str, key: str, model: object) -> Handle:
+    async def start(self, instance_id: str, key: str, model: object) -> PretendedRuntime:
         if self.fault == "silent":
             self.claim.log_path(instance_id).write_text("sh: not found\n")
         else:
             self._tick()
-        return Handle(instance_id, key, "127.0.0.1", 1)
+        return self
 
-    async def checkpoint(self, handle: Handle, facts: ImageFacts, stages: Stages) -> None:
+    async def checkpoint(self, facts: ImageFacts, stages: Stages) -> None:
         if self.fault == "checkpoint":
             raise RuntimeFailure("checkpoint", "CRIU: Error\nno", alive=True)
 
-    async def restore(self, handle: Handle, stages: Stages) -> Handle:
+    async def restore(self, stages: Stages) -> None:
         if self.fault == "restore":
             self.run, self.count = str(uuid4()), 0
         if self.fault == "hang":
             await asyncio.Event().wait()
         self._tick()
-        return handle
 
-    async def drop(self, handle: Handle) -> None:
-        self.calls.append("drop")
+    async def kill(self) -> None:
+        self.calls.append("kill")
 
-    async def discard_image(self, handle: Handle) -> None:
+    @property
+    def images(self) -> PretendedRuntime:
+        return self
+
+    async def discard(self, engine: object) -> None:
         self.calls.append("discard")
 
-    async def remove(self, handle: Handle) -> None:
+    async def remove(self) -> None:
         self.calls.append("remove")
 
 
@@ -839,7 +842,7 @@ async def test_an_engine_that_goes_on_passes(host: FakeHost, tmp_path: Path) -> 
     check, runtime = await pretend(host, tmp_path, "")
     assert check.status == "ok"
     assert list(check.stages_s) == ["open", "start", "checkpoint", "restore", "remove"]
-    assert runtime.calls == ["drop", "discard", "remove", "close"]
+    assert runtime.calls == ["kill", "discard", "remove", "close"]
 
 
 @pytest.mark.parametrize(
@@ -847,10 +850,10 @@ async def test_an_engine_that_goes_on_passes(host: FakeHost, tmp_path: Path) -> 
     [
         ("open", "open: another warmpool", []),
         ("tiers", "open: no checkpoints here", ["close"]),
-        ("checkpoint", "checkpoint: checkpoint: CRIU: Error no", ["drop", "discard", "remove", "close"]),
-        ("restore", "restore: the engine began anew instead of going on", ["drop", "discard", "remove", "close"]),
+        ("checkpoint", "checkpoint: checkpoint: CRIU: Error no", ["kill", "discard", "remove", "close"]),
+        ("restore", "restore: the engine began anew instead of going on", ["kill", "discard", "remove", "close"]),
         ("silent", "start: the engine does not count; its log ends with: sh: not found", None),
-        ("hang", "restore: no end after 0 s", ["drop", "discard", "remove", "close"]),
+        ("hang", "restore: no end after 0 s", ["kill", "discard", "remove", "close"]),
     ],
 )
 async def test_a_self_test_that_fails_says_where_and_leaves_nothing(

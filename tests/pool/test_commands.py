@@ -281,7 +281,7 @@ async def test_a_golden_checkpoint_outlives_a_stop_and_instances_of_it_come_back
     rig = await golden(rig_of)
     await carried_out(rig.pool.step_down("demo", Tier.STOPPED))
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
-    assert list(rig.runtime.images) == ["demo"]
+    assert list(rig.runtime.images.there) == ["demo"]
     assert (await use(rig)).found is Tier.CHECKPOINTED
 
 
@@ -290,11 +290,11 @@ async def test_a_golden_checkpoint_is_discarded_with_the_last_instance(rig_of: A
     lease = await rig.pool.lease("demo")
     commands = rig.pool.step_down("demo", Tier.STOPPED, wait=True, discard=True)
     await settle()
-    assert list(rig.runtime.images) == ["demo"], "one of its instances is still in use"
+    assert list(rig.runtime.images.there) == ["demo"], "one of its instances is still in use"
     lease.release()
     await carried_out(commands)
     await settle()
-    assert (rig.states(), rig.runtime.images) == ({}, {})
+    assert (rig.states(), rig.runtime.images.there) == ({}, {})
     assert (await use(rig)).found is Tier.STOPPED
     await carried_out(rig.pool.step_down("demo", Tier.CHECKPOINTED))
     await rig.until(demo_1="checkpointed", demo_2="checkpointed")
@@ -304,7 +304,7 @@ async def test_a_golden_checkpoint_is_discarded_when_all_instances_go_in_one_mom
     rig = await golden(rig_of)
     await carried_out(rig.pool.step_down("demo", Tier.STOPPED, discard=True))
     await settle()
-    assert (rig.states(), rig.runtime.images) == ({}, {})
+    assert (rig.states(), rig.runtime.images.there) == ({}, {})
 
 
 # --- drain and undrain ---

@@ -166,7 +166,7 @@ async def _at_rest(rig: Rig) -> None:
         ("checkpoint", _checkpointing),
         ("archive_image", _archiving),
         ("remove", _stopping),
-        ("drop", _broken),
+        ("kill", _broken),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -229,7 +229,7 @@ async def test_an_instance_that_was_written_off_is_removed_as_soon_as_that_works
     await rig.pool.close()
 
 
-@pytest.mark.parametrize("operation", ["suspend", "drop", "remove", "clone", "wake_up", "restore", "start"])
+@pytest.mark.parametrize("operation", ["suspend", "kill", "remove", "clone", "wake_up", "restore", "start"])
 async def test_no_exception_leaves_an_instance_on_its_way(rig_of: Callable[..., Rig], operation: str) -> None:
     rig = rig_of({"demo": {**IDLE, "max_instances": 2}}, shares_images=True)
     await rig.pool.open()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.manifest import Manifest
     from proxy.checkpoint.store import CheckpointStore
     from proxy.engine.client import EngineClient
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
 
 
 class Recorded:
@@ -38,10 +38,10 @@ class Store:
         self._rig = rig
 
     def names(self) -> list[str]:
-        return [*self._rig.runtime.images]
+        return [*self._rig.runtime.images.there]
 
     def load(self, image: str) -> Manifest:
-        facts = self._rig.runtime.images[image].facts
+        facts = self._rig.runtime.images.there[image].facts
         shown = SimpleNamespace(
             sleep_level=facts.sleep_level,
             canary=facts.canary,
@@ -55,8 +55,8 @@ class Store:
 
 
 class Context(golden.CheckpointContext):
-    def client(self, handle: Handle) -> EngineClient:
-        return RIGS[handle.model]._connect(handle, handle.model, self.model)
+    def client(self, engine: EngineProcess) -> EngineClient:
+        return RIGS[engine.key]._connect(engine, engine.key, self.model)
 
 
 RIGS: dict[str, Rig] = {}
@@ -76,12 +76,12 @@ async def test_a_checkpoint_is_made_and_proven(shares_images: bool) -> None:
     assert {"restore", "health", "wake_up", "canary", "stop"} <= {*made.proof_s}
     assert made.canary_checked
     assert not rig.runtime.processes
-    (image,) = rig.runtime.images.values()
+    (image,) = rig.runtime.images.there.values()
     assert (image.facts.sleep_level, image.facts.canary) == (2, "canary")
     assert "start" in image.facts.details["making_s"]
     assert await golden.verify(context_of(rig), "demo" if shares_images else "demo-1", Recorded(), restore=True)
     assert not rig.runtime.processes
-    assert rig.runtime.images
+    assert rig.runtime.images.there
 
 
 async def test_one_that_answers_otherwise_is_set_aside() -> None:
@@ -98,7 +98,7 @@ async def test_one_that_answers_otherwise_is_set_aside() -> None:
     rig._connect = other  # type: ignore[assignment, method-assign]
     with pytest.raises(golden.GoldenError, match="set aside: canary: .*answers differently"):
         await golden.verify(context, "demo-1", Recorded(), restore=True)
-    assert (rig.runtime.images, [*rig.runtime.quarantined]) == ({}, ["demo-1"])
+    assert (rig.runtime.images.there, [*rig.runtime.images.quarantined]) == ({}, ["demo-1"])
 
 
 async def test_a_copy_of_the_weights_that_fails_is_a_warning_as_in_the_pool(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,10 +114,10 @@ async def test_what_fails_on_the_way_is_named_and_leaves_nothing() -> None:
     rig.runtime.failures["sleep"] = [EngineError("sleep", "it refuses")]
     with pytest.raises(golden.GoldenError, match="^sleep: .*it refuses"):
         await golden.create(context_of(rig), Recorded())
-    assert (rig.runtime.processes, rig.runtime.images) == ({}, {})
+    assert (rig.runtime.processes, rig.runtime.images.there) == ({}, {})
 
 
 async def test_keep_or_not_a_checkpoint_that_was_made_stays() -> None:
     rig = Rig({"demo": {"keep": False}})
     await golden.create(context_of(rig), Recorded())
-    assert [*rig.runtime.images] == ["demo-1"]
+    assert [*rig.runtime.images.there] == ["demo-1"]

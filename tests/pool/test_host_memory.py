@@ -132,8 +132,8 @@ class Host:
 
     def read(self) -> Memory:
         runtime = self.rig.runtime
-        held = sum(runtime.host_takes[runtime.handles[i].model] for i in runtime.processes)
-        held += sum(self.images.get(i.model, 0) for i in runtime.images.values() if not i.archived)
+        held = sum(runtime.host_takes[runtime.engines[i].key] for i in runtime.processes)
+        held += sum(self.images.get(i.model, 0) for i in runtime.images.there.values() if not i.archived)
         return Memory(self.total, self.total - held)
 
     async def use(self, model: str) -> None:
@@ -203,7 +203,7 @@ def with_archives(total: int, takes: dict[str, int], images: dict[str, int], *, 
     settled = {key: {**ARCHIVES, "max_instances": 2, **models.get(key, {})} for key in takes}
     host = Host(total, takes, shares_images=shared, **settled)
     host.images = images
-    host.rig.runtime.footprints = {key: Footprint(takes[key], size, 1 << 40) for key, size in images.items()}
+    host.rig.runtime.images.footprints = {key: Footprint(takes[key], size, 1 << 40) for key, size in images.items()}
     return host
 
 

@@ -20,7 +20,6 @@ from proxy.errors import (
     RuntimeFailure,
     WakeFailedError,
 )
-from proxy.runtime.base import Handle
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 
@@ -101,7 +100,7 @@ async def test_an_idle_instance_takes_every_tier_and_comes_back_from_each(rig: R
 
 async def test_state_survives_the_checkpoint_and_the_image_is_kept(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
-    boot = rig.runtime.images["demo-1"].boot
+    boot = rig.runtime.images.there["demo-1"].boot
     for _ in range(3):
         await use(rig)
         assert rig.runtime.processes["demo-1"].boot == boot
@@ -410,10 +409,10 @@ async def test_an_image_is_tried_twice_then_removed(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
     rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no", fault=Fault.IMAGE)] * 2
     await use(rig)
-    assert rig.runtime.images, "one failure may have been chance"
+    assert rig.runtime.images.there, "one failure may have been chance"
     await down_to(rig, Tier.CHECKPOINTED)
     await use(rig)
-    assert not rig.runtime.images
+    assert not rig.runtime.images.there
     rig.runtime.failures.clear()
     await down_to(rig, Tier.CHECKPOINTED)
     assert rig.runtime.calls["checkpoint"] == 2
@@ -656,7 +655,7 @@ async def test_an_image_that_fails_twice_is_set_aside_with_all_that_came_from_it
                 await rig.pass_time(10)
     await settle()
     assert rig.states() == {"demo-1": "ready"}
-    assert (rig.runtime.images, list(rig.runtime.quarantined)) == ({}, ["demo"])
+    assert (rig.runtime.images.there, list(rig.runtime.images.quarantined)) == ({}, ["demo"])
     text = (await rig.metrics.scrape()).decode()
     assert 'warmpool_quarantined_checkpoints_total{model="demo"} 1.0' in text
     assert 'warmpool_wake_failures_total{model="demo",tier="checkpointed"} 2.0' in text
@@ -686,7 +685,7 @@ async def test_no_fault_of_the_host_is_held_against_an_image(rig_of: Any, failur
         for _ in range(3):
             await rig.pass_time(10)
         await settle()
-    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == (["demo"], [])
+    assert (list(rig.runtime.images.there), list(rig.runtime.images.quarantined)) == (["demo"], [])
     assert rig.runtime.calls["checkpoint"] == 1
     assert rig.runtime.calls["verify_image"] == 5, "whether it is damaged is looked up"
     assert (await use(rig)).found is Tier.CHECKPOINTED
@@ -694,12 +693,12 @@ async def test_no_fault_of_the_host_is_held_against_an_image(rig_of: Any, failur
 
 async def damage_leads_to_a_new_image(rig: Rig) -> None:
     await settle()
-    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == ([], ["demo"])
+    assert (list(rig.runtime.images.there), list(rig.runtime.images.quarantined)) == ([], ["demo"])
     await use(rig)
     for _ in range(3):
         await rig.pass_time(10)
     await settle()
-    assert (list(rig.runtime.images), rig.runtime.calls["checkpoint"]) == (["demo"], 2)
+    assert (list(rig.runtime.images.there), rig.runtime.calls["checkpoint"]) == (["demo"], 2)
     assert (await use(rig)).found is Tier.CHECKPOINTED
 
 
@@ -752,13 +751,13 @@ async def test_damage_that_is_found_on_the_way_to_the_archive_sets_the_image_asi
 
 async def test_a_damaged_image_of_which_there_is_a_copy_is_restored_from_that(rig_of: Any) -> None:
     rig = await golden(rig_of)
-    rig.runtime.archive_copies.add("demo")
+    rig.runtime.images.archive_copies.add("demo")
     rig.runtime.failures["restore"] = [damaged("restore")]
     lease = await use(rig)
     assert lease.wake is not None
     assert lease.wake.reached_from is Tier.ARCHIVED
     assert (rig.runtime.calls["start"], rig.runtime.calls["unarchive_image"]) == (1, 1)
-    assert (list(rig.runtime.images), list(rig.runtime.quarantined)) == (["demo"], ["demo"])
+    assert (list(rig.runtime.images.there), list(rig.runtime.images.quarantined)) == (["demo"], ["demo"])
     for _ in range(3):
         await rig.pass_time(10)
     assert (await use(rig)).found is Tier.CHECKPOINTED
@@ -768,7 +767,7 @@ async def test_a_damaged_image_of_which_there_is_a_copy_is_restored_from_that(ri
 @pytest.mark.parametrize("copy", ["good", "damaged"])
 async def test_a_copy_takes_the_place_of_an_image_that_turns_out_to_be_damaged_later(rig_of: Any, copy: str) -> None:
     rig = await golden(rig_of)
-    rig.runtime.archive_copies.add("demo")
+    rig.runtime.images.archive_copies.add("demo")
     rig.runtime.failures |= {"restore": [OSError(errno.ENOENT, "no")], "verify_image": [damaged("verify")]}
     rig.runtime.failures["unarchive_image"] = [damaged("unarchive")] if copy == "damaged" else []
     lease = await use(rig)
@@ -785,14 +784,14 @@ async def test_a_copy_takes_the_place_of_an_image_that_turns_out_to_be_damaged_l
 
 async def test_an_image_that_does_not_come_up_has_no_copy_that_would(rig_of: Any) -> None:
     rig = await golden(rig_of)
-    rig.runtime.archive_copies.add("demo")
+    rig.runtime.images.archive_copies.add("demo")
     for _ in range(2):
         rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no", fault=Fault.IMAGE)]
         await use(rig)
         for _ in range(3):
             await rig.pass_time(10)
     await settle()
-    assert (rig.runtime.calls["unarchive_image"], rig.runtime.archive_copies) == (0, set())
+    assert (rig.runtime.calls["unarchive_image"], rig.runtime.images.archive_copies) == (0, set())
 
 
 async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:
@@ -801,7 +800,7 @@ async def test_a_missed_canary_counts_as_a_failed_restore(rig_of: Any) -> None:
     lease = await use(rig)
     assert lease.wake is not None
     assert lease.wake.reached_from is Tier.STOPPED
-    assert rig.runtime.images
+    assert rig.runtime.images.there
 
 
 @pytest.mark.parametrize(("canary", "asked"), [("first", 2), ("always", 4), ("never", 0)])
@@ -826,14 +825,14 @@ async def test_the_image_is_archived_once_nobody_needs_it_and_comes_back_for_a_r
         await rig.pass_time(10)
     await settle()
     assert rig.states() == dict.fromkeys(("demo-1", "demo-2", "demo-3"), "archived")
-    assert rig.runtime.images["demo"].archived
+    assert rig.runtime.images.there["demo"].archived
     assert rig.runtime.calls["archive_image"] == 1
     lease = await use(rig)
     assert lease.found is Tier.ARCHIVED
     assert lease.wake is not None
     assert "unarchive" in lease.wake.stages
     assert lease.wake.reached_from is Tier.ARCHIVED
-    assert not rig.runtime.images["demo"].archived
+    assert not rig.runtime.images.there["demo"].archived
 
 
 @pytest.mark.parametrize(
@@ -847,21 +846,21 @@ async def test_a_step_to_the_archive_that_fails_is_no_end_of_an_engine(rig_of: A
     assert rig.runtime.calls["archive_image"] == 1
     assert rig.states() == {"demo-1": "checkpointed"}
     assert rig.metrics.registry.get_sample_value("warmpool_engine_exits_total", {"model": "demo"}) == 0
-    assert rig.runtime.calls["drop"] == 0, "nothing ran"
+    assert rig.runtime.calls["kill"] == 0, "nothing ran"
     assert (await use(rig)).found is Tier.CHECKPOINTED
 
 
 async def test_a_request_that_finds_an_instance_just_broken_is_told_where_it_is_restored_from(rig: Rig) -> None:
     await down_to(rig, Tier.CHECKPOINTED)
     await use(rig)
-    rig.runtime.gates["drop"] = asyncio.Event()
+    rig.runtime.gates["kill"] = asyncio.Event()
     rig.runtime.kill("demo-1")
     await settle()
     assert rig.states() == {"demo-1": "broken"}
     assert rig.pool.tier("demo") is Tier.CHECKPOINTED
     asked = asyncio.create_task(use(rig))
     await settle()
-    rig.runtime.gates.pop("drop").set()
+    rig.runtime.gates.pop("kill").set()
     lease = await asked
     assert lease.wake is not None
     assert (lease.found, lease.wake.reached_from) == (Tier.CHECKPOINTED, Tier.CHECKPOINTED)
@@ -872,7 +871,7 @@ async def test_the_last_tier_frees_the_image_and_prepares_no_clones(rig_of: Any)
     for _ in range(5):
         await rig.pass_time(10)
     await settle()
-    assert (rig.states(), rig.runtime.images, rig.runtime.handles) == ({}, {}, {})
+    assert (rig.states(), rig.runtime.images.there, rig.runtime.engines) == ({}, {}, {})
     assert (await use(rig)).found is Tier.STOPPED
 
 
@@ -893,10 +892,10 @@ async def test_without_keep_the_image_goes_with_the_restore_and_is_written_anew(
     rig: Rig = await rig_of({"demo": {"idle": SECONDS, "keep": False}}, shares_images=True)
     for _ in range(2):
         await use(rig)
-        assert rig.runtime.images == {}
+        assert rig.runtime.images.there == {}
         for _ in range(3):
             await rig.pass_time(10)
-        assert list(rig.runtime.images) == ["demo"]
+        assert list(rig.runtime.images.there) == ["demo"]
     assert rig.runtime.calls["checkpoint"] == 2
 
 
@@ -941,11 +940,11 @@ async def test_checkpoints_of_a_predecessor_are_adopted(rig_of: Any) -> None:
     old: Rig = await rig_of()
     await down_to(old, Tier.CHECKPOINTED)
     await old.pool.close()
-    assert old.runtime.images, "closing keeps images"
+    assert old.runtime.images.there, "closing keeps images"
     rig = Rig({"demo": {"idle": SECONDS}})
     rig.runtime.inherit(old.runtime, keep=True)
-    rig.runtime.handles["demo-2"] = Handle("demo-2", "demo", "127.0.0.1", 2)
-    rig.runtime.images["demo-2"] = rig.runtime.images["demo-1"]
+    rig.runtime.engine("demo-2", "demo").port = 2
+    rig.runtime.images.there["demo-2"] = rig.runtime.images.there["demo-1"]
     await rig.pool.open()
     assert rig.states() == {"demo-1": "checkpointed"}
     assert rig.runtime.calls["remove"] == 1, "one more than max_instances"
@@ -992,10 +991,10 @@ async def test_closing_in_any_step_leaves_nothing(rig: Rig, operation: str) -> N
     assert rig.states() == {}
 
 
-@pytest.mark.parametrize("operation", ["resume", "restore", "wake_up", "drop"])
+@pytest.mark.parametrize("operation", ["resume", "restore", "wake_up", "kill"])
 async def test_closing_during_a_wake_leaves_nothing(rig: Rig, operation: str) -> None:
     await down_to(rig, Tier.SUSPENDED if operation == "resume" else Tier.CHECKPOINTED)
-    if operation == "drop":
+    if operation == "kill":
         rig.runtime.failures["restore"] = [RuntimeFailure("restore", "no")]
     gate = rig.runtime.gates[operation] = asyncio.Event()
     request = asyncio.create_task(use(rig))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.store import CheckpointStore
     from proxy.engine.client import EngineClient
     from proxy.pool.lease import Lease
-    from proxy.runtime.base import Handle, Runtime
+    from proxy.runtime.base import EngineProcess, Runtime
 
     RigOf = Callable[..., Coroutine[Any, Any, Rig]]
 
@@ -321,7 +321,7 @@ async def test_an_engine_that_grew_is_replaced_from_its_checkpoint_when_idle(rig
     await known(rig, "a")
     await rig.pass_time(10)
     await use(rig, "a")
-    boot = rig.runtime.images["a-1"].boot
+    boot = rig.runtime.images.there["a-1"].boot
     for cycle in range(1, 9):
         await grow(rig, cycle * 100 * MIB)
     (status,) = rig.pool.status()["models"]["a"]["instances"]
@@ -382,7 +382,7 @@ async def test_a_checkpoint_remembers_what_its_engine_holds_for_the_next_start(r
     before = await rig_of(idle=TO_TMPFS, a=(60, 2), b=(60, 3))
     await known(before, "a", "b")
     await before.pass_time(10)
-    gpu = before.runtime.images["b-1"].facts.details["gpu"]
+    gpu = before.runtime.images.there["b-1"].facts.details["gpu"]
     assert gpu == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 3 * GIB}}
     after = await rig_of(before, TO_TMPFS, a=(60, 2), b=(60, 3))
     await use(after, "a")
@@ -398,7 +398,7 @@ async def test_a_checkpoint_that_is_taken_at_once_is_measured_before(rig_of: Rig
     await use(rig, "a")
     (command,) = rig.pool.step_down("a", Tier.CHECKPOINTED)
     await command.carried_out()
-    gpu = rig.runtime.images["a-1"].facts.details["gpu"]
+    gpu = rig.runtime.images.there["a-1"].facts.details["gpu"]
     assert gpu == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 2 * GIB}}
 
 
@@ -406,8 +406,8 @@ async def test_a_checkpoint_that_is_made_without_a_proxy_remembers_the_same() ->
     rig = Rig(takes={"demo": (60 * GIB, 2 * GIB)})
 
     class Context(golden.CheckpointContext):
-        def client(self, handle: Handle) -> EngineClient:
-            return rig._connect(handle, "demo", self.model)
+        def client(self, engine: EngineProcess) -> EngineClient:
+            return rig._connect(engine, "demo", self.model)
 
     context = Context(rig.settings, "demo", cast("Runtime", rig.runtime), cast("CheckpointStore", None))
 
@@ -415,7 +415,7 @@ async def test_a_checkpoint_that_is_made_without_a_proxy_remembers_the_same() ->
         engine = golden._Engine(context, f"demo-{number}")
         await engine.start(Stages())
         await engine.checkpoint(Stages())
-        return rig.runtime.images[f"demo-{number}"].facts.details
+        return rig.runtime.images.there[f"demo-{number}"].facts.details
 
     assert (await made(1))["gpu"] == {"ready": {"GPU-1": 60 * GIB}, "sleeping": {"GPU-1": 2 * GIB}}
     rig.nvml.broken = True

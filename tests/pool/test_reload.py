@@ -167,11 +167,11 @@ async def test_a_golden_checkpoint_serves_again_when_a_change_is_undone() -> Non
     await use(rig, "a")
     for _ in range(3):
         await rig.pass_time(10)
-    boot = rig.runtime.images["a"].boot
+    boot = rig.runtime.images.there["a"].boot
     await rig.pool.reconfigure(settings({"a": {"idle": SECONDS, **OTHER_ENGINE}}))
     await settle()
     assert rig.states() == {}, "the old engine's checkpoint does not fit the new one"
-    assert "a" in rig.runtime.images, "and is kept"
+    assert "a" in rig.runtime.images.there, "and is kept"
     await rig.pool.reconfigure(settings({"a": {"idle": SECONDS}}))
     await settle()
     assert rig.states() == {"a-1": "checkpointed"}

@@ -41,7 +41,7 @@ async def checkpointed(rig: Rig) -> int:
     for _ in range(3):
         await rig.pass_time(10)
     assert rig.states() == {"demo-1": "checkpointed"}
-    return rig.runtime.images["demo"].boot
+    return rig.runtime.images.there["demo"].boot
 
 
 async def outdate(rig: Rig, change: Outdated = MOVED) -> None:
@@ -83,8 +83,8 @@ async def test_a_model_is_switched_to_an_engine_that_has_proven_good_and_no_requ
         await until_switched(rig)
     assert rig.runtime.calls["restore"] == 1, "it was proven"
     assert rig.runtime.calls["canary"] >= 2
-    assert set(rig.runtime.images) == {"demo"}
-    assert rig.runtime.images["demo"].boot != old
+    assert set(rig.runtime.images.there) == {"demo"}
+    assert rig.runtime.images.there["demo"].boot != old
     assert outdated_status(rig) is None
     lease = await use(rig)
     assert (lease.instance_id, lease.found) == ("demo-2", Tier.READY)
@@ -119,11 +119,11 @@ async def test_where_images_are_instances_own_the_old_one_goes_with_its_instance
     await use(rig)
     for _ in range(3):
         await rig.pass_time(10)
-    assert set(rig.runtime.images) == {"demo-1"}
+    assert set(rig.runtime.images.there) == {"demo-1"}
     await outdate(rig)
     async with kept_current(rig):
         await until_switched(rig)
-    assert set(rig.runtime.images) == {"demo-2"}
+    assert set(rig.runtime.images.there) == {"demo-2"}
     await rig.pool.close()
 
 
@@ -136,7 +136,7 @@ async def test_one_that_fails_leaves_everything_as_it_was(operation: str) -> Non
     assert not await rig.pool.renew("demo")
     await settle()
     assert rig.states() == {"demo-1": "checkpointed"}
-    assert {o: i.boot for o, i in rig.runtime.images.items()} == {"demo": old}
+    assert {o: i.boot for o, i in rig.runtime.images.there.items()} == {"demo": old}
     assert rig.runtime.processes == {}
     assert rig.pool.status()["leaving"] == rig.pool.status()["coming"] == []
     assert outdated_status(rig)["renewal"] == f"failed: {operation}: no luck"
@@ -149,15 +149,16 @@ async def test_one_that_answers_otherwise_after_its_restore_does_not_take_over()
     await checkpointed(rig)
     connect = rig.pool._moves.connect
 
-    def forgetful(*arguments: Any) -> Any:
-        engine = connect(*arguments)
-        restore = rig.runtime.restore
+    def forgetful(process: Any, *arguments: Any) -> Any:
+        engine = connect(process, *arguments)
+        real = rig.runtime.engine(process.instance_id, process.key)
+        restore = real.restore
 
-        async def changed(*given: Any) -> Any:
+        async def changed(stages: Any) -> None:
             engine.answer = "another"  # type: ignore[attr-defined]
-            return await restore(*given)
+            await restore(stages)
 
-        rig.runtime.restore = changed  # type: ignore[method-assign, assignment]
+        real.restore = changed  # type: ignore[method-assign]
         return engine
 
     rig.pool._moves.connect = forgetful
@@ -214,9 +215,9 @@ async def test_host_memory_is_a_budget() -> None:
     rig = await rig_with()
     await checkpointed(rig)
     await outdate(rig)
-    rig.runtime.footprints["demo"] = Footprint(engine=1 << 60, image=1, free=1 << 60)
+    rig.runtime.images.footprints["demo"] = Footprint(engine=1 << 60, image=1, free=1 << 60)
     assert not await rig.pool.room_beside("demo")
-    rig.runtime.footprints["demo"] = Footprint(engine=1, image=1, free=1 << 60)
+    rig.runtime.images.footprints["demo"] = Footprint(engine=1, image=1, free=1 << 60)
     assert await rig.pool.room_beside("demo")
     await rig.pool.close()
 
@@ -224,7 +225,7 @@ async def test_host_memory_is_a_budget() -> None:
 async def test_where_two_images_do_not_fit_the_new_engine_takes_over_warm_and_writes_its_own_later() -> None:
     rig = await rig_with()
     old = await checkpointed(rig)
-    rig.runtime.footprints["demo"] = Footprint(engine=1, image=2, free=1)
+    rig.runtime.images.footprints["demo"] = Footprint(engine=1, image=2, free=1)
     await outdate(rig)
     assert await rig.pool.renew("demo")
     rig.runtime.changes.clear()
@@ -232,7 +233,7 @@ async def test_where_two_images_do_not_fit_the_new_engine_takes_over_warm_and_wr
     for _ in range(3):
         await rig.pass_time(10)
     assert rig.states() == {"demo-2": "checkpointed"}
-    assert rig.runtime.images["demo"].boot != old
+    assert rig.runtime.images.there["demo"].boot != old
     await rig.pool.close()
 
 
@@ -249,7 +250,7 @@ async def test_what_is_undone_is_not_renewed() -> None:
     await settle()
     assert outdated_status(rig) is None
     assert rig.states() == {"demo-1": "checkpointed"}
-    assert rig.runtime.images["demo"].boot == old
+    assert rig.runtime.images.there["demo"].boot == old
     await rig.pool.close()
 
 
@@ -333,7 +334,7 @@ async def test_a_model_that_an_operator_stops_is_not_brought_back_by_its_renewal
     await settle()
     assert rig.states() == {}
     assert rig.runtime.processes == {}
-    assert rig.runtime.images == {}
+    assert rig.runtime.images.there == {}
     await rig.pool.close()
 
 
@@ -351,7 +352,7 @@ async def test_stopping_ends_it_at_once_and_leaves_nothing() -> None:
     assert not await work
     await rig.pool.close()
     assert rig.runtime.processes == {}
-    assert {o: i.boot for o, i in rig.runtime.images.items()} == {"demo": old}
+    assert {o: i.boot for o, i in rig.runtime.images.there.items()} == {"demo": old}
 
 
 async def test_one_that_ends_by_itself_does_not_take_over() -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from proxy.config.model import ModelSettings
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 images = pytest.fixture(tmpfs_folder)
 
@@ -72,8 +72,8 @@ class Bench(HttpBench):
     ) -> None:
         self.runtime, self.driver, self.nvml, self.model, self.store = runtime, driver, nvml, model, store
 
-    async def start(self) -> Handle:
-        handle: Handle = await self.runtime.start("demo-1", "demo", self.model)
+    async def start(self) -> EngineProcess:
+        handle: EngineProcess = await self.runtime.start("demo-1", "demo", self.model)
         await self.healthy(handle)
         return handle
 
@@ -95,17 +95,11 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) ->
     await runtime.open()
     made = Bench(runtime, driver, nvml, model, store)
     yield made
-    for entry in list(_entries(runtime).values()):
-        await runtime.remove(entry.handle)
-        await runtime.discard_image(entry.handle)
+    for engine in list(runtime.engines.values()):
+        await engine.remove()
+        await runtime.images.discard(engine)
     await runtime.close()
     gpus.close()
-
-
-def _entries(runtime: Any) -> dict[str, Any]:
-    """What a runtime knows of its instances."""
-    entries: dict[str, Any] = runtime._containers if isinstance(runtime, PodmanRuntime) else runtime._engines
-    return entries
 
 
 @pytest.fixture
@@ -120,19 +114,19 @@ async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: B
     handle = await bench.start()
     pids = await _cuda_pids(bench, handle)
     bench.nvml.held = dict.fromkeys(pids, 1 << 20) | {1: 1 << 30}
-    assert await bench.runtime.gpu_bytes(handle) == {bench.nvml.UUID: len(pids) << 20}
-    await bench.runtime.suspend(handle)
+    assert await handle.gpu_bytes() == {bench.nvml.UUID: len(pids) << 20}
+    await handle.suspend()
     assert set(bench.driver.states.values()) == {ProcessState.CHECKPOINTED}
     assert await bench.answers(handle), "no longer on the GPU, but not frozen: it is not asked anything"
-    await bench.runtime.resume(handle)
+    await handle.resume()
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
 
 
 async def test_one_that_is_off_the_gpu_is_ended_without_being_asked(bench: Bench) -> None:
     handle = await bench.start()
-    await bench.runtime.suspend(handle)
+    await handle.suspend()
     pids = await _cuda_pids(bench, handle)
-    await bench.runtime.remove(handle)
+    await handle.remove()
     assert not any(processes.alive(pid) for pid in pids)
 
 
@@ -141,16 +135,16 @@ async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, ch
     boot = await bench.boot_id(handle)
     for suspended in (False, True):
         if suspended:
-            await bench.runtime.suspend(handle)
+            await handle.suspend()
         stages = Stages()
-        await bench.runtime.checkpoint(handle, FACTS, stages)
+        await handle.checkpoint(FACTS, stages)
         assert "cuda" in stages.seconds
         (image,) = bench.store.names()
         # How much came from the GPU is known where nothing had left it before.
         assert (processes.GPU_STATE in bench.store.load(image).details["memory"]) is not suspended
         bench.driver.states.clear()
         again = Stages()
-        handle = await bench.runtime.restore(handle, again)
+        await handle.restore(again)
         assert "cuda" in again.seconds
         assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
         await bench.healthy(handle)
@@ -162,7 +156,7 @@ async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints:
     pid = (await get_json(f"{handle.base_url}/debug/state"))["pid"]
     pids = [p for p in await _cuda_pids(bench, handle) if p != 0]
     bench.driver.failures.update({("lock", p): "CUDA_ERROR_NOT_READY" for p in (pid, *pids)})
-    for operation in (bench.runtime.suspend(handle), bench.runtime.checkpoint(handle, FACTS, Stages())):
+    for operation in (handle.suspend(), handle.checkpoint(FACTS, Stages())):
         with pytest.raises(RuntimeFailure, match="CUDA: lock of process") as failure:
             await operation
         assert failure.value.alive
@@ -170,8 +164,8 @@ async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints:
     assert bench.store.names() == []
 
 
-async def _cuda_pids(bench: Bench, handle: Handle) -> list[int]:
-    return processes.tree(_entries(bench.runtime)[handle.instance_id].pid)
+async def _cuda_pids(bench: Bench, handle: EngineProcess) -> list[int]:
+    return processes.tree(bench.runtime.engines[handle.instance_id].it.pid)
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "restore"])
@@ -180,15 +174,15 @@ async def test_an_engine_that_fails_on_the_gpu_is_of_no_use_and_can_be_ended(ben
     pids = await _cuda_pids(bench, handle)
     bench.driver.failures.update({(call, p): "CUDA_ERROR_UNKNOWN" for p in pids})
     with pytest.raises(RuntimeFailure, match=f"CUDA: {call} of process") as failure:
-        await bench.runtime.suspend(handle)
-        await bench.runtime.resume(handle)
+        await handle.suspend()
+        await handle.resume()
     assert not failure.value.alive
-    await bench.runtime.drop(handle)
+    await handle.kill()
     assert not await bench.answers(handle)
     bench.driver.failures.clear()
     handle = await bench.start()
-    await bench.runtime.suspend(handle)
-    await bench.runtime.resume(handle)
+    await handle.suspend()
+    await handle.resume()
 
 
 async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
@@ -200,11 +194,11 @@ async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
         raise RuntimeFailure("checkpoint", "no", alive=True)
 
     if isinstance(bench.runtime, PodmanRuntime):
-        monkeypatch.setattr(bench.runtime, "_dump", fail)
+        monkeypatch.setattr(handle, "_dump", fail)
     else:
-        monkeypatch.setattr("proxy.runtime.process.runtime.command.run", fail)
+        monkeypatch.setattr("proxy.runtime.process.engine.command.run", fail)
     with pytest.raises(RuntimeFailure, match="no"):
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
     assert await bench.answers(handle)
 
@@ -214,20 +208,20 @@ async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
 ) -> None:
     (tmp_path / "cuda_plugin.so").touch()
     monkeypatch.setattr("proxy.gpu.cuda.PLUGINS", (tmp_path / "cuda_plugin.so",))
-    bench.runtime._cuda.open()
-    assert not bench.runtime._cuda.left_to_criu, "the plugin does nothing without its program"
+    bench.runtime._parts.cuda.open()
+    assert not bench.runtime._parts.cuda.left_to_criu, "the plugin does nothing without its program"
     (tmp_path / "cuda-checkpoint").write_text("#!/bin/sh\n")
     (tmp_path / "cuda-checkpoint").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    bench.runtime._cuda.open()
-    assert bench.runtime._cuda.left_to_criu
+    bench.runtime._parts.cuda.open()
+    assert bench.runtime._parts.cuda.left_to_criu
     handle = await bench.start()
-    await bench.runtime.suspend(handle)
-    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    await handle.suspend()
+    await handle.checkpoint(FACTS, Stages())
     calls = bench.driver.calls["checkpoint"]
     bench.driver.states.clear()
     bench.driver.dumped = int(ProcessState.RUNNING)
-    handle = await bench.runtime.restore(handle, Stages())
+    await handle.restore(Stages())
     await bench.healthy(handle)
     assert calls == 1, "only the suspend's; before the dump it was brought back"
 

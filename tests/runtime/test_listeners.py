@@ -32,8 +32,8 @@ async def bench(tmp_path: Path) -> AsyncIterator[ProcessBench]:
     made = ProcessBench(tmp_path, ports=ENGINE_PORTS)
     await made.runtime.open()
     yield made
-    for engine in [*made.runtime._engines.values()]:
-        await made.runtime.remove(engine.handle)
+    for engine in [*made.runtime.engines.values()]:
+        await engine.remove()
     await made.close()
 
 
@@ -115,12 +115,12 @@ async def test_a_program_that_takes_an_engines_port_is_sent_nothing_and_the_engi
 async def test_a_listener_that_is_not_the_engines_is_told_from_it(bench: ProcessBench) -> None:
     sleeps = ModelSettings(process={"command": ["sh", "-c", "sleep 1000 # {port}"]})
     handle = await bench.runtime.start("demo-1", "demo", sleeps)
-    assert await bench.runtime.listens(handle) is False
+    assert await handle.listens() is False
     with listener(handle.port), pytest.raises(PortTakenError, match=f"port {handle.port} .* listened on by process"):
-        await bench.runtime.listens(handle)
+        await handle.listens()
     engine = await bench.runtime.start("demo-2", "demo", bench.model)
     await bench.healthy(engine)
-    assert await bench.runtime.listens(engine) is True
+    assert await engine.listens() is True
 
 
 async def test_an_engine_whose_child_listens_is_the_engine(bench: ProcessBench) -> None:
@@ -131,7 +131,7 @@ async def test_an_engine_whose_child_listens_is_the_engine(bench: ProcessBench) 
     )
     handle = await bench.runtime.start("demo-1", "demo", ModelSettings(process={"command": ["{python}", "-c", script]}))
     async with asyncio.timeout(PATIENCE_S):
-        while not await bench.runtime.listens(handle):
+        while not await handle.listens():
             await asyncio.sleep(0.02)
 
 
@@ -142,21 +142,21 @@ async def test_a_port_of_an_image_that_another_program_has_costs_neither_the_ima
 ) -> None:
     handle = await bench.runtime.start("demo-1", "demo", bench.model)
     await bench.healthy(handle)
-    boot = await bench.boot_id(handle)
-    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    boot, port = await bench.boot_id(handle), handle.port
+    await handle.checkpoint(FACTS, Stages())
     with listener(handle.port):
         with pytest.raises(PortTakenError, match=f"port {handle.port}"):
-            await bench.runtime.restore(handle, Stages())
-        await bench.runtime.drop(handle)
+            await handle.restore(Stages())
+        await handle.kill()
         elsewhere = await bench.runtime.start("demo-1", "demo", bench.model)
-        assert elsewhere.port != handle.port
+        assert elsewhere.port != port
         await bench.healthy(elsewhere)
-        await bench.runtime.drop(elsewhere)
-    restored = await bench.runtime.restore(elsewhere, Stages())
-    assert restored.port == handle.port
-    await bench.healthy(restored)
-    assert await bench.boot_id(restored) == boot
-    assert await bench.runtime.listens(restored) is True
+        await elsewhere.kill()
+    await elsewhere.restore(Stages())
+    assert elsewhere.port == port
+    await bench.healthy(elsewhere)
+    assert await bench.boot_id(elsewhere) == boot
+    assert await elsewhere.listens() is True
 
 
 # --- logs ---
@@ -196,9 +196,9 @@ async def test_a_log_that_was_cut_between_checkpoint_and_restore_does_not_keep_t
     for size in (1 << 20, 64 << 10):
         with path.open("ab") as log:
             log.write(b"x" * 99 + b"\n" * size)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         assert cut(path, 1000)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
         assert cut(path, 100) or path.stat().st_size <= 1000

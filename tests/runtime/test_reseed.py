@@ -14,7 +14,7 @@ from proxy.config.model import ModelSettings
 from proxy.errors import RuntimeFailure
 from proxy.runtime import vllm_extension
 from proxy.runtime.podman import container
-from proxy.runtime.process import runtime as process
+from proxy.runtime.process import engine as process
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 from tests.served import Proxy

@@ -40,7 +40,7 @@ from tests.support import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 
 class FakeBench:
@@ -48,26 +48,26 @@ class FakeBench:
 
     def __init__(self, *, shares_images: bool) -> None:
         self.runtime = FakeRuntime(shares_images=shares_images)
-        self.runtime.keeps_copies = True
+        self.runtime.images.keeps_copies = True
         self.model = ModelSettings(**model_settings())
 
-    async def healthy(self, handle: Handle) -> None:
+    async def healthy(self, handle: EngineProcess) -> None:
         assert await self.answers(handle)
 
-    async def boot_id(self, handle: Handle) -> str:
+    async def boot_id(self, handle: EngineProcess) -> str:
         return str(self.runtime.processes[handle.instance_id].boot)
 
-    async def answers(self, handle: Handle) -> bool:
+    async def answers(self, handle: EngineProcess) -> bool:
         process = self.runtime.processes.get(handle.instance_id)
         return process is not None and not process.frozen
 
-    async def crash(self, handle: Handle) -> None:
+    async def crash(self, handle: EngineProcess) -> None:
         self.runtime.kill(handle.instance_id)
 
     def remains(self) -> list[str]:
-        return [*self.runtime.processes, *self.runtime.images]
+        return [*self.runtime.processes, *self.runtime.images.there]
 
-    async def scribble(self, handle: Handle) -> None:
+    async def scribble(self, handle: EngineProcess) -> None:
         self.runtime.processes[handle.instance_id].served += 1
 
     async def successor(self, *, changed: bool = False) -> FakeBench:
@@ -90,7 +90,7 @@ class ProcessBench(HttpBench):
         self.runtime = ProcessRuntime(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
         self.model = engine_settings("--max-model-len", "2048" if changed else "4096")
 
-    async def crash(self, handle: Handle) -> None:
+    async def crash(self, handle: EngineProcess) -> None:
         state = await get_json(f"{handle.base_url}/debug/state")
         os.kill(state["pid"], signal.SIGKILL)
 
@@ -128,8 +128,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         bench = ProcessBench(images)
         await bench.runtime.open()
         yield bench
-        for handle in [e.handle for e in (bench.heir or bench).runtime._engines.values()]:
-            await (bench.heir or bench).runtime.remove(handle)
+        for handle in [*(bench.heir or bench).runtime.engines.values()]:
+            await handle.remove()
         await bench.close()
         assert processes_with(f"{bench.claim.owner}:") == []
 
@@ -145,9 +145,9 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         state = await get_json(f"{handle.base_url}/debug/state")
         pids = [state["pid"], *state["children"]]
         assert len(pids) == 3
-        await bench.runtime.suspend(handle)
+        await handle.suspend()
         assert {psutil.Process(pid).status() for pid in pids} == {psutil.STATUS_STOPPED}
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
     async def test_a_tree_of_processes_is_restored_with_the_same_pids(
@@ -157,8 +157,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         handle = await bench.runtime.start("demo-1", "demo", model)
         await until_healthy(handle.base_url)
         before = await get_json(f"{handle.base_url}/debug/state")
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
-        await bench.runtime.restore(handle, Stages())
+        await handle.checkpoint(FACTS, Stages())
+        await handle.restore(Stages())
         await until_healthy(handle.base_url)
         after = await get_json(f"{handle.base_url}/debug/state")
         assert (after["pid"], after["children"]) == (before["pid"], before["children"])
@@ -182,31 +182,31 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         model = ModelSettings(process={"command": [PYTHON, "-c", script, "{port}", way]})
         handle = await bench.runtime.start("demo-1", "demo", model)
         await until_healthy(handle.base_url)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         for _ in range(3):
-            await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await until_healthy(handle.base_url)
             async with aiohttp.ClientSession(handle.base_url) as session:
                 statuses = [(await session.get("/take")).status for _ in range(4)]
             assert statuses == [200, 200, 200, 409], "as it was at the checkpoint, each time"
-            await bench.runtime.drop(handle)
+            await handle.kill()
         index = bench.store.path("demo-1") / "links" / "index.json"
         assert index.exists() is (way == "spawn")
         kept = [Path(entry["path"]) for entry in orjson.loads(index.read_bytes())] if index.exists() else []
         others = [p.with_name(n) for p in kept for entry in orjson.loads(index.read_bytes()) for n in entry["names"]]
         assert not any(path.exists() for path in kept), "a restore uses them up"
         assert all(path.exists() for path in others)
-        await bench.runtime.remove(handle)
+        await handle.remove()
         assert not any(path.exists() for path in others)
 
     async def test_damage_is_told_from_what_the_host_could_not_do(self, bench: ProcessBench, checkpoints: None) -> None:
         handle = await self.start(bench)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
-        await bench.runtime.verify_image(handle, whole=True)
+        await handle.checkpoint(FACTS, Stages())
+        await bench.runtime.images.verify(handle, whole=True)
 
         async def fault_of_a_restore() -> Fault:
             with pytest.raises(RuntimeFailure) as failure:
-                await bench.runtime.restore(handle, Stages())
+                await handle.restore(Stages())
             return failure.value.fault
 
         with socket.create_server(("127.0.0.1", handle.port)):
@@ -214,54 +214,55 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         folder = bench.store.path("demo-1") / "criu"
         logs = bench.claim.folder / "logs"
         logs.rename(bench.folder / "logs-elsewhere")
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await until_healthy(handle.base_url)
-        await bench.runtime.drop(handle)
+        await handle.kill()
 
         changed = max(folder.glob("core-*.img"))
         content = changed.read_bytes()
         changed.write_bytes(b"\0\0\0\0" + content[4:])
         assert await fault_of_a_restore() is Fault.IMAGE, "CRIU cannot read it"
-        await bench.runtime.verify_image(handle, whole=False)
+        await bench.runtime.images.verify(handle, whole=False)
         with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
-            await bench.runtime.verify_image(handle, whole=True)
+            await bench.runtime.images.verify(handle, whole=True)
         assert failure.value.fault is Fault.DAMAGE
         with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
-            await bench.runtime.copy_to_archive(handle)
+            await bench.runtime.images.copy_to_archive(handle)
         assert (failure.value.fault, failure.value.alive) == (Fault.DAMAGE, True)
         assert bench.store.archived() == []
 
         changed.write_bytes(content[:-1])
         assert await fault_of_a_restore() is Fault.DAMAGE
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.verify_image(handle, whole=False)
+            await bench.runtime.images.verify(handle, whole=False)
         assert failure.value.fault is Fault.DAMAGE
 
         changed.write_bytes(content)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await until_healthy(handle.base_url)
 
     async def test_a_damaged_archive_is_told_from_one_that_cannot_be_opened(
         self, bench: ProcessBench, checkpoints: None
     ) -> None:
         handle = await self.start(bench)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
-        await bench.runtime.archive_image(handle)
+        await handle.checkpoint(FACTS, Stages())
+        await bench.runtime.images.archive(handle)
         archive = bench.store.archive_path("demo-1")
         content = archive.read_bytes()
         archive.rename(archive.with_name("elsewhere"))
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.unarchive_image(handle)
+            await bench.runtime.images.unarchive(handle)
         assert failure.value.fault is Fault.HOST
         for damage in (content[:-100], content[:1000], b"text"):
             archive.write_bytes(damage)
             with pytest.raises(RuntimeFailure) as failure:
-                await bench.runtime.unarchive_image(handle)
+                await bench.runtime.images.unarchive(handle)
             assert failure.value.fault is Fault.DAMAGE
         archive.write_bytes(content)
         archive.with_name("elsewhere").unlink()
-        await bench.runtime.unarchive_image(handle)
-        await until_healthy((await bench.runtime.restore(handle, Stages())).base_url)
+        await bench.runtime.images.unarchive(handle)
+        await handle.restore(Stages())
+        await until_healthy(handle.base_url)
 
     async def test_a_child_that_left_the_session_is_ended_too(self, bench: ProcessBench, tmp_path: Path) -> None:
         script = "setsid -f sleep 1000; exec sleep 1000 # {port}"
@@ -270,7 +271,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         async with asyncio.timeout(10):
             while len(processes_with(f"{bench.claim.owner}:demo-1;")) < 2:
                 await asyncio.sleep(0.01)
-        await bench.runtime.remove(handle)
+        await handle.remove()
         assert bench.remains() == []
 
     async def test_an_engine_that_ignores_sigterm_is_killed(self, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         async with asyncio.timeout(10):
             while not (tmp_path / "ready").exists():
                 await asyncio.sleep(0.01)
-        await bench.runtime.remove(handle)
+        await handle.remove()
         assert bench.remains() == []
         await bench.close()
 
@@ -318,7 +319,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         (tmp_path / "script").chmod(0o755)
         model = ModelSettings(process={"command": [str(tmp_path / "script"), "{port}"]})
         handle = await bench.runtime.start("demo-1", "demo", model)
-        assert await asyncio.wait_for(bench.runtime.wait_exit(handle), 60) == "exit status 127"
+        assert await asyncio.wait_for(handle.wait_exit(), 60) == "exit status 127"
         assert "cannot start" in bench.claim.log_path("demo-1").read_text()
 
     async def test_io_uring_is_refused_to_engines(self, bench: ProcessBench) -> None:
@@ -328,7 +329,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         )
         model = ModelSettings(process={"command": [PYTHON, "-c", script]})
         handle = await bench.runtime.start("demo-1", "demo", model)
-        await asyncio.wait_for(bench.runtime.wait_exit(handle), 60)
+        await asyncio.wait_for(handle.wait_exit(), 60)
         assert "io_uring -1 ENOSYS" in bench.claim.log_path("demo-1").read_text()
 
     async def test_two_proxies_cannot_share_a_state_folder(self, bench: ProcessBench) -> None:
@@ -341,7 +342,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         handle = await self.start(bench)
         with pytest.raises(RuntimeFailure, match="no free port in 18098-18098"):
             await bench.runtime.start("demo-2", "demo", bench.model)
-        await bench.runtime.remove(handle)
+        await handle.remove()
         await bench.close()
 
     async def test_two_proxies_that_start_engines_at_once_give_them_different_ports(self, tmp_path: Path) -> None:
@@ -353,11 +354,11 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         assert {one.port, other.port} == {18090, 18091}
         with pytest.raises(RuntimeFailure, match="no free port in 18090-18091"):
             await benches[0].runtime.start("demo-2", "demo", model)
-        await benches[1].runtime.remove(other)
+        await other.remove()
         third = await benches[0].runtime.start("demo-2", "demo", model)
         assert third.port == other.port, "a port is free again when its engine is gone"
         for handle in (one, third):
-            await benches[0].runtime.remove(handle)
+            await handle.remove()
         for bench in benches:
             await bench.close()
 
@@ -366,13 +367,14 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         for bench in benches:
             await bench.runtime.open()
         mine = await self.start(benches[0])
-        await benches[0].runtime.drop(mine)
-        benches[0].runtime._ports.close()
+        before = mine.port
+        await mine.kill()
+        benches[0].runtime._parts.ports.close()
         other = await benches[1].runtime.start("demo-1", "demo", benches[1].model)
         again = await self.start(benches[0])
-        assert (mine.port, other.port, again.port) == (18092, 18092, 18093)
+        assert (before, other.port, again.port) == (18092, 18092, 18093)
         for bench, handle in zip(benches, (again, other), strict=True):
-            await bench.runtime.remove(handle)
+            await handle.remove()
             await bench.close()
 
     async def test_without_criu_the_tier_is_missing_and_said_why(self, tmp_path: Path) -> None:
@@ -398,21 +400,21 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
     async def test_a_dump_that_fails_leaves_the_engine_serving(self, bench: ProcessBench, checkpoints: None) -> None:
         handle = await self.start(bench)
         boot = await bench.boot_id(handle)
-        bench.runtime._settings = ProcessRuntimeSettings(criu="false")
+        bench.runtime._parts.settings = ProcessRuntimeSettings(criu="false")
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await handle.checkpoint(FACTS, Stages())
         assert failure.value.alive
         assert await bench.boot_id(handle) == boot
-        await bench.runtime.suspend(handle)
+        await handle.suspend()
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await handle.checkpoint(FACTS, Stages())
         assert not await bench.answers(handle), "suspended as before"
 
     async def test_an_image_that_would_not_fit_is_not_begun(self, bench: ProcessBench, checkpoints: None) -> None:
-        bench.runtime._store.reserve_bytes = 1 << 60
+        bench.store.reserve_bytes = 1 << 60
         handle = await self.start(bench)
         with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await handle.checkpoint(FACTS, Stages())
         assert failure.value.alive
         assert await bench.answers(handle)
 
@@ -422,7 +424,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         with pages.open("r+b") as file:
             file.truncate(4096)
         with pytest.raises(RuntimeFailure, match="the manifest says"):
-            await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
 
     async def test_an_open_connection_does_not_keep_an_engine_from_being_checkpointed(
         self, bench: ProcessBench, checkpoints: None
@@ -431,8 +433,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         async with aiohttp.ClientSession() as session:
             async with session.get(f"{handle.base_url}/health") as response:
                 await response.read()
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
-        await bench.runtime.restore(handle, Stages())
+            await handle.checkpoint(FACTS, Stages())
+        await handle.restore(Stages())
         await until_healthy(handle.base_url)
 
 

@@ -28,7 +28,7 @@ from tests.support import PATIENCE_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 pytestmark = [
     pytest.mark.podman,
@@ -48,13 +48,13 @@ async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
     assert made.remains() == []
 
 
-async def ready(bench: PodmanBench, number: int = 1) -> Handle:
+async def ready(bench: PodmanBench, number: int = 1) -> EngineProcess:
     handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
     await bench.healthy(handle)
     return handle
 
 
-def inside(bench: PodmanBench, handle: Handle, script: str) -> str:
+def inside(bench: PodmanBench, handle: EngineProcess, script: str) -> str:
     """What Python code prints in the engine's container."""
     return podman("exec", bench.container(handle), str(python()), "-c", script)
 
@@ -70,7 +70,7 @@ async def network() -> AsyncIterator[str]:
 
 async def test_a_network_that_podman_does_not_know_has_no_bridge_to_hold(bench: PodmanBench) -> None:
     # podman 5 lists `host` among the networks of a container on the host's, and knows no network of that name.
-    await bench.runtime._hold_bridges(["host"])
+    await bench.runtime.host.hold_bridges(["host"])
 
 
 async def test_the_address_of_the_bridge_stays_while_containers_come_and_go(bench: PodmanBench, network: str) -> None:
@@ -82,16 +82,16 @@ async def test_the_address_of_the_bridge_stays_while_containers_come_and_go(benc
     for number in (2, 3, 4):
         other = await ready(bench, number)
         assert (device / "address").read_text() == address
-        await bench.runtime.remove(other)
+        await other.remove()
         assert (device / "address").read_text() == address
 
 
 async def test_a_clone_finds_the_address_of_its_own_hostname(bench: PodmanBench) -> None:
     golden = await ready(bench)
-    await bench.runtime.checkpoint(golden, FACTS, Stages())
-    golden = await bench.runtime.restore(golden, Stages())
+    await golden.checkpoint(FACTS, Stages())
+    await golden.restore(Stages())
     clone = await bench.runtime.clone("demo-2", "demo", bench.model)
-    clone = await bench.runtime.restore(clone, Stages())
+    await clone.restore(Stages())
     for handle in (golden, clone):
         await bench.healthy(handle)
         asked = inside(bench, handle, "import socket; print(socket.gethostbyname(socket.gethostname()))")
@@ -103,23 +103,23 @@ async def test_a_port_on_the_hosts_network_that_another_program_has_costs_neithe
 ) -> None:
     bench.model = model_of(network="host")
     handle = await ready(bench)
-    boot = await bench.boot_id(handle)
-    assert await bench.runtime.listens(handle) is True
-    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    boot, port = await bench.boot_id(handle), handle.port
+    assert await handle.listens() is True
+    await handle.checkpoint(FACTS, Stages())
     with socket.socket() as another:
         another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         another.bind((handle.host, handle.port))
         another.listen()
         with pytest.raises(PortTakenError, match=f"port {handle.port} .*process"):
-            await bench.runtime.restore(handle, Stages())
-        await bench.runtime.drop(handle)
+            await handle.restore(Stages())
+        await handle.kill()
         elsewhere = await ready(bench)
-        assert elsewhere.port != handle.port
-        await bench.runtime.drop(elsewhere)
-    restored = await bench.runtime.restore(elsewhere, Stages())
-    assert restored.port == handle.port
-    await bench.healthy(restored)
-    assert await bench.boot_id(restored) == boot
+        assert elsewhere.port != port
+        await elsewhere.kill()
+    await elsewhere.restore(Stages())
+    assert elsewhere.port == port
+    await bench.healthy(elsewhere)
+    assert await bench.boot_id(elsewhere) == boot
 
 
 async def test_on_the_hosts_network_another_programs_listener_is_not_the_engine(bench: PodmanBench) -> None:
@@ -128,10 +128,10 @@ async def test_on_the_hosts_network_another_programs_listener_is_not_the_engine(
         podman={**table, "entrypoint": [str(python()), "-c"], "command": ["import time; time.sleep(1000)\n# {port}"]}
     )
     handle = await bench.runtime.start("demo-1", "demo", sleeps)
-    assert await bench.runtime.listens(handle) is False
+    assert await handle.listens() is False
     with socket.create_server((handle.host, handle.port)), pytest.raises(PortTakenError):
-        await bench.runtime.listens(handle)
-    await bench.runtime.drop(handle)
+        await handle.listens()
+    await handle.kill()
 
 
 async def test_the_log_of_a_container_that_writes_without_end_stays_small(bench: PodmanBench) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.checkpoint.store import Compression
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
     from tests.podman_bench import Tag
 
 pytestmark = [
@@ -70,7 +70,7 @@ def shell(script: str, **podman_keys: Any) -> ModelSettings:
 
 def service_of(bench: PodmanBench) -> asyncio.subprocess.Process | None:
     """podman's service, if the runtime runs it."""
-    service = bench.runtime._podman.service
+    service = bench.runtime.host.podman.service
     return None if service is None else service.process
 
 
@@ -85,9 +85,9 @@ signal.sigwait([signal.SIGTERM])
 """CUDA names its sockets after the number of the pid namespace and its pid there."""
 
 
-async def abstract_name(bench: PodmanBench, handle: Handle) -> str:
+async def abstract_name(bench: PodmanBench, handle: EngineProcess) -> str:
     """The name that such a program has bound."""
-    pid = bench.runtime._containers[handle.instance_id].pid
+    pid = bench.pid_of(handle.instance_id)
     assert pid is not None
     async with asyncio.timeout(PATIENCE_S):
         while not (names := namespaces.abstract_names([pid])):
@@ -95,7 +95,7 @@ async def abstract_name(bench: PodmanBench, handle: Handle) -> str:
     return names[0].removeprefix("@")
 
 
-def image_of(bench: PodmanBench, handle: Handle) -> str:
+def image_of(bench: PodmanBench, handle: EngineProcess) -> str:
     """The id of the container image that its container was made from."""
     return podman("inspect", "--format", "{{.Image}}", bench.container(handle))
 
@@ -103,7 +103,7 @@ def image_of(bench: PodmanBench, handle: Handle) -> str:
 async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
     """What such a container prints before it ends."""
     handle = await bench.runtime.start("demo-1", "demo", model)
-    await asyncio.wait_for(bench.runtime.wait_exit(handle), PATIENCE_S)
+    await asyncio.wait_for(handle.wait_exit(), PATIENCE_S)
     # TIME STREAM P|F TEXT; "P": the line goes on in the next entry (k8s-file).
     pieces = [line.split(" ", 3) for line in bench.claim.log_path("demo-1").read_text().splitlines()]
     return "".join(text + "\n" * (whole == "F") for _, _, whole, text in pieces)
@@ -124,14 +124,14 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         golden, boot = await self.checkpointed(bench)
         size = sum(p.stat().st_blocks for p in images.rglob("*"))
         clones = [await bench.runtime.clone(f"demo-{n}", "demo", bench.model) for n in (2, 3, 4)]
-        clones = await asyncio.gather(*(bench.runtime.restore(clone, Stages()) for clone in clones))
+        await asyncio.gather(*(clone.restore(Stages()) for clone in clones))
         for clone in clones:
             await bench.healthy(clone)
             assert await bench.boot_id(clone) == boot
         assert sum(p.stat().st_blocks for p in images.rglob("*")) < size * 1.1, "clones have no pages of their own"
         for clone in clones:
             await bench.scribble(clone)
-        await bench.runtime.remove(golden)
+        await golden.remove()
 
     @pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
     async def test_an_exported_image_is_restored_where_it_was_imported(
@@ -140,13 +140,13 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         handle, boot = await self.checkpointed(bench)
         file = tmp_path / f"golden{SUFFIX[compression]}"
         await bench.store.export("demo", file, compression)
-        await bench.runtime.discard_image(handle)
+        await bench.runtime.images.discard(handle)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.restore(handle, Stages())
-        await bench.runtime.remove(handle)
+            await handle.restore(Stages())
+        await handle.remove()
         await bench.store.import_(file)
         clone = await bench.runtime.clone("demo-1", "demo", bench.model)
-        clone = await bench.runtime.restore(clone, Stages())
+        await clone.restore(Stages())
         await bench.healthy(clone)
         assert await bench.boot_id(clone) == boot
 
@@ -157,7 +157,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         handle = await self.start(bench)
         tag.point_to(1)
         assert "was started from" in (await bench.runtime.outdated({"demo": bench.model}))["demo"].reason
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").facts["container image"] == tag.ids[0]
         assert (await bench.runtime.outdated({"demo": bench.model}))["demo"].usable
         tag.point_to(0)
@@ -168,16 +168,17 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         golden, boot = await self.checkpointed(bench)
         tag.point_to(1)
         podman("rm", bench.container(golden))  # pruned
-        golden = await bench.runtime.restore(golden, Stages())
-        clone = await bench.runtime.restore(await bench.runtime.clone("demo-2", "demo", bench.model), Stages())
+        await golden.restore(Stages())
+        clone = await bench.runtime.clone("demo-2", "demo", bench.model)
+        await clone.restore(Stages())
         for handle in (golden, clone):
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
             assert image_of(bench, handle) == tag.ids[0]
         started = await bench.runtime.start("demo-3", "demo", bench.model)
         assert image_of(bench, started) == tag.ids[1], "a new engine is what the name means now"
-        await bench.runtime.checkpoint(started, FACTS, Stages())
-        golden = await bench.runtime.restore(golden, Stages())
+        await started.checkpoint(FACTS, Stages())
+        await golden.restore(Stages())
         assert image_of(bench, golden) == tag.ids[1], "its container is made for the image there is now"
 
     async def test_memory_whose_files_are_gone_is_not_restored_over_others(self, bench: PodmanBench, tag: Tag) -> None:
@@ -187,7 +188,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         podman("rm", bench.container(golden))
         podman("rmi", tag.ids[0])
         with pytest.raises(RuntimeFailure, match="its checkpoint was taken from that container image, which is gone"):
-            await bench.runtime.restore(golden, Stages())
+            await golden.restore(Stages())
         outdated = await bench.runtime.outdated({"demo": bench.model})
         assert not outdated["demo"].usable
 
@@ -203,13 +204,13 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         assert [f.tier for f in recovered.instances] == [Tier.READY]
         newer = await after.runtime.start("demo-2", "demo", after.model)
         await after.healthy(newer)
-        await after.runtime.checkpoint(newer, FACTS, Stages())
+        await newer.checkpoint(FACTS, Stages())
         # As one that was being made ready to take over.
         await after.runtime.start("demo-3", "demo", after.model)
         last = await after.successor()
         last.model = bench.model
         recovered = await last.runtime.recover({"demo": last.model})
-        assert [(f.handle, f.tier) for f in recovered.instances] == [(newer, Tier.CHECKPOINTED)]
+        assert [(f.engine.instance_id, f.tier) for f in recovered.instances] == [("demo-2", Tier.CHECKPOINTED)]
 
     # --- what goes wrong ---
 
@@ -222,21 +223,21 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         boot = await bench.boot_id(handle)
         for suspended in (False, True):
             if suspended:
-                await bench.runtime.suspend(handle)
+                await handle.suspend()
             with pytest.raises(RuntimeFailure, match="CRIU") as failure:
-                await bench.runtime.checkpoint(handle, FACTS, Stages())
+                await handle.checkpoint(FACTS, Stages())
             assert failure.value.alive
             assert await bench.answers(handle) is not suspended
-        await bench.runtime.resume(handle)
+        await handle.resume()
         assert await bench.boot_id(handle) == boot
         assert files_in(bench.images) == []
 
     async def test_an_image_that_would_not_fit_is_not_begun(self, bench: PodmanBench) -> None:
         handle, _ = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         bench.store.reserve_bytes = 1 << 60
         with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await handle.checkpoint(FACTS, Stages())
         assert failure.value.alive
         assert await bench.answers(handle)
         await bench.store.verify("demo")
@@ -251,21 +252,21 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
             bench.store.root = small
             handle, boot = await self.checkpointed(bench)
             await bench.store.verify("demo")
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             free = os.statvfs(small)
             (small / ".other").write_bytes(bytes(free.f_bavail * free.f_frsize - (4 << 20)))
             bench.store.reserve_bytes = -(1 << 40)  # as if the space went after it was looked at
             with pytest.raises(RuntimeFailure, match="checkpoint: ") as failure:
-                await bench.runtime.checkpoint(handle, FACTS, Stages())
+                await handle.checkpoint(FACTS, Stages())
             assert failure.value.alive
             assert await bench.boot_id(handle) == boot
             (small / ".other").unlink()
             await bench.store.verify("demo")
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
-            await bench.runtime.remove(handle)
+            await handle.remove()
         finally:
             subprocess.run(["umount", "--lazy", str(small)], check=True)
 
@@ -281,41 +282,41 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
             case "overwritten":
                 file.write_bytes(os.urandom(file.stat().st_size))
         with pytest.raises(RuntimeFailure, match="restore") as failure:
-            await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
         assert failure.value.fault is (Fault.IMAGE if damage == "overwritten" else Fault.DAMAGE)
         with pytest.raises(StoreError):
             await bench.store.verify("demo")
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.verify_image(handle, whole=True)
+            await bench.runtime.images.verify(handle, whole=True)
         assert failure.value.fault is Fault.DAMAGE
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert await self.start(bench) == handle
 
     async def test_what_a_cleaner_removed_from_the_state_folder_is_made_again(self, bench: PodmanBench) -> None:
         handle, boot = await self.checkpointed(bench)
         for gone in ("podman", "logs"):
             shutil.rmtree(bench.folder / "state" / gone)
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
             shutil.rmtree(bench.folder / "state" / gone)
-            await bench.runtime.discard_image(handle)
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await bench.runtime.images.discard(handle)
+            await handle.checkpoint(FACTS, Stages())
 
     async def test_a_container_that_somebody_removed_is_made_again(self, bench: PodmanBench) -> None:
         handle, boot = await self.checkpointed(bench)
         podman("rm", "--force", bench.container(handle))
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
     async def test_a_running_container_that_somebody_removed_ends_and_starts_again(self, bench: PodmanBench) -> None:
         handle = await self.start(bench)
-        ended = asyncio.create_task(bench.runtime.wait_exit(handle))
+        ended = asyncio.create_task(handle.wait_exit())
         await asyncio.sleep(0)
         podman("rm", "--force", "--time", "0", bench.container(handle))
         await asyncio.wait_for(ended, PATIENCE_S)
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert await self.start(bench) == handle
 
     async def test_podmans_service_may_be_killed_at_any_time(self, bench: PodmanBench) -> None:
@@ -324,14 +325,14 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         service.kill()
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
-        await bench.runtime.suspend(handle)
+        await handle.suspend()
         killed = service_of(bench)
         assert killed is not None
         killed.kill()
-        await bench.runtime.resume(handle)
+        await handle.resume()
         assert await bench.boot_id(handle) == boot
 
     async def test_podmans_service_killed_in_the_middle_of_a_dump_leaves_something_usable(
@@ -346,7 +347,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
-        dumping = asyncio.create_task(bench.runtime.checkpoint(handle, FACTS, Stages()))
+        dumping = asyncio.create_task(handle.checkpoint(FACTS, Stages()))
         async with asyncio.timeout(PATIENCE_S):
             while not reached.exists():
                 await asyncio.sleep(0.01)
@@ -354,7 +355,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         with pytest.raises(RuntimeFailure):
             await dumping
         go_on.touch()
-        await bench.runtime.drop(handle)
+        await handle.kill()
         assert await self.start(bench) == handle
         assert files_in(bench.images) == []
 
@@ -371,14 +372,14 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         hang.touch()
-        restoring = asyncio.create_task(bench.runtime.restore(handle, Stages()))
+        restoring = asyncio.create_task(handle.restore(Stages()))
         async with asyncio.timeout(PATIENCE_S):
             while not reached.exists():
                 await asyncio.sleep(0.01)
         service.kill()
         await service.wait()
         hang.unlink()
-        handle = await restoring
+        await restoring
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
@@ -392,16 +393,16 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         hang.touch()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
-                await bench.runtime.restore(handle, Stages())
-        await bench.runtime.drop(handle)
+                await handle.restore(Stages())
+        await handle.kill()
         hang.unlink()
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
     async def test_the_end_of_an_engine_is_told_with_its_status(self, bench: PodmanBench) -> None:
         handle = await bench.runtime.start("demo-1", "demo", shell("raise SystemExit(3)"))
-        assert await asyncio.wait_for(bench.runtime.wait_exit(handle), PATIENCE_S) == "exit status 3"
+        assert await asyncio.wait_for(handle.wait_exit(), PATIENCE_S) == "exit status 3"
 
     async def test_an_image_that_is_not_there_is_named_with_the_way_to_get_it(self, bench: PodmanBench) -> None:
         model = model_of(image="localhost/no-such-image")
@@ -414,19 +415,21 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_a_successor_adopts_a_running_container(self, bench: PodmanBench) -> None:
         handle = await self.start(bench)
         boot = await bench.boot_id(handle)
-        assert bench.runtime.leave(handle)
+        assert bench.runtime.leaves
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
-        assert [(f.handle, f.tier, f.restored) for f in recovered.instances] == [(handle, Tier.READY, False)]
-        await after.runtime.checkpoint(handle, FACTS, Stages())
-        handle = await after.runtime.restore(handle, Stages())
+        found = [(f.engine.instance_id, f.tier, f.restored) for f in recovered.instances]
+        assert found == [("demo-1", Tier.READY, False)]
+        handle = after.runtime.engine("demo-1", "demo")
+        await handle.checkpoint(FACTS, Stages())
+        await handle.restore(Stages())
         await after.healthy(handle)
         assert await after.boot_id(handle) == boot
 
     async def test_a_successor_lets_a_suspended_container_go_on(self, bench: PodmanBench) -> None:
         handle, _ = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
-        await bench.runtime.suspend(handle)
+        await handle.restore(Stages())
+        await handle.suspend()
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         assert [(f.tier, f.restored) for f in recovered.instances] == [(Tier.READY, True)]
@@ -448,7 +451,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
 
     async def test_a_container_that_ended_and_has_no_image_is_removed(self, bench: PodmanBench) -> None:
         handle = await self.start(bench)
-        await bench.runtime.drop(handle)
+        await handle.kill()
         after = await bench.successor()
         assert list((await after.runtime.recover({"demo": after.model})).instances) == []
         assert after.remains() == []
@@ -477,8 +480,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         with socket.create_connection((handle.host, handle.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.checkpoint(FACTS, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             client.settimeout(5)
             with contextlib.suppress(ConnectionError):
@@ -495,7 +498,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
             with pytest.raises(RuntimeFailure, match="CRIU") as failure:
-                await bench.runtime.checkpoint(handle, FACTS, Stages())
+                await handle.checkpoint(FACTS, Stages())
             assert failure.value.alive
         assert await bench.boot_id(handle) == boot
 
@@ -506,8 +509,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         with socket.create_connection((handle.host, handle.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.checkpoint(FACTS, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
             client.settimeout(10)
@@ -544,7 +547,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         assert "null True" in text
         assert "read-only 30" in text
         assert (tmp_path / "out" / "new").exists()
-        handle = bench.runtime._containers["demo-1"].handle
+        handle = bench.runtime.engine("demo-1", "demo")
         shown = orjson.loads(podman("inspect", bench.container(handle)))[0]
         assert shown["HostConfig"]["Privileged"] is False
         assert shown["Config"]["Labels"]["io.warmpool.model"] == "demo"
@@ -561,14 +564,14 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_a_privileged_engine_can_be_checkpointed(self, bench: PodmanBench) -> None:
         bench.model = model_of(privileged=True, security_options=["label=disable", "apparmor=unconfined"])
         handle, boot = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
     async def test_a_model_on_the_hosts_network_listens_on_loopback(self, bench: PodmanBench) -> None:
         bench.model = model_of(network="host")
         handle, boot = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
         assert f"listening on 127.0.0.1:{handle.port}" in bench.claim.log_path("demo-1").read_text()
@@ -587,8 +590,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         model = shell("import time; time.sleep(1000)", network="host")
         handles = await asyncio.gather(*(b.runtime.start("demo-1", "demo", model) for b in (bench, other)))
         assert handles[0].port != handles[1].port
-        for each, handle in zip((bench, other), handles, strict=True):
-            await each.runtime.drop(handle)  # it does not end politely
+        for handle in handles:
+            await handle.kill()  # it does not end politely
         await other.clear()
 
     @pytest.mark.parametrize("restarted", [False, True])
@@ -600,38 +603,38 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         for key in ("a", "b"):
             handle = await bench.runtime.start(f"{key}-1", key, model)
             names.add(await abstract_name(bench, handle))
-            await bench.runtime.checkpoint(handle, FACTS, Stages())
+            await handle.checkpoint(FACTS, Stages())
             if key == "a" and restarted:
                 bench = await bench.successor()
                 await bench.runtime.recover({"a": model, "b": model})
         assert len(names) == 2
-        for it in [*bench.runtime._containers.values()]:
-            await bench.runtime.restore(it.handle, Stages())
-        assert all(it.pid is not None for it in bench.runtime._containers.values())
+        for engine in [*bench.runtime.engines.values()]:
+            await engine.restore(Stages())
+        assert all(bench.pid_of(instance_id) for instance_id in bench.runtime.engines)
 
     async def test_a_name_of_its_image_that_somebody_has_on_it_is_said(self, bench: PodmanBench) -> None:
         handle = await bench.runtime.start("demo-1", "demo", shell(BINDS_AS_CUDA_DOES, network="host"))
         name = await abstract_name(bench, handle)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").private["abstract_sockets"] == [f"@{name}"]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mine:
             mine.bind(f"\0{name}")
             wanted = rf"the unix socket @{name} .* by process {os.getpid()} \(.*models\.demo\.podman\.network"
             with pytest.raises(RuntimeFailure, match=wanted):
-                await bench.runtime.restore(handle, Stages())
-        await bench.runtime.restore(handle, Stages())
-        assert bench.runtime._containers["demo-1"].pid is not None
+                await handle.restore(Stages())
+        await handle.restore(Stages())
+        assert bench.pid_of("demo-1")
 
     async def test_a_network_of_the_users_own_is_used(self, bench: PodmanBench) -> None:
         podman("network", "create", "warmpool-test")
         try:
             bench.model = model_of(network="warmpool-test")
             handle, boot = await self.checkpointed(bench)
-            handle = await bench.runtime.restore(handle, Stages())
+            await handle.restore(Stages())
             await bench.healthy(handle)
             assert await bench.boot_id(handle) == boot
-            await bench.runtime.remove(handle)
-            await bench.runtime.discard_image(handle)
+            await handle.remove()
+            await bench.runtime.images.discard(handle)
         finally:
             podman("network", "rm", "--force", "warmpool-test")
 
@@ -644,7 +647,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         )
         handle, boot = await self.checkpointed(bench)
         assert "rootfs.tar" not in bench.store.load("demo").bytes_by_file
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
 
@@ -660,7 +663,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         bench.model = model_of(criu={"action_scripts": {n: str(p) for n, p in scripts.items()}})
         handle, _ = await self.checkpointed(bench)
         assert log.read_text().split() == ["pre-dump", "post-dump"]
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         assert log.read_text().split()[2:] == ["pre-restore", "post-restore", "post-resume"]
 
     async def test_a_criu_of_the_users_own_is_used(self, tmp_path: Path, images: Path) -> None:
@@ -672,7 +675,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         await bench.runtime.open()
         bench.model = model_of(criu={"program": str(mine)})
         handle, boot = await self.checkpointed(bench)
-        handle = await bench.runtime.restore(handle, Stages())
+        await handle.restore(Stages())
         await bench.healthy(handle)
         assert await bench.boot_id(handle) == boot
         assert "swrk" in log.read_text()
@@ -691,11 +694,11 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_criu_reports_its_times(self, bench: PodmanBench) -> None:
         handle = await self.start(bench)
         stages = Stages()
-        await bench.runtime.checkpoint(handle, FACTS, stages)
+        await handle.checkpoint(FACTS, stages)
         assert {"podman", "dump", "digest"} <= set(stages.seconds)
         assert stages.seconds["podman"] > 0
         again = Stages()
-        await bench.runtime.restore(handle, again)
+        await handle.restore(again)
         assert {"podman", "criu"} <= set(again.seconds)
         manifest = bench.store.load("demo")
         assert manifest.details["criu_us"]["frozen_time"] > 0
@@ -709,7 +712,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         async with asyncio.timeout(PATIENCE_S):
             while "up" not in bench.claim.log_path("demo-1").read_text():
                 await asyncio.sleep(0.02)
-        await bench.runtime.checkpoint(handle, FACTS, Stages())
+        await handle.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").details["memory"]["anonymous"] > 32 << 20
 
     # --- the host ---

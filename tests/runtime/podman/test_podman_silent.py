@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from proxy.runtime.base import Handle
+    from proxy.runtime.base import EngineProcess
 
 pytestmark = [
     pytest.mark.podman,
@@ -52,13 +52,13 @@ def mute(tmp_path: Path) -> Iterator[Path]:
 
 
 def service_of(bench: PodmanBench) -> asyncio.subprocess.Process:
-    service = bench.runtime._podman.service
+    service = bench.runtime.host.podman.service
     assert service is not None
     assert service.process is not None
     return service.process
 
 
-async def ready(bench: PodmanBench) -> Handle:
+async def ready(bench: PodmanBench) -> EngineProcess:
     handle = await bench.runtime.start("demo-1", "demo", bench.model)
     await bench.healthy(handle)
     return handle
@@ -70,7 +70,7 @@ async def another_service(bench: PodmanBench, old: asyncio.subprocess.Process) -
         while service_of(bench) is old:
             await asyncio.sleep(0.02)
     assert old.returncode is not None
-    await bench.runtime._podman.get("/_ping", raw=True)
+    await bench.runtime.host.podman.get("/_ping", raw=True)
 
 
 async def test_where_nobody_answers_on_the_socket_the_host_error_says_so(
@@ -83,7 +83,7 @@ async def test_where_nobody_answers_on_the_socket_the_host_error_says_so(
 
 async def test_a_service_that_stands_still_fails_every_operation_in_bounded_time(bench: PodmanBench) -> None:
     handle = await ready(bench)
-    service = bench.runtime._podman.service
+    service = bench.runtime.host.podman.service
     assert service is not None
     service._silent_s = 1e9  # what comes of it by itself is another test's
     process = service_of(bench)
@@ -91,28 +91,28 @@ async def test_a_service_that_stands_still_fails_every_operation_in_bounded_time
     runtime = bench.runtime
     for operation in (
         runtime.start("demo-2", "demo", bench.model),
-        runtime.suspend(handle),
-        runtime.checkpoint(handle, FACTS, Stages()),
+        handle.suspend(),
+        handle.checkpoint(FACTS, Stages()),
     ):
         with pytest.raises(RuntimeFailure, match="did not answer within"):
             await asyncio.wait_for(operation, PATIENCE_S)
     with pytest.raises(HostError, match="did not answer within"):
         await asyncio.wait_for(runtime.recover({"demo": bench.model}), PATIENCE_S)
     process.send_signal(signal.SIGCONT)
-    await runtime.drop(handle)
+    await handle.kill()
     await ready(bench)
 
 
 async def test_an_engine_is_ended_though_podman_says_nothing(bench: PodmanBench) -> None:
     handle = await ready(bench)
-    pid = bench.runtime._containers["demo-1"].pid
+    pid = bench.pid_of("demo-1")
     assert pid is not None
     service_of(bench).send_signal(signal.SIGSTOP)
     with pytest.raises(RuntimeFailure, match="did not answer"):
-        await asyncio.wait_for(bench.runtime.drop(handle), PATIENCE_S)
+        await asyncio.wait_for(handle.kill(), PATIENCE_S)
     assert not processes.alive(pid)
     service_of(bench).send_signal(signal.SIGCONT)
-    await bench.runtime.remove(handle)
+    await handle.remove()
 
 
 async def test_a_runtime_is_closed_though_podman_says_nothing(bench: PodmanBench) -> None:
@@ -128,15 +128,15 @@ async def test_a_service_that_answers_nothing_for_long_is_replaced(bench: Podman
     old = service_of(bench)
     old.send_signal(signal.SIGSTOP)
     await another_service(bench, old)
-    await bench.runtime.suspend(handle)
-    await bench.runtime.resume(handle)
+    await handle.suspend()
+    await handle.resume()
     assert await bench.answers(handle)
 
 
 @pytest.mark.parametrize("lost", ["removed", "replaced"])
 async def test_a_service_whose_socket_file_is_lost_is_replaced(bench: PodmanBench, lost: str) -> None:
     handle = await ready(bench)
-    old, path = service_of(bench), bench.runtime._own_socket()
+    old, path = service_of(bench), bench.runtime.host.own_socket()
     if lost == "removed":
         path.unlink()
     else:
@@ -144,8 +144,8 @@ async def test_a_service_whose_socket_file_is_lost_is_replaced(bench: PodmanBenc
         with socket.socket(socket.AF_UNIX) as another:
             another.bind(str(path))
     await another_service(bench, old)
-    await bench.runtime.suspend(handle)
-    await bench.runtime.resume(handle)
+    await handle.suspend()
+    await handle.resume()
     assert await bench.answers(handle)
 
 
@@ -158,7 +158,7 @@ async def test_a_failed_create_leaves_no_record_and_touches_no_folder_of_the_use
     (mine / "restore.log").write_text("mine")
     handle = await ready(bench)
     boot = await bench.boot_id(handle)
-    await bench.runtime.checkpoint(handle, FACTS, Stages())
+    await handle.checkpoint(FACTS, Stages())
     monkeypatch.chdir(mine)
     table = bench.model.podman
     assert table is not None
@@ -168,11 +168,11 @@ async def test_a_failed_create_leaves_no_record_and_touches_no_folder_of_the_use
         await bench.runtime.start("demo-1", "demo", broken)
     with pytest.raises(RuntimeFailure, match="no-such-image"):
         await bench.runtime.start("demo-2", "demo", broken)
-    assert set(bench.runtime._containers) == {"demo-1"}
-    handle = await bench.runtime.restore(handle, Stages())
+    assert {e.instance_id for e in bench.runtime.engines.values() if e.it is not None} == {"demo-1"}
+    await handle.restore(Stages())
     await bench.healthy(handle)
     assert await bench.boot_id(handle) == boot
     with pytest.raises(RuntimeFailure, match="restore"):
-        await bench.runtime.restore(type(handle)("demo-2", "demo", "", 0), Stages())
+        await bench.runtime.engine("demo-2", "demo").restore(Stages())
     assert (mine / "checkpoint" / "weights").read_text() == "a week of training"
     assert (mine / "restore.log").read_text() == "mine"
