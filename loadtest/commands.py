@@ -34,7 +34,9 @@ from loadtest import (
 from loadtest.client import Client, Target, TargetError
 from loadtest.display import Display
 from loadtest.report import page, pictures
-from proxy.checkpoint.store import SUFFIX, CheckpointStore, StoreError
+from proxy.checkpoint.archive import SUFFIX
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.store import CheckpointStore
 from proxy.config.values import parse_duration
 from proxy.errors import ConfigError
 

@@ -13,7 +13,7 @@ import tomli_w
 from loadtest.ladder import Checks
 from loadtest.machine import HUGE_PAGES, huge_pages
 from loadtest.serving import TIERS, TMPFS, ServeError, learn_versions, serving, warmpool
-from proxy.checkpoint.store import SUFFIX
+from proxy.checkpoint.archive import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

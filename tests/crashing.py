@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from proxy.checkpoint import store
+from proxy.checkpoint import archive, store
 from proxy.checkpoint.store import CheckpointStore
 from proxy.cli import main as cli
 from proxy.engine.client import EngineClient
@@ -33,7 +33,7 @@ POINTS = {
     "begin": (CheckpointStore, "begin"),
     "dump": (PodmanEngine, "_dump"),
     "collect": (PodmanEngine, "_collect"),
-    "manifest": (store, "_write_manifest"),
+    "manifest": (store, "write_manifest"),
     "commit": (CheckpointStore, "commit"),
     "clone": (PodmanRuntime, "clone"),
     "link": (bundle, "link_image"),
@@ -41,7 +41,7 @@ POINTS = {
     "wake_up": (EngineClient, "wake_up"),
     "export": (CheckpointStore, "export"),
     "import": (CheckpointStore, "import_"),
-    "pack": (store, "_Stoppable"),
+    "pack": (archive, "Stoppable"),
     "create": (Maker, "make"),
 }
 

@@ -21,73 +21,36 @@ Every file's SHA-256 is in the manifest; `verify` reads them all, `load` only lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import fcntl
-import gzip
-import hashlib
 import logging
 import os
 import shutil
 import stat
-import tarfile
 import threading
-import zlib
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Final
 
-import zstandard
-
-from proxy.checkpoint import manifest as manifests
-from proxy.checkpoint import zero_pages
-from proxy.checkpoint.manifest import Manifest, ManifestError, OtherFormatError, by_kind, kind_of
+from proxy.checkpoint import archive, zero_pages
+from proxy.checkpoint.archive import DAMAGE, SUFFIX, Compression, unusable
+from proxy.checkpoint.errors import DamagedError, StoreError
+from proxy.checkpoint.files import MANIFEST, check_digests, holes, in_thread, measure, read_manifest, write_manifest
+from proxy.checkpoint.manifest import Manifest, ManifestError, by_kind
 from proxy.config.values import format_size
-from proxy.errors import WarmpoolError
 from proxy.host import cpu, facts, owned
 from proxy.host.owned import NotOwnedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 log = logging.getLogger("warmpool.checkpoints")
 
 LOCK: Final = ".lock"
-MANIFEST: Final = manifests.NAME
 CRIU_FOLDER: Final = "criu"
-Compression = Literal["none", "gzip", "zstd"]
-SUFFIX: Final[Mapping[Compression, str]] = {"none": ".tar", "gzip": ".tar.gz", "zstd": ".tar.zst"}
 
 _PARTIAL: Final = ".partial"
 _OLD: Final = ".old.partial"
 _NEXT: Final = ".next"
 _QUARANTINED: Final = ".quarantined"
 _WEIGHTS: Final = ".weights"
-_LARGE_BYTES: Final = 64 << 20
-_CHUNK_BYTES: Final = 4 << 20
-_HASHING_THREADS: Final = 4
-_HEADERS_BYTES: Final = 16 << 10
-"""Of a file in a tar archive, and its padding; and as much as tarfile reads ahead."""
-_GZIP_MAGIC: Final = b"\x1f\x8b"
-_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
-
-_DAMAGE: Final = (OSError, EOFError, tarfile.TarError, zstandard.ZstdError, zlib.error)
-"""What reading a file that is cut off, not an archive or damaged raises."""
-
-T = TypeVar("T")
-
-
-class StoreError(WarmpoolError):
-    """The store cannot take or give an image; nothing that was there was harmed."""
-
-
-class DamagedError(StoreError):
-    """An image or an archive that is not what was written: a fact about its content, not about the moment."""
-
-
-class OtherVersionError(StoreError):
-    """An image that another version of warmpool wrote."""
 
 
 def next_to(image: str) -> str:
@@ -239,21 +202,21 @@ class CheckpointStore:
         partial = self.partial(image)
         lay_out = facts.huge_pages_of(self.root) == "within_size"
 
-        def measure(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, int], dict[str, str]]:
+        def work(stop: threading.Event) -> tuple[int, dict[str, int], dict[str, int], dict[str, str]]:
             left_out, known = 0, {}
             if leave_out_zeros:
                 left_out, written = zero_pages.leave_out_zeros(partial / CRIU_FOLDER, stop)
                 known = {f"{CRIU_FOLDER}/{name}": digest for name, digest in written.items()}
-            sizes, digests = _measure(partial, stop, known, lay_out=lay_out)
-            return left_out, _holes(partial, sizes), sizes, digests
+            sizes, digests = measure(partial, stop, known, lay_out=lay_out)
+            return left_out, holes(partial, sizes), sizes, digests
 
-        left_out, holes, sizes, digests = await _in_thread(measure)
-        found = {"bytes_by_kind": by_kind(sizes), "holes_by_kind": holes, "zero_bytes_left_out": left_out}
+        left_out, empty, sizes, digests = await in_thread(work)
+        found = {"bytes_by_kind": by_kind(sizes), "holes_by_kind": empty, "zero_bytes_left_out": left_out}
         try:
             manifest = manifest.completed(sizes, digests, found, cpu.here())
         except ManifestError as error:
             raise StoreError(f"{partial}: {error}") from None
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
         _delete(self._put_in_place(image, partial))
         return manifest
 
@@ -296,7 +259,7 @@ class CheckpointStore:
     def manifest(self, image: str) -> Manifest:
         """The manifest of an image, whatever became of its files. Raises StoreError."""
         path = self.path(image)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if manifest.image != image.removesuffix(_NEXT):
             raise DamagedError(f"{path}: its manifest is that of {manifest.image!r}")
         return manifest
@@ -320,7 +283,7 @@ class CheckpointStore:
     async def verify(self, image: str) -> Manifest:
         """`load`, and the digest of every file. Raises StoreError naming the first file that differs."""
         manifest = self.load(image)
-        await _in_thread(lambda stop: _check_digests(self.path(image), manifest, stop))
+        await in_thread(lambda stop: check_digests(self.path(image), manifest, stop))
         return manifest
 
     def refuse(self, image: str) -> None:
@@ -386,9 +349,9 @@ class CheckpointStore:
         """The manifest of an archived image. Raises StoreError when there is none that can be read."""
         path = self.archive_path(image)
         try:
-            manifest = await asyncio.to_thread(_peek, path)
-        except _DAMAGE as error:
-            raise _unusable(path, error) from error
+            manifest = await asyncio.to_thread(archive.peek, path)
+        except DAMAGE as error:
+            raise unusable(path, error) from error
         if manifest.image != image:
             raise StoreError(f"{path}: holds the image {manifest.image!r}")
         return manifest
@@ -418,22 +381,8 @@ class CheckpointStore:
         manifest = self.load(image)
         source = self.path(image)
 
-        def pack(stop: threading.Event) -> None:
-            with (
-                owned.replacing(target.absolute()) as file,
-                _compressing(file, compression) as out,
-                tarfile.open(fileobj=out, mode="w|") as tar,
-            ):
-                for name in (MANIFEST, *manifest.bytes_by_file):
-                    info = tar.gettarinfo(source / name, name)
-                    with (source / name).open("rb") as content:
-                        read = _Hashing(_Stoppable(content, stop))
-                        tar.addfile(info, cast("IO[bytes]", read))
-                    if manifest.sha256_by_file.get(name, read.digest()) != read.digest():
-                        raise DamagedError(_differs(source / name))
-
         try:
-            await _in_thread(pack)
+            await in_thread(lambda stop: archive.pack(source, manifest, target, compression, stop))
         except OSError as error:
             raise StoreError(f"{error.filename or target}: {error.strerror or error}") from error
 
@@ -443,82 +392,20 @@ class CheckpointStore:
         Raises StoreError when the file is not one, is damaged, or does not fit.
         """
         try:
-            manifest = await asyncio.to_thread(_peek, source)
+            manifest = await asyncio.to_thread(archive.peek, source)
             if image is not None and manifest.image != image:
                 raise StoreError(f"{source}: holds the image {manifest.image!r}, not {image!r}")
             if "." in manifest.image:
                 raise StoreError(f"{source}: {manifest.image!r} is not the name of an image")
             partial = self.begin(manifest.image, manifest.total_bytes())
             try:
-                await _in_thread(lambda stop: _unpack(source, partial, manifest, stop, self.free_bytes))
+                await in_thread(lambda stop: archive.unpack(source, partial, manifest, stop, self.free_bytes))
                 _delete(self._put_in_place(manifest.image, partial))
             finally:
                 self.abandon(manifest.image)
-        except _DAMAGE as error:
-            raise _unusable(source, error) from error
+        except DAMAGE as error:
+            raise unusable(source, error) from error
         return manifest
-
-
-def _unusable(source: Path, error: Exception) -> StoreError:
-    """What could not be read: damaged, unless the kernel says that it could not be opened, read or written now."""
-    kind = StoreError if isinstance(error, OSError) and error.errno not in (None, errno.EFBIG) else DamagedError
-    return kind(f"{source}: not a usable export: {error}")
-
-
-class _Stoppable:
-    """A file that cannot be read on once `stop` is set."""
-
-    def __init__(self, file: IO[bytes], stop: threading.Event) -> None:
-        self._file = file
-        self._stop = stop
-
-    def read(self, size: int = -1) -> bytes:
-        if self._stop.is_set():
-            raise OSError("cancelled")
-        return self._file.read(size)
-
-
-class _Hashing:
-    """A file whose digest is taken as it is read."""
-
-    def __init__(self, file: _Stoppable) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._digest.update(data)
-        return data
-
-    def digest(self) -> str:
-        return self._digest.hexdigest()
-
-
-class _Limited:
-    """A file of which no more than so many bytes are read: what is compressed may turn out to be any size."""
-
-    def __init__(self, file: IO[bytes], most: int) -> None:
-        self._file = file
-        self._left = most
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise OSError(errno.EFBIG, "it is larger than its manifest says")
-        return data
-
-
-async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    """The result of `work` in a thread; when cancelled, `work` is told so and waited for."""
-    stop = threading.Event()
-    task = asyncio.create_task(asyncio.to_thread(work, stop))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([task])
-        raise
 
 
 def _trouble(setting: str, folder: Path, error: OSError) -> StoreError:
@@ -549,188 +436,3 @@ def _delete(path: Path) -> None:
         raise
     except OSError as error:
         log.warning("%s cannot be deleted: %s", error.filename or path, error.strerror)
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    with (folder / MANIFEST).open("wb") as file:
-        file.write(manifest.as_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        return _parsed(owned.read_plain(path, manifests.LIMIT_BYTES), str(folder))
-    except OSError as error:
-        kind = DamagedError if error.errno in (errno.EINVAL, errno.ELOOP) else StoreError
-        raise kind(f"{path}: {error.strerror}") from error
-
-
-def _parsed(data: bytes, where: str) -> Manifest:
-    try:
-        return manifests.parse(data)
-    except OtherFormatError as error:
-        raise OtherVersionError(f"{where}: {error}") from None
-    except ManifestError as error:
-        raise DamagedError(f"{where}: not a usable image: {error}") from None
-
-
-def _measure(
-    folder: Path, stop: threading.Event, known: Mapping[str, str], *, lay_out: bool
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Sizes and digests of every file of an image's folder, by path.
-
-    `lay_out`: on a tmpfs with huge=within_size, files that grow as they are written get small pages. Large ones are
-    written again with their size known, which makes restores faster; small ones would take 2 MiB each. `known`: the
-    digests of files that were written so already.
-    """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    files = {name: path for path in paths if (name := str(path.relative_to(folder))) != MANIFEST}
-
-    def measure(name: str) -> tuple[int, str]:
-        path = files[name]
-        path.chmod(0o600)
-        size = path.stat().st_size
-        return size, known.get(name) or (lay_out and _laid_out(path, size, stop)) or _sha256(path, stop)
-
-    # Hashing lets other threads run; it is what takes longest.
-    with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="digest") as threads:
-        found = dict(zip(files, threads.map(measure, files), strict=True))
-    return {name: size for name, (size, _) in found.items()}, {name: digest for name, (_, digest) in found.items()}
-
-
-def _holes(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Kind → bytes of its files that take no space, where there are any."""
-    holes: Counter[str] = Counter()
-    for name, size in sizes.items():
-        holes[kind_of(name)] += max(0, size - (folder / name).stat().st_blocks * 512)  # stat(2): on any filesystem
-    return {kind: count for kind, count in holes.items() if count}
-
-
-def _laid_out(path: Path, size: int, stop: threading.Event) -> str | None:
-    """The digest of a file that was written again, or None: it is too small for that, or there is no space."""
-    if size < _LARGE_BYTES:
-        return None
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as old, owned.replacing(path) as new:
-            os.posix_fallocate(new.fileno(), 0, size)
-            stoppable = _Stoppable(old, stop)
-            while chunk := stoppable.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                new.write(chunk)
-    except OSError:
-        if stop.is_set():
-            raise
-        return None
-    return digest.hexdigest()
-
-
-def _sha256(path: Path, stop: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        stoppable = _Stoppable(file, stop)
-        while chunk := stoppable.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _check_digests(folder: Path, manifest: Manifest, stop: threading.Event) -> None:
-    for name, expected in manifest.sha256_by_file.items():
-        if _sha256(folder / name, stop) != expected:
-            raise DamagedError(_differs(folder / name))
-
-
-def _differs(path: Path) -> str:
-    return f"{path}: its content is not what was written (SHA-256 differs)"
-
-
-@contextlib.contextmanager
-def _compressing(raw: IO[bytes], compression: Compression) -> Iterator[IO[bytes]]:
-    match compression:
-        case "none":
-            yield raw
-        case "gzip":
-            with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as out:
-                yield cast("IO[bytes]", out)
-        case "zstd":
-            with zstandard.ZstdCompressor(level=3, threads=-1).stream_writer(raw, closefd=False) as out:
-                yield out
-
-
-@contextlib.contextmanager
-def _decompressing(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as raw:
-        magic = raw.read(4)
-        raw.seek(0)
-        if magic.startswith(_GZIP_MAGIC):
-            with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-                yield cast("IO[bytes]", file)
-        elif magic == _ZSTD_MAGIC:
-            with zstandard.ZstdDecompressor().stream_reader(raw, closefd=False) as file:
-                yield file
-        else:
-            yield raw
-
-
-def _tar_of(file: IO[bytes], most_bytes: int) -> tarfile.TarFile:
-    return tarfile.open(fileobj=cast("IO[bytes]", _Limited(file, most_bytes)), mode="r|")
-
-
-def _peek(source: Path) -> Manifest:
-    """The manifest at the head of an exported file."""
-    most = manifests.LIMIT_BYTES + _HEADERS_BYTES
-    with (
-        _decompressing(source) as file,
-        _tar_of(file, most) as tar,
-    ):
-        member = tar.next()
-        content = tar.extractfile(member) if member is not None and member.name == MANIFEST else None
-        if content is None:
-            raise DamagedError(f"{source}: not an export of warmpool's: no {MANIFEST} at its head")
-        return _parsed(content.read(manifests.LIMIT_BYTES), str(source))
-
-
-def _unpack(
-    source: Path, target: Path, manifest: Manifest, stop: threading.Event, free_bytes: Callable[[], int]
-) -> None:
-    """Extract the files that the manifest names, and nothing else, and check their sizes and digests on the way."""
-    missing = dict(manifest.sha256_by_file)
-    most = manifest.total_bytes() + manifests.LIMIT_BYTES + _HEADERS_BYTES * (len(missing) + 2)
-    with (
-        _decompressing(source) as file,
-        _tar_of(file, most) as tar,
-    ):
-        for member in tar:
-            expected = missing.pop(member.name, None)
-            content = tar.extractfile(member) if expected is not None and member.isreg() else None
-            if content is None:
-                if member.name == MANIFEST:
-                    continue
-                raise DamagedError(f"{source}: {member.name!r} is not in the manifest")
-            declared = manifest.bytes_by_file[member.name]
-            if member.size != declared:
-                raise DamagedError(f"{source}: {member.name} has {member.size} bytes, the manifest says {declared}")
-            path = target / member.name
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                if member.size >= _LARGE_BYTES:
-                    os.posix_fallocate(out.fileno(), 0, member.size)  # see _measure
-                digest = _copied(_Stoppable(content, stop), out, free_bytes, str(source))
-            if digest != expected:
-                raise DamagedError(f"{source}: {member.name} is damaged (SHA-256 differs)")
-    if missing:
-        raise DamagedError(f"{source}: {next(iter(missing))} is missing")
-    _write_manifest(target, manifest)
-
-
-def _copied(content: _Stoppable, out: IO[bytes], free_bytes: Callable[[], int], source: str) -> str:
-    """The digest of what was copied, as long as there is space: others may have taken it meanwhile."""
-    digest = hashlib.sha256()
-    while chunk := content.read(_CHUNK_BYTES):
-        if free_bytes() < 0:
-            raise StoreError(f"{source}: there is no space left beyond the reserve; the import was given up")
-        digest.update(chunk)
-        out.write(chunk)
-    return digest.hexdigest()

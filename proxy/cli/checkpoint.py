@@ -16,7 +16,7 @@ from proxy.cli.failures import Commands
 from proxy.cli.options import CONFIG, JSON, MODEL
 
 if TYPE_CHECKING:
-    from proxy.checkpoint.store import Compression
+    from proxy.checkpoint.archive import Compression
 
 COMPRESSIONS: Final = ("none", "gzip", "zstd")
 """As `checkpoint.store` has them, which is imported when a command runs."""

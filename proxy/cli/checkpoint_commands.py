@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 import orjson
 
+from proxy.checkpoint.archive import SUFFIX, Compression
+from proxy.checkpoint.errors import StoreError
 from proxy.checkpoint.manifest import Manifest
-from proxy.checkpoint.store import SUFFIX, CheckpointStore, Compression, StoreError
 from proxy.cli import checkpoint_tables as tables
 from proxy.cli import wiring
 from proxy.config.load import load
@@ -24,6 +25,7 @@ from proxy.pool import golden
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 
+    from proxy.checkpoint.store import CheckpointStore
     from proxy.config.settings import Settings
     from proxy.runtime.base import Runtime
 

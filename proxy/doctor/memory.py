@@ -5,7 +5,8 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING, Final
 
-from proxy.checkpoint.store import LOCK, MANIFEST
+from proxy.checkpoint.files import MANIFEST
+from proxy.checkpoint.store import LOCK
 from proxy.config.values import short_size
 from proxy.doctor.report import Check, Repair
 from proxy.host.capabilities import CAP_SYS_RESOURCE

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import aiofiles
 
-from proxy.checkpoint.store import MANIFEST, CheckpointStore
+from proxy.checkpoint.files import MANIFEST
+from proxy.checkpoint.store import CheckpointStore
 from proxy.config.engine import CriuSettings
 from proxy.config.model import ModelSettings
 from proxy.doctor.report import Check

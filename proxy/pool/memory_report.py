@@ -6,7 +6,9 @@ import asyncio
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from proxy.checkpoint.store import MANIFEST, CheckpointStore, StoreError
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.files import MANIFEST
+from proxy.checkpoint.store import CheckpointStore
 from proxy.host import facts as host
 
 if TYPE_CHECKING:

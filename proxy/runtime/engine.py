@@ -9,8 +9,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from proxy.checkpoint.errors import StoreError
 from proxy.checkpoint.manifest import Manifest
-from proxy.checkpoint.store import StoreError, next_to
+from proxy.checkpoint.store import next_to
 from proxy.errors import HostError, RuntimeFailure
 from proxy.host import processes
 from proxy.runtime.image_store import Origin, Running

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from proxy.checkpoint.errors import DamagedError, OtherVersionError, StoreError
 from proxy.checkpoint.inputs import Reader
 from proxy.checkpoint.manifest import Inputs
-from proxy.checkpoint.store import DamagedError, OtherVersionError, StoreError
 from proxy.errors import Fault, RuntimeFailure
 from proxy.host import cpu
 from proxy.runtime import vllm_extension

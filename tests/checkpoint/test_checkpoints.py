@@ -21,8 +21,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.checkpoint.archive import SUFFIX
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.files import MANIFEST
 from proxy.checkpoint.manifest import FORMAT, Manifest, kind_of
-from proxy.checkpoint.store import CRIU_FOLDER, MANIFEST, SUFFIX, CheckpointStore, StoreError, next_to
+from proxy.checkpoint.store import CRIU_FOLDER, CheckpointStore, next_to
 from proxy.config.model import ModelSettings
 from proxy.host import cpu
 from proxy.host.facts import huge_pages_of
@@ -36,7 +39,7 @@ from tests.support import files_in
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from proxy.checkpoint.store import Compression
+    from proxy.checkpoint.archive import Compression
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from proxy import __version__
-from proxy.checkpoint.store import SUFFIX
+from proxy.checkpoint.archive import SUFFIX
 from proxy.cli import checkpoint, key, serve
 from proxy.cli.failures import EXIT_CONFIG, EXIT_HOST
 from proxy.cli.main import cli

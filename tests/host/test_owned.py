@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy.checkpoint.store import CheckpointStore, StoreError
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.store import CheckpointStore
 from proxy.config.pool import PoolSettings
 from proxy.config.server import AdminSettings
 from proxy.errors import HostError

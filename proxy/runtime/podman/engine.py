@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from proxy.checkpoint.store import StoreError
+from proxy.checkpoint.errors import StoreError
 from proxy.errors import Fault, HostError, PortTakenError, RuntimeFailure
 from proxy.host import owned, processes
 from proxy.runtime import criu, namespaces, port_owner

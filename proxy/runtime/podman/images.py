@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from proxy.checkpoint.store import StoreError
+from proxy.checkpoint.errors import StoreError
 from proxy.errors import HostError
 from proxy.runtime.image_store import CONTAINER_IMAGE, ImageStore
 from proxy.runtime.podman import bundle, container

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from proxy.checkpoint.store import CRIU_FOLDER, StoreError
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.store import CRIU_FOLDER
 from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.host import command, processes
 from proxy.runtime import criu, port_owner, ports, vllm_extension

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from proxy.checkpoint import criu_images
 from proxy.checkpoint.criu_images import UnknownFormatError, fields
-from proxy.checkpoint.store import DamagedError
+from proxy.checkpoint.errors import DamagedError
 from proxy.host import owned
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ import orjson
 import pytest
 
 from loadtest.image import python
-from proxy.checkpoint.store import MANIFEST, SUFFIX, StoreError
+from proxy.checkpoint.archive import SUFFIX
+from proxy.checkpoint.errors import StoreError
+from proxy.checkpoint.files import MANIFEST
 from proxy.config.model import ModelSettings
 from proxy.errors import Fault, HostError, RuntimeFailure
 from proxy.runtime import namespaces
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from proxy.checkpoint.store import Compression
+    from proxy.checkpoint.archive import Compression
     from proxy.runtime.base import EngineProcess
     from tests.podman_bench import Tag
 
