@@ -106,8 +106,8 @@ class PodmanBench(HttpBench):
         )
         self.model = model_of("--max-model-len", "2048" if changed else "4096")
 
-    def container(self, handle: EngineProcess) -> str:
-        return self.runtime._parts.maker.name(handle.instance_id)
+    def container(self, engine: EngineProcess) -> str:
+        return self.runtime._parts.maker.name(engine.instance_id)
 
     def pid_of(self, instance_id: str) -> int:
         """Of the first process of a container that runs."""
@@ -116,8 +116,8 @@ class PodmanBench(HttpBench):
         assert it.pid is not None
         return it.pid
 
-    async def crash(self, handle: EngineProcess) -> None:
-        pid = self.pid_of(handle.instance_id)
+    async def crash(self, engine: EngineProcess) -> None:
+        pid = self.pid_of(engine.instance_id)
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
             process.kill()
 

@@ -39,19 +39,19 @@ class Bench(Protocol):
     def model(self) -> ModelSettings:
         """What to start."""
 
-    async def healthy(self, handle: EngineProcess) -> None:
+    async def healthy(self, engine: EngineProcess) -> None:
         """Return when the engine answers."""
 
-    async def boot_id(self, handle: EngineProcess) -> str:
+    async def boot_id(self, engine: EngineProcess) -> str:
         """What is drawn anew whenever an engine starts, and survives a checkpoint."""
 
-    async def answers(self, handle: EngineProcess) -> bool:
+    async def answers(self, engine: EngineProcess) -> bool:
         """Whether the engine answers right now."""
 
-    async def crash(self, handle: EngineProcess) -> None:
+    async def crash(self, engine: EngineProcess) -> None:
         """Kill the engine behind the runtime's back."""
 
-    async def scribble(self, handle: EngineProcess) -> None:
+    async def scribble(self, engine: EngineProcess) -> None:
         """Have the engine change memory and files of its own."""
 
     def remains(self) -> list[str]:
@@ -65,15 +65,15 @@ class RuntimeContract:
     """The contract."""
 
     async def start(self, bench: Bench, number: int = 1) -> EngineProcess:
-        handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
-        await bench.healthy(handle)
-        return handle
+        engine = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
+        await bench.healthy(engine)
+        return engine
 
     async def checkpointed(self, bench: Bench, number: int = 1) -> tuple[EngineProcess, str]:
-        handle = await self.start(bench, number)
-        boot = await bench.boot_id(handle)
-        await handle.checkpoint(FACTS, Stages())
-        return handle, boot
+        engine = await self.start(bench, number)
+        boot = await bench.boot_id(engine)
+        await engine.checkpoint(FACTS, Stages())
+        return engine, boot
 
     @pytest.fixture
     def checkpoints(self, bench: Bench) -> None:
@@ -91,14 +91,14 @@ class RuntimeContract:
             pytest.skip(reason=f"no tier {tier.label}: {tiers.missing[tier]}")
 
     async def test_what_its_processes_do_and_hold_is_seen(self, bench: Bench) -> None:
-        handle = await self.start(bench)
-        assert not (await handle.vitals()).stopped
-        assert await handle.host_bytes() >= 0
-        assert len(await handle.log_tail()) <= MAX_LINES
-        await handle.kill()
-        assert await handle.host_bytes() == 0
+        engine = await self.start(bench)
+        assert not (await engine.vitals()).stopped
+        assert await engine.host_bytes() >= 0
+        assert len(await engine.log_tail()) <= MAX_LINES
+        await engine.kill()
+        assert await engine.host_bytes() == 0
         with pytest.raises(RuntimeFailure):
-            await handle.vitals()
+            await engine.vitals()
 
     async def test_a_tier_is_offered_or_missing_with_a_reason(self, bench: Bench) -> None:
         tiers = bench.runtime.tiers()
@@ -119,99 +119,99 @@ class RuntimeContract:
         assert bench.remains() == []
 
     async def test_wait_exit_ends_with_the_engine_and_not_before(self, bench: Bench) -> None:
-        handle = await self.start(bench)
-        waiting = asyncio.create_task(handle.wait_exit())
+        engine = await self.start(bench)
+        waiting = asyncio.create_task(engine.wait_exit())
         await asyncio.sleep(0)
         assert not waiting.done()
-        await bench.crash(handle)
+        await bench.crash(engine)
         assert await asyncio.wait_for(waiting, PATIENCE_S)
-        assert not await bench.answers(handle)
-        await handle.remove()
+        assert not await bench.answers(engine)
+        await engine.remove()
         assert bench.remains() == []
 
     async def test_wait_exit_can_be_cancelled_and_asked_again(self, bench: Bench) -> None:
-        handle = await self.start(bench)
-        waiting = asyncio.create_task(handle.wait_exit())
+        engine = await self.start(bench)
+        waiting = asyncio.create_task(engine.wait_exit())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
-        waiting = asyncio.create_task(handle.wait_exit())
-        await handle.kill()
+        waiting = asyncio.create_task(engine.wait_exit())
+        await engine.kill()
         await asyncio.wait_for(waiting, PATIENCE_S)
 
     async def test_an_instance_can_be_started_again(self, bench: Bench) -> None:
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
-        await handle.kill()
-        assert not await bench.answers(handle)
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
+        await engine.kill()
+        assert not await bench.answers(engine)
         again = await self.start(bench)
-        assert again == handle
+        assert again == engine
         assert await bench.boot_id(again) != boot
 
     async def test_suspended_engines_are_silent_and_resumed_ones_as_before(self, bench: Bench, suspends: None) -> None:
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
         for _ in range(2):
-            await handle.suspend()
-            assert not await bench.answers(handle)
-            await handle.resume()
-            assert await bench.boot_id(handle) == boot
+            await engine.suspend()
+            assert not await bench.answers(engine)
+            await engine.resume()
+            assert await bench.boot_id(engine) == boot
 
     async def test_what_an_engine_holds_of_a_gpu_can_be_asked_whatever_it_does(
         self, bench: Bench, suspends: None
     ) -> None:
-        handle = await self.start(bench)
-        assert sum((await handle.gpu_bytes()).values()) == 0, "these engines use none"
-        await handle.suspend()
-        assert sum((await handle.gpu_bytes()).values()) == 0
-        await handle.kill()
-        assert await handle.gpu_bytes() == {}
-        await handle.remove()
-        assert await handle.gpu_bytes() == {}
+        engine = await self.start(bench)
+        assert sum((await engine.gpu_bytes()).values()) == 0, "these engines use none"
+        await engine.suspend()
+        assert sum((await engine.gpu_bytes()).values()) == 0
+        await engine.kill()
+        assert await engine.gpu_bytes() == {}
+        await engine.remove()
+        assert await engine.gpu_bytes() == {}
 
     async def test_a_suspended_engine_can_be_removed(self, bench: Bench, suspends: None) -> None:
-        handle = await self.start(bench)
-        await handle.suspend()
-        await handle.remove()
+        engine = await self.start(bench)
+        await engine.suspend()
+        await engine.remove()
         assert bench.remains() == []
 
     async def test_state_survives_a_checkpoint_as_often_as_it_is_restored(
         self, bench: Bench, checkpoints: None
     ) -> None:
-        handle, boot = await self.checkpointed(bench)
-        assert not await bench.answers(handle)
+        engine, boot = await self.checkpointed(bench)
+        assert not await bench.answers(engine)
         for _ in range(3):
             stages = Stages()
-            await handle.restore(stages)
+            await engine.restore(stages)
             assert stages.seconds
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
-            await handle.kill()
-            assert not await bench.answers(handle)
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            await engine.kill()
+            assert not await bench.answers(engine)
 
     async def test_a_restored_engine_that_crashed_is_restored_again(self, bench: Bench, checkpoints: None) -> None:
-        handle, boot = await self.checkpointed(bench)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        waiting = asyncio.create_task(handle.wait_exit())
+        engine, boot = await self.checkpointed(bench)
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        waiting = asyncio.create_task(engine.wait_exit())
         await asyncio.sleep(0)
-        await bench.crash(handle)
+        await bench.crash(engine)
         await asyncio.wait_for(waiting, PATIENCE_S)
-        await handle.kill()
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await engine.kill()
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_a_suspended_engine_is_checkpointed_and_runs_when_restored(
         self, bench: Bench, checkpoints: None, suspends: None
     ) -> None:
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
-        await handle.suspend()
-        await handle.checkpoint(FACTS, Stages())
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
+        await engine.suspend()
+        await engine.checkpoint(FACTS, Stages())
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_two_instances_are_restored_side_by_side(self, bench: Bench, checkpoints: None) -> None:
         if bench.runtime.shares_images:
@@ -220,148 +220,148 @@ class RuntimeContract:
         else:
             (one, first), (two, second) = await asyncio.gather(self.checkpointed(bench, 1), self.checkpointed(bench, 2))
         await asyncio.gather(*(h.restore(Stages()) for h in (one, two)))
-        for handle, boot in ((one, first), (two, second)):
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
+        for engine, boot in ((one, first), (two, second)):
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
         await one.kill()
         assert await bench.answers(two)
 
     async def test_clones_are_prepared_without_a_process_or_refused(self, bench: Bench, checkpoints: None) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         if not bench.runtime.shares_images:
             with pytest.raises(RuntimeFailure):
                 await bench.runtime.clone("demo-2", "demo", bench.model)
             return
         clones = [await bench.runtime.clone(f"demo-{n}", "demo", bench.model) for n in (2, 3)]
         assert not any([await bench.answers(clone) for clone in clones])
-        await handle.remove()
+        await engine.remove()
         await asyncio.gather(*(clone.restore(Stages()) for clone in clones))
         for clone in clones:
             await bench.healthy(clone)
             assert await bench.boot_id(clone) == boot
             await clone.remove()
-        await bench.runtime.images.discard(handle)
+        await bench.runtime.images.discard(engine)
         assert bench.remains() == []
 
     async def test_what_an_engine_did_after_its_restore_does_not_reach_the_image(
         self, bench: Bench, checkpoints: None
     ) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         for _ in range(2):
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            await bench.scribble(handle)
-            await handle.kill()
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            await bench.scribble(engine)
+            await engine.kill()
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_without_an_image_there_is_no_restore(self, bench: Bench, checkpoints: None) -> None:
-        handle, _ = await self.checkpointed(bench)
-        await bench.runtime.images.discard(handle)
+        engine, _ = await self.checkpointed(bench)
+        await bench.runtime.images.discard(engine)
         with pytest.raises(RuntimeFailure):
-            await handle.restore(Stages())
-        await handle.remove()
+            await engine.restore(Stages())
+        await engine.remove()
         assert bench.remains() == []
 
     async def test_removing_a_checkpointed_instance_removes_its_image_unless_it_is_shared(
         self, bench: Bench, checkpoints: None
     ) -> None:
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         assert bench.remains() != []
-        await handle.remove()
+        await engine.remove()
         if bench.runtime.shares_images:
             assert bench.remains() != []
-            await bench.runtime.images.discard(handle)
+            await bench.runtime.images.discard(engine)
         assert bench.remains() == []
 
     async def test_a_quarantined_image_is_kept_and_not_restored(self, bench: Bench, checkpoints: None) -> None:
-        handle, _ = await self.checkpointed(bench)
-        await bench.runtime.images.quarantine(handle)
+        engine, _ = await self.checkpointed(bench)
+        await bench.runtime.images.quarantine(engine)
         with pytest.raises(RuntimeFailure):
-            await handle.restore(Stages())
+            await engine.restore(Stages())
         assert (await bench.runtime.recover({"demo": bench.model})).images == {}
-        await handle.kill()
-        assert await self.start(bench) == handle
+        await engine.kill()
+        assert await self.start(bench) == engine
 
     async def test_the_copy_of_a_quarantined_image_is_kept_where_nothing_is_against_it(
         self, bench: Bench, checkpoints: None
     ) -> None:
         self._needs(bench, Tier.ARCHIVED)
-        handle, boot = await self.checkpointed(bench)
-        await bench.runtime.images.copy_to_archive(handle)
-        assert await bench.runtime.images.quarantine(handle, keep_copy=True)
+        engine, boot = await self.checkpointed(bench)
+        await bench.runtime.images.copy_to_archive(engine)
+        assert await bench.runtime.images.quarantine(engine, keep_copy=True)
         with pytest.raises(RuntimeFailure):
-            await handle.restore(Stages())
-        await handle.kill()
-        await bench.runtime.images.unarchive(handle)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
-        await handle.kill()
-        assert not await bench.runtime.images.quarantine(handle)
+            await engine.restore(Stages())
+        await engine.kill()
+        await bench.runtime.images.unarchive(engine)
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
+        await engine.kill()
+        assert not await bench.runtime.images.quarantine(engine)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.images.unarchive(handle)
+            await bench.runtime.images.unarchive(engine)
 
     async def test_an_archived_image_comes_back_from_the_archive(self, bench: Bench, checkpoints: None) -> None:
         self._needs(bench, Tier.ARCHIVED)
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         for _ in range(2):
-            await bench.runtime.images.archive(handle)
+            await bench.runtime.images.archive(engine)
             with pytest.raises(RuntimeFailure):
-                await handle.restore(Stages())
-            await handle.kill()
-            await bench.runtime.images.unarchive(handle)
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
-            await handle.kill()
-        await bench.runtime.images.discard(handle)
+                await engine.restore(Stages())
+            await engine.kill()
+            await bench.runtime.images.unarchive(engine)
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            await engine.kill()
+        await bench.runtime.images.discard(engine)
         with pytest.raises(RuntimeFailure):
-            await bench.runtime.images.unarchive(handle)
+            await bench.runtime.images.unarchive(engine)
 
     async def test_a_successor_finds_what_is_archived(self, bench: Bench, checkpoints: None) -> None:
         self._needs(bench, Tier.ARCHIVED)
-        handle, _ = await self.checkpointed(bench)
-        await bench.runtime.images.archive(handle)
+        engine, _ = await self.checkpointed(bench)
+        await bench.runtime.images.archive(engine)
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         assert [(f.engine.instance_id, f.tier) for f in recovered.instances] == [("demo-1", Tier.ARCHIVED)]
         assert [image.archived for image in recovered.images.values()] == [True]
 
     async def test_nothing_can_be_done_with_an_engine_that_is_gone(self, bench: Bench) -> None:
-        handle = await self.start(bench)
-        await handle.kill()
+        engine = await self.start(bench)
+        await engine.kill()
         for operation in (
-            handle.suspend(),
-            handle.resume(),
-            handle.checkpoint(FACTS, Stages()),
+            engine.suspend(),
+            engine.resume(),
+            engine.checkpoint(FACTS, Stages()),
         ):
             with pytest.raises(RuntimeFailure) as failure:
                 await operation
             assert not failure.value.alive
 
     async def test_a_successor_finds_the_checkpoints(self, bench: Bench, checkpoints: None) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         assert [(f.engine.instance_id, f.tier) for f in recovered.instances] == [("demo-1", Tier.CHECKPOINTED)]
         owner = "demo" if bench.runtime.shares_images else "demo-1"
         assert {o: (i.sleep_level, i.canary) for o, i in recovered.images.items()} == {owner: (1, "yes")}
         assert recovered.images[owner].details["gpu"] == FACTS.details["gpu"]
-        handle = after.runtime.engine("demo-1", "demo")
-        await handle.restore(Stages())
-        await after.healthy(handle)
-        assert await after.boot_id(handle) == boot
+        engine = after.runtime.engine("demo-1", "demo")
+        await engine.restore(Stages())
+        await after.healthy(engine)
+        assert await after.boot_id(engine) == boot
 
     async def test_a_successor_refuses_checkpoints_of_other_engines(self, bench: Bench, checkpoints: None) -> None:
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         after = await bench.successor(changed=True)
         recovered = await after.runtime.recover({"demo": after.model})
         assert (list(recovered.instances), dict(recovered.images)) == ([], {})
-        assert not await after.answers(handle)
-        handle = await self.start(after)
-        assert await after.boot_id(handle)
+        assert not await after.answers(engine)
+        engine = await self.start(after)
+        assert await after.boot_id(engine)
 
 
 class RealFilesContract:
@@ -383,8 +383,8 @@ class RealFilesContract:
             found = (await bench.runtime.outdated(models)).get("demo")
             return None if found is None else found.reason
 
-        handle = await bench.runtime.start("demo-1", "demo", bench.model)
-        await bench.healthy(handle)
+        engine = await bench.runtime.start("demo-1", "demo", bench.model)
+        await bench.healthy(engine)
         assert await outdated() is None
         template.touch()
         assert await outdated() is None
@@ -393,7 +393,7 @@ class RealFilesContract:
         assert await bench.runtime.outdated(models, {"demo-2"}) == {}, "it is on its way out"
         template.write_text("hello")
         assert await outdated() is None
-        await handle.checkpoint(FACTS, Stages())
+        await engine.checkpoint(FACTS, Stages())
         assert await outdated() is None
         template.unlink()
         template.write_text("hello")
@@ -416,9 +416,9 @@ class RealFilesContract:
         weights.write_bytes(b"old")
         bench.model = bench.model.model_copy(update={"weights": [folder]})
         models = {"demo": bench.model}
-        handle = await bench.runtime.start("demo-1", "demo", bench.model)
-        await bench.healthy(handle)
-        await handle.checkpoint(replace(FACTS, sleep_level=2), Stages())
+        engine = await bench.runtime.start("demo-1", "demo", bench.model)
+        await bench.healthy(engine)
+        await engine.checkpoint(replace(FACTS, sleep_level=2), Stages())
         weights.write_bytes(b"new")
         outdated = (await bench.runtime.outdated(models))["demo"]
         assert (outdated.usable, outdated.reason) == (False, f"{weights} was edited after the engine was started")

@@ -108,31 +108,31 @@ class HttpBench:
         await self.heir.runtime.open()
         return self.heir
 
-    async def healthy(self, handle: EngineProcess) -> None:
+    async def healthy(self, engine: EngineProcess) -> None:
         """Return when the engine answers."""
-        await until_healthy(handle.base_url)
+        await until_healthy(engine.base_url)
 
-    async def boot_id(self, handle: EngineProcess) -> str:
+    async def boot_id(self, engine: EngineProcess) -> str:
         """What the engine drew when it started."""
-        return str((await get_json(f"{handle.base_url}/debug/state"))["boot_id"])
+        return str((await get_json(f"{engine.base_url}/debug/state"))["boot_id"])
 
-    async def answers(self, handle: EngineProcess) -> bool:
+    async def answers(self, engine: EngineProcess) -> bool:
         """Whether the engine answers right now."""
         try:
             async with (
                 aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(0.5)) as session,
-                session.get(f"{handle.base_url}/health") as response,
+                session.get(f"{engine.base_url}/health") as response,
             ):
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def scribble(self, handle: EngineProcess) -> None:
+    async def scribble(self, engine: EngineProcess) -> None:
         """Have the engine change memory, and its scratch files if it has any."""
         body = {"model": "demo", "prompt": "scribble", "max_tokens": 50}
         async with (
             aiohttp.ClientSession() as session,
-            session.post(f"{handle.base_url}/v1/completions", json=body) as response,
+            session.post(f"{engine.base_url}/v1/completions", json=body) as response,
         ):
             assert response.status == 200
 

@@ -73,9 +73,9 @@ class Bench(HttpBench):
         self.runtime, self.driver, self.nvml, self.model, self.store = runtime, driver, nvml, model, store
 
     async def start(self) -> EngineProcess:
-        handle: EngineProcess = await self.runtime.start("demo-1", "demo", self.model)
-        await self.healthy(handle)
-        return handle
+        engine: EngineProcess = await self.runtime.start("demo-1", "demo", self.model)
+        await self.healthy(engine)
+        return engine
 
 
 @pytest.fixture(params=["process", pytest.param("podman", marks=pytest.mark.podman)])
@@ -111,96 +111,96 @@ def checkpoints(bench: Bench) -> None:
 
 
 async def test_suspending_frees_the_gpu_instead_of_freezing_the_process(bench: Bench) -> None:
-    handle = await bench.start()
-    pids = await _cuda_pids(bench, handle)
+    engine = await bench.start()
+    pids = await _cuda_pids(bench, engine)
     bench.nvml.held = dict.fromkeys(pids, 1 << 20) | {1: 1 << 30}
-    assert await handle.gpu_bytes() == {bench.nvml.UUID: len(pids) << 20}
-    await handle.suspend()
+    assert await engine.gpu_bytes() == {bench.nvml.UUID: len(pids) << 20}
+    await engine.suspend()
     assert set(bench.driver.states.values()) == {ProcessState.CHECKPOINTED}
-    assert await bench.answers(handle), "no longer on the GPU, but not frozen: it is not asked anything"
-    await handle.resume()
+    assert await bench.answers(engine), "no longer on the GPU, but not frozen: it is not asked anything"
+    await engine.resume()
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
 
 
 async def test_one_that_is_off_the_gpu_is_ended_without_being_asked(bench: Bench) -> None:
-    handle = await bench.start()
-    await handle.suspend()
-    pids = await _cuda_pids(bench, handle)
-    await handle.remove()
+    engine = await bench.start()
+    await engine.suspend()
+    pids = await _cuda_pids(bench, engine)
+    await engine.remove()
     assert not any(processes.alive(pid) for pid in pids)
 
 
 async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, checkpoints: None) -> None:
-    handle = await bench.start()
-    boot = await bench.boot_id(handle)
+    engine = await bench.start()
+    boot = await bench.boot_id(engine)
     for suspended in (False, True):
         if suspended:
-            await handle.suspend()
+            await engine.suspend()
         stages = Stages()
-        await handle.checkpoint(FACTS, stages)
+        await engine.checkpoint(FACTS, stages)
         assert "cuda" in stages.seconds
         (image,) = bench.store.names()
         # How much came from the GPU is known where nothing had left it before.
         assert (processes.GPU_STATE in bench.store.load(image).details["memory"]) is not suspended
         bench.driver.states.clear()
         again = Stages()
-        await handle.restore(again)
+        await engine.restore(again)
         assert "cuda" in again.seconds
         assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
 
 async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints: None) -> None:
-    handle = await bench.start()
-    pid = (await get_json(f"{handle.base_url}/debug/state"))["pid"]
-    pids = [p for p in await _cuda_pids(bench, handle) if p != 0]
+    engine = await bench.start()
+    pid = (await get_json(f"{engine.base_url}/debug/state"))["pid"]
+    pids = [p for p in await _cuda_pids(bench, engine) if p != 0]
     bench.driver.failures.update({("lock", p): "CUDA_ERROR_NOT_READY" for p in (pid, *pids)})
-    for operation in (handle.suspend(), handle.checkpoint(FACTS, Stages())):
+    for operation in (engine.suspend(), engine.checkpoint(FACTS, Stages())):
         with pytest.raises(RuntimeFailure, match="CUDA: lock of process") as failure:
             await operation
         assert failure.value.alive
-    assert await bench.answers(handle)
+    assert await bench.answers(engine)
     assert bench.store.names() == []
 
 
-async def _cuda_pids(bench: Bench, handle: EngineProcess) -> list[int]:
-    return processes.tree(bench.runtime.engines[handle.instance_id].it.pid)
+async def _cuda_pids(bench: Bench, engine: EngineProcess) -> list[int]:
+    return processes.tree(bench.runtime.engines[engine.instance_id].it.pid)
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "restore"])
 async def test_an_engine_that_fails_on_the_gpu_is_of_no_use_and_can_be_ended(bench: Bench, call: str) -> None:
-    handle = await bench.start()
-    pids = await _cuda_pids(bench, handle)
+    engine = await bench.start()
+    pids = await _cuda_pids(bench, engine)
     bench.driver.failures.update({(call, p): "CUDA_ERROR_UNKNOWN" for p in pids})
     with pytest.raises(RuntimeFailure, match=f"CUDA: {call} of process") as failure:
-        await handle.suspend()
-        await handle.resume()
+        await engine.suspend()
+        await engine.resume()
     assert not failure.value.alive
-    await handle.kill()
-    assert not await bench.answers(handle)
+    await engine.kill()
+    assert not await bench.answers(engine)
     bench.driver.failures.clear()
-    handle = await bench.start()
-    await handle.suspend()
-    await handle.resume()
+    engine = await bench.start()
+    await engine.suspend()
+    await engine.resume()
 
 
 async def test_a_dump_that_fails_brings_the_engine_back_to_the_gpu(
     bench: Bench, checkpoints: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = await bench.start()
+    engine = await bench.start()
 
     async def fail(*_: object) -> Any:
         raise RuntimeFailure("checkpoint", "no", alive=True)
 
     if isinstance(bench.runtime, PodmanRuntime):
-        monkeypatch.setattr(handle, "_dump", fail)
+        monkeypatch.setattr(engine, "_dump", fail)
     else:
         monkeypatch.setattr("proxy.runtime.process.engine.command.run", fail)
     with pytest.raises(RuntimeFailure, match="no"):
-        await handle.checkpoint(FACTS, Stages())
+        await engine.checkpoint(FACTS, Stages())
     assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
-    assert await bench.answers(handle)
+    assert await bench.answers(engine)
 
 
 async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
@@ -215,14 +215,14 @@ async def test_where_criu_has_its_plugin_the_gpu_is_left_to_it(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     bench.runtime._parts.cuda.open()
     assert bench.runtime._parts.cuda.left_to_criu
-    handle = await bench.start()
-    await handle.suspend()
-    await handle.checkpoint(FACTS, Stages())
+    engine = await bench.start()
+    await engine.suspend()
+    await engine.checkpoint(FACTS, Stages())
     calls = bench.driver.calls["checkpoint"]
     bench.driver.states.clear()
     bench.driver.dumped = int(ProcessState.RUNNING)
-    await handle.restore(Stages())
-    await bench.healthy(handle)
+    await engine.restore(Stages())
+    await bench.healthy(engine)
     assert calls == 1, "only the suspend's; before the dump it was brought back"
 
 

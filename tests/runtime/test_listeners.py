@@ -63,7 +63,7 @@ class Impostor:
         heard = self.heard
 
         class Answers(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
+            def engine(self) -> None:
                 while content := self.request.recv(65536):
                     heard.append(content)
                     self.request.sendall(
@@ -114,13 +114,13 @@ async def test_a_program_that_takes_an_engines_port_is_sent_nothing_and_the_engi
 
 async def test_a_listener_that_is_not_the_engines_is_told_from_it(bench: ProcessBench) -> None:
     sleeps = ModelSettings(process={"command": ["sh", "-c", "sleep 1000 # {port}"]})
-    handle = await bench.runtime.start("demo-1", "demo", sleeps)
-    assert await handle.listens() is False
-    with listener(handle.port), pytest.raises(PortTakenError, match=f"port {handle.port} .* listened on by process"):
-        await handle.listens()
-    engine = await bench.runtime.start("demo-2", "demo", bench.model)
-    await bench.healthy(engine)
-    assert await engine.listens() is True
+    engine = await bench.runtime.start("demo-1", "demo", sleeps)
+    assert await engine.listens() is False
+    with listener(engine.port), pytest.raises(PortTakenError, match=f"port {engine.port} .* listened on by process"):
+        await engine.listens()
+    second = await bench.runtime.start("demo-2", "demo", bench.model)
+    await bench.healthy(second)
+    assert await second.listens() is True
 
 
 async def test_an_engine_whose_child_listens_is_the_engine(bench: ProcessBench) -> None:
@@ -129,9 +129,9 @@ async def test_an_engine_whose_child_listens_is_the_engine(bench: ProcessBench) 
         "if os.fork(): s.close()\nelse: os.setsid()\n"
         "time.sleep(1000)"
     )
-    handle = await bench.runtime.start("demo-1", "demo", ModelSettings(process={"command": ["{python}", "-c", script]}))
+    engine = await bench.runtime.start("demo-1", "demo", ModelSettings(process={"command": ["{python}", "-c", script]}))
     async with asyncio.timeout(PATIENCE_S):
-        while not await handle.listens():
+        while not await engine.listens():
             await asyncio.sleep(0.02)
 
 
@@ -140,14 +140,14 @@ async def test_an_engine_whose_child_listens_is_the_engine(bench: ProcessBench) 
 async def test_a_port_of_an_image_that_another_program_has_costs_neither_the_image_nor_the_wake(
     bench: ProcessBench,
 ) -> None:
-    handle = await bench.runtime.start("demo-1", "demo", bench.model)
-    await bench.healthy(handle)
-    boot, port = await bench.boot_id(handle), handle.port
-    await handle.checkpoint(FACTS, Stages())
-    with listener(handle.port):
-        with pytest.raises(PortTakenError, match=f"port {handle.port}"):
-            await handle.restore(Stages())
-        await handle.kill()
+    engine = await bench.runtime.start("demo-1", "demo", bench.model)
+    await bench.healthy(engine)
+    boot, port = await bench.boot_id(engine), engine.port
+    await engine.checkpoint(FACTS, Stages())
+    with listener(engine.port):
+        with pytest.raises(PortTakenError, match=f"port {engine.port}"):
+            await engine.restore(Stages())
+        await engine.kill()
         elsewhere = await bench.runtime.start("demo-1", "demo", bench.model)
         assert elsewhere.port != port
         await bench.healthy(elsewhere)
@@ -189,19 +189,19 @@ async def test_an_engine_that_writes_without_end_keeps_its_log_small(bench: Proc
 async def test_a_log_that_was_cut_between_checkpoint_and_restore_does_not_keep_the_engine_from_coming_back(
     bench: ProcessBench,
 ) -> None:
-    handle = await bench.runtime.start("demo-1", "demo", bench.model)
-    await bench.healthy(handle)
-    boot = await bench.boot_id(handle)
+    engine = await bench.runtime.start("demo-1", "demo", bench.model)
+    await bench.healthy(engine)
+    boot = await bench.boot_id(engine)
     path = bench.claim.log_path("demo-1")
     for size in (1 << 20, 64 << 10):
         with path.open("ab") as log:
             log.write(b"x" * 99 + b"\n" * size)
-        await handle.checkpoint(FACTS, Stages())
+        await engine.checkpoint(FACTS, Stages())
         assert cut(path, 1000)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
         assert cut(path, 100) or path.stat().st_size <= 1000
         before = path.stat().st_size
-        await bench.scribble(handle)
+        await bench.scribble(engine)
         assert path.stat().st_size >= before

@@ -51,24 +51,24 @@ class FakeBench:
         self.runtime.images.keeps_copies = True
         self.model = ModelSettings(**model_settings())
 
-    async def healthy(self, handle: EngineProcess) -> None:
-        assert await self.answers(handle)
+    async def healthy(self, engine: EngineProcess) -> None:
+        assert await self.answers(engine)
 
-    async def boot_id(self, handle: EngineProcess) -> str:
-        return str(self.runtime.processes[handle.instance_id].boot)
+    async def boot_id(self, engine: EngineProcess) -> str:
+        return str(self.runtime.processes[engine.instance_id].boot)
 
-    async def answers(self, handle: EngineProcess) -> bool:
-        process = self.runtime.processes.get(handle.instance_id)
+    async def answers(self, engine: EngineProcess) -> bool:
+        process = self.runtime.processes.get(engine.instance_id)
         return process is not None and not process.frozen
 
-    async def crash(self, handle: EngineProcess) -> None:
-        self.runtime.kill(handle.instance_id)
+    async def crash(self, engine: EngineProcess) -> None:
+        self.runtime.kill(engine.instance_id)
 
     def remains(self) -> list[str]:
         return [*self.runtime.processes, *self.runtime.images.there]
 
-    async def scribble(self, handle: EngineProcess) -> None:
-        self.runtime.processes[handle.instance_id].served += 1
+    async def scribble(self, engine: EngineProcess) -> None:
+        self.runtime.processes[engine.instance_id].served += 1
 
     async def successor(self, *, changed: bool = False) -> FakeBench:
         await self.runtime.close()
@@ -90,8 +90,8 @@ class ProcessBench(HttpBench):
         self.runtime = ProcessRuntime(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
         self.model = engine_settings("--max-model-len", "2048" if changed else "4096")
 
-    async def crash(self, handle: EngineProcess) -> None:
-        state = await get_json(f"{handle.base_url}/debug/state")
+    async def crash(self, engine: EngineProcess) -> None:
+        state = await get_json(f"{engine.base_url}/debug/state")
         os.kill(state["pid"], signal.SIGKILL)
 
     def remains(self) -> list[str]:
@@ -128,8 +128,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         bench = ProcessBench(images)
         await bench.runtime.open()
         yield bench
-        for handle in [*(bench.heir or bench).runtime.engines.values()]:
-            await handle.remove()
+        for engine in [*(bench.heir or bench).runtime.engines.values()]:
+            await engine.remove()
         await bench.close()
         assert processes_with(f"{bench.claim.owner}:") == []
 
@@ -140,27 +140,27 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
 
     async def test_a_tree_of_processes_is_suspended_and_ended_whole(self, bench: ProcessBench) -> None:
         model = engine_settings("--processes", "3")
-        handle = await bench.runtime.start("demo-1", "demo", model)
-        await until_healthy(handle.base_url)
-        state = await get_json(f"{handle.base_url}/debug/state")
+        engine = await bench.runtime.start("demo-1", "demo", model)
+        await until_healthy(engine.base_url)
+        state = await get_json(f"{engine.base_url}/debug/state")
         pids = [state["pid"], *state["children"]]
         assert len(pids) == 3
-        await handle.suspend()
+        await engine.suspend()
         assert {psutil.Process(pid).status() for pid in pids} == {psutil.STATUS_STOPPED}
-        await handle.kill()
+        await engine.kill()
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
     async def test_a_tree_of_processes_is_restored_with_the_same_pids(
         self, bench: ProcessBench, checkpoints: None
     ) -> None:
         model = engine_settings("--processes", "3")
-        handle = await bench.runtime.start("demo-1", "demo", model)
-        await until_healthy(handle.base_url)
-        before = await get_json(f"{handle.base_url}/debug/state")
-        await handle.checkpoint(FACTS, Stages())
-        await handle.restore(Stages())
-        await until_healthy(handle.base_url)
-        after = await get_json(f"{handle.base_url}/debug/state")
+        engine = await bench.runtime.start("demo-1", "demo", model)
+        await until_healthy(engine.base_url)
+        before = await get_json(f"{engine.base_url}/debug/state")
+        await engine.checkpoint(FACTS, Stages())
+        await engine.restore(Stages())
+        await until_healthy(engine.base_url)
+        after = await get_json(f"{engine.base_url}/debug/state")
         assert (after["pid"], after["children"]) == (before["pid"], before["children"])
         assert os.getsid(after["pid"]) == after["pid"]
 
@@ -180,98 +180,98 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
             http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
             """
         model = ModelSettings(process={"command": [PYTHON, "-c", script, "{port}", way]})
-        handle = await bench.runtime.start("demo-1", "demo", model)
-        await until_healthy(handle.base_url)
-        await handle.checkpoint(FACTS, Stages())
+        engine = await bench.runtime.start("demo-1", "demo", model)
+        await until_healthy(engine.base_url)
+        await engine.checkpoint(FACTS, Stages())
         for _ in range(3):
-            await handle.restore(Stages())
-            await until_healthy(handle.base_url)
-            async with aiohttp.ClientSession(handle.base_url) as session:
+            await engine.restore(Stages())
+            await until_healthy(engine.base_url)
+            async with aiohttp.ClientSession(engine.base_url) as session:
                 statuses = [(await session.get("/take")).status for _ in range(4)]
             assert statuses == [200, 200, 200, 409], "as it was at the checkpoint, each time"
-            await handle.kill()
+            await engine.kill()
         index = bench.store.path("demo-1") / "links" / "index.json"
         assert index.exists() is (way == "spawn")
         kept = [Path(entry["path"]) for entry in orjson.loads(index.read_bytes())] if index.exists() else []
         others = [p.with_name(n) for p in kept for entry in orjson.loads(index.read_bytes()) for n in entry["names"]]
         assert not any(path.exists() for path in kept), "a restore uses them up"
         assert all(path.exists() for path in others)
-        await handle.remove()
+        await engine.remove()
         assert not any(path.exists() for path in others)
 
     async def test_damage_is_told_from_what_the_host_could_not_do(self, bench: ProcessBench, checkpoints: None) -> None:
-        handle = await self.start(bench)
-        await handle.checkpoint(FACTS, Stages())
-        await bench.runtime.images.verify(handle, whole=True)
+        engine = await self.start(bench)
+        await engine.checkpoint(FACTS, Stages())
+        await bench.runtime.images.verify(engine, whole=True)
 
         async def fault_of_a_restore() -> Fault:
             with pytest.raises(RuntimeFailure) as failure:
-                await handle.restore(Stages())
+                await engine.restore(Stages())
             return failure.value.fault
 
-        with socket.create_server(("127.0.0.1", handle.port)):
+        with socket.create_server(("127.0.0.1", engine.port)):
             assert await fault_of_a_restore() is Fault.HOST
         folder = bench.store.path("demo-1") / "criu"
         logs = bench.claim.folder / "logs"
         logs.rename(bench.folder / "logs-elsewhere")
-        await handle.restore(Stages())
-        await until_healthy(handle.base_url)
-        await handle.kill()
+        await engine.restore(Stages())
+        await until_healthy(engine.base_url)
+        await engine.kill()
 
         changed = max(folder.glob("core-*.img"))
         content = changed.read_bytes()
         changed.write_bytes(b"\0\0\0\0" + content[4:])
         assert await fault_of_a_restore() is Fault.IMAGE, "CRIU cannot read it"
-        await bench.runtime.images.verify(handle, whole=False)
+        await bench.runtime.images.verify(engine, whole=False)
         with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
-            await bench.runtime.images.verify(handle, whole=True)
+            await bench.runtime.images.verify(engine, whole=True)
         assert failure.value.fault is Fault.DAMAGE
         with pytest.raises(RuntimeFailure, match="SHA-256 differs") as failure:
-            await bench.runtime.images.copy_to_archive(handle)
+            await bench.runtime.images.copy_to_archive(engine)
         assert (failure.value.fault, failure.value.alive) == (Fault.DAMAGE, True)
         assert bench.store.archived() == []
 
         changed.write_bytes(content[:-1])
         assert await fault_of_a_restore() is Fault.DAMAGE
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.images.verify(handle, whole=False)
+            await bench.runtime.images.verify(engine, whole=False)
         assert failure.value.fault is Fault.DAMAGE
 
         changed.write_bytes(content)
-        await handle.restore(Stages())
-        await until_healthy(handle.base_url)
+        await engine.restore(Stages())
+        await until_healthy(engine.base_url)
 
     async def test_a_damaged_archive_is_told_from_one_that_cannot_be_opened(
         self, bench: ProcessBench, checkpoints: None
     ) -> None:
-        handle = await self.start(bench)
-        await handle.checkpoint(FACTS, Stages())
-        await bench.runtime.images.archive(handle)
+        engine = await self.start(bench)
+        await engine.checkpoint(FACTS, Stages())
+        await bench.runtime.images.archive(engine)
         archive = bench.store.archive_path("demo-1")
         content = archive.read_bytes()
         archive.rename(archive.with_name("elsewhere"))
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.images.unarchive(handle)
+            await bench.runtime.images.unarchive(engine)
         assert failure.value.fault is Fault.HOST
         for damage in (content[:-100], content[:1000], b"text"):
             archive.write_bytes(damage)
             with pytest.raises(RuntimeFailure) as failure:
-                await bench.runtime.images.unarchive(handle)
+                await bench.runtime.images.unarchive(engine)
             assert failure.value.fault is Fault.DAMAGE
         archive.write_bytes(content)
         archive.with_name("elsewhere").unlink()
-        await bench.runtime.images.unarchive(handle)
-        await handle.restore(Stages())
-        await until_healthy(handle.base_url)
+        await bench.runtime.images.unarchive(engine)
+        await engine.restore(Stages())
+        await until_healthy(engine.base_url)
 
     async def test_a_child_that_left_the_session_is_ended_too(self, bench: ProcessBench, tmp_path: Path) -> None:
         script = "setsid -f sleep 1000; exec sleep 1000 # {port}"
         model = ModelSettings(process={"command": ["sh", "-c", script]})
-        handle = await bench.runtime.start("demo-1", "demo", model)
+        engine = await bench.runtime.start("demo-1", "demo", model)
         async with asyncio.timeout(10):
             while len(processes_with(f"{bench.claim.owner}:demo-1;")) < 2:
                 await asyncio.sleep(0.01)
-        await handle.remove()
+        await engine.remove()
         assert bench.remains() == []
 
     async def test_an_engine_that_ignores_sigterm_is_killed(self, tmp_path: Path) -> None:
@@ -279,18 +279,18 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         await bench.runtime.open()
         script = "trap '' TERM; touch ready; while :; do sleep 0.1; done # {port}"
         model = ModelSettings(process={"command": ["sh", "-c", script], "cwd": str(tmp_path)})
-        handle = await bench.runtime.start("demo-1", "demo", model)
+        engine = await bench.runtime.start("demo-1", "demo", model)
         async with asyncio.timeout(10):
             while not (tmp_path / "ready").exists():
                 await asyncio.sleep(0.01)
-        await handle.remove()
+        await engine.remove()
         assert bench.remains() == []
         await bench.close()
 
     async def test_output_goes_to_a_log_of_its_own_that_only_the_owner_reads(self, bench: ProcessBench) -> None:
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         log = bench.claim.log_path("demo-1")
-        assert f"listening on 127.0.0.1:{handle.port}" in log.read_text()
+        assert f"listening on 127.0.0.1:{engine.port}" in log.read_text()
         assert log.stat().st_mode & 0o777 == 0o600
         assert (bench.folder / "state").stat().st_mode & 0o777 == 0o700
 
@@ -318,8 +318,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         (tmp_path / "script").write_text("not a program")
         (tmp_path / "script").chmod(0o755)
         model = ModelSettings(process={"command": [str(tmp_path / "script"), "{port}"]})
-        handle = await bench.runtime.start("demo-1", "demo", model)
-        assert await asyncio.wait_for(handle.wait_exit(), 60) == "exit status 127"
+        engine = await bench.runtime.start("demo-1", "demo", model)
+        assert await asyncio.wait_for(engine.wait_exit(), 60) == "exit status 127"
         assert "cannot start" in bench.claim.log_path("demo-1").read_text()
 
     async def test_io_uring_is_refused_to_engines(self, bench: ProcessBench) -> None:
@@ -328,8 +328,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
             "print('io_uring', r, errno.errorcode[ctypes.get_errno()], flush=True); '{port}'"
         )
         model = ModelSettings(process={"command": [PYTHON, "-c", script]})
-        handle = await bench.runtime.start("demo-1", "demo", model)
-        await asyncio.wait_for(handle.wait_exit(), 60)
+        engine = await bench.runtime.start("demo-1", "demo", model)
+        await asyncio.wait_for(engine.wait_exit(), 60)
         assert "io_uring -1 ENOSYS" in bench.claim.log_path("demo-1").read_text()
 
     async def test_two_proxies_cannot_share_a_state_folder(self, bench: ProcessBench) -> None:
@@ -339,10 +339,10 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
     async def test_ports_run_out_with_an_error(self, tmp_path: Path) -> None:
         bench = ProcessBench(tmp_path, ports="18098-18098")
         await bench.runtime.open()
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         with pytest.raises(RuntimeFailure, match="no free port in 18098-18098"):
             await bench.runtime.start("demo-2", "demo", bench.model)
-        await handle.remove()
+        await engine.remove()
         await bench.close()
 
     async def test_two_proxies_that_start_engines_at_once_give_them_different_ports(self, tmp_path: Path) -> None:
@@ -357,8 +357,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         await other.remove()
         third = await benches[0].runtime.start("demo-2", "demo", model)
         assert third.port == other.port, "a port is free again when its engine is gone"
-        for handle in (one, third):
-            await handle.remove()
+        for engine in (one, third):
+            await engine.remove()
         for bench in benches:
             await bench.close()
 
@@ -373,8 +373,8 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
         other = await benches[1].runtime.start("demo-1", "demo", benches[1].model)
         again = await self.start(benches[0])
         assert (before, other.port, again.port) == (18092, 18092, 18093)
-        for bench, handle in zip(benches, (again, other), strict=True):
-            await handle.remove()
+        for bench, engine in zip(benches, (again, other), strict=True):
+            await engine.remove()
             await bench.close()
 
     async def test_without_criu_the_tier_is_missing_and_said_why(self, tmp_path: Path) -> None:
@@ -398,44 +398,44 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
             await bench.close()
 
     async def test_a_dump_that_fails_leaves_the_engine_serving(self, bench: ProcessBench, checkpoints: None) -> None:
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
         bench.runtime._parts.settings = ProcessRuntimeSettings(criu="false")
         with pytest.raises(RuntimeFailure) as failure:
-            await handle.checkpoint(FACTS, Stages())
+            await engine.checkpoint(FACTS, Stages())
         assert failure.value.alive
-        assert await bench.boot_id(handle) == boot
-        await handle.suspend()
+        assert await bench.boot_id(engine) == boot
+        await engine.suspend()
         with pytest.raises(RuntimeFailure):
-            await handle.checkpoint(FACTS, Stages())
-        assert not await bench.answers(handle), "suspended as before"
+            await engine.checkpoint(FACTS, Stages())
+        assert not await bench.answers(engine), "suspended as before"
 
     async def test_an_image_that_would_not_fit_is_not_begun(self, bench: ProcessBench, checkpoints: None) -> None:
         bench.store.reserve_bytes = 1 << 60
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
-            await handle.checkpoint(FACTS, Stages())
+            await engine.checkpoint(FACTS, Stages())
         assert failure.value.alive
-        assert await bench.answers(handle)
+        assert await bench.answers(engine)
 
     async def test_a_damaged_image_is_not_restored(self, bench: ProcessBench, checkpoints: None) -> None:
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         pages = next((bench.folder / "images" / "demo-1").glob("criu/pages-*.img"))
         with pages.open("r+b") as file:
             file.truncate(4096)
         with pytest.raises(RuntimeFailure, match="the manifest says"):
-            await handle.restore(Stages())
+            await engine.restore(Stages())
 
     async def test_an_open_connection_does_not_keep_an_engine_from_being_checkpointed(
         self, bench: ProcessBench, checkpoints: None
     ) -> None:
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         async with aiohttp.ClientSession() as session:
-            async with session.get(f"{handle.base_url}/health") as response:
+            async with session.get(f"{engine.base_url}/health") as response:
                 await response.read()
-            await handle.checkpoint(FACTS, Stages())
-        await handle.restore(Stages())
-        await until_healthy(handle.base_url)
+            await engine.checkpoint(FACTS, Stages())
+        await engine.restore(Stages())
+        await until_healthy(engine.base_url)
 
 
 def test_the_orphan_reaper_ends_engines_when_the_proxy_is_killed(tmp_path: Path) -> None:
@@ -449,8 +449,8 @@ from tests.runtime.test_runtimes import ProcessBench
 async def main():
     bench = ProcessBench(Path({str(tmp_path)!r}))
     await bench.runtime.open()
-    handle = await bench.runtime.start("demo-1", "demo", bench.model)
-    await bench.healthy(handle)
+    engine = await bench.runtime.start("demo-1", "demo", bench.model)
+    await bench.healthy(engine)
     hidden = ["sh", "-c", "exec env -i sh -c 'sleep 1000; : hidden {tmp_path}' # {{port}}"]
     await bench.runtime.start("demo-2", "demo", ModelSettings(process={{"command": hidden}}))
     while not processes_with("hidden {tmp_path}"):

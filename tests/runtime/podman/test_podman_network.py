@@ -49,14 +49,14 @@ async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
 
 
 async def ready(bench: PodmanBench, number: int = 1) -> EngineProcess:
-    handle = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
-    await bench.healthy(handle)
-    return handle
+    engine = await bench.runtime.start(f"demo-{number}", "demo", bench.model)
+    await bench.healthy(engine)
+    return engine
 
 
-def inside(bench: PodmanBench, handle: EngineProcess, script: str) -> str:
+def inside(bench: PodmanBench, engine: EngineProcess, script: str) -> str:
     """What Python code prints in the engine's container."""
-    return podman("exec", bench.container(handle), str(python()), "-c", script)
+    return podman("exec", bench.container(engine), str(python()), "-c", script)
 
 
 @pytest.fixture
@@ -92,27 +92,27 @@ async def test_a_clone_finds_the_address_of_its_own_hostname(bench: PodmanBench)
     await golden.restore(Stages())
     clone = await bench.runtime.clone("demo-2", "demo", bench.model)
     await clone.restore(Stages())
-    for handle in (golden, clone):
-        await bench.healthy(handle)
-        asked = inside(bench, handle, "import socket; print(socket.gethostbyname(socket.gethostname()))")
-        assert asked == handle.host
+    for engine in (golden, clone):
+        await bench.healthy(engine)
+        asked = inside(bench, engine, "import socket; print(socket.gethostbyname(socket.gethostname()))")
+        assert asked == engine.host
 
 
 async def test_a_port_on_the_hosts_network_that_another_program_has_costs_neither_the_image_nor_the_wake(
     bench: PodmanBench,
 ) -> None:
     bench.model = model_of(network="host")
-    handle = await ready(bench)
-    boot, port = await bench.boot_id(handle), handle.port
-    assert await handle.listens() is True
-    await handle.checkpoint(FACTS, Stages())
+    engine = await ready(bench)
+    boot, port = await bench.boot_id(engine), engine.port
+    assert await engine.listens() is True
+    await engine.checkpoint(FACTS, Stages())
     with socket.socket() as another:
         another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        another.bind((handle.host, handle.port))
+        another.bind((engine.host, engine.port))
         another.listen()
-        with pytest.raises(PortTakenError, match=f"port {handle.port} .*process"):
-            await handle.restore(Stages())
-        await handle.kill()
+        with pytest.raises(PortTakenError, match=f"port {engine.port} .*process"):
+            await engine.restore(Stages())
+        await engine.kill()
         elsewhere = await ready(bench)
         assert elsewhere.port != port
         await elsewhere.kill()
@@ -127,11 +127,11 @@ async def test_on_the_hosts_network_another_programs_listener_is_not_the_engine(
     sleeps = ModelSettings(
         podman={**table, "entrypoint": [str(python()), "-c"], "command": ["import time; time.sleep(1000)\n# {port}"]}
     )
-    handle = await bench.runtime.start("demo-1", "demo", sleeps)
-    assert await handle.listens() is False
-    with socket.create_server((handle.host, handle.port)), pytest.raises(PortTakenError):
-        await handle.listens()
-    await handle.kill()
+    engine = await bench.runtime.start("demo-1", "demo", sleeps)
+    assert await engine.listens() is False
+    with socket.create_server((engine.host, engine.port)), pytest.raises(PortTakenError):
+        await engine.listens()
+    await engine.kill()
 
 
 async def test_the_log_of_a_container_that_writes_without_end_stays_small(bench: PodmanBench) -> None:

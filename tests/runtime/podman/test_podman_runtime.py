@@ -87,9 +87,9 @@ signal.sigwait([signal.SIGTERM])
 """CUDA names its sockets after the number of the pid namespace and its pid there."""
 
 
-async def abstract_name(bench: PodmanBench, handle: EngineProcess) -> str:
+async def abstract_name(bench: PodmanBench, engine: EngineProcess) -> str:
     """The name that such a program has bound."""
-    pid = bench.pid_of(handle.instance_id)
+    pid = bench.pid_of(engine.instance_id)
     assert pid is not None
     async with asyncio.timeout(PATIENCE_S):
         while not (names := namespaces.abstract_names([pid])):
@@ -97,15 +97,15 @@ async def abstract_name(bench: PodmanBench, handle: EngineProcess) -> str:
     return names[0].removeprefix("@")
 
 
-def image_of(bench: PodmanBench, handle: EngineProcess) -> str:
+def image_of(bench: PodmanBench, engine: EngineProcess) -> str:
     """The id of the container image that its container was made from."""
-    return podman("inspect", "--format", "{{.Image}}", bench.container(handle))
+    return podman("inspect", "--format", "{{.Image}}", bench.container(engine))
 
 
 async def output_of(bench: PodmanBench, model: ModelSettings) -> str:
     """What such a container prints before it ends."""
-    handle = await bench.runtime.start("demo-1", "demo", model)
-    await asyncio.wait_for(handle.wait_exit(), PATIENCE_S)
+    engine = await bench.runtime.start("demo-1", "demo", model)
+    await asyncio.wait_for(engine.wait_exit(), PATIENCE_S)
     # TIME STREAM P|F TEXT; "P": the line goes on in the next entry (k8s-file).
     pieces = [line.split(" ", 3) for line in bench.claim.log_path("demo-1").read_text().splitlines()]
     return "".join(text + "\n" * (whole == "F") for _, _, whole, text in pieces)
@@ -139,13 +139,13 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_an_exported_image_is_restored_where_it_was_imported(
         self, bench: PodmanBench, tmp_path: Path, compression: Compression
     ) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         file = tmp_path / f"golden{SUFFIX[compression]}"
         await bench.store.export("demo", file, compression)
-        await bench.runtime.images.discard(handle)
+        await bench.runtime.images.discard(engine)
         with pytest.raises(RuntimeFailure):
-            await handle.restore(Stages())
-        await handle.remove()
+            await engine.restore(Stages())
+        await engine.remove()
         await bench.store.import_(file)
         clone = await bench.runtime.clone("demo-1", "demo", bench.model)
         await clone.restore(Stages())
@@ -156,10 +156,10 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
 
     async def test_an_image_says_what_its_engine_was_started_from(self, bench: PodmanBench, tag: Tag) -> None:
         bench.model = model_of(image=tag.name)
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         tag.point_to(1)
         assert "was started from" in (await bench.runtime.outdated({"demo": bench.model}))["demo"].reason
-        await handle.checkpoint(FACTS, Stages())
+        await engine.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").facts["container image"] == tag.ids[0]
         assert (await bench.runtime.outdated({"demo": bench.model}))["demo"].usable
         tag.point_to(0)
@@ -173,10 +173,10 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         await golden.restore(Stages())
         clone = await bench.runtime.clone("demo-2", "demo", bench.model)
         await clone.restore(Stages())
-        for handle in (golden, clone):
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
-            assert image_of(bench, handle) == tag.ids[0]
+        for engine in (golden, clone):
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            assert image_of(bench, engine) == tag.ids[0]
         started = await bench.runtime.start("demo-3", "demo", bench.model)
         assert image_of(bench, started) == tag.ids[1], "a new engine is what the name means now"
         await started.checkpoint(FACTS, Stages())
@@ -221,27 +221,27 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         script.write_text("#!/bin/sh\nexit 7\n")
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-dump": str(script)}})
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
         for suspended in (False, True):
             if suspended:
-                await handle.suspend()
+                await engine.suspend()
             with pytest.raises(RuntimeFailure, match="CRIU") as failure:
-                await handle.checkpoint(FACTS, Stages())
+                await engine.checkpoint(FACTS, Stages())
             assert failure.value.alive
-            assert await bench.answers(handle) is not suspended
-        await handle.resume()
-        assert await bench.boot_id(handle) == boot
+            assert await bench.answers(engine) is not suspended
+        await engine.resume()
+        assert await bench.boot_id(engine) == boot
         assert files_in(bench.images) == []
 
     async def test_an_image_that_would_not_fit_is_not_begun(self, bench: PodmanBench) -> None:
-        handle, _ = await self.checkpointed(bench)
-        await handle.restore(Stages())
+        engine, _ = await self.checkpointed(bench)
+        await engine.restore(Stages())
         bench.store.reserve_bytes = 1 << 60
         with pytest.raises(RuntimeFailure, match="the image needs about") as failure:
-            await handle.checkpoint(FACTS, Stages())
+            await engine.checkpoint(FACTS, Stages())
         assert failure.value.alive
-        assert await bench.answers(handle)
+        assert await bench.answers(engine)
         await bench.store.verify("demo")
 
     async def test_a_tmpfs_that_fills_up_meanwhile_harms_neither_the_engine_nor_the_image(
@@ -252,29 +252,29 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(small)], check=True)
         try:
             bench.store.root = small
-            handle, boot = await self.checkpointed(bench)
+            engine, boot = await self.checkpointed(bench)
             await bench.store.verify("demo")
-            await handle.restore(Stages())
-            await bench.healthy(handle)
+            await engine.restore(Stages())
+            await bench.healthy(engine)
             free = os.statvfs(small)
             (small / ".other").write_bytes(bytes(free.f_bavail * free.f_frsize - (4 << 20)))
             bench.store.reserve_bytes = -(1 << 40)  # as if the space went after it was looked at
             with pytest.raises(RuntimeFailure, match="checkpoint: ") as failure:
-                await handle.checkpoint(FACTS, Stages())
+                await engine.checkpoint(FACTS, Stages())
             assert failure.value.alive
-            assert await bench.boot_id(handle) == boot
+            assert await bench.boot_id(engine) == boot
             (small / ".other").unlink()
             await bench.store.verify("demo")
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
-            await handle.remove()
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            await engine.remove()
         finally:
             subprocess.run(["umount", "--lazy", str(small)], check=True)
 
     @pytest.mark.parametrize("damage", ["shortened", "missing", "overwritten"])
     async def test_a_corrupted_image_file_is_refused(self, bench: PodmanBench, damage: str) -> None:
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         file = next(bench.store.path("demo").glob("criu/core-*.img"))
         match damage:
             case "shortened":
@@ -284,58 +284,58 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
             case "overwritten":
                 file.write_bytes(os.urandom(file.stat().st_size))
         with pytest.raises(RuntimeFailure, match="restore") as failure:
-            await handle.restore(Stages())
+            await engine.restore(Stages())
         assert failure.value.fault is (Fault.IMAGE if damage == "overwritten" else Fault.DAMAGE)
         with pytest.raises(StoreError):
             await bench.store.verify("demo")
         with pytest.raises(RuntimeFailure) as failure:
-            await bench.runtime.images.verify(handle, whole=True)
+            await bench.runtime.images.verify(engine, whole=True)
         assert failure.value.fault is Fault.DAMAGE
-        await handle.kill()
-        assert await self.start(bench) == handle
+        await engine.kill()
+        assert await self.start(bench) == engine
 
     async def test_what_a_cleaner_removed_from_the_state_folder_is_made_again(self, bench: PodmanBench) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         for gone in ("podman", "logs"):
             shutil.rmtree(bench.folder / "state" / gone)
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
             shutil.rmtree(bench.folder / "state" / gone)
-            await bench.runtime.images.discard(handle)
-            await handle.checkpoint(FACTS, Stages())
+            await bench.runtime.images.discard(engine)
+            await engine.checkpoint(FACTS, Stages())
 
     async def test_a_container_that_somebody_removed_is_made_again(self, bench: PodmanBench) -> None:
-        handle, boot = await self.checkpointed(bench)
-        podman("rm", "--force", bench.container(handle))
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        engine, boot = await self.checkpointed(bench)
+        podman("rm", "--force", bench.container(engine))
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_a_running_container_that_somebody_removed_ends_and_starts_again(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
-        ended = asyncio.create_task(handle.wait_exit())
+        engine = await self.start(bench)
+        ended = asyncio.create_task(engine.wait_exit())
         await asyncio.sleep(0)
-        podman("rm", "--force", "--time", "0", bench.container(handle))
+        podman("rm", "--force", "--time", "0", bench.container(engine))
         await asyncio.wait_for(ended, PATIENCE_S)
-        await handle.kill()
-        assert await self.start(bench) == handle
+        await engine.kill()
+        assert await self.start(bench) == engine
 
     async def test_podmans_service_may_be_killed_at_any_time(self, bench: PodmanBench) -> None:
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         service.kill()
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
-        await handle.suspend()
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
+        await engine.suspend()
         killed = service_of(bench)
         assert killed is not None
         killed.kill()
-        await handle.resume()
-        assert await bench.boot_id(handle) == boot
+        await engine.resume()
+        assert await bench.boot_id(engine) == boot
 
     async def test_podmans_service_killed_in_the_middle_of_a_dump_leaves_something_usable(
         self, bench: PodmanBench, tmp_path: Path
@@ -345,11 +345,11 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         script.write_text(f"#!/bin/sh\ntouch {reached}\nwhile [ ! -e {go_on} ]; do sleep 0.05; done\n")
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-dump": str(script)}})
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
-        dumping = asyncio.create_task(handle.checkpoint(FACTS, Stages()))
+        dumping = asyncio.create_task(engine.checkpoint(FACTS, Stages()))
         async with asyncio.timeout(PATIENCE_S):
             while not reached.exists():
                 await asyncio.sleep(0.01)
@@ -357,8 +357,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         with pytest.raises(RuntimeFailure):
             await dumping
         go_on.touch()
-        await handle.kill()
-        assert await self.start(bench) == handle
+        await engine.kill()
+        assert await self.start(bench) == engine
         assert files_in(bench.images) == []
 
     async def test_podmans_service_killed_in_the_middle_of_a_restore_costs_a_second_try(
@@ -369,12 +369,12 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         script.write_text(f"#!/bin/sh\ntouch {reached}\nwhile [ -e {hang} ]; do sleep 0.05; done\n")
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-restore": str(script)}})
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         service = service_of(bench)
         if service is None:
             pytest.skip(reason="podman's service is the system's here")
         hang.touch()
-        restoring = asyncio.create_task(handle.restore(Stages()))
+        restoring = asyncio.create_task(engine.restore(Stages()))
         async with asyncio.timeout(PATIENCE_S):
             while not reached.exists():
                 await asyncio.sleep(0.01)
@@ -382,8 +382,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         await service.wait()
         hang.unlink()
         await restoring
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_a_restore_that_hangs_can_be_given_up(self, bench: PodmanBench, tmp_path: Path) -> None:
         hang = tmp_path / "hang"
@@ -391,20 +391,20 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         script.write_text(f"#!/bin/sh\nwhile [ -e {hang} ]; do sleep 0.05; done\n")
         script.chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {"pre-restore": str(script)}})
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         hang.touch()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
-                await handle.restore(Stages())
-        await handle.kill()
+                await engine.restore(Stages())
+        await engine.kill()
         hang.unlink()
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_the_end_of_an_engine_is_told_with_its_status(self, bench: PodmanBench) -> None:
-        handle = await bench.runtime.start("demo-1", "demo", shell("raise SystemExit(3)"))
-        assert await asyncio.wait_for(handle.wait_exit(), PATIENCE_S) == "exit status 3"
+        engine = await bench.runtime.start("demo-1", "demo", shell("raise SystemExit(3)"))
+        assert await asyncio.wait_for(engine.wait_exit(), PATIENCE_S) == "exit status 3"
 
     async def test_an_image_that_is_not_there_is_named_with_the_way_to_get_it(self, bench: PodmanBench) -> None:
         model = model_of(image="localhost/no-such-image")
@@ -415,27 +415,27 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     # --- what a predecessor left ---
 
     async def test_a_successor_adopts_a_running_container(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
         assert bench.runtime.leaves
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         found = [(f.engine.instance_id, f.tier, f.restored) for f in recovered.instances]
         assert found == [("demo-1", Tier.READY, False)]
-        handle = after.runtime.engine("demo-1", "demo")
-        await handle.checkpoint(FACTS, Stages())
-        await handle.restore(Stages())
-        await after.healthy(handle)
-        assert await after.boot_id(handle) == boot
+        engine = after.runtime.engine("demo-1", "demo")
+        await engine.checkpoint(FACTS, Stages())
+        await engine.restore(Stages())
+        await after.healthy(engine)
+        assert await after.boot_id(engine) == boot
 
     async def test_a_successor_lets_a_suspended_container_go_on(self, bench: PodmanBench) -> None:
-        handle, _ = await self.checkpointed(bench)
-        await handle.restore(Stages())
-        await handle.suspend()
+        engine, _ = await self.checkpointed(bench)
+        await engine.restore(Stages())
+        await engine.suspend()
         after = await bench.successor()
         recovered = await after.runtime.recover({"demo": after.model})
         assert [(f.tier, f.restored) for f in recovered.instances] == [(Tier.READY, True)]
-        await after.healthy(handle)
+        await after.healthy(engine)
 
     async def test_orphans_of_another_configuration_are_removed_and_other_peoples_containers_are_not(
         self, bench: PodmanBench, images: Path, tmp_path: Path
@@ -452,8 +452,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         await neighbour.clear()
 
     async def test_a_container_that_ended_and_has_no_image_is_removed(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
-        await handle.kill()
+        engine = await self.start(bench)
+        await engine.kill()
         after = await bench.successor()
         assert list((await after.runtime.recover({"demo": after.model})).instances) == []
         assert after.remains() == []
@@ -462,7 +462,7 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_an_image_taken_elsewhere_is_refused_with_the_reason(
         self, bench: PodmanBench, fact: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         manifest = bench.store.path("demo") / MANIFEST
         content = orjson.loads(manifest.read_bytes())
         here, content["facts"][fact] = content["facts"][fact], "1.2.3"
@@ -473,18 +473,18 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         recovered = await after.runtime.recover({"demo": after.model})
         assert (list(recovered.instances), dict(recovered.images)) == ([], {})
         assert f"checkpoint demo is refused: {fact} was 1.2.3, is {here} here" in caplog.text
-        assert await self.start(after) == handle
+        assert await self.start(after) == engine
 
     # --- connections ---
 
     async def test_a_clients_open_connection_is_closed_by_a_checkpoint(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
-        with socket.create_connection((handle.host, handle.port)) as client:
+        engine = await self.start(bench)
+        with socket.create_connection((engine.host, engine.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            await handle.checkpoint(FACTS, Stages())
-            await handle.restore(Stages())
-            await bench.healthy(handle)
+            await engine.checkpoint(FACTS, Stages())
+            await engine.restore(Stages())
+            await bench.healthy(engine)
             client.settimeout(5)
             with contextlib.suppress(ConnectionError):
                 client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -494,27 +494,27 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         self, bench: PodmanBench
     ) -> None:
         bench.model = model_of(criu={"tcp_close": False})
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
-        with socket.create_connection((handle.host, handle.port)) as client:
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
+        with socket.create_connection((engine.host, engine.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
             with pytest.raises(RuntimeFailure, match="CRIU") as failure:
-                await handle.checkpoint(FACTS, Stages())
+                await engine.checkpoint(FACTS, Stages())
             assert failure.value.alive
-        assert await bench.boot_id(handle) == boot
+        assert await bench.boot_id(engine) == boot
 
     async def test_with_tcp_established_the_engine_keeps_its_connections(self, bench: PodmanBench) -> None:
         bench.model = model_of(criu={"tcp_established": True, "tcp_close": False})
-        handle = await self.start(bench)
-        boot = await bench.boot_id(handle)
-        with socket.create_connection((handle.host, handle.port)) as client:
+        engine = await self.start(bench)
+        boot = await bench.boot_id(engine)
+        with socket.create_connection((engine.host, engine.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            await handle.checkpoint(FACTS, Stages())
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
+            await engine.checkpoint(FACTS, Stages())
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
             client.settimeout(10)
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
@@ -549,8 +549,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         assert "null True" in text
         assert "read-only 30" in text
         assert (tmp_path / "out" / "new").exists()
-        handle = bench.runtime.engine("demo-1", "demo")
-        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]
+        engine = bench.runtime.engine("demo-1", "demo")
+        shown = orjson.loads(podman("inspect", bench.container(engine)))[0]
         assert shown["HostConfig"]["Privileged"] is False
         assert shown["Config"]["Labels"]["io.warmpool.model"] == "demo"
         assert stat.S_IMODE((bench.folder / "state").stat().st_mode) == 0o700, "logs are below"
@@ -565,24 +565,24 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
 
     async def test_a_privileged_engine_can_be_checkpointed(self, bench: PodmanBench) -> None:
         bench.model = model_of(privileged=True, security_options=["label=disable", "apparmor=unconfined"])
-        handle, boot = await self.checkpointed(bench)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        engine, boot = await self.checkpointed(bench)
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     async def test_a_model_on_the_hosts_network_listens_on_loopback(self, bench: PodmanBench) -> None:
         bench.model = model_of(network="host")
-        handle, boot = await self.checkpointed(bench)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
-        assert f"listening on 127.0.0.1:{handle.port}" in bench.claim.log_path("demo-1").read_text()
+        engine, boot = await self.checkpointed(bench)
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
+        assert f"listening on 127.0.0.1:{engine.port}" in bench.claim.log_path("demo-1").read_text()
 
     async def test_an_engine_is_published_nowhere(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
-        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]["NetworkSettings"]
+        engine = await self.start(bench)
+        shown = orjson.loads(podman("inspect", bench.container(engine)))[0]["NetworkSettings"]
         assert not any((shown["Ports"] or {}).values())
-        assert handle.host in {network["IPAddress"] for network in shown["Networks"].values()}
+        assert engine.host in {network["IPAddress"] for network in shown["Networks"].values()}
 
     async def test_two_proxies_that_start_engines_on_it_at_once_give_them_different_ports(
         self, bench: PodmanBench, tmp_path: Path
@@ -592,8 +592,8 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         model = shell("import time; time.sleep(1000)", network="host")
         handles = await asyncio.gather(*(b.runtime.start("demo-1", "demo", model) for b in (bench, other)))
         assert handles[0].port != handles[1].port
-        for handle in handles:
-            await handle.kill()  # it does not end politely
+        for engine in handles:
+            await engine.kill()  # it does not end politely
         await other.clear()
 
     @pytest.mark.parametrize("restarted", [False, True])
@@ -603,9 +603,9 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         model = shell(BINDS_AS_CUDA_DOES, network="host")
         names = set()
         for key in ("a", "b"):
-            handle = await bench.runtime.start(f"{key}-1", key, model)
-            names.add(await abstract_name(bench, handle))
-            await handle.checkpoint(FACTS, Stages())
+            engine = await bench.runtime.start(f"{key}-1", key, model)
+            names.add(await abstract_name(bench, engine))
+            await engine.checkpoint(FACTS, Stages())
             if key == "a" and restarted:
                 bench = await bench.successor()
                 await bench.runtime.recover({"a": model, "b": model})
@@ -615,28 +615,28 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         assert all(bench.pid_of(instance_id) for instance_id in bench.runtime.engines)
 
     async def test_a_name_of_its_image_that_somebody_has_on_it_is_said(self, bench: PodmanBench) -> None:
-        handle = await bench.runtime.start("demo-1", "demo", shell(BINDS_AS_CUDA_DOES, network="host"))
-        name = await abstract_name(bench, handle)
-        await handle.checkpoint(FACTS, Stages())
+        engine = await bench.runtime.start("demo-1", "demo", shell(BINDS_AS_CUDA_DOES, network="host"))
+        name = await abstract_name(bench, engine)
+        await engine.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").private["abstract_sockets"] == [f"@{name}"]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mine:
             mine.bind(f"\0{name}")
             wanted = rf"the unix socket @{name} .* by process {os.getpid()} \(.*models\.demo\.podman\.network"
             with pytest.raises(RuntimeFailure, match=wanted):
-                await handle.restore(Stages())
-        await handle.restore(Stages())
+                await engine.restore(Stages())
+        await engine.restore(Stages())
         assert bench.pid_of("demo-1")
 
     async def test_a_network_of_the_users_own_is_used(self, bench: PodmanBench) -> None:
         podman("network", "create", "warmpool-test")
         try:
             bench.model = model_of(network="warmpool-test")
-            handle, boot = await self.checkpointed(bench)
-            await handle.restore(Stages())
-            await bench.healthy(handle)
-            assert await bench.boot_id(handle) == boot
-            await handle.remove()
-            await bench.runtime.images.discard(handle)
+            engine, boot = await self.checkpointed(bench)
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            await engine.remove()
+            await bench.runtime.images.discard(engine)
         finally:
             podman("network", "rm", "--force", "warmpool-test")
 
@@ -647,11 +647,11 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
                 "command": ["--host", "{host}", "--port", "{port}", "--model", "{model}"],
             }
         )
-        handle, boot = await self.checkpointed(bench)
+        engine, boot = await self.checkpointed(bench)
         assert "rootfs.tar" not in bench.store.load("demo").bytes_by_file
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
 
     # --- CRIU ---
 
@@ -663,9 +663,9 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
             scripts[point].write_text(f"#!/bin/sh\necho $CRTOOLS_SCRIPT_ACTION >> {log}\n")
             scripts[point].chmod(0o755)
         bench.model = model_of(criu={"action_scripts": {n: str(p) for n, p in scripts.items()}})
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         assert log.read_text().split() == ["pre-dump", "post-dump"]
-        await handle.restore(Stages())
+        await engine.restore(Stages())
         assert log.read_text().split()[2:] == ["pre-restore", "post-restore", "post-resume"]
 
     async def test_a_criu_of_the_users_own_is_used(self, tmp_path: Path, images: Path) -> None:
@@ -676,31 +676,31 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         bench = PodmanBench(tmp_path, images, criu_programs=[mine])
         await bench.runtime.open()
         bench.model = model_of(criu={"program": str(mine)})
-        handle, boot = await self.checkpointed(bench)
-        await handle.restore(Stages())
-        await bench.healthy(handle)
-        assert await bench.boot_id(handle) == boot
+        engine, boot = await self.checkpointed(bench)
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
         assert "swrk" in log.read_text()
         await bench.clear()
 
     async def test_criu_options_come_from_a_file_of_the_models_own(self, bench: PodmanBench) -> None:
         bench.model = model_of(criu={"options": ["force-irmap"], "ghost_limit": "1GiB"})
-        handle, _ = await self.checkpointed(bench)
+        engine, _ = await self.checkpointed(bench)
         folder = bench.folder / "state" / "podman"
         text = (folder / "demo.criu.conf").read_text()
         assert "ghost-limit 1073741824\n" in text
         assert "force-irmap\n" in text
-        shown = orjson.loads(podman("inspect", bench.container(handle)))[0]
+        shown = orjson.loads(podman("inspect", bench.container(engine)))[0]
         assert shown["Config"]["Annotations"]["org.criu.config"] == str(folder / "demo.criu.conf")
 
     async def test_criu_reports_its_times(self, bench: PodmanBench) -> None:
-        handle = await self.start(bench)
+        engine = await self.start(bench)
         stages = Stages()
-        await handle.checkpoint(FACTS, stages)
+        await engine.checkpoint(FACTS, stages)
         assert {"podman", "dump", "digest"} <= set(stages.seconds)
         assert stages.seconds["podman"] > 0
         again = Stages()
-        await handle.restore(again)
+        await engine.restore(again)
         assert {"podman", "criu"} <= set(again.seconds)
         manifest = bench.store.load("demo")
         assert manifest.details["criu_us"]["frozen_time"] > 0
@@ -710,11 +710,11 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
     async def test_the_memory_of_processes_that_hide_their_environment_counts(self, bench: PodmanBench) -> None:
         child = "import time; kept = b'x' * (32 << 20); print('up', flush=True); time.sleep(1000)"
         script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], env=dict())"
-        handle = await bench.runtime.start("demo-1", "demo", shell(script))
+        engine = await bench.runtime.start("demo-1", "demo", shell(script))
         async with asyncio.timeout(PATIENCE_S):
             while "up" not in bench.claim.log_path("demo-1").read_text():
                 await asyncio.sleep(0.02)
-        await handle.checkpoint(FACTS, Stages())
+        await engine.checkpoint(FACTS, Stages())
         assert bench.store.load("demo").details["memory"]["anonymous"] > 32 << 20
 
     # --- the host ---

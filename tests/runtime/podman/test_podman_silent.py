@@ -59,9 +59,9 @@ def service_of(bench: PodmanBench) -> asyncio.subprocess.Process:
 
 
 async def ready(bench: PodmanBench) -> EngineProcess:
-    handle = await bench.runtime.start("demo-1", "demo", bench.model)
-    await bench.healthy(handle)
-    return handle
+    engine = await bench.runtime.start("demo-1", "demo", bench.model)
+    await bench.healthy(engine)
+    return engine
 
 
 async def another_service(bench: PodmanBench, old: asyncio.subprocess.Process) -> None:
@@ -82,7 +82,7 @@ async def test_where_nobody_answers_on_the_socket_the_host_error_says_so(
 
 
 async def test_a_service_that_stands_still_fails_every_operation_in_bounded_time(bench: PodmanBench) -> None:
-    handle = await ready(bench)
+    engine = await ready(bench)
     service = bench.runtime.host.podman.service
     assert service is not None
     service._silent_s = 1e9  # what comes of it by itself is another test's
@@ -91,28 +91,28 @@ async def test_a_service_that_stands_still_fails_every_operation_in_bounded_time
     runtime = bench.runtime
     for operation in (
         runtime.start("demo-2", "demo", bench.model),
-        handle.suspend(),
-        handle.checkpoint(FACTS, Stages()),
+        engine.suspend(),
+        engine.checkpoint(FACTS, Stages()),
     ):
         with pytest.raises(RuntimeFailure, match="did not answer within"):
             await asyncio.wait_for(operation, PATIENCE_S)
     with pytest.raises(HostError, match="did not answer within"):
         await asyncio.wait_for(runtime.recover({"demo": bench.model}), PATIENCE_S)
     process.send_signal(signal.SIGCONT)
-    await handle.kill()
+    await engine.kill()
     await ready(bench)
 
 
 async def test_an_engine_is_ended_though_podman_says_nothing(bench: PodmanBench) -> None:
-    handle = await ready(bench)
+    engine = await ready(bench)
     pid = bench.pid_of("demo-1")
     assert pid is not None
     service_of(bench).send_signal(signal.SIGSTOP)
     with pytest.raises(RuntimeFailure, match="did not answer"):
-        await asyncio.wait_for(handle.kill(), PATIENCE_S)
+        await asyncio.wait_for(engine.kill(), PATIENCE_S)
     assert not processes.alive(pid)
     service_of(bench).send_signal(signal.SIGCONT)
-    await handle.remove()
+    await engine.remove()
 
 
 async def test_a_runtime_is_closed_though_podman_says_nothing(bench: PodmanBench) -> None:
@@ -124,18 +124,18 @@ async def test_a_runtime_is_closed_though_podman_says_nothing(bench: PodmanBench
 
 
 async def test_a_service_that_answers_nothing_for_long_is_replaced(bench: PodmanBench) -> None:
-    handle = await ready(bench)
+    engine = await ready(bench)
     old = service_of(bench)
     old.send_signal(signal.SIGSTOP)
     await another_service(bench, old)
-    await handle.suspend()
-    await handle.resume()
-    assert await bench.answers(handle)
+    await engine.suspend()
+    await engine.resume()
+    assert await bench.answers(engine)
 
 
 @pytest.mark.parametrize("lost", ["removed", "replaced"])
 async def test_a_service_whose_socket_file_is_lost_is_replaced(bench: PodmanBench, lost: str) -> None:
-    handle = await ready(bench)
+    engine = await ready(bench)
     old, path = service_of(bench), bench.runtime.host.own_socket()
     if lost == "removed":
         path.unlink()
@@ -144,9 +144,9 @@ async def test_a_service_whose_socket_file_is_lost_is_replaced(bench: PodmanBenc
         with socket.socket(socket.AF_UNIX) as another:
             another.bind(str(path))
     await another_service(bench, old)
-    await handle.suspend()
-    await handle.resume()
-    assert await bench.answers(handle)
+    await engine.suspend()
+    await engine.resume()
+    assert await bench.answers(engine)
 
 
 async def test_a_failed_create_leaves_no_record_and_touches_no_folder_of_the_users(
@@ -156,22 +156,22 @@ async def test_a_failed_create_leaves_no_record_and_touches_no_folder_of_the_use
     (mine / "checkpoint").mkdir(parents=True)
     (mine / "checkpoint" / "weights").write_text("a week of training")
     (mine / "restore.log").write_text("mine")
-    handle = await ready(bench)
-    boot = await bench.boot_id(handle)
-    await handle.checkpoint(FACTS, Stages())
+    engine = await ready(bench)
+    boot = await bench.boot_id(engine)
+    await engine.checkpoint(FACTS, Stages())
     monkeypatch.chdir(mine)
     table = bench.model.podman
     assert table is not None
-    podman("rm", "--force", bench.container(handle))
+    podman("rm", "--force", bench.container(engine))
     broken = bench.model.model_copy(update={"podman": table.model_copy(update={"image": "localhost/no-such-image"})})
     with pytest.raises(RuntimeFailure, match="no-such-image"):
         await bench.runtime.start("demo-1", "demo", broken)
     with pytest.raises(RuntimeFailure, match="no-such-image"):
         await bench.runtime.start("demo-2", "demo", broken)
     assert {e.instance_id for e in bench.runtime.engines.values() if e.it is not None} == {"demo-1"}
-    await handle.restore(Stages())
-    await bench.healthy(handle)
-    assert await bench.boot_id(handle) == boot
+    await engine.restore(Stages())
+    await bench.healthy(engine)
+    assert await bench.boot_id(engine) == boot
     with pytest.raises(RuntimeFailure, match="restore"):
         await bench.runtime.engine("demo-2", "demo").restore(Stages())
     assert (mine / "checkpoint" / "weights").read_text() == "a week of training"

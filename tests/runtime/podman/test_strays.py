@@ -85,14 +85,14 @@ async def test_a_runtime_finds_what_another_one_left_and_leaves_it_there(tmp_pat
     engine_image()
     other = PodmanBench(tmp_path / "other", tmp_path / "images")
     await other.runtime.open()
-    handle = await other.runtime.start("demo-1", "demo", other.model)
+    engine = await other.runtime.start("demo-1", "demo", other.model)
     await other.close()
     bench = PodmanBench(tmp_path / "mine", images)
     await bench.runtime.open()
     await bench.runtime.recover({"demo": bench.model})
     folder = str(tmp_path / "other" / "state")
     (line,) = [line for line in bench.runtime.strays() if folder in line]
-    assert other.container(handle) in line
-    assert podman("ps", "--format", "{{.Names}}", "--filter", f"name={other.container(handle)}")
-    podman("rm", "--force", "--time", "0", other.container(handle))
+    assert other.container(engine) in line
+    assert podman("ps", "--format", "{{.Names}}", "--filter", f"name={other.container(engine)}")
+    podman("rm", "--force", "--time", "0", other.container(engine))
     await bench.clear()
