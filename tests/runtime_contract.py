@@ -118,6 +118,35 @@ class RuntimeContract:
         await two.remove()
         assert bench.remains() == []
 
+    async def test_one_that_was_never_started_can_be_ended_and_removed(self, bench: Bench) -> None:
+        engine = bench.runtime.engine("demo-9", "demo")
+        assert bench.runtime.engine("demo-9", "demo") is engine
+        assert await engine.wait_exit() == "ended"
+        assert (await engine.host_bytes(), await engine.gpu_bytes()) == (0, {})
+        for operation in (engine.suspend(), engine.resume(), engine.restore(Stages())):
+            with pytest.raises(RuntimeFailure):
+                await operation
+        await engine.kill()
+        await engine.remove()
+        assert bench.remains() == []
+
+    async def test_an_image_written_beside_takes_its_place_when_it_is_promoted(
+        self, bench: Bench, checkpoints: None
+    ) -> None:
+        first, old = await self.checkpointed(bench)
+        second = await bench.runtime.start("demo-2", "demo", bench.model, beside=True)
+        await bench.healthy(second)
+        new = await bench.boot_id(second)
+        await second.checkpoint(FACTS, Stages())
+        assert first.image != second.image
+        second.promote()
+        restored = [(second, new)] if bench.runtime.shares_images else [(second, new), (first, old)]
+        for engine, boot in restored:
+            await engine.restore(Stages())
+            await bench.healthy(engine)
+            assert await bench.boot_id(engine) == boot
+            await engine.kill()
+
     async def test_wait_exit_ends_with_the_engine_and_not_before(self, bench: Bench) -> None:
         engine = await self.start(bench)
         waiting = asyncio.create_task(engine.wait_exit())
