@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace, names: Sequence[str], folder: Path, con
             alone["waiting"] = figures.waiting(contender, release, 500 if options.quick else WAITING)
     if "stalls" in names:
         with peers.running("warmpool", folder / "stalls", options.peers) as contender:
-            alone["stalls"] = stalls.measure(contender, quick=options.quick, say=console.print)
+            alone["stalls"] = stalls.measure(contender, folder / "past", quick=options.quick, say=console.print)
     measured = {name for r in rounds for name in r}
     results: dict[str, Any] = {
         name: figures.middle([r[name] for r in rounds if name in r]) for name in peers.PEERS if name in measured
@@ -200,7 +201,7 @@ def main() -> None:
         parser.error("--add: not with --beside, whose pairs belong to one run")
     options.rounds = options.rounds or (beside.PAIRS if options.beside else 3)
     options.json = options.json or Path("build/proxy-beside.json" if options.beside else "build/proxy.json")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("bench-proxy needs two cores: one for the proxy, one for the engine and the client")
     os.sched_setaffinity(0, {peers.OTHER_CORE})
@@ -217,9 +218,11 @@ def main() -> None:
     if options.beside:
         beside.show(report, console)
         return
-    console.print(table(report["results"]))
-    console.print(report["ratios"])
-    console.print(report["waiting"] or "")
+    if report["results"]:
+        console.print(table(report["results"]))
+        console.print(report["ratios"])
+    if report["waiting"]:
+        console.print(report["waiting"])
     if report["stalls"]:
         console.print(stalls.table({"warmpool": report["stalls"]}))
 

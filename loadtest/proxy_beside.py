@@ -77,7 +77,10 @@ def measure(
             pairs.append(pair)
             say(f"pair {number + 1} of {options.rounds}: {_brief(pair)}")
         if "stalls" in parts:
-            found = {name: stalls.measure(one, quick=options.quick, say=say) for name, one in running.items()}
+            found = {
+                name: stalls.measure(one, folder / f"{name}-stalls", quick=options.quick, say=say)
+                for name, one in running.items()
+            }
     return {
         "machine": figures.machine(), "versions": {name: one.version() for name, one in checkouts.items()},
         "ratios": ratios(pairs), "stalls": found, "pairs": pairs,

@@ -222,6 +222,20 @@ def running(
         yield Contender(name, version, port, processes, upstream)
 
 
+@contextlib.contextmanager
+def engine(folder: Path) -> Iterator[int]:
+    """One that is behind no proxy; its port. Raises UnavailableError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with _process(upstream_command(str(port)), folder / "engine.log"):
+        began = time.monotonic()
+        while not answers(port):
+            if time.monotonic() - began > _START_S:
+                raise UnavailableError(f"the engine did not start: {(folder / 'engine.log').read_text()[-500:]}")
+            time.sleep(0.1)
+        yield port
+
+
 def _accepts(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True

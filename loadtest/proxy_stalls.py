@@ -2,7 +2,10 @@
 
 A proxy with one event loop that reads a body in one go serves nobody meanwhile. Ten shapes of a body are posted, one
 after the other, by a process of its own; before each comes a time without, the control. Both are times of one run on
-one machine, and what is counted is their difference.
+one machine, and what is counted is their difference. What sending and taking so much costs the machine by itself is
+seen by posting the same bodies past the proxy, to an engine of their own.
+
+Other than in the rest of the bench the proxy may use all cores, for it may have such bodies read by another process.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from rich.table import Table
 
 from loadtest import proxy_load as load
 from loadtest import proxy_peers as peers
+from loadtest.client import undisturbed
 from loadtest.proxy_figures import ENDLESS
 from loadtest.proxy_upstream import EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from multiprocessing.connection import Connection
+    from pathlib import Path
 
     from loadtest.proxy_peers import Contender
 
@@ -109,13 +114,14 @@ def _headed(path: str, fields: str, body: bytes, kind: str = "application/json")
     return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n{fields}\r\n\r\n".encode() + body
 
 
-def _post_from_elsewhere(port: int, size: int, pipe: Connection) -> None:
-    """A shape comes, "ready" goes; then each "post" is answered with a status and its seconds, until another shape."""
+def _post_from_elsewhere(size: int, pipe: Connection) -> None:
+    """A shape comes, "ready" goes; then each port that comes is answered with a status and its seconds."""
     os.nice(10)  # the client that measures goes first
     data = b""
-    while (asked := pipe.recv()) is not None:
-        if asked == "post":
-            pipe.send(_posted(port, data))
+    while True:
+        asked = pipe.recv()
+        if isinstance(asked, int):
+            pipe.send(_posted(asked, data))
         else:
             data = message(asked, size)
             pipe.send("ready")
@@ -136,10 +142,10 @@ def _posted(port: int, data: bytes) -> tuple[str, float]:
 
 
 @contextmanager
-def _poster(port: int, size: int) -> Iterator[Connection]:
+def _poster(size: int) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_post_from_elsewhere, args=(port, size, theirs), daemon=True)
+    process = context.Process(target=_post_from_elsewhere, args=(size, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -176,39 +182,47 @@ class _Gaps:
                     self._last[number] = now
         return gaps
 
+    def while_posted(self, poster: Connection, port: int) -> tuple[list[float], tuple[str, float]]:
+        """The gaps while the poster's body is under way and a moment longer, and its status and seconds."""
+        poster.send(port)
+        gaps = self.during(0.0, poster.poll)
+        answer: tuple[str, float] = poster.recv()
+        return gaps + self.during(_AFTER_S), answer
 
-def measure(contender: Contender, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+
+def measure(contender: Contender, folder: Path, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Percentiles of the gaps with and without bodies, each shape's too, in milliseconds."""
     size, posts = (1 << 20, 1) if quick else (SIZE, POSTS)
     found: dict[str, Any] = {"mib": size >> 20, "streams": STREAMS, "shapes": {}}
-    control: list[float] = []
-    loaded: list[float] = []
+    gaps: dict[str, list[float]] = {"loaded": [], "past": [], "control": []}
+    for process in contender.processes:
+        process.cpu_affinity([])  # all
     streams = _Gaps(contender.port, STREAMS)
     try:
-        streams.during(1.0)  # until all run
-        with _poster(contender.port, size) as poster:
+        with _poster(size) as poster, peers.engine(folder) as elsewhere, undisturbed():
+            streams.during(1.0)  # until all run
             for shape in SHAPES:
                 poster.send(shape)
                 streams.during(0.0, poster.poll)
                 poster.recv()
-                control += streams.during(0.2 if quick else CONTROL_S)
-                gaps: list[float] = []
-                answers = []
+                gaps["control"] += streams.during(0.2 if quick else CONTROL_S)
+                if shape != "chunked":  # which the bare engine does not know
+                    gaps["past"] += streams.while_posted(poster, elsewhere)[0]
+                answers, own = [], list[float]()
                 for _ in range(posts):
-                    poster.send("post")
-                    gaps += streams.during(0.0, poster.poll)
-                    answers.append(poster.recv())
-                gaps += streams.during(_AFTER_S)
-                loaded += gaps
+                    more, answer = streams.while_posted(poster, contender.port)
+                    answers.append(answer)
+                    own += more
+                gaps["loaded"] += own
                 figures = found["shapes"][shape] = {
                     "statuses": sorted({status for status, _ in answers}),
                     "seconds": max(seconds for _, seconds in answers),
-                    **_percentiles(gaps),
+                    **_percentiles(own),
                 }
                 say(f"{contender.name}: {shape}: p99 gap {figures['p99_ms']} ms")
     finally:
         streams.wires.close()
-    found |= {"ended": streams.ended, "control": _percentiles(control), "loaded": _percentiles(loaded)}
+    found |= {"ended": streams.ended} | {name: _percentiles(values) for name, values in gaps.items()}
     found["p99_above_ms"] = round(found["loaded"]["p99_ms"] - found["control"]["p99_ms"], 2)
     return found
 
@@ -221,6 +235,9 @@ def _percentiles(gaps_s: list[float]) -> dict[str, Any]:
         "most_ms": round(values[-1] * 1e3, 2),
         "n": len(gaps_s),
     }
+
+
+_TOGETHER: Final = {"loaded": "all shapes", "past": "posted past the proxy", "control": "control, without"}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -239,9 +256,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             figures = one["shapes"][shape]
             cells += [_cell(figures), f"{' '.join(figures['statuses'])}, {figures['seconds']:.2f}"]
         shown.add_row(shape, *cells)
-    for title in ("loaded", "control"):
-        cells = [cell for one in results.values() for cell in (_cell(one[title]), "")]
-        shown.add_row({"loaded": "all shapes", "control": "control, without"}[title], *cells)
+    for name, title in _TOGETHER.items():
+        cells = [cell for one in results.values() for cell in (_cell(one[name]), "")]
+        shown.add_row(title, *cells)
     above = []
     for one in results.values():
         kept = "kept" if one["p99_above_ms"] <= MOST_MS else "missed"
