@@ -85,8 +85,8 @@ def _context(settings: Settings, key: str) -> golden.CheckpointContext:
     return golden.CheckpointContext(settings, key, runtime, wiring.store(settings))
 
 
-def create(path: Path | None, model: str, *, as_json: bool) -> None:
-    """Make a golden checkpoint and prove it."""
+def create(path: Path | None, model: str, *, as_json: bool, costs: bool = False) -> None:
+    """Make a golden checkpoint and prove it; `costs`: and say what each tier costs."""
     settings = load(path)
     key = _model(settings, model)
     context = _context(settings, key)
@@ -103,6 +103,8 @@ def create(path: Path | None, model: str, *, as_json: bool) -> None:
         click.echo(orjson.dumps(_report(created), option=orjson.OPT_INDENT_2).decode())
     else:
         tables.created(created)
+        if costs:
+            tables.tiers(shop.model, created)
 
 
 def ls(path: Path | None, *, as_json: bool) -> None:

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from proxy.config.values import format_duration, short_size
 from proxy.pool import golden
+from proxy.pool.costs import TYPICAL_S
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from proxy.checkpoint.manifest import Manifest
+    from proxy.config.model import ModelSettings
 
 
 class Bar(golden.Watcher):
@@ -87,13 +90,43 @@ def created(made: golden.Created) -> None:
         console.print(warmup)
     sizes = ", ".join(f"{short_size(size)} {kind}" for kind, size in manifest.bytes_by_kind().items() if size)
     console.print(f"{manifest.image}: {short_size(manifest.total_bytes())} ({sizes})")
-    stages = ("restore", "health", "wake_up", "load_weights", "reload_weights")
-    restored_s = sum(s for name, s in made.proof_s.items() if name in stages)
+    restored_s = _restored_s(made)
     answered = "it answers as before" if made.canary_checked else "it has no canary"
     console.print(f"{manifest.image}: restored in {restored_s:.3f} s; {answered}")
     if (repeats := manifest.details.get("repeats_randomness")) is not None:
         text = "without a seed of the client's, answers repeat after each restore, and on clones"
         console.print(f"{manifest.image}: {text}: {repeats}")
+
+
+def _restored_s(made: golden.Created) -> float:
+    stages = ("restore", "health", "wake_up", "load_weights", "reload_weights")
+    return sum(seconds for name, seconds in made.proof_s.items() if name in stages)
+
+
+def tiers(model: ModelSettings, made: golden.Created | None) -> None:
+    """What each tier of a model costs to wake from, and what it holds: measured, or else as is usual."""
+    measured = {}
+    holds = {Tier.STOPPED: "nothing", Tier.CHECKPOINTED: "an image on tmpfs"}
+    if made is not None:
+        started = ("start", "load", "warmup")
+        measured[Tier.STOPPED] = sum(seconds for name, seconds in made.making_s.items() if name in started)
+        measured[Tier.CHECKPOINTED] = _restored_s(made)
+        holds[Tier.CHECKPOINTED] = f"{short_size(made.manifest.total_bytes())} on tmpfs"
+        if memory := sum((made.manifest.details.get("memory") or {}).values()):
+            holds |= dict.fromkeys((Tier.SLEEPING, Tier.SUSPENDED), f"{short_size(memory)} of memory")
+    table = _table("TIER", "AFTER", "WAKES IN", "HOLDS", right=["WAKES IN"])
+    times = {**model.idle.timetable(), Tier.STOPPED: model.idle.stopped}
+    for tier, after_s in times.items():
+        known = measured.get(tier)
+        wakes = f"{known:.2f} s" if known is not None else f"~{TYPICAL_S[tier]:g} s"
+        after = "never" if after_s is None else f"{format_duration(after_s)} idle"
+        table.add_row(tier.label, after, wakes, holds.get(tier, "its memory"))
+    console = _console()
+    console.print(table)
+    if len(measured) < len(times):
+        console.print(
+            "~ is what a model of 1.5 billion parameters took on an H100; `warmpool status` shows what yours do."
+        )
 
 
 def largest(manifest: Manifest, count: int = 5) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import click
 
 from proxy import __version__
-from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, routes, serve
+from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, model, routes, serve
 from proxy.cli.failures import Commands
 
 
@@ -30,6 +30,7 @@ for _command in (
     install.uninstall,
     key.key,
     man.man,
+    model.model,
     routes.routes,
 ):
     cli.add_command(_command)

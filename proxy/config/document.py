@@ -27,6 +27,8 @@ class Document:
     values: dict[str, Any]
     references: dict[KeyPath, str] = field(default_factory=dict)
     """Key → its text with `{env:NAME}` as it was written; what came of it may be a secret."""
+    secrets: set[str] = field(default_factory=set)
+    """The values of the variables."""
     problems: dict[KeyPath, str] = field(default_factory=dict)
     """Key → what is wrong with its references."""
     _own: Mapping[str, Any] = field(default_factory=dict)
@@ -117,7 +119,9 @@ def _text(written: str, path: KeyPath, document: Document, environment: Mapping[
             problems.append(f"{match[0]} names no environment variable: write {{env:NAME}}")
         elif name not in environment:
             problems.append(f"{match[0]}: the environment variable {name} is not set")
-        return environment.get(name, "")
+        value = environment.get(name, "")
+        document.secrets.add(value)
+        return value
 
     value = _REFERENCE.sub(value_of, written)
     document.references[path] = written

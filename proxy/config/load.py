@@ -20,6 +20,7 @@ from pydantic_settings import (
 from proxy.config import impossible
 from proxy.config.document import Document, KeyPath, prepare
 from proxy.config.explain import Problem, explain, problem, suggestion
+from proxy.config.masking import remember
 from proxy.config.positions import Positions
 from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 from proxy.errors import ConfigError
@@ -79,6 +80,7 @@ def parse(text: str, source: str) -> Loaded:
         def _prepared(cls, merged: dict[str, Any]) -> dict[str, Any]:
             nonlocal document
             document = prepare(merged, os.environ)
+            remember(document.secrets)
             return document.values
 
     found: list[Problem] = [Problem((), text) for text in _unknown_environment(Settings.model_fields)]

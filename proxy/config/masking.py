@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from proxy.config.document import KeyPath
 
@@ -19,8 +19,19 @@ _QUERY: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+
 _SECRET_OPTION: Final = re.compile(r"(--?(?:[\w.-]*[-_.])?(?:key|token|secret|password|passwd|credentials?))(=.*)?")
 
 
+_remembered: set[str] = set()
+_SHORTEST_SECRET: Final = 6
+
+
+def remember(values: Iterable[str]) -> None:
+    """Mask these from now on, wherever they come: what `{env:NAME}` stands for, which may be a secret."""
+    _remembered.update(value for value in values if len(value) >= _SHORTEST_SECRET)
+
+
 def mask_urls(text: str) -> str:
-    """The text without users, passwords and queries of URLs."""
+    """The text without users, passwords and queries of URLs, and without what is remembered as a secret."""
+    for value in _remembered:
+        text = text.replace(value, MASK)
     return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.checkpoint.errors import StoreError
+from proxy.config.masking import masked
 from proxy.errors import Fault, HostError, PortTakenError, RuntimeFailure
 from proxy.host import owned, processes
 from proxy.runtime import criu, namespaces, port_owner
@@ -247,7 +248,7 @@ class PodmanEngine(LocalEngine[ContainerRecord]):
         it.pid, it.activity = None, Activity.NOTHING
         # The time frozen holds that of dumping memory, which holds that of writing it.
         statistics = _note_times(answer, "dump", ("freezing_time", "frozen_time"), began, stages)
-        return {"engine": engine.model_dump(mode="json", exclude={"env", "criu"}), "criu_us": statistics}
+        return {"engine": masked(engine.model_dump(mode="json", exclude={"env", "criu"})), "criu_us": statistics}
 
     async def _collect(self, it: ContainerRecord, folder: Path, stages: Stages) -> None:
         """The files in its memory, and what it wrote to its root filesystem."""
