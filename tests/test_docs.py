@@ -132,6 +132,8 @@ def check_words(words: list[str]) -> str | None:
     command: click.Command = cli
     options = {"-h", "--help", "--version"}
     for word in words:
+        if word == "--":
+            break  # another program's
         name = word.partition("=")[0]
         if name.startswith("-") and name != "-":
             known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | options

@@ -104,7 +104,7 @@ def create(path: Path | None, model: str, *, as_json: bool, costs: bool = False)
     else:
         tables.created(created)
         if costs:
-            tables.tiers(shop.model, created)
+            tables.tiers(settings.models[key], created)
 
 
 def ls(path: Path | None, *, as_json: bool) -> None:

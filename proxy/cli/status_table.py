@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.console import Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from proxy.config.values import format_duration, short_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+    _Row = Mapping[str, str | Text]
 
 _COLOURS: Final[Mapping[str, str]] = {
     "ready": "green",
@@ -27,33 +30,65 @@ _COLOURS: Final[Mapping[str, str]] = {
 }
 
 _NUMBERS: Final = frozenset({"GPU", "BUSY", "QUEUE", "IDLE"})
-_GPU: Final = 3
-"""The column of GPU memory, which is left out where there are no GPUs."""
+_COLUMNS: Final = ("MODEL", "INSTANCE", "STATE", "GPU", "BUSY", "QUEUE", "IDLE", "NEXT", "LAST WAKE")
+_WIDEST: Final = 1000
 
 
 def table(status: dict[str, Any], model: str | None = None) -> RenderableType:
     """Models and their instances, then memory; `model`: only that one, by key."""
     now = time.time()
-    has_gpus = bool(status.get("gpus"))
-    rows = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("MODEL", "INSTANCE", "STATE", "GPU", "BUSY", "QUEUE", "IDLE", "NEXT", "LAST WAKE"):
-        if name != "GPU" or has_gpus:
-            rows.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-    for key, entry in status["models"].items():
-        if model in (None, key):
-            for row in _rows(key, entry, now):
-                rows.add_row(*(row if has_gpus else [*row[:_GPU], *row[_GPU + 1 :]]))
+    rows = [row for key, entry in status["models"].items() if model in (None, key) for row in _rows(key, entry, now)]
     notes = [Text(text) for text in _notes(status)]
-    return Group(rows, *notes)
+    return Group(_FittingTable(rows, has_gpus=bool(status.get("gpus"))), *notes)
 
 
-def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[RenderableType]]:
+class _FittingTable:
+    """A line an instance where that fits into the terminal's width, else a few lines each, of at most 80 columns."""
+
+    def __init__(self, rows: Sequence[_Row], *, has_gpus: bool) -> None:
+        self._rows = rows
+        self._left_out = set() if has_gpus else {"GPU"}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = self._table(self._rows, self._left_out)
+        needed = Measurement.get(console, options.update(width=_WIDEST, max_width=_WIDEST), wide).maximum
+        if needed <= options.max_width:
+            yield wide
+        else:
+            yield self._table([_narrow(row) for row in self._rows], self._left_out | {"MODEL", "IDLE"}, padding=0)
+
+    def _table(self, rows: Iterable[_Row], left_out: Container[str], *, padding: int = 1) -> Table:
+        made = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, padding))
+        shown = [name for name in _COLUMNS if name not in left_out]
+        for name in shown:
+            made.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*(row[name] for name in shown))
+        return made
+
+
+def _narrow(row: _Row) -> _Row:
+    """The same with more lines and fewer columns: the instance's name begins with the model's."""
+    title, instance = Text.assemble(row["MODEL"]), str(row["INSTANCE"])
+    named = Text.assemble(instance or title.plain.partition(" ")[0])
+    for mark in title.plain.split(" ")[1:]:
+        named.append(f"\n{mark}", style="yellow")
+    state = Text.assemble(row["STATE"])
+    if idle := str(row["IDLE"]):
+        state.append(f"\nidle {idle}", style="dim")
+    going = str(row["NEXT"]).replace(" in ", "\nin ").replace(" as ", "\nas ")
+    wake = str(row["LAST WAKE"]).replace(" from ", " from\n").replace(", ", ",\n")
+    return {**row, "INSTANCE": named, "STATE": state, "NEXT": going, "LAST WAKE": wake}
+
+
+def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[_Row]:
     title = Text(key, style="bold")
     if entry["draining"]:
         title.append(" draining", style="yellow")
     waiting = str(entry["queue"])
     if not entry["instances"]:
-        yield [title, "", Text("stopped", style="dim"), "", "", waiting, "", "", ""]
+        cells: list[str | Text] = [title, "", Text("stopped", style="dim"), "", "", waiting, "", "", ""]
+        yield dict(zip(_COLUMNS, cells, strict=True))
     for instance in entry["instances"]:
         state = instance["state"]
         used, step = instance["last_used_unix_s"], instance["next_step"]
@@ -61,7 +96,7 @@ def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[Renderab
         going = f"{instance['commanded']} as commanded" if instance["commanded"] else ""
         if not going and step is not None:
             going = f"{step['to']} in {_short(step['at_unix_s'] - now)}"
-        yield [
+        shown: list[str | Text] = [
             title,
             instance["id"],
             Text(state.replace("_", " "), style=_COLOURS.get(state, "yellow")),
@@ -72,6 +107,7 @@ def _rows(key: str, entry: dict[str, Any], now: float) -> Iterator[list[Renderab
             going,
             _wake(instance["last_wake"], now),
         ]
+        yield dict(zip(_COLUMNS, shown, strict=True))
         title, waiting = Text(""), ""
 
 

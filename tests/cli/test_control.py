@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -264,3 +265,34 @@ def test_patches_leave_the_old_status_alone() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": 3}
     assert apply_patch(old, {"a": {"b": None, "e": {"f": 1}}, "d": None}) == {"a": {"c": 2, "e": {"f": 1}}}
     assert old == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_the_table_is_whole_at_80_columns() -> None:
+    now = time.time()
+    wake = {"seconds": 1.234, "from": "checkpointed", "at_unix_s": now - 3700}
+
+    def instance(number: int, **more: Any) -> dict[str, Any]:
+        return {
+            "id": f"llama_70b-{number}", "state": "checkpointed", "leases": 0, "commanded": None,
+            "next_step": {"to": "checkpointed", "at_unix_s": now + 3700}, "last_used_unix_s": now - 5000,
+            "last_wake": wake, "gpu_bytes": {"a": 75_500_000_000}, **more,
+        }  # fmt: skip
+
+    models = {
+        "llama_70b": {"draining": True, "queue": 12, "instances": [instance(1), instance(2, state="falling_asleep")]},
+        "small": {"draining": False, "queue": 0, "instances": []},
+    }
+    gpu = {"index": 0, "name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 12 << 30, "reserved_bytes": 0}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(status_table.table({"draining": False, "models": models, "gpus": [gpu]}))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.strip()]
+    assert rows[0] == ["INSTANCE", "STATE", "GPU", "BUSY", "QUEUE", "NEXT", "LAST", "WAKE"]
+    text = "\n".join(" ".join(row) for row in rows)
+    # Every word whole, in three lines an instance.
+    assert "llama_70b-1 checkpointed 70.3 GiB 0 12 checkpointed 1.23 s from" in text, text
+    assert "draining idle 1h23m in 1h1m checkpointed," in text, text
+    assert "1h1m ago" in text, text
+    assert "llama_70b-2 falling 70.3 GiB 0 checkpointed" in text, text
+    assert "small stopped 0" in text, text
