@@ -15,12 +15,14 @@ from proxy.checkpoint.errors import StoreError
 from proxy.checkpoint.manifest import Manifest
 from proxy.cli import checkpoint_tables as tables
 from proxy.cli import wiring
+from proxy.cli.control_client import Control, ControlError, address_of
 from proxy.config.load import load
 from proxy.config.values import short_size
 from proxy.doctor import preflight
 from proxy.doctor.view import Host
-from proxy.errors import HostError, RuntimeFailure
+from proxy.errors import ConfigError, HostError, RuntimeFailure
 from proxy.pool import golden
+from proxy.runtime.state_dir import InUseError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
@@ -295,8 +297,29 @@ async def _states(settings: Settings, manifests: Iterable[Manifest]) -> dict[int
                     reason = await runtime.images.refusal(manifest, settings.models)
                     state = f"outdated: {outdated[manifest.model].reason}" if manifest.model in outdated else "good"
                     states[id(manifest)] = state if reason is None else f"refused: {reason}"
+        except InUseError:
+            states |= await _states_of_server(settings, mine)
         except (HostError, RuntimeFailure) as error:
             states |= {id(m): f"not checked against this host: {error}" for m in mine}
+    return states
+
+
+async def _states_of_server(settings: Settings, manifests: Iterable[Manifest]) -> dict[int, str]:
+    """The same in the words of the running proxy that has the images."""
+    try:
+        async with Control(address_of(settings.server)) as control:
+            models = (await control.status())["models"]
+    except (HostError, ControlError, ConfigError):
+        return {id(m): "used by a running warmpool that could not be asked" for m in manifests}
+    states = {}
+    for manifest in manifests:
+        model = models.get(manifest.model)
+        if model is None:
+            states[id(manifest)] = "refused: the running warmpool has no such model"
+        elif model["outdated"] is not None:
+            states[id(manifest)] = f"outdated: {model['outdated']['reason']}"
+        else:
+            states[id(manifest)] = "in use by the running warmpool"
     return states
 
 

@@ -23,6 +23,10 @@ _MARKS: Final = ("lock", "logs", "usage.json", "archive", "state")
 """What a state folder of warmpool's has in it, of any version, or a folder below which it was by default."""
 
 
+class InUseError(HostError):
+    """Another warmpool has the folder."""
+
+
 class Claim:
     """A hold on `state_dir`, shared by the runtimes of one warmpool.
 
@@ -72,7 +76,7 @@ class Claim:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._unlock()
-            raise HostError(f"another warmpool uses state_dir {self.folder}; stop it or set another one") from None
+            raise InUseError(f"another warmpool uses state_dir {self.folder}; stop it or set another one") from None
         except OSError as error:
             self._unlock()
             where = f"{error.filename}: " if error.filename not in (None, str(self.folder)) else ""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,27 @@ async def test_checkpoint_now_writes_an_image_that_wakes(proxy: Proxy) -> None:
     assert (image["image"], image["model"]) == ("demo-1", "demo")
     assert image["bytes"] > 1 << 20
     assert (await run(proxy, "wake", "demo")).startswith("demo-1: ready from checkpointed in ")
+
+
+@pytest.mark.criu
+async def test_checkpoints_are_listed_beside_a_running_server(tmp_path: Path) -> None:
+    if reason := why_no_criu():
+        pytest.skip(reason)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"server": {"port": port}, "models": {"demo": engine_model(idle=NEVER)}}
+    proxy = await Proxy(tmp_path / "served", settings=settings).listening()
+    file = str(proxy.folder / "warmpool.toml")
+    await run(proxy, "wake", "demo")
+    await run(proxy, "checkpoint", "now", "demo")
+    (row,) = json.loads(await run(proxy, "checkpoint", "ls", "-c", file, "--json"))
+    assert (row["image"], row["state"]) == ("demo-1", "in use by the running warmpool")
+    # It was not touched by that.
+    assert (await run(proxy, "wake", "demo")).startswith("demo-1: ready from checkpointed in ")
+    proxy.process.terminate()
+    assert await proxy.ended() == 0
+    (row,) = json.loads(await run(proxy, "checkpoint", "ls", "-c", file, "--json"))
+    assert row["state"] == "good"
 
 
 async def test_drain_and_undrain(proxy: Proxy) -> None:
