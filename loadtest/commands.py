@@ -27,6 +27,7 @@ from loadtest import (
     restore_flags,
     results,
     serving,
+    simulate_command,
     soak,
     tables,
     trace,
@@ -518,6 +519,9 @@ def proxy(arguments: tuple[str, ...]) -> None:
     """The proxy itself against others, on the same core (`proxy --help` for its own options)."""
     sys.argv = ["python -m loadtest proxy", *arguments]
     importlib.import_module("loadtest.bench_proxy").main()
+
+
+cli.add_command(simulate_command.command, "simulate")
 
 
 def _pair(text: str) -> tuple[str, str]:

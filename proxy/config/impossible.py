@@ -32,6 +32,20 @@ def _ready_at_once(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
             ("pool", "max_awake"),
             f"{most} may be awake, and min_ready asks for {sum(kept.values())}: {named}; raise one or lower the other",
         )
+        return
+    stay = {key: model.max_instances if model.pin else model.min_ready for key, model in settings.models.items()}
+    for key in settings.models if most else ():
+        others = {other: count for other, count in stay.items() if count and other != key}
+        if sum(others.values()) >= most:
+            named = ", ".join(f"models.{other} ({count})" for other, count in others.items())
+            yield (
+                ("pool", "max_awake"),
+                (
+                    f"models.{key} could never run: {most} may be awake, and so many stay so by min_ready or pin: "
+                    f"{named}; raise it, or keep fewer"
+                ),
+            )
+            return
 
 
 def _folders(pool: PoolSettings) -> Iterator[tuple[KeyPath, str]]:

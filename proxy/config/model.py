@@ -154,6 +154,14 @@ class ModelSettings(Section):
     max_concurrency: PositiveInt = Field(default=256, description="Requests one engine is given at once.")
     max_queue: PositiveInt = Field(default=1000, description="How many requests may wait for it.")
     queue_timeout: Duration = Field(default=300.0, description="How long a request waits for an engine before 503.")
+    max_wait: Duration = Field(
+        default=60.0,
+        description="How long a request should wait at most while other models run: whose time is up first is served "
+        "first.",
+    )
+    pin: bool = Field(
+        default=False, description="An instance that is ready neither steps down nor is paused for another model."
+    )
     start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
     wake_timeout: Duration = Field(
         default=60.0, description="How long any other tier may take to wake, or to step down to."

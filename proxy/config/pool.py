@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
@@ -40,11 +40,23 @@ class PoolSettings(Section):
         description="A request of a higher priority (of its API key) is served before one that came up to this much "
         "earlier, for each class between them; after that, the earlier one.",
     )
+    policy: Literal["turns", "fifo", "lru"] = Field(
+        default="turns",
+        description="Who runs when not all models fit. turns: busy models take turns of a quantum, paused where they "
+        "can be, and who has waited for max_wait comes first; fifo: in the order in which requests came, the running "
+        "model retires at once; lru: an idle instance makes room, a busy one never (docs/scheduling.md compares them).",
+    )
+    quantum: Duration = Field(
+        default=0.5,
+        description="How long an instance with one request runs at least when other models wait for its place; longer "
+        "with more requests, and where the switch takes longer.",
+    )
     switch_after: Duration = Field(
         default=10.0,
-        description="With max_awake reached and no idle instance: how long a request waits before a busy instance of "
-        "another model takes no new requests, so that it becomes idle.",
+        description="With no room and no idle instance: how long a request waits before a busy instance of another "
+        "model that cannot be paused takes no new requests, so that it becomes idle.",
     )
+    lru_ttl: Duration = Field(default=300.0, description='With policy = "lru": how long an idle instance stays ready.')
     gpu_creep: Memory = Field(
         default=ByteSize(512 << 20),
         description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "

@@ -10,10 +10,10 @@ import time
 from typing import TYPE_CHECKING
 
 from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, QueueFullError
-from proxy.pool import policy
 from proxy.pool.instance import Instance, State, WakeRecord, holding, pick
 from proxy.pool.lease import Lease
 from proxy.pool.model import client_of, tier_found
+from proxy.pool.model_view import is_failing
 from proxy.pool.state import SERVING_PHASES, Phase
 from proxy.pool.wait_queue import Waiter
 from proxy.tiers import Tier
@@ -59,6 +59,7 @@ class Admission:
             raise DrainingError(f"{what} is draining: it takes no new requests for now.", retry_after_s=1.0)
         if counts:
             self._state.usage.note(model.key)
+            model.demand.note(self._state.clock())
         if (lease := self._at_once(model, preferred)) is not None:
             return lease
         held = holding(model.instances.values(), preferred) if preferred is not None else None
@@ -68,10 +69,10 @@ class Admission:
         self._refuse_if_longer(model, max_wait_s)
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
         since = self._state.clock()
-        rank = since - priority * self._state.settings.pool.priority_head_start
-        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred)
+        head_start_s = priority * self._state.settings.pool.priority_head_start
+        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred, head_start_s)
         self._state.waiting += 1
-        model.queue.add(waiter, priority, rank)
+        model.queue.add(waiter, priority, since - head_start_s)
         if preferred is not None:
             model.wanted[preferred] += 1
         try:
@@ -107,6 +108,7 @@ class Admission:
             return None
         if (lease := self._at_once(model)) is not None:
             state.usage.note(key)
+            model.demand.note(state.clock())
         return lease
 
     def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
@@ -122,7 +124,7 @@ class Admission:
         return lease
 
     def _refuse_if_failing(self, model: Model) -> None:
-        if model.last_failure is not None and policy.is_failing(model.view(), self._state.clock()):
+        if model.last_failure is not None and is_failing(model.view(), self._state.clock()):
             raise model.wake_failed(model.last_failure, self._state.clock())
 
     def _refuse_if_full(self, model: Model) -> None:

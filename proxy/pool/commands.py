@@ -7,11 +7,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError
-from proxy.pool import policy
 from proxy.pool.command import Command
 from proxy.pool.instance import Instance, State, WakeRecord
+from proxy.pool.model_view import commanded_step, view_of
 from proxy.pool.state import Phase
-from proxy.pool.view import view_of
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ class Commands:
         """The tier that a command means for an instance. Raises ConflictError when it has none."""
         if _height(instance) >= to:
             return to
-        goal = policy.commanded_step(view_of(instance), to, model.view())
+        goal = commanded_step(view_of(instance), to, model.view())
         if goal is None:
             missing = model.runtime.tiers().missing
             reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)

@@ -33,6 +33,10 @@ class Costs:
         old = self._seconds.get((model, tier))
         self._seconds[model, tier] = seconds if old is None else old + self._WEIGHT * (seconds - old)
 
+    def by_tier(self, model: str) -> Mapping[Tier, float]:
+        """The expected time to wake from each tier."""
+        return {tier: self.estimate_s(model, tier) for tier in TYPICAL_S}
+
     def estimate_s(self, model: str, tier: Tier) -> float:
         """The expected time to wake from `tier`, in seconds; a typical one before any was measured."""
         return self._seconds.get((model, tier), TYPICAL_S[tier])

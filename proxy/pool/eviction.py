@@ -5,6 +5,7 @@ Pure functions of a view, as `policy`, which calls them.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Final
 from proxy.pool import gpu_accounting
 from proxy.pool.gpu_accounting import HOST
 from proxy.pool.instance import DESCENDING, State
+from proxy.pool.model_view import STEPS, dispensable, kept_ready, possible, recyclable, spare_of
 from proxy.pool.plan import Plan, Retire, StepDown, Wake
-from proxy.pool.view import STEPS, kept_ready, possible, recyclable, spare_of
+from proxy.pool.view import BUSY, IDLE, NOW, SOON, freed_by, merged
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from proxy.pool.gpu_accounting import Bytes, GpuLoad
+    from proxy.pool.model_view import InstanceView, ModelView
     from proxy.pool.plan import Draft
-    from proxy.pool.view import InstanceView, ModelView, View
+    from proxy.pool.view import View
 
 MAY_GO: Final = frozenset({State.SLEEPING, State.SUSPENDED, State.CHECKPOINTED})
 """Beside the awake ones, those that hold host memory, with their processes or their image."""
@@ -35,14 +38,13 @@ class Room:
 
     def __init__(self, view: View) -> None:
         self._load = view.gpus
-        self._now = self._free(view.gpus.now)
-        self._soon = self._free(view.gpus.after)
+        self._now = self._free(view.sums[NOW])
+        self._soon = self._free(view.sums[SOON])
 
-    def _free(self, charges: Mapping[str, Bytes]) -> dict[str, int]:
+    def _free(self, held: Mapping[str, int]) -> dict[str, int]:
         free = dict(self._load.capacity)
-        for charge in charges.values():
-            for uuid, count in charge.items():
-                free[uuid] = free.get(uuid, 0) - count
+        for uuid, count in held.items():
+            free[uuid] = free.get(uuid, 0) - count
         return free
 
     def wanted(self, model: ModelView, candidate: InstanceView | None) -> dict[str, int]:
@@ -118,17 +120,6 @@ class Option:
         return freed_by(load, self.instance, to)
 
 
-def freed_by(load: GpuLoad, instance: InstanceView, to: Tier) -> dict[str, int]:
-    left = load.held_on(to, instance)
-    held = load.after.get(instance.id, gpu_accounting.NOTHING)
-    if left is None:
-        return {}
-    freed = gpu_accounting.beyond(held, left)
-    if HOST in load.capacity:
-        freed[HOST] = held.get(HOST, 0) - left.get(HOST, 0)  # a colder tier may take more
-    return freed
-
-
 def _option(instance: InstanceView, model: ModelView, load: GpuLoad, now: float) -> Option:
     if recyclable(instance, model, now):
         return Option(instance, (Tier.CHECKPOINTED,), recycle=True)
@@ -154,36 +145,37 @@ def choose(
 ) -> Choice:
     """Who steps down so that nothing of `balance` is above 0, and one of those awake where no more may be (`full`)."""
     load = view.gpus
-    awake, asleep = _idle(view, needy, candidate, now, draft)
-    if full and not awake:
+    awake = next((_option(i, m, load, now) for i, m in _awake(view, needy, candidate, draft)), None) if full else None
+    if full and awake is None:
         return Choice(enough=False, may_come=True)
-    chosen = [awake[0]] if full else []
+    chosen = [awake] if awake is not None else []
     tiers = {o.instance.id: o.tiers[-1] for o in chosen}
-
-    def missing(options: Iterable[Option]) -> dict[str, int]:
-        left = dict(balance)
-        for option in options:
-            for place, count in option.freed(load, tiers[option.instance.id]).items():
-                left[place] = left.get(place, 0) - count
-        return {place: count for place, count in left.items() if count > 0}
-
-    everyone = sorted([*awake, *asleep], key=lambda o: _dispensable(o.instance))
-    for option in everyone:
-        tiers.setdefault(option.instance.id, option.tiers[-1])
-        lacking = missing(chosen)
+    lacking = _lacking(balance, chosen, tiers, load)
+    in_person = candidate is not None and candidate.id in needy.wanted
+    beyond = gpu_accounting.NOTHING if in_person else gpu_accounting.beyond(lacking, view.sums[IDLE])
+    if beyond and not gpu_accounting.beyond(beyond, _busy_bytes(view, needy, draft)):
+        # All the idle ones together do not hold that much; nobody goes in vain.
+        return Choice(enough=False, missing=beyond, may_come=True)
+    for instance, model in _idle(view, needy, candidate, draft) if lacking else ():
+        if awake is not None and instance is awake.instance:
+            continue
+        option = _option(instance, model, load, now)
         freed_last = option.freed(load, option.tiers[-1])
-        if option not in chosen and any(freed_last.get(place, 0) > 0 for place in lacking):
+        if any(freed_last.get(place, 0) > 0 for place in lacking):
             chosen.append(option)
-    lacking = missing(chosen)
+            tiers[instance.id] = option.tiers[-1]
+            lacking = _lacking(balance, chosen, tiers, load)
+            if not lacking:
+                break
     if not lacking:
         for option in chosen[1:] if full else list(chosen):
-            if not missing(o for o in chosen if o is not option):
+            if not _lacking(balance, [o for o in chosen if o is not option], tiers, load):
                 chosen.remove(option)
     # Who was used last stays as warm as can be.
     for option in reversed(chosen):
         for tier in option.tiers:
             tiers[option.instance.id] = tier
-            if missing(chosen) == lacking:
+            if _lacking(balance, chosen, tiers, load) == lacking:
                 break
     freed: Bytes = {}
     for option in chosen:
@@ -193,92 +185,63 @@ def choose(
     return Choice(victims, freed, not lacking, lacking, may_come)
 
 
-def _dispensable(instance: InstanceView) -> tuple[bool, float]:
-    """Sorts the instances that would be missed least first."""
-    return instance.state is not State.RETIRING, instance.idle_since or 0.0
+def _lacking(balance: Bytes, chosen: Iterable[Option], tiers: Mapping[str, Tier], load: GpuLoad) -> dict[str, int]:
+    """What is still missing when these have stepped down."""
+    left = dict(balance)
+    for option in chosen:
+        for place, count in option.freed(load, tiers[option.instance.id]).items():
+            left[place] = left.get(place, 0) - count
+    return {place: count for place, count in left.items() if count > 0}
+
+
+def _awake(
+    view: View, needy: ModelView, candidate: InstanceView | None, draft: Draft
+) -> Iterator[tuple[InstanceView, ModelView]]:
+    """The idle ready instances that may make room, those that would be missed least first.
+
+    Those of its own model answer just as well, unless it is the candidate itself that is waited for.
+    """
+    own: list[tuple[InstanceView, ModelView]] = []
+    if candidate is not None and candidate.id in needy.wanted:
+        up = [i for i in spare_of(needy, coming=1) if i.id not in needy.wanted and not i.leases]
+        own = [(i, needy) for i in up]
+    others = ((i, m) for i, m in merged(view.spare) if m.key != needy.key)
+    for instance, model in _in_order(others, own) if own else others:
+        if instance.id not in draft.used:
+            yield instance, model
 
 
 def _idle(
-    view: View, needy: ModelView, candidate: InstanceView | None, now: float, draft: Draft
-) -> tuple[list[Option], list[Option]]:
-    """The idle instances that may make room, longest idle first: awake ones of other models, and sleeping ones."""
-    awake: list[Option] = []
-    asleep: list[Option] = []
-    for model in view.models:
-        spare = _spare_for(needy, candidate, model)
-        awake += [_option(i, model, view.gpus, now) for i in spare if i.leases == 0 and i.id not in draft.used]
-        resting = MAY_GO if HOST in view.gpus.capacity else {State.SLEEPING}
-        sleeping = [i for i in _resting(model, draft.used, resting) if i is not candidate]
-        asleep += [_option(i, model, view.gpus, now) for i in sleeping]
-    return sorted(awake, key=lambda o: _dispensable(o.instance)), asleep
+    view: View, needy: ModelView, candidate: InstanceView | None, draft: Draft
+) -> Iterator[tuple[InstanceView, ModelView]]:
+    """The idle instances that may make room, likewise: awake ones, and those that sleep."""
+    indexes = (view.sleeping, view.colder) if HOST in view.gpus.capacity else (view.sleeping,)
+    resting = ((i, m) for i, m in merged(*indexes) if i is not candidate and _may_go(i, m, draft.used))
+    return _in_order(_awake(view, needy, candidate, draft), resting)
 
 
-def _resting(model: ModelView, used: Container[str], states: Container[State]) -> list[InstanceView]:
-    """The instances that may give up what they hold; an image that all share only while nobody wakes from it."""
+def _in_order(*sources: Iterable[tuple[InstanceView, ModelView]]) -> Iterator[tuple[InstanceView, ModelView]]:
+    return heapq.merge(*sources, key=lambda pair: dispensable(*pair))
+
+
+def _may_go(instance: InstanceView, model: ModelView, used: Container[str]) -> bool:
+    """Whether one that rests may give up what it holds; an image that all share only while nobody wakes from it."""
+    if instance.id in used or instance.state not in MAY_GO or instance.commanded is not None:
+        return False
     needed = model.has_shared_image and (model.waiting or any(i.id in used for i in model.instances))
-    return [
-        i
-        for i in model.instances
-        if i.state in states
-        and i.commanded is None
-        and i.id not in used
-        and not (needed and i.state is State.CHECKPOINTED)
-    ]
+    return not (needed and instance.state is State.CHECKPOINTED)
 
 
 def _busy_bytes(view: View, needy: ModelView, draft: Draft) -> Bytes:
     """What those hold that cannot step down now, but may some day."""
-    total: Bytes = {}
-    for model in view.models:
-        spare = {i.id for i in spare_of(model)}
-        for instance in model.instances:
-            busy = instance.leases > 0 and instance.id in spare
-            # One's own do not make room, but those who wait are served by them.
-            own = model.key == needy.key and instance.state in (State.READY, State.RETIRING)
-            if busy or instance.state is State.WAKING or (own and instance.id not in draft.used):
-                total = gpu_accounting.plus(total, view.gpus.after.get(instance.id, gpu_accounting.NOTHING))
+    total: Bytes = view.sums[BUSY]
+    spare = {i.id for i in spare_of(needy)}
+    for instance in needy.instances:
+        # One's own do not make room, but those who wait are served by them.
+        own = instance.state in (State.READY, State.RETIRING) and instance.id not in draft.used
+        if own and not (instance.leases and instance.id in spare):
+            total = gpu_accounting.plus(total, view.gpus.after.get(instance.id, gpu_accounting.NOTHING))
     return total
-
-
-def _spare_for(needy: ModelView, candidate: InstanceView | None, model: ModelView) -> list[InstanceView]:
-    """The ready instances of a model that may make room for a candidate of another one.
-
-    Those of its own model answer just as well, unless it is the candidate itself that is waited for.
-    """
-    if model.key != needy.key:
-        return spare_of(model)
-    if candidate is None or candidate.id not in needy.wanted:
-        return []
-    return [i for i in spare_of(model, coming=1) if i.id not in needy.wanted]
-
-
-def ask_for_room(
-    view: View, needy: ModelView, candidate: InstanceView | None, now: float, draft: Draft, missing: Bytes
-) -> None:
-    """Retire the least busy instance that may make room once `needy` has waited long enough.
-
-    Where GPU memory is missing: as many as hold that much.
-    """
-    if needy.oldest_wait is None:
-        return
-    due = needy.oldest_wait + view.switch_after_s
-    if now < due:
-        draft.plan.not_later_than(due)
-        return
-    others = [i for m in view.models for i in _spare_for(needy, candidate, m)]
-    retiring = [i for i in others if i.state is State.RETIRING]
-    busy = sorted((i for i in others if i not in retiring and i.id not in draft.used), key=lambda i: i.leases)
-    if not missing:
-        chosen = busy[:1] if not retiring else []
-    else:
-        chosen = []
-        for instance in (*(i for i in retiring if i.leases), *busy):
-            held = view.gpus.after.get(instance.id, gpu_accounting.NOTHING)
-            if missing.keys() & held.keys():
-                missing = gpu_accounting.beyond(missing, held)
-                chosen += [instance] if instance in busy else []
-    draft.used.update(i.id for i in chosen)
-    draft.plan.actions.extend(Retire(i) for i in chosen)
 
 
 def relieve(model: ModelView, now: float, draft: Draft) -> None:
@@ -304,11 +267,12 @@ def relieve(model: ModelView, now: float, draft: Draft) -> None:
 def relieve_host(view: View, now: float, draft: Draft) -> None:
     """Where less host memory is free than is to be left, idle instances give some up, longest idle first."""
     short = view.gpus.host_short - _coming_free(view, draft.plan)
-    resting = [(i, m) for m in view.models for i in _resting(m, draft.used, MAY_GO)]
-    spare = [(i, m) for m in view.models for i in spare_of(m) if not i.leases]
-    for instance, model in sorted([*resting, *spare], key=lambda pair: _dispensable(pair[0])):
+    resting = (pair for pair in merged(view.sleeping, view.colder) if _may_go(*pair, draft.used))
+    for instance, model in _in_order(merged(view.spare), resting) if short > 0 else ():
+        if short <= 0:
+            break
         option = _option(instance, model, view.gpus, now)
-        if short <= 0 or instance.id in draft.used or not option.tiers:
+        if instance.id in draft.used or not option.tiers:
             continue
         freed = {tier: option.freed(view.gpus, tier).get(HOST, 0) for tier in option.tiers}
         to = next((tier for tier in option.tiers if freed[tier] >= short), max(freed, key=lambda tier: freed[tier]))
@@ -321,9 +285,12 @@ def relieve_host(view: View, now: float, draft: Draft) -> None:
 def follow(view: View, draft: Draft) -> None:
     """Where an image that all share goes to the archive, all instances that are nothing else go there."""
     going = {step.instance.model for step in _steps_down(draft.plan) if step.to is Tier.ARCHIVED}
-    for model in view.models if going else ():
-        if model.key in going and model.has_shared_image:
-            others = [i for i in _resting(model, frozenset(), {State.CHECKPOINTED}) if i.id not in draft.used]
+    for model in (m for key in going for m in view.called(key)):
+        if model.has_shared_image:
+            others = [
+                i for i in model.instances
+                if i.state is State.CHECKPOINTED and i.commanded is None and i.id not in draft.used
+            ]  # fmt: skip
             draft.plan.actions.extend(StepDown(i, Tier.ARCHIVED, "evict") for i in others)
             draft.used.update(i.id for i in others)
 
@@ -335,9 +302,8 @@ def _steps_down(plan: Plan) -> list[StepDown]:
 
 def _coming_free(view: View, plan: Plan) -> int:
     """The host memory that those free who are on their way down, or are about to go."""
-    load = view.gpus
-    moving = sum(max(0, load.now[i].get(HOST, 0) - load.after[i].get(HOST, 0)) for i in load.now)
-    return moving + sum(freed_by(load, step.instance, step.to).get(HOST, 0) for step in _steps_down(plan))
+    stepping = sum(freed_by(view.gpus, s.instance, s.to).get(HOST, 0) for s in _steps_down(plan))
+    return view.host_moving + stepping
 
 
 def _recycle_in_place(idle: Sequence[InstanceView], model: ModelView, now: float, draft: Draft) -> None:

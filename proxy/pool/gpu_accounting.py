@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.instance import Instance
-    from proxy.pool.view import InstanceView
+    from proxy.pool.model_view import InstanceView
 
 Bytes: TypeAlias = "Mapping[str, int]"
 """UUID of a GPU → bytes of its memory."""

@@ -7,11 +7,11 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from proxy.pool import gpu_accounting, policy
+from proxy.pool import gpu_accounting
 from proxy.pool.instance import RESTING, Instance, State
 from proxy.pool.model import engine_of
+from proxy.pool.model_view import may_suspend, view_of
 from proxy.pool.plan import StepDown
-from proxy.pool.view import view_of
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
@@ -131,7 +131,7 @@ class GpuMonitor:
         instances = {s.id: (m, s) for m, s in self._live() if s.id in evictions.expected}
         victims = [instances[i] for i in evictions.tasks if i in instances]
         for model, instance in victims:
-            if policy.may_suspend(view_of(instance), model.view(), self._state.clock()):
+            if may_suspend(view_of(instance), model.view(), self._state.clock()):
                 self._effects.step_down(StepDown(view_of(instance), Tier.SUSPENDED, "evict"))
         leaving = [s.task for _, s in victims if s.state is State.SUSPENDING and s.task is not None]
         if leaving:

@@ -31,6 +31,9 @@ class State(enum.Enum):
     WAKING = "waking"
     READY = "ready"
     RETIRING = "retiring"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    UNPAUSING = "unpausing"
     FALLING_ASLEEP = "falling_asleep"
     SLEEPING = "sleeping"
     SUSPENDING = "suspending"
@@ -51,6 +54,8 @@ class Event(enum.Enum):
     WAKE = "wake"
     RETIRE = "retire"
     READMIT = "readmit"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
     SLEEP = "sleep"
     SUSPEND = "suspend"
     CHECKPOINT = "checkpoint"
@@ -59,6 +64,7 @@ class Event(enum.Enum):
     STOP = "stop"
 
     AT_READY = "at_ready"
+    AT_PAUSED = "at_paused"
     AT_SLEEPING = "at_sleeping"
     AT_SUSPENDED = "at_suspended"
     AT_CHECKPOINTED = "at_checkpointed"
@@ -75,6 +81,13 @@ def _table() -> dict[tuple[State, Event], State]:
     table[s.WAKING, e.AT_READY] = s.READY
     table[s.READY, e.RETIRE] = s.RETIRING
     table[s.RETIRING, e.READMIT] = s.READY
+    # Its requests stand still, with their leases; nothing falls through from here to a colder tier.
+    for awake in (s.READY, s.RETIRING):
+        table[awake, e.PAUSE] = s.PAUSING
+    table[s.PAUSING, e.AT_PAUSED] = s.PAUSED
+    table[s.PAUSED, e.UNPAUSE] = s.UNPAUSING
+    for going_on in (s.PAUSING, s.UNPAUSING):
+        table[going_on, e.AT_READY] = s.READY
     for awake in (s.READY, s.RETIRING):
         table[awake, e.SLEEP] = s.FALLING_ASLEEP
     for live in (s.READY, s.RETIRING, s.SLEEPING):
@@ -95,8 +108,8 @@ def _table() -> dict[tuple[State, Event], State]:
         for arrival in arrivals:
             table[moving, arrival] = _ARRIVALS[arrival]
     for alive in (
-        s.WAKING, s.READY, s.RETIRING, s.FALLING_ASLEEP, s.SLEEPING, s.SUSPENDING, s.SUSPENDED, s.CHECKPOINTING,
-        s.CLONING, s.ARCHIVING,
+        s.WAKING, s.READY, s.RETIRING, s.PAUSING, s.PAUSED, s.UNPAUSING, s.FALLING_ASLEEP, s.SLEEPING, s.SUSPENDING,
+        s.SUSPENDED, s.CHECKPOINTING, s.CLONING, s.ARCHIVING,
     ):  # fmt: skip
         table[alive, e.BROKE] = s.BROKEN
     # The processes of a broken instance are gone, its image is still good.
@@ -151,12 +164,15 @@ DESCENDING: Final = frozenset(
 )
 """On the way to a tier from which it can be woken again once it is there."""
 
-MOVING: Final = DESCENDING | {State.WAKING, State.BROKEN, State.STOPPING}
+MOVING: Final = DESCENDING | {State.WAKING, State.PAUSING, State.UNPAUSING, State.BROKEN, State.STOPPING}
 """On the way to another state, which some task sees to."""
 
 AWAKE: Final = frozenset(
-    {State.WAKING, State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING}
-)
+    {
+        State.WAKING, State.READY, State.RETIRING, State.PAUSING, State.UNPAUSING, State.FALLING_ASLEEP,
+        State.SUSPENDING, State.CHECKPOINTING,
+    }
+)  # fmt: skip
 """Holding, or about to hold, what an awake engine holds."""
 
 
@@ -187,6 +203,7 @@ class Instance:
 
     __slots__ = (
         "barred",
+        "can_pause",
         "canary",
         "client",
         "command",
@@ -203,10 +220,12 @@ class Instance:
         "leases",
         "loading",
         "model",
+        "paused_since",
         "postponed",
         "sleep_level",
         "state",
         "task",
+        "turn_since",
         "unproven",
         "wake_began",
         "waking_from",
@@ -236,6 +255,12 @@ class Instance:
         self.waking_from: Tier | None = None
         self.wake_began = 0.0
         self.last_wake: WakeRecord | None = None
+        self.turn_since: float | None = None
+        """When it was last woken or unpaused: it has been running since."""
+        self.can_pause = False
+        """Its requests can stand still while another model runs."""
+        self.paused_since: float | None = None
+        """When its requests were made to stand still, while they are."""
 
         # What the transitions work with.
         self.image = Image() if image is None else image
@@ -278,6 +303,7 @@ class Instance:
             self.generation += 1
             self.evicted = False
         if event is Event.BROKE:
+            self.paused_since = None
             self.leases = 0  # whoever holds one finds its generation over
         return target
 
@@ -290,6 +316,25 @@ class Instance:
         """It is ready, and idle since then."""
         self.apply(Event.AT_READY)
         self.waking_from, self.last_wake, self.idle_since = None, record, record.ended
+        self.turn_since = record.ended
+
+    def begin_pause(self) -> None:
+        """Its requests are made to stand still."""
+        self.apply(Event.PAUSE)
+
+    def paused(self, now: float) -> None:
+        """They stand still."""
+        self.apply(Event.AT_PAUSED)
+        self.paused_since = now
+
+    def begin_unpause(self) -> None:
+        """Its requests are made to go on."""
+        self.apply(Event.UNPAUSE)
+
+    def runs_on(self, now: float) -> None:
+        """Its requests go on, after a pause or because it could not be paused."""
+        self.apply(Event.AT_READY)
+        self.paused_since, self.turn_since = None, now
 
     def begin_step_down(self, to: Tier, *, evicted: bool) -> None:
         """It goes to a colder tier; `evicted`: to make room."""
@@ -468,6 +513,9 @@ _NEEDS_NO_LEASES: Final = frozenset({Event.SLEEP, Event.SUSPEND, Event.CHECKPOIN
 TIER_OF: Final[Mapping[State, Tier]] = {
     **RESTING,
     State.RETIRING: Tier.READY,
+    State.PAUSING: Tier.SLEEPING,
+    State.PAUSED: Tier.SLEEPING,
+    State.UNPAUSING: Tier.READY,
     State.FALLING_ASLEEP: Tier.SLEEPING,
     State.SUSPENDING: Tier.SUSPENDED,
     State.CHECKPOINTING: Tier.CHECKPOINTED,
@@ -480,8 +528,11 @@ TIER_OF: Final[Mapping[State, Tier]] = {
 
 
 WITH_ENGINE: Final = frozenset(
-    {State.READY, State.RETIRING, State.FALLING_ASLEEP, State.SLEEPING, State.SUSPENDING, State.SUSPENDED}
-)
+    {
+        State.READY, State.RETIRING, State.PAUSING, State.PAUSED, State.UNPAUSING, State.FALLING_ASLEEP, State.SLEEPING,
+        State.SUSPENDING, State.SUSPENDED,
+    }
+)  # fmt: skip
 
 
 def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:

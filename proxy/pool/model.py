@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from proxy.errors import EngineError, Fault, PortTakenError, RuntimeFailure, WakeFailedError
 from proxy.pool import wake_failure
+from proxy.pool.costs import Costs
+from proxy.pool.demand import Demand
 from proxy.pool.image import Image, Place
 from proxy.pool.instance import State, best_tier, holding
-from proxy.pool.view import ModelView, view_of
+from proxy.pool.model_view import ModelView, view_of
 from proxy.pool.wait_queue import WaitQueue
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
@@ -49,6 +51,8 @@ class Model:
     runtime: Runtime
     gpu_accounting: GpuAccounting
     memory_accounting: MemoryAccounting
+    costs: Costs = field(default_factory=Costs)
+    demand: Demand = field(default_factory=Demand)
     instances: dict[str, Instance] = field(default_factory=dict)
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""
@@ -87,6 +91,7 @@ class Model:
         first = self.queue.first()
         # Some may have been cancelled in this moment; among many they make no difference.
         many = len(self.queue) > _COUNTED
+        from_tier = max(Tier.SUSPENDED, best_tier(self.instances.values()))
         waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
         return ModelView(
             key=self.key,
@@ -105,6 +110,11 @@ class Model:
             has_shared_image=self.runtime.shares_images and self.image.present and not self.discarding,
             grown=frozenset(i for i, s in self.instances.items() if s.renewable and self.gpu_accounting.grown(s)),
             wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
+            head_start_s=first.head_start_s if first is not None else 0.0,
+            max_wait_s=min(self.settings.max_wait, self.settings.queue_timeout),
+            pin=self.settings.pin,
+            wake_s=self.costs.by_tier(self.key),
+            worth_s=self.demand.worth_s(self.costs.estimate_s(self.key, from_tier)),
         )
 
     def fail_waiters(self, error: Exception) -> None:

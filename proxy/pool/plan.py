@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy.pool.view import InstanceView
+    from proxy.pool.model_view import InstanceView
     from proxy.tiers import Tier
 
 
@@ -59,7 +59,21 @@ class Readmit:
     instance: InstanceView
 
 
-Action = Wake | StepDown | Retire | Readmit | Clone | Refuse
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Have the requests of a busy instance stand still, so that another model can run meanwhile."""
+
+    instance: InstanceView
+
+
+@dataclass(frozen=True, slots=True)
+class Unpause:
+    """Have the requests of a paused instance go on; there is room for it."""
+
+    instance: InstanceView
+
+
+Action = Wake | StepDown | Retire | Readmit | Clone | Refuse | Pause | Unpause
 
 
 @dataclass(slots=True)

@@ -16,8 +16,9 @@ from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
 from proxy.pool.memory_accounting import ImageHeld, MemoryAccounting
 from proxy.pool.model import Model, stop_grace_s, tier_found
+from proxy.pool.model_view import Rules
 from proxy.pool.removal_retry import RemovalRetries
-from proxy.pool.view import InstanceView, View
+from proxy.pool.view import View
 from proxy.runtime.bounded import Bounded
 from proxy.telemetry.overdue import Overdue
 from proxy.tiers import Tier
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
+    from proxy.pool.model_view import InstanceView
     from proxy.pool.usage import Usage
     from proxy.runtime.base import Runtime
     from proxy.telemetry.metrics import Metrics
@@ -95,6 +97,12 @@ class PoolState:
         self.configure_accounts()
 
     @property
+    def rules(self) -> Rules:
+        """What the configuration says of who runs when."""
+        pool = self.settings.pool
+        return Rules(pool.policy, pool.max_awake, pool.quantum, pool.switch_after, pool.lru_ttl)
+
+    @property
     def ready(self) -> bool:
         """Whether new clients are welcome."""
         return self.phase is Phase.SERVING and not self.draining
@@ -112,7 +120,9 @@ class PoolState:
         """A model with no instance yet."""
         runtime = self.runtimes[settings.runtime]
         name = self.settings.served_name(key)
-        return Model(key, settings, name, runtime, self.gpu_accounting, self.memory_accounting, coming=coming)
+        return Model(
+            key, settings, name, runtime, self.gpu_accounting, self.memory_accounting, costs=self.costs, coming=coming
+        )
 
     def everyone(self) -> list[Model]:
         """All models, those that come and go among them."""
@@ -147,9 +157,8 @@ class PoolState:
         everyone = self.everyone()
         return View(
             [m.view() for m in everyone],
-            self.settings.pool.max_awake,
-            self.settings.pool.switch_after,
-            self.memory_accounting.load(
+            rules=self.rules,
+            gpus=self.memory_accounting.load(
                 self.gpu_accounting.load(i for m in everyone for i in m.instances.values()),
                 (i for m in everyone for i in m.instances.values()),
                 {

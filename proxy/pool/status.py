@@ -6,17 +6,17 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from proxy.pool import policy
 from proxy.pool.instance import Instance, State
 from proxy.pool.model import tier_found
+from proxy.pool.model_view import next_step, view_of
 from proxy.pool.state import Phase
-from proxy.pool.view import view_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from proxy.pool.instance import WakeRecord
     from proxy.pool.model import Model
+    from proxy.pool.model_view import Rules
     from proxy.pool.state import PoolState
 
 
@@ -29,9 +29,13 @@ def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
         "leases": state.open_leases,
         "models": models,
         "coming": [
-            instance_status(m, instance, now) for m in state.coming.values() for instance in m.instances.values()
+            instance_status(m, instance, now, state.rules)
+            for m in state.coming.values()
+            for instance in m.instances.values()
         ],
-        "leaving": [instance_status(m, instance, now) for m in state.leaving for instance in m.instances.values()],
+        "leaving": [
+            instance_status(m, instance, now, state.rules) for m in state.leaving for instance in m.instances.values()
+        ],
         "wakes": [*state.wakes],
         "strays": [line for runtime in state.runtimes.values() for line in runtime.strays()],
         "overdue": state.overdue.status(),
@@ -76,7 +80,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "gpu_need_bytes": model.gpu_accounting.need(model.key),
         "host_need_bytes": model.memory_accounting.need(model.key),
         "outdated": _outdated(model),
-        "instances": [instance_status(model, instance, now) for instance in model.instances.values()],
+        "instances": [instance_status(model, instance, now, state.rules) for instance in model.instances.values()],
     }
 
 
@@ -86,10 +90,10 @@ def _outdated(model: Model) -> dict[str, Any] | None:
     return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
 
 
-def instance_status(model: Model, instance: Instance, now: float) -> dict[str, Any]:
+def instance_status(model: Model, instance: Instance, now: float, rules: Rules) -> dict[str, Any]:
     """One instance."""
     wake = instance.last_wake
-    step = policy.next_step(view_of(instance), model.view())
+    step = next_step(view_of(instance), model.view(), rules)
     due = None if step is None else round(time.time() + max(0.0, step[1] - now))
     return {
         "id": instance.id,

@@ -1,128 +1,323 @@
-"""What the policy sees: the pool as values, copied in one moment."""
+"""What the policy sees: the pool as values, with what it looks for in order.
+
+A view is made once and then told of each model that changed (`put`, `drop`), which costs the logarithm of their number:
+so a decision looks at what is due, waits or is in the way, and not at everything there is.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left, insort
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.pool import gpu_accounting
-from proxy.pool.instance import TIER_OF, State
+from proxy.pool.gpu_accounting import HOST
+from proxy.pool.instance import AWAKE, DESCENDING, State
+from proxy.pool.model_view import (
+    STEPS,
+    InstanceView,
+    ModelView,
+    Rules,
+    dispensable,
+    kept_ready,
+    next_step,
+    possible,
+    spare_of,
+    vacancies,
+    wakes_wanted,
+)  # fmt: skip
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
-    from proxy.pool.gpu_accounting import GpuLoad
-    from proxy.pool.instance import Instance
+    from proxy.pool.gpu_accounting import Bytes, GpuLoad
 
-STEPS: Final = (Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED, Tier.STOPPED)
-
-
-@dataclass(slots=True, eq=False)
-class InstanceView:
-    """One instance as it was; what each field means says `Instance`. Not frozen, for one is made of each every time."""
-
-    id: str
-    model: str
-    state: State
-    leases: int = 0
-    idle_since: float | None = None
-    waking_from: Tier | None = None
-    commanded: Tier | None = None
-    evicted: bool = False
-    barred: set[Tier] = field(default_factory=set)
-    postponed: dict[Tier, float] = field(default_factory=dict)
-
-    @property
-    def tier(self) -> Tier:
-        """The tier a request would find."""
-        if self.state is State.WAKING:
-            return Tier.STOPPED if self.waking_from is None else self.waking_from
-        return TIER_OF[self.state]
+_GOING: Final = DESCENDING | {State.PAUSING}
+"""Awake still, and about to give its place up."""
 
 
-def view_of(instance: Instance) -> InstanceView:
-    """An instance as it is now."""
-    return InstanceView(
-        instance.id,
-        instance.model,
-        instance.state,
-        instance.leases,
-        instance.idle_since,
-        instance.waking_from,
-        instance.commanded,
-        instance.evicted,
-        set(instance.barred),
-        dict(instance.postponed),
-    )
+class Index:
+    """Entries in ascending order; each comes and goes without a look at the others."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self._entries)
+
+    def add(self, entry: tuple[Any, ...]) -> None:
+        """Entries must differ before anything in them that has no order."""
+        insort(self._entries, entry)
+
+    def remove(self, entry: tuple[Any, ...]) -> None:
+        """It must be there."""
+        del self._entries[bisect_left(self._entries, entry)]
+
+    def up_to(self, key: float) -> Iterator[tuple[Any, ...]]:
+        """Those whose first part is not above `key`."""
+        return itertools.takewhile(lambda entry: entry[0] <= key, self._entries)
+
+    def after(self, key: float) -> Iterator[tuple[Any, ...]]:
+        """Those whose first part is above `key`."""
+        at = bisect_left(self._entries, (key, math.inf))
+        return itertools.islice(self._entries, at, None)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """One model as the policy sees it."""
-
-    key: str
-    instances: Sequence[InstanceView]
-    tiers: frozenset[Tier]
-    """What its runtime offers between ready and stopped."""
-    timetable: Mapping[Tier, float]
-    max_instances: int
-    min_ready: int
-    max_concurrency: int
-    waiting: int = 0
-    oldest_wait: float | None = None
-    """When the one to be served next began to wait."""
-    draining: bool = False
-    """It takes no new requests; nothing is kept ready that nobody waits for."""
-    restock_at: float = -math.inf
-    """When an engine may be started or cloned that nobody waits for; later than now after one that failed."""
-    start_at: float = -math.inf
-    """When an engine may be started whoever waits; likewise."""
-    failing: frozenset[str] = frozenset()
-    """The instances whose last wake failed down to its cold start: until `start_at` they are not woken."""
-    has_shared_image: bool = False
-    """A golden checkpoint exists, from which further instances can be cloned."""
-    grown: frozenset[str] = frozenset()
-    """Instances that have grown on the GPU and have an image to be replaced from."""
-    wanted: Mapping[str, int] = field(default_factory=dict)
-    """InstanceView → how many wait for it and no other, since it holds what they refer to."""
+def merged(*indexes: Iterable[tuple[Any, ...]]) -> Iterator[tuple[InstanceView, ModelView]]:
+    """The instances of several indexes in their common order."""
+    for entry in _merge(indexes):
+        yield entry[-2], entry[-1]
 
 
-@dataclass(frozen=True, slots=True)
+def _merge(indexes: Sequence[Iterable[tuple[Any, ...]]]) -> Iterator[tuple[Any, ...]]:
+    heads: list[tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]] = []
+    for index in indexes:
+        entries = iter(index)
+        if (first := next(entries, None)) is not None:
+            heads.append((first, entries))
+    while heads:
+        at = min(range(len(heads)), key=lambda n: heads[n][0][:3]) if len(heads) > 1 else 0
+        entry, entries = heads[at]
+        yield entry
+        if (following := next(entries, None)) is None:
+            del heads[at]
+        else:
+            heads[at] = following, entries
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a view keeps of one model."""
+
+    model: ModelView
+    entries: list[tuple[Index, tuple[Any, ...]]] = field(default_factory=list)
+    awake: int = 0
+    going: int = 0
+    quick_wakes: int = 0
+    retiring: list[InstanceView] = field(default_factory=list)
+    sums: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+NOW: Final = "now"
+SOON: Final = "soon"
+BUSY: Final = "busy"
+IDLE: Final = "idle"
+
+
 class View:
     """Everything a decision depends on, beside the time."""
 
-    models: Sequence[ModelView]
-    max_awake: int = 0
-    """How many instances may be awake at once; 0 is no limit."""
-    switch_after_s: float = 10.0
-    gpus: GpuLoad = gpu_accounting.EMPTY
+    def __init__(
+        self,
+        models: Iterable[ModelView] = (),
+        max_awake: int = 0,
+        switch_after_s: float = 10.0,
+        gpus: GpuLoad = gpu_accounting.EMPTY,
+        *,
+        rules: Rules | None = None,
+    ) -> None:
+        self.rules = rules or Rules(max_awake=max_awake, switch_after_s=switch_after_s)
+        self.gpus = gpus
+        self._known: dict[Hashable, _Known] = {}
+        self._serial = itertools.count()
+        self._clear()
+        for number, model in enumerate(models):
+            self.put(number, model)
+
+    def _clear(self) -> None:
+        self.needy = Index()
+        """(when it is to be served at the latest, …, model): those that somebody waits for, or that stand still."""
+        self.due = Index()
+        """(when, …, id of the instance or None, model): what the timetables and pauses after failures say."""
+        self.spare = Index()
+        """Idle ready instances that may make room, those that would be missed least first."""
+        self.sleeping = Index()
+        """Sleeping ones that may give up what they hold, likewise."""
+        self.colder = Index()
+        """Suspended and checkpointed ones, likewise."""
+        self.busy = Index()
+        """(leases, …): ready ones with requests that may make room."""
+        self.lacking: dict[Hashable, ModelView] = {}
+        """Those of which fewer are up than are to be kept ready, though nobody waits."""
+        self.commanded: dict[Hashable, ModelView] = {}
+        self.grown: dict[Hashable, ModelView] = {}
+        self.retiring: dict[Hashable, list[InstanceView]] = {}
+        self.waiting_models = 0
+        self.awake = 0
+        self.going = 0
+        """Of those awake: on their way to give their place up."""
+        self.quick_wakes = 0
+        """Wakes under way that take so little that it counts what goes on beside them."""
+        self.sums: dict[str, Counter[str]] = {name: Counter() for name in (NOW, SOON, BUSY, IDLE)}
+        """What is held by place: now; when all moves have ended; by busy ones; by those that may give it up."""
+        self.host_moving = 0
+        """The host memory that those give back who are on their way."""
+        self._by_key: dict[str, dict[Hashable, ModelView]] = {}
+
+    @property
+    def models(self) -> list[ModelView]:
+        """All of them."""
+        return [known.model for known in self._known.values()]
+
+    def called(self, key: str) -> list[ModelView]:
+        """The models of a key; while one replaces another there are two."""
+        return list(self._by_key.get(key, {}).values())
+
+    def use(self, rules: Rules, gpus: GpuLoad) -> None:
+        """Take over other rules, or another account of memory."""
+        self.rules, self.gpus = rules, gpus
+        models = {handle: known.model for handle, known in self._known.items()}
+        self._known.clear()
+        self._clear()
+        for handle, model in models.items():
+            self.put(handle, model)
+
+    def put(self, handle: Hashable, model: ModelView) -> None:
+        """A model as it is now; `handle` stands for it."""
+        self.drop(handle)
+        known = self._known[handle] = _Known(model)
+        self._by_key.setdefault(model.key, {})[handle] = model
+        self._put_model(handle, known)
+        self._put_instances(handle, known)
+        self._put_sums(known)
+
+    def drop(self, handle: Hashable) -> None:
+        """A model that is no more."""
+        known = self._known.pop(handle, None)
+        if known is None:
+            return
+        for index, entry in known.entries:
+            index.remove(entry)
+        key = known.model.key
+        del self._by_key[key][handle]
+        if not self._by_key[key]:
+            del self._by_key[key]
+        for table in (self.lacking, self.commanded, self.grown, self.retiring):
+            table.pop(handle, None)
+        self.waiting_models -= bool(known.model.waiting)
+        self.awake -= known.awake
+        self.going -= known.going
+        self.quick_wakes -= known.quick_wakes
+        for name, places in known.sums.items():
+            self.sums[name].subtract(places)
+        self.host_moving -= known.sums.get("moving", {}).get(HOST, 0)
+
+    def _enter(self, known: _Known, index: Index, *key: Any, instance: Any = None) -> None:
+        entry = (*key, next(self._serial), instance, known.model)
+        index.add(entry)
+        known.entries.append((index, entry))
+
+    def _put_model(self, handle: Hashable, known: _Known) -> None:
+        model = known.model
+        self.waiting_models += bool(model.waiting)
+        since = model.since
+        if model.waiting or since is not None:
+            at = since or 0.0
+            latest = at - model.head_start_s + (model.max_wait_s if model.max_wait_s < math.inf else 0.0)
+            self._enter(known, self.needy, latest, at)
+            if model.start_at > -math.inf:
+                self._enter(known, self.due, model.start_at, 0)
+        elif wakes_wanted(model, math.inf) > 0:
+            self.lacking[handle] = model
+        if (kept_ready(model) or model.has_shared_image) and model.restock_at > -math.inf:
+            self._enter(known, self.due, model.restock_at, 0)
+        elif model.has_shared_image and vacancies(model):
+            self._enter(known, self.due, -math.inf, 0)
+        if any(i.commanded is not None for i in model.instances):
+            self.commanded[handle] = model
+        if model.grown and kept_ready(model):
+            self.grown[handle] = model
+
+    def _put_instances(self, handle: Hashable, known: _Known) -> None:
+        model = known.model
+        spare = {i.id for i in spare_of(model)}
+        for instance in model.instances:
+            state = instance.state
+            known.awake += state in AWAKE
+            known.going += state in _GOING
+            origin = instance.waking_from
+            known.quick_wakes += state is State.WAKING and origin is not None and origin <= Tier.CHECKPOINTED
+            if state is State.RETIRING:
+                known.retiring.append(instance)
+            if not model.waiting and (instance.id in spare or state is not State.READY):
+                step = next_step(instance, model, self.rules)
+                if step is not None:
+                    self._enter(known, self.due, step[1], 1, instance=instance)
+            index = self._index_of(instance, model, spare)
+            if index is self.busy:
+                self._enter(known, index, instance.leases, 0, instance=instance)
+            elif index is not None:
+                self._enter(known, index, *dispensable(instance, model), instance=instance)
+        if known.retiring:
+            self.retiring[handle] = known.retiring
+        self.awake += known.awake
+        self.going += known.going
+        self.quick_wakes += known.quick_wakes
+
+    def _index_of(self, instance: InstanceView, model: ModelView, spare: set[str]) -> Index | None:
+        if instance.id in spare:
+            return self.busy if instance.leases else self.spare
+        if instance.commanded is not None or model.pin:
+            return None
+        if instance.state is State.SLEEPING:
+            return self.sleeping
+        return self.colder if instance.state in (State.SUSPENDED, State.CHECKPOINTED) else None
+
+    def _put_sums(self, known: _Known) -> None:
+        load = self.gpus
+        if not load.capacity:
+            return
+        sums = known.sums = {NOW: {}, SOON: {}, BUSY: {}, IDLE: {}}
+        moving = 0
+        busy = {entry[-2].id for index, entry in known.entries if index is self.busy}
+        idle = {entry[-2].id for index, entry in known.entries if index in (self.spare, self.sleeping, self.colder)}
+        for instance in known.model.instances:
+            now = load.now.get(instance.id, gpu_accounting.NOTHING)
+            after = load.after.get(instance.id, gpu_accounting.NOTHING)
+            _add(sums[NOW], now)
+            _add(sums[SOON], after)
+            moving += max(0, now.get(HOST, 0) - after.get(HOST, 0))
+            if instance.id in busy or instance.state in (State.WAKING, State.UNPAUSING):
+                _add(sums[BUSY], after)
+            if instance.id in idle:
+                _add(sums[IDLE], self._most_freed(instance, known.model))
+        for name, places in sums.items():
+            self.sums[name].update(places)
+        if moving:
+            sums["moving"] = {HOST: moving}
+            self.host_moving += moving
+
+    def _most_freed(self, instance: InstanceView, model: ModelView) -> Bytes:
+        """No more than this can come free when it steps down, to whatever tier."""
+        most: dict[str, int] = {}
+        for tier in STEPS:
+            if tier > instance.tier and possible(instance, tier, model):
+                for place, count in freed_by(self.gpus, instance, tier).items():
+                    most[place] = max(most.get(place, 0), count)
+        return most
 
 
-def kept_ready(model: ModelView) -> int:
-    return 0 if model.draining else model.min_ready
+def _add(total: dict[str, int], more: Bytes) -> None:
+    for place, count in more.items():
+        total[place] = total.get(place, 0) + count
 
 
-def possible(instance: InstanceView, tier: Tier, model: ModelView) -> bool:
-    if tier is Tier.ARCHIVED and instance.state is not State.CHECKPOINTED:
-        return False  # only an image can be archived
-    return tier is Tier.STOPPED or (tier in model.tiers and tier not in instance.barred)
-
-
-def recyclable(instance: InstanceView, model: ModelView, now: float) -> bool:
-    """Whether its processes should end, so that the next wake restores fresh ones."""
-    to = Tier.CHECKPOINTED
-    return (
-        instance.id in model.grown
-        and instance.tier < to
-        and possible(instance, to, model)
-        and now >= instance.postponed.get(to, -math.inf)
-    )
-
-
-def spare_of(model: ModelView, *, coming: int = 0) -> list[InstanceView]:
-    """The ready instances above `min_ready`, those that would be missed least first; `coming`: as many more are up."""
-    up = [i for i in model.instances if i.state in (State.READY, State.RETIRING)]
-    up.sort(key=lambda i: (i.state is not State.RETIRING, i.leases, i.idle_since or math.inf))
-    return up[: max(0, len(up) + coming - kept_ready(model))]
+def freed_by(load: GpuLoad, instance: InstanceView, to: Tier) -> dict[str, int]:
+    """What comes free when an instance steps down to a tier; nothing where that is not known."""
+    left = load.held_on(to, instance)
+    held = load.after.get(instance.id, gpu_accounting.NOTHING)
+    if left is None:
+        return {}
+    freed = gpu_accounting.beyond(held, left)
+    if HOST in load.capacity:
+        freed[HOST] = held.get(HOST, 0) - left.get(HOST, 0)  # a colder tier may take more
+    return freed

@@ -63,6 +63,8 @@ class Waiter:
     """What it found when it came."""
     preferred: str | None
     """The only instance that it is to have, as long as that holds its engine."""
+    head_start_s: float = 0.0
+    """How much earlier than it came it counts, for its priority."""
 
     def hand_on(self) -> None:
         """Give back a lease that was granted in the moment it was cancelled."""

@@ -205,6 +205,20 @@ def test_any_text_has_positions_or_is_no_toml(text: str) -> None:
             ),
             "pool.max_awake: 1 may be awake, and min_ready asks for 2: models.demo (1), models.b (1)",
         ),
+        (
+            '[pool]\nmax_awake = 1\n[models.b]\nmin_ready = 1\nprocess.command = ["{port}"]',
+            (
+                "pool.max_awake: models.demo could never run: 1 may be awake, and so many stay so by min_ready or pin: "
+                "models.b (1)"
+            ),
+        ),
+        (
+            '[pool]\nmax_awake = 2\n[models.b]\npin = true\nmax_instances = 2\nprocess.command = ["{port}"]',
+            (
+                "pool.max_awake: models.demo could never run: 2 may be awake, and so many stay so by min_ready or pin: "
+                "models.b (2)"
+            ),
+        ),
         ('[models.demo.idle]\narchived = "1h"', "models.demo.idle.archived: there is no archive: set pool.archive_dir"),
         ('[models.demo]\nstart_timeout = "0s"', "models.demo.start_timeout: must be more than 0s"),
         ('[models.demo.health]\ninterval = "0s"', "models.demo.health.interval: must be more than 0s"),

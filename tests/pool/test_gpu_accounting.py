@@ -9,7 +9,7 @@ import pytest
 from proxy.gpu.nvml import GpuMemory
 from proxy.pool.gpu_accounting import EMPTY, READY, SLEEPING, GpuAccounting, beyond, plus
 from proxy.pool.instance import Instance, State
-from proxy.pool.view import view_of
+from proxy.pool.model_view import view_of
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 

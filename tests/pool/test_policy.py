@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from proxy.pool.costs import TYPICAL_S, Costs
 from proxy.pool.gpu_accounting import EMPTY, HOST, GpuLoad
 from proxy.pool.instance import AWAKE, RESTING, WITH_ENGINE, Instance, State, best_tier, pick
+from proxy.pool.model_view import STEPS, InstanceView, ModelView
 from proxy.pool.plan import Plan, Readmit, Refuse, Retire, StepDown, Wake
 from proxy.pool.policy import decide
-from proxy.pool.view import STEPS, InstanceView, ModelView, View
+from proxy.pool.view import View
 from proxy.tiers import Tier
 
 TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
@@ -650,7 +651,7 @@ def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     made = decide(view, now)
     touched: list[InstanceView] = []
     awake = sum(i.state in AWAKE for m in view.models for i in m.instances)
-    limit = max(view.max_awake, awake) if view.max_awake else math.inf
+    limit = max(view.rules.max_awake, awake) if view.rules.max_awake else math.inf
     new: dict[str, int] = {m.key: 0 for m in view.models}
     for action in made.actions:
         match action:

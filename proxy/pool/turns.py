@@ -1,0 +1,120 @@
+"""When a busy instance gives its place up: at the end of its turn, or sooner where somebody's bound would be broken.
+
+The pool is a polling system with switch costs: one server, many queues. Three ways to serve them can be chosen.
+`turns`: a busy instance runs for a turn before it is paused (or closed, where it cannot be); whose bound comes first is
+next. `fifo`: it is closed as soon as somebody waits. `lru`: never.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from proxy.pool import gpu_accounting
+from proxy.pool.instance import State
+from proxy.pool.model_view import bring_back_s, spare_of
+from proxy.pool.plan import Pause, Retire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy.pool.gpu_accounting import Bytes
+    from proxy.pool.model_view import InstanceView, ModelView, Rules
+    from proxy.pool.plan import Draft
+    from proxy.pool.view import View
+
+_WORTH: Final = 0.2
+"""A turn is at least this part of what it costs to have another run and to come back."""
+_STREAMS: Final = 25
+"""So many running requests double a turn: a batch serves them at little more than the price of one."""
+_PATIENCE_S: Final = 10.0
+"""For so long at most a turn goes on for requests that have got no token yet."""
+
+
+def turn_s(
+    rules: Rules, instance: InstanceView, model: ModelView, needy: ModelView, candidate: InstanceView | None
+) -> float:
+    """How long an instance runs at least while others wait.
+
+    It grows with what it costs to switch, and with the requests that it runs: so the share of time that goes to
+    switches falls as the load rises, and no load that the engines could serve makes the queues grow for ever.
+    """
+    switch_s = model.pause_s + model.unpause_s + bring_back_s(candidate, needy)
+    return max(rules.quantum_s, _WORTH * switch_s) * (1 + instance.leases / _STREAMS)
+
+
+def turn_ends(
+    rules: Rules, instance: InstanceView, model: ModelView, needy: ModelView, candidate: InstanceView | None
+) -> float:
+    """When a busy instance is to give its place up to a model that waits."""
+    since = needy.since
+    if since is None or rules.policy == "lru":
+        return math.inf
+    if rules.policy == "fifo":
+        return since
+    begun = instance.turn_since if instance.turn_since is not None else -math.inf
+    least = begun + rules.quantum_s
+    slack_s = needy.max_wait_s - bring_back_s(candidate, needy)
+    bound = max(least, since + slack_s) if slack_s > 0 else math.inf  # else it is broken anyway, as by a cold start
+    if not instance.can_pause:
+        return min(bound, max(least, since + rules.switch_after_s))
+    own = begun + turn_s(rules, instance, model, needy, candidate)
+    return max(own, begun + _PATIENCE_S) if instance.unanswered else min(own, bound)
+
+
+def ask_for_room(
+    view: View, needy: ModelView, candidate: InstanceView | None, now: float, draft: Draft, missing: Bytes
+) -> bool:
+    """Pause or close the busy instance whose turn ends first, once it has ended.
+
+    Where GPU memory is missing: as many as hold that much. Returns whether any does.
+    """
+    if needy.since is None:
+        return False
+    busy = [
+        (turn_ends(view.rules, i, m, needy, candidate), i.leases, i)
+        for i, m in _busy(view, needy, candidate)
+        if i.id not in draft.used
+    ]
+    busy.sort(key=lambda entry: entry[:2])
+    closed = [i for _, _, i in busy if i.state is State.RETIRING and not i.can_pause]
+    chosen: list[InstanceView] = []
+    if not missing and closed:
+        return False
+    if missing:
+        for instance in closed:
+            missing = gpu_accounting.beyond(missing, view.gpus.after.get(instance.id, gpu_accounting.NOTHING))
+        if not missing:
+            return False
+    for due, _, instance in busy:
+        held = view.gpus.after.get(instance.id, gpu_accounting.NOTHING)
+        if instance in closed or (missing and not missing.keys() & held.keys()):
+            continue
+        if due > now:
+            if due < math.inf:
+                draft.plan.not_later_than(due)
+            break
+        chosen.append(instance)
+        missing = gpu_accounting.beyond(missing, held)
+        if not missing:
+            break
+    draft.used.update(i.id for i in chosen)
+    pauses = view.rules.policy == "turns"
+    draft.plan.actions.extend(
+        Pause(i) if pauses and i.can_pause else Retire(i) for i in chosen if pauses or i.state is not State.RETIRING
+    )
+    return bool(chosen)
+
+
+def _busy(view: View, needy: ModelView, candidate: InstanceView | None) -> Iterator[tuple[InstanceView, ModelView]]:
+    """The busy instances that may make room for a candidate.
+
+    Those of its own model answer just as well, unless it is the candidate itself that is waited for.
+    """
+    for entry in view.busy:
+        if entry[-1].key != needy.key:
+            yield entry[-2], entry[-1]
+    if candidate is not None and candidate.id in needy.wanted:
+        for instance in spare_of(needy, coming=1):
+            if instance.leases and instance.id not in needy.wanted:
+                yield instance, needy
