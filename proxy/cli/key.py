@@ -65,6 +65,7 @@ def new(
     """Make a key for NAME and print it, once: the file has only a salted hash of it."""
     from pydantic import ValidationError
 
+    from proxy.config.explain import sentence
     from proxy.server.auth import api_keys
 
     target = _keys_file(file, path)
@@ -75,7 +76,7 @@ def new(
         try:
             id_, secret, entry = api_keys.generate(name, **limits)
         except ValidationError as error:
-            raise click.UsageError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+            raise click.UsageError("; ".join(f"{e['loc'][0]}: {sentence(e)}" for e in error.errors())) from None
         entries[id_] = entry
     click.echo(secret)
     click.echo(f"Keep it now: it is not shown again. {_RELOAD}", err=True)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _LONGEST_SHOWN: Final = 60
 _TABLE_WANTED: Final = frozenset({"model_type", "model_attributes_type", "dict_type", "dict_attributes_type"})
-_NUMBER_WANTED: Final[Mapping[str, str]] = {
+_TIME: Final = "a time with its zone, such as 2030-01-31T12:00:00Z"
+_WANTED: Final[Mapping[str, str]] = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -40,6 +41,10 @@ _NUMBER_WANTED: Final[Mapping[str, str]] = {
     "string_unicode": "text in quotes",
     "path_type": "a path in quotes",
     "list_type": "a list",
+    "datetime_type": _TIME,
+    "datetime_parsing": _TIME,
+    "datetime_from_date_parsing": _TIME,
+    "timezone_aware": _TIME,
 }
 PATTERNS: Final[Mapping[str, str]] = {
     r"^/[!-~]*$": "must be a path that begins with /, without spaces",
@@ -62,6 +67,12 @@ PATTERNS: Final[Mapping[str, str]] = {
     ),
 }
 """Pattern of a key → what it asks for."""
+_OF_KEYS_FILE: Final[Mapping[str, str]] = {
+    r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}$": "must be a name of letters, digits and _.@-, 64 characters at most",
+    r"^[0-9a-f]{32}$": "must be 32 hexadecimal digits, as `warmpool key new` writes them",
+    r"^[0-9a-f]{64}$": "must be 64 hexadecimal digits, as `warmpool key new` writes them",
+    r"^[a-z2-7]{8}$": "must be an id, as `warmpool key new` makes it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,12 @@ def explain(error: Mapping[str, Any], document: Document | None = None) -> Probl
         message = document.without_values(message)
         written = document.written_at(place.path)
     return problem(written, message)
+
+
+def sentence(error: Mapping[str, Any]) -> str:
+    """What is wrong by one of pydantic's errors, of any class, without what was given, which may be a secret."""
+    place = _Place(tuple(error["loc"]), None, None, error["loc"][-1:] == ("[key]",), secret=True)
+    return "unknown key" if error["type"] == "extra_forbidden" else _message(error, place)
 
 
 def problem(path: KeyPath, message: str) -> Problem:
@@ -157,10 +174,10 @@ def _message(error: Mapping[str, Any], place: _Place) -> str:
     kind, context = str(error["type"]), error.get("ctx", {})
     if kind in _TABLE_WANTED:
         return "must be a table"
-    if kind in _NUMBER_WANTED and error["loc"][-1] in ("int", "float"):  # of a union, which has an error for each
+    if kind in _WANTED and error["loc"][-1] in ("int", "float"):  # of a union, which has an error for each
         return f"must be a number{_not(error, place)}"
-    if kind in _NUMBER_WANTED:
-        return f"must be {_NUMBER_WANTED[kind]}{_not(error, place)}"
+    if kind in _WANTED:
+        return f"must be {_WANTED[kind]}{_not(error, place)}"
     match kind:
         case "value_error" | "assertion_error":
             return str(error["msg"]).removeprefix("Value error, ")
@@ -171,7 +188,7 @@ def _message(error: Mapping[str, Any], place: _Place) -> str:
         case "literal_error":
             return _not_a_choice(error, place)
         case "string_pattern_mismatch":
-            words = PATTERNS.get(context["pattern"], "cannot be used")
+            words = {**PATTERNS, **_OF_KEYS_FILE}.get(context["pattern"], "cannot be used")
             return words if place.of_key else f"{words}{_not(error, place)}"
         case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
             return f"must be {_bound(kind, context, place)}{_not(error, place)}"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import tomli_w
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from proxy.config.explain import sentence
 from proxy.errors import ConfigError
 from proxy.host import private_files
 
@@ -100,9 +101,9 @@ def read(path: Path) -> Keys:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), [f"is not TOML: {error}"]) from None
     except ValidationError as error:
-        # pydantic's message only, and no long name that is none of ours: either may be a secret in the wrong place
+        # No value, and no long name that is none of ours: either may be a secret in the wrong place.
         raise ConfigError(
-            str(path), [f"{'.'.join(map(_name_in, e['loc'])) or '(whole file)'}: {e['msg']}" for e in error.errors()]
+            str(path), [f"{'.'.join(map(_name_in, e['loc'])) or '(whole file)'}: {sentence(e)}" for e in error.errors()]
         ) from None
 
 

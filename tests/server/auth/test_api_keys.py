@@ -174,11 +174,11 @@ def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
     [
         ("keys = [", "is not TOML"),
         ("[keys.short]\nname='x'", "keys.short"),
-        ("[keys.aaaaaaaa]\nname='x'\n", "keys.aaaaaaaa.salt: Field required"),
-        ("[other]\n", "other: Extra inputs"),
-        ("[pasted-secret]\n", "…: Extra inputs"),
+        ("[keys.aaaaaaaa]\nname='x'\n", "keys.aaaaaaaa.salt: is required"),
+        ("[other]\n", "other: unknown key"),
+        ("[pasted-secret]\n", "…: unknown key"),
         ("[keys.pasted-secret]\n", "keys.…"),
-        ("[keys.aaaaaaaa]\npasted-secret=1\n", "keys.aaaaaaaa.…: Extra inputs"),
+        ("[keys.aaaaaaaa]\npasted-secret=1\n", "keys.aaaaaaaa.…: unknown key"),
     ],
 )
 def test_a_broken_file_says_where_and_never_shows_its_values(file: Path, text: str, problem: str) -> None:
@@ -197,6 +197,26 @@ def test_a_value_that_is_wrong_is_not_repeated(file: Path) -> None:
     assert "pasted-secret" not in str(failure.value)
 
 
+def test_what_is_wrong_with_a_key_is_said_in_our_words(file: Path) -> None:
+    made(file)
+    text = file.read_text()
+    for line, sentence in (
+        ('requests_per_minute = "many"', "requests_per_minute: must be a whole number"),
+        ("concurrency = 0", "concurrency: must be 1 at least"),
+        ('priority = "urgent"', 'priority: must be one of "low", "normal", "high"'),
+        ("expires = 2030-01-01T00:00:00", "expires: must be a time with its zone"),
+        ('expirs = "x"', "expirs: unknown key"),
+    ):
+        name = line.partition(" ")[0]
+        kept = [had for had in text.splitlines() if not had.startswith(f"{name} ")]
+        file.write_text("\n".join([*kept, line, ""]))
+        with pytest.raises(ConfigError) as failure:
+            api_keys.read(file)
+        assert sentence in str(failure.value)
+    wrong = run("new", "no good", "-f", str(file.with_name("other.toml")))
+    assert "name: must be a name of letters, digits and _.@-" in wrong.output
+
+
 def test_a_missing_file_says_how_to_make_it(file: Path) -> None:
     with pytest.raises(ConfigError, match="warmpool key new"):
         api_keys.read(file)
@@ -209,7 +229,10 @@ def test_the_admin_token(tmp_path: Path) -> None:
     first = api_keys.read_token(path)
     assert first.decode() not in result.output
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    run("admin-token", str(path))
+    refused = run("admin-token", str(path))
+    assert (refused.exit_code, api_keys.read_token(path)) == (1, first)
+    assert "--yes replaces it" in refused.output
+    run("admin-token", str(path), "--yes")
     assert api_keys.read_token(path) != first
     path.write_text("short")
     with pytest.raises(ConfigError, match="32 or more"):
