@@ -219,7 +219,7 @@ async def leave(port: int, questions: list[Question], chance: random.Random, pha
                 await asyncio.sleep(chance.uniform(0, 0.02))
             elif phase == "in the answer":
                 await reader.readexactly(chance.randrange(1, 2000))
-    if chance.random() < 0.5:
+    if chance.random() < 0.5 and not writer.is_closing():
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         writer.transport.abort()
     else:

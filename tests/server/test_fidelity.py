@@ -414,6 +414,34 @@ def test_clients_that_reset_while_bytes_come_for_them_leave_nothing_in_the_log(
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
+def test_an_old_client_that_leaves_within_an_answer_leaves_nothing_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Its answers end with the connection, so one that is broken off is reset; here nothing is left to reset."""
+
+    async def many() -> None:
+        async with Scripted() as proxy:
+            assert answer_of(await proxy.ask(post(QUESTION, *CLOSE), GOOD))[0] == 200
+            gone = asyncio.Event()
+
+            async def until_gone(peer: Peer) -> None:
+                await peer.send(SSE + b"\r\n" + chunk(b"1"))
+                await peer.reader.read()
+                gone.set()
+
+            proxy.script = [until_gone]
+            for _ in range(20):
+                gone.clear()
+                reader, writer = await proxy.connection()
+                writer.write(post(version="1.0"))
+                async with asyncio.timeout(PATIENCE_S):
+                    await reader.readuntil(b"\r\n\r\n")
+                    await Peer(reader, writer).reset()
+                    await gone.wait()
+            await proxy.idle()
+
+    uvloop.run(many())
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
 # --- before a checkpoint ---
 
 

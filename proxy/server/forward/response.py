@@ -173,7 +173,7 @@ class Answer(web.StreamResponse):
             return
         # HTTP/1.0 ends a body by closing, so only a reset is a failure; lingering for 0 s makes one (socket(7)).
         connection = transport.get_extra_info("socket")
-        if connection is not None:
+        if connection is not None and connection.fileno() >= 0:  # -1: the client has left
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
 
