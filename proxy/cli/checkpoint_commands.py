@@ -57,8 +57,8 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         raise click.ClickException(str(error)) from error
 
 
-def _model(settings: Settings, name: str) -> str:
-    """The key of a model, given by key or by any name clients use."""
+def key_of(settings: Settings, name: str) -> str:
+    """The key of a model, given by key or by any name clients use. Raises BadParameter."""
     if name in settings.models:
         return name
     try:
@@ -90,7 +90,7 @@ def _context(settings: Settings, key: str) -> golden.CheckpointContext:
 def create(path: Path | None, model: str, *, as_json: bool, costs: bool = False) -> None:
     """Make a golden checkpoint and prove it; `costs`: and say what each tier costs."""
     settings = load(path)
-    key = _model(settings, model)
+    key = key_of(settings, model)
     context = _context(settings, key)
 
     async def work() -> golden.Created:

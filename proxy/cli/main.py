@@ -9,7 +9,7 @@ from __future__ import annotations
 import click
 
 from proxy import __version__
-from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, model, routes, serve
+from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, model, pull, routes, serve
 from proxy.cli.failures import Commands
 
 
@@ -21,6 +21,7 @@ def cli() -> None:
 
 for _command in (
     serve.serve,
+    pull.pull,
     config.config,
     doctor.doctor,
     checkpoint.checkpoint,

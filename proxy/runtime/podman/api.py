@@ -19,7 +19,7 @@ from proxy.errors import HostError, WarmpoolError
 from proxy.runtime.podman.service import PodmanService
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
 API: Final = "http://podman/v4.0.0/libpod"
@@ -115,6 +115,27 @@ class Podman:
         """A DELETE."""
         return await self._call("DELETE", path, query, None, repeatable=True)
 
+    async def lines(self, url: str, *, silence_s: float, **query: str) -> AsyncIterator[dict[str, Any]]:
+        """The objects that a POST answers with, a line each, as they come. Raises PodmanError.
+
+        `url`: whole, since those of podman's Docker-compatible calls are not below `API`. `silence_s`: how long it may
+        say nothing.
+        """
+        if self._session is None:
+            raise PodmanError(0, f"POST {url}: not connected to podman's service any more")
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=silence_s)
+        try:
+            async with self._session.post(url, params=query, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise PodmanError(response.status, _message(await response.read()))
+                async for line in response.content:
+                    if line.strip():
+                        yield _object(line)
+        except TimeoutError:
+            raise PodmanSilentError(f"POST {url}", silence_s) from None
+        except aiohttp.ClientError as error:
+            raise PodmanError(0, f"POST {url}: the service broke off: {error}") from error
+
     async def _call(
         self,
         method: str,
@@ -180,6 +201,14 @@ async def _listens(socket: Path, limit_s: float) -> bool:
     with contextlib.suppress(OSError):
         await writer.wait_closed()
     return True
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise PodmanError(0, f"the answer is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _message(content: bytes) -> str:
