@@ -46,7 +46,8 @@ reference: $(VENV)/.run ## write config/reference.toml and docs/reference.md fro
 install: ## (root) put warmpool into /opt/warmpool (PREFIX, EXTRAS=gpu), for systemd; again to upgrade
 	systemd/install.sh $(PREFIX) $(PYTHON) $(EXTRAS)
 
-dist: $(VENV)/.dev ## a wheel and the sources, to install elsewhere, in dist
+dist: $(BIN)/python ## a wheel and the sources, to install elsewhere, in dist
+	@$(INSTALL) 'hatchling>=1.25'
 	$(BIN)/python -m hatchling build --directory dist
 
 host: ## (root) install podman and CRIU on Debian 12 or 13

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import io
@@ -26,6 +27,8 @@ class Registry:
         self.name = name
         self.blobs: dict[str, bytes] = {}
         self.manifest = b""
+        self.pause_s = 0.0
+        """In the middle of the layer."""
         self.renew()
 
     def renew(self) -> None:
@@ -70,11 +73,18 @@ class Registry:
         headers = {"Content-Type": MANIFEST, "Docker-Content-Digest": digest(self.manifest)}
         return web.Response(body=self.manifest, headers=headers)
 
-    async def _blob(self, request: web.Request) -> web.Response:
+    async def _blob(self, request: web.Request) -> web.StreamResponse:
         content = self.blobs.get(request.match_info["digest"])
         if content is None:
             raise web.HTTPNotFound
-        return web.Response(body=content, content_type="application/octet-stream")
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        response.content_length = len(content)
+        await response.prepare(request)
+        await response.write(content[: len(content) // 2])
+        if len(content) > 100_000:
+            await asyncio.sleep(self.pause_s)
+        await response.write(content[len(content) // 2 :])
+        return response
 
 
 def _described(kind: str, content: bytes) -> dict[str, str | int]:

@@ -1,0 +1,264 @@
+"""Every documented way to install, command by command, on an empty Debian: ``python -m tests.fresh_machine``.
+
+Root; needs debootstrap, podman and a Debian mirror. A new system is made by debootstrap and booted with its own systemd
+in a container. What runs in there are the commands of README and docs/installation.md, as they stand, in their order,
+and one question at the end of each way whose answer has to be streamed to its last event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.support import ROOT
+from tests.test_doc_blocks import commands
+from tests.test_docs import FENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+MIRROR: Final = "http://deb.debian.org/debian"
+PACKAGES: Final = "systemd,systemd-sysv,dbus"
+SOURCES: Final = "/srv/warmpool.git"
+"""What REPOSITORY is, in there."""
+STEP_S: Final = 1200.0
+CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
+CURL: Final = re.compile(r"\A(?:LANG=\S+ )?curl -sN ")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def section(page: str, heading: str) -> Iterator[str]:
+    """The commands of a section's blocks, in their order."""
+    text = (ROOT / page).read_text()
+    begin = re.search(rf"^#+ {re.escape(heading)}$", text, re.MULTILINE)
+    assert begin is not None, f"{page} has no section {heading}"
+    end = re.search(r"^#+ ", FENCE.sub(lambda m: " " * len(m[0]), text)[begin.end() :], re.MULTILINE)
+    for match in FENCE.finditer(text[begin.end() : begin.end() + end.start() if end else None]):
+        if match[2] in ("", "sh", "console"):
+            for command in commands(match[3]):
+                if re.match(r"[\w./]", command) and not re.match(r"\d\d:|HTTP/", command):
+                    yield command
+
+
+class Machine:
+    """A Debian that has just been installed, and runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = f"warmpool-fresh-{uuid.uuid4().hex[:8]}"
+
+    def boot(self) -> None:
+        """With its own systemd, on podman's bridge."""
+        unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+        cgroups = (
+            ["--cgroupns=private"] if unified else ["--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw"]
+        )
+        limits = [f"--ulimit={name}={_limit(name)}" for name in ("nofile", "nproc")]
+        subprocess.run(
+            ["podman", "run", "--detach", "--name", self.name, "--privileged", "--systemd=always", *cgroups, *limits,
+             "--pids-limit=-1", "--rootfs", str(self.root), "/lib/systemd/systemd"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.run("systemctl is-system-running --wait || true")
+
+    def run(self, script: str, *, cwd: str = "/root") -> str:
+        """What a script prints; raises SystemExit with it when it fails."""
+        command = [
+            "podman",
+            "exec",
+            "--workdir",
+            cwd,
+            *_environment(),
+            self.name,
+            "bash",
+            "-eo",
+            "pipefail",
+            "-c",
+            script,
+        ]
+        done = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=STEP_S
+        )
+        if done.returncode:
+            sys.exit(f"exit status {done.returncode}: {script}\n{done.stdout[-4000:]}")
+        return done.stdout
+
+    def close(self) -> None:
+        subprocess.run(["podman", "rm", "--force", "--time", "5", self.name], check=False, capture_output=True)
+
+
+def _limit(name: str) -> int:
+    return os.sysconf("SC_OPEN_MAX") if name == "nofile" else 4096
+
+
+def _environment() -> list[str]:
+    """pip trusts what this host trusts, where that is set."""
+    return [f"--env=PIP_CERT={CERTIFICATES}"] if "PIP_CERT" in os.environ else []
+
+
+def make(release: str, root: Path) -> None:
+    """An empty system with the sources at `SOURCES`."""
+    if not (root / "etc" / "debian_version").exists():
+        say(f"debootstrap {release} into {root}")
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(root), MIRROR],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    repository = root / SOURCES.lstrip("/")
+    shutil.rmtree(repository, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", "--bare", "--no-hardlinks", str(ROOT), str(repository)], check=True)
+    if "PIP_CERT" in os.environ:
+        # A host behind an inspecting proxy; ca-certificates, installed later, reads the folder.
+        extra = root / "usr" / "local" / "share" / "ca-certificates"
+        extra.mkdir(parents=True, exist_ok=True)
+        found = re.findall(r"-----BEGIN.*?END CERTIFICATE-----\n", CERTIFICATES.read_text(), re.DOTALL)
+        (extra / "host.crt").write_text("".join(found[-3:]))
+
+
+def streamed(machine: Machine) -> None:
+    """The question of README's first block: its answer is a stream that comes to its end."""
+    (question,) = (c for c in section("README.md", "Try it") if CURL.match(c))
+    answer = machine.run(question)
+    if "data: [DONE]" not in answer:
+        sys.exit(f"no stream to its end:\n{answer[-2000:]}")
+    say(f"  streamed: {answer.count('data: ')} events, {re.findall('x-warmpool-tier: .*', answer)}")
+
+
+def script(found: Sequence[str]) -> str:
+    return "\n".join(command.replace("REPOSITORY", SOURCES) for command in found)
+
+
+def steps(machine: Machine, found: Sequence[str], cwd: str = "/root") -> str:
+    for command in found:
+        say(f"  $ {command.splitlines()[0][:150]}")
+    return machine.run(script(found), cwd=cwd)
+
+
+def served(machine: Machine, command: str, cwd: str) -> None:
+    """Run what does not end beside, until it answers; ask it; end it."""
+    say(f"  $ {command}")
+    unit = f"way-{uuid.uuid4().hex[:6]}"
+    set_ = " ".join(e.replace("--env=", "--setenv=") for e in _environment())
+    machine.run(f"systemd-run --quiet --unit {unit} {set_} --working-directory {cwd} bash -c '{command}'")
+    machine.run("for i in $(seq 600); do curl -sf http://127.0.0.1:8080/ready && exit; sleep 1; done; exit 1")
+    streamed(machine)
+    machine.run(f"systemctl stop {unit}")
+
+
+def by_make_run(machine: Machine) -> None:
+    """The first thing that README says."""
+    found = [c for c in section("README.md", "Try it") if not re.match(r"curl|make run|pip|\S*warmpool ", c)]
+    cwd = "/root/warmpool"
+    steps(
+        machine, [*(c for c in section("docs/installation.md", "Debian 12 and 13") if c.startswith("apt-get")), *found]
+    )
+    served(machine, "make run", cwd)
+
+
+def as_a_service(machine: Machine) -> None:
+    """docs/installation.md, from its first command to the answer of a restored engine."""
+    out = steps(machine, [*section("docs/installation.md", "Debian 12 and 13")])
+    tiers = re.findall(r"x-warmpool-tier: (\S+)", out)
+    say(f"  the last answer came from: {tiers}")
+    if tiers[-1:] != ["checkpointed"]:
+        sys.exit(f"it was to come from a checkpoint:\n{out[-4000:]}")
+    streamed(machine)
+    steps(machine, [c for c in section("docs/installation.md", "Upgrading") if "ln -sfn" not in c])
+    streamed(machine)
+    machine.run("/opt/warmpool/current/bin/warmpool uninstall --yes")
+
+
+def from_a_wheel(machine: Machine) -> None:
+    """Built in the sources, installed elsewhere."""
+    build, *install, serve = section("docs/installation.md", "From a wheel")
+    _sources(machine)
+    steps(machine, [build, *install], cwd="/usr/local/src/warmpool")
+    served(machine, serve, "/srv")
+
+
+def in_a_container(machine: Machine) -> None:
+    """The proxy in a container, its engines beside it."""
+    _sources(machine)
+    build, run = section("docs/installation.md", "In a container")
+    before = (
+        "systemctl enable --now podman.socket; mkdir -p /etc/warmpool /mnt/checkpoint-ram /etc/criu /var/lib/warmpool"
+    )
+    mount = "mountpoint -q /mnt/checkpoint-ram || mount -t tmpfs -o size=50%,mode=0700 tmpfs /mnt/checkpoint-ram"
+    machine.run(
+        f"make host; {before}; {mount}; cp config/service.toml /etc/warmpool/warmpool.toml",
+        cwd="/usr/local/src/warmpool",
+    )
+    machine.run(
+        "python3 -m venv /tmp/e && /tmp/e/bin/pip install -q . && /tmp/e/bin/python -m loadtest.image",
+        cwd="/usr/local/src/warmpool",
+    )
+    # A base image without a registry: this very system. pip in the build trusts what it trusts.
+    left_out = "--exclude=./proc --exclude=./sys --exclude=./var/lib/containers"
+    base = f"tar -C / --one-file-system {left_out} -c . | podman import - localhost/base"
+    machine.run(base)
+    options = f"--build-arg BASE=localhost/base --volume {CERTIFICATES}:{CERTIFICATES}:ro --env PIP_CERT={CERTIFICATES}"
+    steps(machine, [build.replace("podman build ", f"podman build {options} ", 1)], cwd="/usr/local/src/warmpool")
+    steps(machine, [run])
+    machine.run("for i in $(seq 120); do curl -sf http://127.0.0.1:8080/ready && exit; sleep 1; done; exit 1")
+    streamed(machine)
+    deadline = time.monotonic() + 60
+    while "checkpointed" not in machine.run("curl -s http://127.0.0.1:8080/v1/models") and time.monotonic() < deadline:
+        time.sleep(1)
+    streamed(machine)
+    say("  " + machine.run("podman logs warmpool 2>&1 | grep -E 'ready from|checkpointed' | tail -4").strip())
+    machine.run("podman stop -t 45 warmpool; podman rm warmpool")
+
+
+def _sources(machine: Machine) -> None:
+    wanted = [*section("docs/installation.md", "Debian 12 and 13")][:3]
+    if not (machine.root / "usr/local/src/warmpool").exists():
+        steps(machine, wanted)
+
+
+WAYS: Final[dict[str, Callable[[Machine], None]]] = {
+    "run": by_make_run, "service": as_a_service, "wheel": from_a_wheel, "container": in_a_container,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ways", nargs="*", default=[*WAYS], metavar="WAY", help=f"of {', '.join(WAYS)}; default: all")
+    parser.add_argument("--release", default="bookworm", help="of Debian: bookworm, trixie")
+    parser.add_argument(
+        "--root", type=Path, help="folder for the system; default: a new one below /var/tmp, removed after"
+    )
+    options = parser.parse_args()
+    if unknown := {*options.ways} - WAYS.keys():
+        parser.error(f"no such way: {', '.join(unknown)}")
+    if os.geteuid() != 0:
+        parser.error("run as root")
+    root = options.root or Path(f"/var/tmp/warmpool-fresh-{options.release}-{os.getpid()}")
+    make(options.release, root)
+    machine = Machine(root)
+    try:
+        machine.boot()
+        for way in options.ways:
+            began = time.monotonic()
+            say(f"{options.release}: {way}")
+            WAYS[way](machine)
+            say(f"{options.release}: {way}: {time.monotonic() - began:.0f} s")
+    finally:
+        machine.close()
+        if options.root is None:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
