@@ -27,7 +27,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB, FakeDriver, FakeNvml, gpus_of
-from tests.podman_bench import engine_image, model_of, tmpfs_folder, why_no_podman
+from tests.podman_bench import engine_image, model_of, why_no_podman
 from tests.runtime_contract import FACTS
 from tests.support import HttpBench, engine_settings, get_json
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings
     from proxy.runtime.base import EngineProcess
-
-images = pytest.fixture(tmpfs_folder)
 
 
 class EveryEngine(FakeDriver):

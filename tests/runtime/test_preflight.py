@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 import tomli_w
 
-from tests.podman_bench import tmpfs_folder, why_no_podman
-from tests.podman_host import Host, host_of_test
+from tests.podman_bench import why_no_podman
 from tests.served import Proxy
 from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, engine_model, why_no_criu
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
+    from tests.podman_host import Host
+
 
 criu = pytest.mark.criu
 needs_criu = pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))

@@ -40,19 +40,9 @@ BODY = orjson.dumps(ASK)
 
 
 @pytest.fixture
-async def edge_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
-    """Makes fronts whose engine is never started unless a test asks it something."""
-    fronts: list[Front] = []
-
-    async def make(**server: Any) -> Front:
-        front = Front(tmp_path / str(len(fronts)), {"demo": engine_model()}, **server)
-        fronts.append(front)
-        await front.open()
-        return front
-
-    yield make
-    for front in fronts:
-        await front.close()
+def edge_of(front_of: Any) -> Callable[..., Coroutine[Any, Any, Front]]:
+    """Makes proxies whose engine is never started unless a test asks it something."""
+    return lambda **server: front_of(server=server)
 
 
 @pytest.fixture

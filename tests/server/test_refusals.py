@@ -10,40 +10,18 @@ import orjson
 import pytest
 
 from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, NoMemoryError, QueueFullError, WakeFailedError
-from tests.front import Front
 from tests.server.test_edge import exchange, post
 from tests.server.test_http import ASK, CHAT, error_of
-from tests.support import PATIENCE_S, engine_model
+from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
+
+    from tests.front import Front
 
 BODY = orjson.dumps(ASK)
 LENGTH = f"Content-Length: {len(BODY)}"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@pytest.fixture
-async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
-    """Makes proxies with one model."""
-    fronts: list[Front] = []
-
-    async def make(*options: str, server: dict[str, Any] | None = None, **entry: Any) -> Front:
-        front = Front(tmp_path / str(len(fronts)), {"demo": engine_model(*options, **entry)}, **(server or {}))
-        fronts.append(front)
-        await front.open()
-        return front
-
-    yield make
-    for front in fronts:
-        await front.close()
-
-
-@pytest.fixture
-async def front(front_of: Any) -> Front:
-    made: Front = await front_of()
-    return made
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from proxy.cli.main import cli
-from tests.podman_bench import tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host, host_of_test
+from tests.podman_bench import why_no_podman
+from tests.podman_host import AWAKE, Host
 from tests.served import ASK
 from tests.support import files_in, get_json
 
@@ -23,9 +23,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
 
 
 async def run(proxy: Proxy, *arguments: str) -> tuple[int, str]:

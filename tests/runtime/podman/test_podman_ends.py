@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.podman_bench import tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host, host_of_test
+from tests.podman_bench import why_no_podman
+from tests.podman_host import AWAKE, Host
 from tests.served import ASK
 from tests.support import PATIENCE_S
 
@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
 
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
 
 _MOVING = {"waking", "falling_asleep", "suspending", "checkpointing", "cloning", "archiving", "broken", "stopping"}
 

@@ -15,11 +15,9 @@ from proxy.errors import PortTakenError
 from proxy.telemetry.stages import Stages
 from tests.podman_bench import (
     PodmanBench,
-    engine_image,
     engine_table,
     model_of,
     podman,
-    tmpfs_folder,
     why_no_podman,
 )
 from tests.runtime_contract import FACTS
@@ -34,18 +32,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
-    engine_image()
-    made = PodmanBench(tmp_path, images)
-    await made.runtime.open()
-    yield made
-    await made.clear()
-    assert made.remains() == []
 
 
 async def ready(bench: PodmanBench, number: int = 1) -> EngineProcess:

@@ -11,8 +11,8 @@ import orjson
 import pytest
 
 from proxy.runtime import vllm_extension
-from tests.podman_bench import moving_tag, podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host, host_of_test
+from tests.podman_bench import podman, why_no_podman
+from tests.podman_host import AWAKE, Host
 from tests.support import PATIENCE_S, get_json
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
-tag = pytest.fixture(moving_tag)
 
 
 async def demo(proxy: Proxy) -> Any:

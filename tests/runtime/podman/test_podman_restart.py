@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.podman_bench import podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, QUICK, Host, host_of_test
+from tests.podman_bench import podman, why_no_podman
+from tests.podman_host import AWAKE, QUICK, Host
 from tests.served import Proxy, ServiceManager
 from tests.support import PATIENCE_S, files_in, get_json
 from tests.systemd.test_restart import STREAMS, Clients, restart_in_the_middle
@@ -27,9 +27,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
 
 
 @pytest.fixture

@@ -28,16 +28,13 @@ from tests.podman_bench import (
     engine_image,
     engine_table,
     model_of,
-    moving_tag,
     podman,
-    tmpfs_folder,
     why_no_podman,
 )
 from tests.runtime_contract import FACTS, RealFilesContract, RuntimeContract
 from tests.support import PATIENCE_S, files_in
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from proxy.checkpoint.archive import Compression
@@ -48,20 +45,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-tag = pytest.fixture(moving_tag)
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, images: Path) -> AsyncIterator[PodmanBench]:
-    """A runtime, open; whatever it made is gone afterwards."""
-    engine_image()
-    made = PodmanBench(tmp_path, images)
-    await made.runtime.open()
-    yield made
-    await made.clear()
-    assert made.remains() == []
 
 
 def shell(script: str, **podman_keys: Any) -> ModelSettings:

@@ -15,8 +15,8 @@ import openai
 import orjson
 import pytest
 
-from tests.podman_bench import podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, Host, host_of_test
+from tests.podman_bench import podman, why_no_podman
+from tests.podman_host import AWAKE, Host
 from tests.served import ASK, Proxy
 from tests.support import PATIENCE_S, files_in, get_json
 
@@ -28,9 +28,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from proxy.errors import HostError, RuntimeFailure
 from proxy.host import processes
 from proxy.telemetry.stages import Stages
-from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
+from tests.podman_bench import PodmanBench, engine_image, podman, why_no_podman
 from tests.runtime_contract import FACTS
 from tests.support import PATIENCE_S
 
@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.podman_bench import podman, tmpfs_folder, why_no_podman
-from tests.podman_host import AWAKE, host_of_test
+from tests.podman_bench import podman, why_no_podman
+from tests.podman_host import AWAKE
 from tests.served import ASK
 from tests.support import PATIENCE_S, get_json
 
@@ -19,9 +19,6 @@ pytestmark = [
     pytest.mark.podman,
     pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() or ""),
 ]
-
-images = pytest.fixture(tmpfs_folder)
-host = pytest.fixture(host_of_test)
 
 
 async def test_an_engine_that_somebody_paused_is_replaced(host: Host) -> None:

@@ -12,14 +12,12 @@ from proxy.runtime.podman import strays
 from proxy.runtime.podman.api import PodmanError
 from proxy.runtime.state_dir import Claim
 from tests.fakes import settle
-from tests.podman_bench import PodmanBench, engine_image, podman, tmpfs_folder, why_no_podman
+from tests.podman_bench import PodmanBench, engine_image, podman, why_no_podman
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-images = pytest.fixture(tmpfs_folder)
 
 
 async def until(what: Callable[[], bool]) -> None:
