@@ -9,11 +9,12 @@ import hypothesis
 import pytest
 
 from proxy.server import front as below
+from tests.forked_engines import ENGINES
 from tests.front import Front
 from tests.support import engine_model
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from pathlib import Path
 
 
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if not CONTAINERS.isdisjoint(mark.name for mark in item.iter_markers()):
                 item.add_marker(pytest.mark.xdist_group("containers"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines() -> Iterator[None]:
+    """The process that engines are forked from ends with the tests."""
+    yield
+    ENGINES.close()
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from proxy.checkpoint.store import CheckpointStore
 from proxy.config.settings import Settings
 from proxy.host import facts
 from proxy.pool.pool import Pool
-from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
 from proxy.server import app, listeners
 from proxy.server.auth.middleware import Auth
 from proxy.server.connection_limits import GuardedRunner
 from proxy.server.tls import Tls
 from proxy.telemetry.metrics import Metrics
+from tests.forked_engines import ForkingRuntime
 from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Front:
             pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
         )
         self.metrics = Metrics()
-        runtime = ProcessRuntime(
+        runtime = ForkingRuntime(
             settings.runtime.process,
             claim=Claim(settings.pool.state_dir),
             store=CheckpointStore(settings.pool.checkpoint_dir, 0),
