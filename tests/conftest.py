@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 from proxy.server import front as below
-from tests.forked_engines import ENGINES
+from tests.forked import ENGINES, PROXIES
 from tests.front import Front
 from tests.support import engine_model
 
@@ -39,10 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _engines() -> Iterator[None]:
-    """The process that engines are forked from ends with the tests."""
+def _forks() -> Iterator[None]:
+    """The processes that programs are forked from end with the tests."""
     yield
     ENGINES.close()
+    PROXIES.close()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from proxy.server.auth.middleware import Auth
 from proxy.server.connection_limits import GuardedRunner
 from proxy.server.tls import Tls
 from proxy.telemetry.metrics import Metrics
-from tests.forked_engines import ForkingRuntime
+from tests.forked import ForkingRuntime
 from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
 
 if TYPE_CHECKING:

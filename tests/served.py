@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import tomli_w
 
+from tests.forked import PROXIES, Forked
 from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, get_json, processes_with
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ServiceManager:
 
 
 class Proxy:
-    """A running `warmpool serve`."""
+    """A running `warmpool serve`; `forked`: from a process of the session, not started as users do."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Proxy:
         manager: ServiceManager | None = None,
         crash: str | None = None,
         cgroup: Path | None = None,
+        forked: bool = True,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -86,19 +88,25 @@ class Proxy:
         settings["runtime"] = {**runtime, "process": process}
         settings["server"] = {"port": 0, **settings.get("server", {})}
         (folder / "warmpool.toml").write_text(tomli_w.dumps(settings))
+        self.url = ""
         self.log = folder / "log"
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
-        program = ["proxy"] if crash is None else ["tests.crashing", crash]
-        command = [PYTHON, "-m", *program, "serve", "-c", str(folder / "warmpool.toml"), *options]
-        if cgroup is not None:
-            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
+        arguments = ["serve", "-c", str(folder / "warmpool.toml"), *options]
+        environment = {**os.environ, **(manager.environment if manager is not None else {})}
+        listening = manager.socket.fileno() if manager is not None else None
+        self.process: subprocess.Popen[bytes] | Forked
         with self.log.open("ab") as log:
+            if forked and crash is None and cgroup is None:
+                self.process = Forked(PROXIES.start(arguments, environment, log.fileno(), listening=listening))
+                return
+            program = ["proxy"] if crash is None else ["tests.crashing", crash]
+            command = [PYTHON, "-m", *program, *arguments]
+            if cgroup is not None:
+                command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
             self.process = subprocess.Popen(
                 manager.handing_over(command) if manager is not None else command,
-                cwd=ROOT, stdout=log, stderr=log, pass_fds=[manager.socket.fileno()] if manager is not None else [],
-                env={**os.environ, **(manager.environment if manager is not None else {})},
+                cwd=ROOT, stdout=log, stderr=log, pass_fds=[] if listening is None else [listening], env=environment,
             )  # fmt: skip
-        self.url = ""
 
     async def listening(self) -> Proxy:
         async with asyncio.timeout(PATIENCE_S):

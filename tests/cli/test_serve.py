@@ -32,9 +32,9 @@ async def serve(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, An
     """Starts proxies with a model `demo`; ends those that still run."""
     proxies: list[Proxy] = []
 
-    async def serve_(*engine: str, options: tuple[str, ...] = (), **entry: Any) -> Proxy:
+    async def serve_(*engine: str, options: tuple[str, ...] = (), forked: bool = True, **entry: Any) -> Proxy:
         model = engine_model(*engine, "--fail-file", str(tmp_path / "mark-of-this-test"), **{"idle": AWAKE, **entry})
-        proxy = Proxy(tmp_path / "warmpool", *options, settings={"models": {"demo": model}})
+        proxy = Proxy(tmp_path / "warmpool", *options, settings={"models": {"demo": model}}, forked=forked)
         proxies.append(proxy)
         return await proxy.listening()
 
@@ -46,7 +46,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, An
 
 
 async def test_the_whole_ladder_and_back_with_state_intact(serve: Any) -> None:
-    proxy: Proxy = await serve("--load-seconds", "2", idle=QUICK, golden_sleep_level=1)
+    proxy: Proxy = await serve("--load-seconds", "2", forked=False, idle=QUICK, golden_sleep_level=1)
     began = time.monotonic()
     tier, text = await proxy.ask()
     cold_s = time.monotonic() - began
@@ -121,7 +121,7 @@ async def test_killing_the_engine_mid_stream_breaks_the_answer_and_the_next_requ
 
 
 async def test_sigterm_lets_streams_finish_and_leaves_no_process(serve: Any) -> None:
-    proxy: Proxy = await serve("--tokens-per-second", "20")
+    proxy: Proxy = await serve("--tokens-per-second", "20", forked=False)
     await proxy.ask()
     body = {**ASK, "stream": True, "max_tokens": 30, "ignore_eos": True}
     async with proxy.session.post("/v1/completions", json=body) as response:
@@ -163,7 +163,7 @@ async def test_sigterm_during_a_start_leaves_no_process(serve: Any) -> None:
 
 
 async def test_kill_9_of_the_proxy_leaves_no_process(serve: Any) -> None:
-    proxy: Proxy = await serve("--processes", "2")
+    proxy: Proxy = await serve("--processes", "2", forked=False)
     await proxy.ask()
     proxy.process.kill()
     assert await proxy.ended() == -signal.SIGKILL
@@ -182,7 +182,7 @@ async def test_json_logs_are_objects_without_prompts(serve: Any) -> None:
 
 
 def serve_once(tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
-    proxy = Proxy(tmp_path / "w", settings=settings)
+    proxy = Proxy(tmp_path / "w", settings=settings, forked=False)
     return proxy.process.wait(PATIENCE_S), proxy.log.read_text()
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import tomli_w
+from click.testing import CliRunner
 
 from loadtest import checkpoint_images, results, serving, trace
+from loadtest.commands import cli
 from proxy.runtime.state_dir import Claim
 from tests.loadtest.test_results import SAMPLE
 from tests.podman_bench import why_no_podman
@@ -384,6 +386,7 @@ def test_proxy_is_the_benchmark_of_the_proxy() -> None:
     ],
 )
 def test_what_cannot_be_run_is_a_line_and_status_2(arguments: tuple[str, ...], reason: str) -> None:
-    printed = loadtest(*arguments, status=2)
-    assert reason in printed
-    assert "Traceback" not in printed
+    done = CliRunner().invoke(cli, arguments)
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert reason in done.output
+    assert "Traceback" not in done.output

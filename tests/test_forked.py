@@ -13,7 +13,7 @@ from proxy.config.runtime import ProcessRuntimeSettings
 from proxy.host import processes
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
-from tests.forked_engines import ForkingRuntime
+from tests.forked import ForkingRuntime
 from tests.support import ENGINE_PORTS, ROOT, engine_settings, get_json, until_healthy
 
 if TYPE_CHECKING:
