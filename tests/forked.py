@@ -30,14 +30,12 @@ import orjson
 from proxy.host import processes
 from proxy.runtime import criu
 from proxy.runtime.process import launch
+from proxy.runtime.process.engine import ProcessEngine
 from proxy.runtime.process.runtime import ProcessRuntime
 from tests.support import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from proxy.config.model import ModelSettings
-    from proxy.runtime.base import Handle
+    from collections.abc import Mapping, Sequence
 
 _MESSAGE_BYTES: Final = 1 << 18
 _ROOM: Final = "_" * (32 << 10)
@@ -152,23 +150,15 @@ async def _why_not(program: str) -> tuple[str, str | None]:
     return _known[program]
 
 
-@contextlib.contextmanager
-def _forking() -> Iterator[None]:
-    """Have `os.posix_spawn` fork load-test engines."""
-    spawn = os.posix_spawn
-
-    def fork_or_spawn(path: Any, argv: Sequence[Any], env: Any, **options: Any) -> int:
-        # As the runtime starts an engine: python -I -S launch.py FOLDER COMMAND...
-        if argv[3] == launch.__file__ and argv[5:8] == [sys.executable, "-m", *ENGINES.modules]:
-            (log,) = {action[1] for action in options["file_actions"] if action[0] == os.POSIX_SPAWN_DUP2}
-            return ENGINES.start(argv[8:], env, log, folder=argv[4])
-        return spawn(path, argv, env, **options)
-
-    os.posix_spawn = fork_or_spawn
-    try:
-        yield
-    finally:
-        os.posix_spawn = spawn
+class _ForkedEngine(ProcessEngine):
+    def _spawned(self, directory: str, words: Sequence[str], environment: Mapping[str, str]) -> int:
+        if [*words[:3]] != [sys.executable, "-m", *ENGINES.modules]:
+            return super()._spawned(directory, words, environment)
+        log = self._log("start")
+        try:
+            return ENGINES.start(words[3:], environment, log, folder=directory)
+        finally:
+            os.close(log)
 
 
 class ForkingRuntime(ProcessRuntime):
@@ -176,7 +166,8 @@ class ForkingRuntime(ProcessRuntime):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._reaper: Any = _NoReaper()
+        reaper: Any = _NoReaper()
+        self._parts.reaper = reaper
 
     async def open(self) -> None:
         """As ever, but that CRIU is looked at once a session."""
@@ -186,10 +177,11 @@ class ForkingRuntime(ProcessRuntime):
         finally:
             criu.why_not = _WHY_NOT
 
-    async def start(self, instance_id: str, key: str, model: ModelSettings, *, beside: bool = False) -> Handle:
-        """As ever, but for the process."""
-        with _forking():
-            return await super().start(instance_id, key, model, beside=beside)
+    def engine(self, instance_id: str, key: str) -> ProcessEngine:
+        """As ever, but for how its process is made."""
+        if instance_id not in self.engines:
+            self.engines[instance_id] = _ForkedEngine(instance_id, key, self._parts)
+        return self.engines[instance_id]
 
 
 # --- the process that is forked ---

@@ -27,17 +27,17 @@ async def test_a_forked_engine_is_a_child_with_a_session_a_mark_and_a_log(kind: 
         ProcessRuntimeSettings(ports=ENGINE_PORTS), claim=claim, store=CheckpointStore(tmp_path / "images", 0)
     )
     await runtime.open()
-    handle = await runtime.start("demo-1", "demo", engine_settings("--processes", "2"))
-    await until_healthy(handle.base_url)
-    state = await get_json(f"{handle.base_url}/debug/state")
+    started = await runtime.start("demo-1", "demo", engine_settings("--processes", "2"))
+    await until_healthy(started.base_url)
+    state = await get_json(f"{started.base_url}/debug/state")
     pid, (child,) = state["pid"], state["children"]
     engine = psutil.Process(pid)
     assert (engine.ppid(), os.getsid(pid), os.getsid(child)) == (os.getpid(), pid, pid)
     assert engine.environ()[processes.MARK] == psutil.Process(child).environ()[processes.MARK]
     assert {*processes.marked(f"{claim.owner}:demo-1;")} == {pid, child}
     assert engine.cwd() == str(ROOT)
-    assert "listening on" in "".join(await runtime.log_tail(handle))
-    await runtime.remove(handle)
+    assert "listening on" in "".join(await started.log_tail())
+    await started.remove()
     await runtime.close()
     assert not psutil.pid_exists(pid)
     assert not psutil.pid_exists(child)
