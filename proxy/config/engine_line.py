@@ -154,6 +154,9 @@ def _vllm(found: EngineLine, options: _Options, env: dict[str, str], *, gpu: boo
         raise LineError("which model? vLLM's line names it behind `serve`, or by --model")
     found.key_hint = model
     _name(found, names or [model])
+    several = options.value("--tensor-parallel-size") or "1"
+    if several.isdecimal() and int(several) > 1:
+        found.table.setdefault("gpus", [*range(int(several))])
     if key:
         found.table["api_key"] = env["VLLM_API_KEY"] = key
         found.notes.append("the engine's API key stays between warmpool and it; clients do not need it")

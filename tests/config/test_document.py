@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from proxy.cli.main import cli
 from proxy.config.load import load, parse
+from proxy.config.masking import masked
 from proxy.config.schema import schema
 from proxy.errors import ConfigError
 from proxy.runtime.podman import container
@@ -167,6 +168,14 @@ def test_what_came_from_the_environment_is_in_no_message() -> None:
     assert SECRET not in problems(wrong)
     twice = f'{REFERRING}[models.other]\nname = "x-{{env:TOKEN_OF_TEST}}-y"\nprocess.command = ["{{port}}"]\n'
     assert SECRET not in problems(twice)
+
+
+@pytest.mark.usefixtures("variables")
+def test_what_came_from_the_environment_is_masked_in_what_is_kept_of_an_engine() -> None:
+    process = settings(REFERRING).models["demo"].process
+    assert process is not None
+    assert SECRET in process.command
+    assert SECRET not in str(masked(process.model_dump(mode="json")))
 
 
 def test_a_variable_that_is_not_set_is_said_once_with_its_key() -> None:

@@ -133,6 +133,12 @@ def test_on_a_gpu_the_sleep_mode_is_switched_on(tmp_path: Path) -> None:
     )
 
 
+def test_an_engine_on_several_gpus_is_accounted_on_each(tmp_path: Path) -> None:
+    assert table("vllm serve m --tensor-parallel-size 2", tmp_path)["gpus"] == [0, 1]
+    line = "docker run --gpus '\"device=2,3\"' vllm --model m --tensor-parallel-size=2"
+    assert table(line, tmp_path)["gpus"] == [2, 3]
+
+
 def test_paths_and_variables_are_those_of_where_the_line_is_written(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "x.safetensors").touch()
