@@ -71,7 +71,7 @@ class Audio:
         await socket.prepare(request)
         self.writer.counters.running += 1
         try:
-            await _Session(self.writer, socket).run()
+            await _Session(self.writer, socket, request.transport).run()
         finally:
             self.writer.counters.running -= 1
             offered = request.headers.get("Sec-WebSocket-Protocol")
@@ -80,8 +80,9 @@ class Audio:
 
 
 class _Session:
-    def __init__(self, writer: Writer, socket: web.WebSocketResponse) -> None:
+    def __init__(self, writer: Writer, socket: web.WebSocketResponse, transport: asyncio.Transport | None) -> None:
         self.writer = writer
+        self.transport = transport
         self.socket = socket
         self.model: str | None = None
         self.heard = bytearray()
@@ -130,9 +131,8 @@ class _Session:
             case "debug.close":
                 await self.socket.close(code=said.get("code", WSCloseCode.OK), message=said.get("reason", "").encode())
             case "debug.die":
-                transport = self.socket._req.transport if self.socket._req is not None else None
-                if transport is not None:
-                    transport.abort()
+                if self.transport is not None:
+                    self.transport.abort()
             case other:
                 await self.error(f"Unknown event type: {other}", "unknown_event")
 

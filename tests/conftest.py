@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from proxy.server import front as below
 from tests.forked import ENGINES, PROXIES
 from tests.front import Front
 from tests.support import engine_model
@@ -61,13 +60,6 @@ async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any,
     for front in fronts:
         await front.close()
         assert front.pool.status()["leases"] == 0
-
-
-@pytest.fixture(params=["below aiohttp", "above"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with ordinary requests served by `proxy.server.front`, once with all of them served by aiohttp's server."""
-    if request.param == "above":
-        monkeypatch.setattr(below.Front, "looked_at", lambda *_: False)
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from proxy.host import facts
 from proxy.pool.pool import Pool
 from proxy.runtime.state_dir import Claim
 from proxy.server import app, listeners
-from proxy.server.auth.middleware import Auth
-from proxy.server.connection_limits import GuardedRunner
+from proxy.server.auth.authorization import Auth
 from proxy.server.tls import Tls
 from proxy.telemetry.metrics import Metrics
 from tests.forked import ForkingRuntime
@@ -48,19 +47,16 @@ class Front:
         self.settings = settings
         self.auth = Auth(settings, self.metrics)
         self.tls = Tls(settings.server.tls) if settings.server.tls.certificate is not None else None
-        self.runner = GuardedRunner(
-            app.build(self.pool, settings, self.metrics, self.auth), settings, self.metrics,
-            shutdown_timeout=2.0,
-        )  # fmt: skip
+        self.service = app.build(self.pool, settings, self.metrics, self.auth)
         self.url = ""
 
     async def open(self) -> None:
-        await self.runner.setup()
+        await self.service.open()
         server, context = self.settings.server, self.tls.context if self.tls is not None else None
         sockets = listeners.tcp_sockets(server)
         if server.admin.socket is not None:
             sockets.append(listeners.admin_socket(server.admin))
-        sites = [listeners.site(self.runner, sock, server, context) for sock in sockets]
+        sites = [listeners.site(self.service, sock, server, context) for sock in sockets]
         for site in sites:
             await site.start()
         self.url = sites[0].name
@@ -71,7 +67,7 @@ class Front:
     async def close(self) -> None:
         await self.session.close()
         await self.pool.close()
-        await self.runner.cleanup()
+        await self.service.close(2.0)
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[aiohttp.ClientResponse, bytes]:
         data = io.BytesIO(body if isinstance(body, bytes) else orjson.dumps(body))

@@ -15,8 +15,6 @@ from proxy.engine.connection import Upstream
 from proxy.engine.http1 import ProtocolError
 from proxy.pool.pool import Pool
 from proxy.server import app, listeners
-from proxy.server.auth.middleware import Auth
-from proxy.server.connection_limits import GuardedRunner
 from proxy.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine, FakeRuntime
 from tests.support import PATIENCE_S
@@ -104,12 +102,7 @@ class Scripted:
         self.upstreams: list[Upstream] = []
         self.runtime = FakeRuntime()
         self.pool = Pool(self.settings, {"process": self.runtime}, self.metrics, connect=self._connect)
-        self.runner = GuardedRunner(
-            app.build(self.pool, self.settings, self.metrics, Auth(self.settings, self.metrics)),
-            self.settings,
-            self.metrics,
-            shutdown_timeout=2.0,
-        )
+        self.service = app.build(self.pool, self.settings, self.metrics)
 
     def _connect(self, process: EngineProcess, _: str, __: ModelSettings) -> EngineClient:
         engine = _Engine(self.runtime, process)
@@ -120,9 +113,9 @@ class Scripted:
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
         self.engine_port = self._server.sockets[0].getsockname()[1]
-        await self.runner.setup()
+        await self.service.open()
         sites = [
-            listeners.site(self.runner, sock, self.settings.server, None)
+            listeners.site(self.service, sock, self.settings.server, None)
             for sock in listeners.tcp_sockets(self.settings.server)
         ]
         for site in sites:
@@ -133,7 +126,7 @@ class Scripted:
 
     async def __aexit__(self, *_: object) -> None:
         await self.pool.close()
-        await self.runner.cleanup()
+        await self.service.close(2.0)
         assert self.pool.status()["leases"] == 0
         assert [u.connections for u in self.upstreams] == [0] * len(self.upstreams)
         self._server.close()

@@ -10,16 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
-
-from proxy.engine import http1
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
-    Sink = Callable[[bytes], bool]
-    """Takes bytes of the answer; True says that it has enough for now."""
 
 log = logging.getLogger("warmpool.upstream")
 
@@ -29,12 +21,6 @@ _CONNECT_S: Final = 5.0
 _LOOK_S: Final = 1.0
 _LOOKS: Final = 8
 """An engine's silence is noticed by looking this often in the time that it may take."""
-_EARLY_BYTES: Final = 256 << 10
-"""How much of a body is taken in before anybody asked for it."""
-_COPIED_BYTES: Final = 256 << 10
-"""A body up to this size goes in one piece with its head."""
-_INFORMATIONAL: Final = 8
-"""Answers 1xx that may come before the final one."""
 _CLOSE_S: Final = 5.0
 """How long `disconnect` waits for transports that were aborted, which takes a turn or two of the event loop."""
 _DISCONNECTED: Final = "the engine was disconnected"
@@ -112,33 +98,6 @@ class Upstream:
             if connection.keep:
                 return connection
         return None
-
-    async def exchange(
-        self, method: str, target: str, fields: Sequence[tuple[bytes, bytes]], body: bytes | None
-    ) -> Exchange:
-        """Send a request; the exchange once the head of its answer is there.
-
-        `Host`, `Content-Length` and the engine's key are set here, every other field as given. Raises ExchangeError;
-        the exchange is closed then. Cancelling closes it too.
-        """
-        connection = self.kept() or await self.connect()
-        exchange = Exchange(method, connection)
-        head = [f"{method} {target} HTTP/1.1\r\n".encode("ascii"), self.own_fields]
-        head += [b"%b: %b\r\n" % field for field in fields]
-        if body is not None:
-            head.append(b"Content-Length: %d\r\n" % len(body))
-        head.append(b"\r\n")
-        message = b"".join(head)
-        try:
-            if body is not None and len(body) > _COPIED_BYTES:
-                connection.begin(exchange, message, body)
-            else:
-                connection.begin(exchange, message + body if body else message)
-            await exchange.answered()
-        except BaseException:
-            exchange.close()
-            raise
-        return exchange
 
     async def connect(self) -> Connection:
         """A new connection, for the caller to begin with. Raises ExchangeError."""
@@ -286,10 +245,6 @@ class Connection(asyncio.Protocol):
         if body:
             self._transport.write(body)
 
-    def hand_to(self, receiver: Receiver) -> None:
-        """Another one has it from now on."""
-        self._receiver = receiver
-
     def finished(self, *, reusable: bool) -> None:
         """The exchange is over; everything belonging to it has come, or it was given up."""
         self._receiver = None
@@ -349,217 +304,3 @@ class Connection(asyncio.Protocol):
                 self.abort()
         elif silence_s is not None and self._quiet_s >= silence_s:
             self.fail(SilenceError(f"the engine was silent for {silence_s:g} s"))
-
-
-class Exchange:
-    """One request and its answer. Whoever has it calls `close` in the end, whatever happened."""
-
-    __slots__ = (
-        "_body", "_connection", "_early", "_ended", "_head", "_method", "_sink", "_skipped", "_waiter", "failure",
-    )  # fmt: skip
-
-    def __init__(self, method: str, connection: Connection | None) -> None:
-        """`connection`: None where it is lost already; `lost` or `failed` says so next."""
-        self._method = method
-        self._connection = connection
-        """None as soon as it is no longer this exchange's."""
-        self._early = b""
-        """What came before anybody asked for it."""
-        self._ended = False
-        """The connection ended in order while nobody asked for the body."""
-        self._waiter: asyncio.Future[None] | None = None
-        self._head: http1.Head | None = None
-        self._body: http1.Body | None = None
-        self._sink: Sink | None = None
-        self._skipped = 0
-        self.failure: ExchangeError | None = None
-
-    # --- for the one who asked ---
-
-    @property
-    def head(self) -> http1.Head:
-        """Status and header fields; there as soon as `Upstream.exchange` has returned."""
-        assert self._head is not None  # noqa: S101
-        return self._head
-
-    @property
-    def payload_bytes(self) -> int:
-        """How much of the body has come."""
-        return self._body.payload_bytes if self._body is not None else 0
-
-    @property
-    def between_chunks(self) -> bool:
-        """Whether a chunk of somebody else may go behind what was given on of the body."""
-        return self._body is not None and self._body.between
-
-    def start(self, *, framed: bool, drop_trailer: frozenset[bytes] = frozenset()) -> tuple[bytes, bool]:
-        """What of the body is there already, and whether it is all of it.
-
-        `framed`: the body is given on in the chunked coding. Raises ExchangeError when there is none and never will be.
-        """
-        self._body = http1.body_of(self.head, framed=framed, drop_trailer=drop_trailer)
-        first = self._body.begin() + self._caught_up(self._body)
-        if self.failure is not None and not first:
-            raise self.failure
-        return first, self._body.done
-
-    async def pass_on(self, sink: Sink, drain: Callable[[], Awaitable[None]]) -> None:
-        """Give what comes to `sink` until the end of the body.
-
-        When the sink has enough, nothing is read from the engine until `drain` returns. Raises ExchangeError.
-        """
-        body = self._body
-        assert body is not None  # noqa: S101 - start() comes first
-        self._sink = sink
-        out = self._caught_up(body)
-        enough = bool(out) and sink(out)
-        while not body.done:
-            if self.failure is not None:
-                raise self.failure
-            if enough and self._connection is not None:
-                self._connection.pause()
-                await drain()
-            elif self._connection is not None:
-                self._connection.resume()
-                await self._wait()
-            else:
-                raise ExchangeError("the exchange was closed")
-            # What wakes this up is an end, a failure, or a sink that has enough; to drain when it has not does no harm.
-            enough = not enough
-
-    async def read(self, most: int) -> bytes:
-        """The whole body, when it is not longer than `most` bytes. Raises ExchangeError."""
-        first, _ = self.start(framed=False)
-        pieces = [first]
-
-        def take(data: bytes) -> bool:
-            pieces.append(data)
-            if self.payload_bytes > most:
-                self._let_go(reusable=False)
-                self.failed(ExchangeError(f"an answer of more than {most} bytes"))
-            return False
-
-        async def drain() -> None:
-            return
-
-        await self.pass_on(take, drain)
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        """End the exchange; its connection with it, unless the answer was there in full."""
-        self._sink = None
-        self._let_go(reusable=False)
-
-    # --- inside ---
-
-    async def answered(self) -> None:
-        """Return when the head is there. Raises ExchangeError."""
-        if self._head is None and self.failure is None:
-            await self._wait()
-        if self.failure is not None:
-            raise self.failure
-
-    async def _wait(self) -> None:
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _let_go(self, *, reusable: bool) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.finished(reusable=reusable)
-
-    def _caught_up(self, body: http1.Body) -> bytes:
-        """What is to be given on of what came while nobody asked."""
-        early, self._early = self._early, b""
-        out = self._fed(body, early) if early or body.done else b""
-        if self._ended and not body.done and self.failure is None:
-            out += self._closed(body)
-        return out
-
-    def _fed(self, body: http1.Body, data: bytes) -> bytes:
-        try:
-            out = body.feed(data) if data else b""
-        except http1.ProtocolError as error:
-            self._broke(error)
-            return b""
-        if body.done:
-            self._let_go(reusable=self.head.keeps_alive and not body.excess)
-        return out
-
-    def _closed(self, body: http1.Body) -> bytes:
-        try:
-            return body.close()
-        except http1.ProtocolError as error:
-            self.failed(ExchangeError(str(error)))
-            return b""
-
-    def _broke(self, error: http1.ProtocolError) -> None:
-        self._let_go(reusable=False)
-        self.failed(ExchangeError(f"not HTTP: {error}"))
-
-    # --- from the connection ---
-
-    def received(self, data: bytes) -> None:
-        """Bytes came."""
-        sink, body = self._sink, self._body
-        if sink is not None and body is not None:
-            try:
-                out = body.feed(data)
-            except http1.ProtocolError as error:
-                self._broke(error)
-                return
-            enough = bool(out) and sink(out)
-            if body.done:
-                self._let_go(reusable=self.head.keeps_alive and not body.excess)
-                self._wake()
-            elif enough and self._connection is not None:
-                self._connection.pause()
-                self._wake()
-            return
-        self._early = self._early + data if self._early else data
-        if self._head is None:
-            try:
-                self._read_head()
-            except http1.ProtocolError as error:
-                self._broke(error)
-        if len(self._early) > _EARLY_BYTES and self._connection is not None:
-            self._connection.pause()
-
-    def _read_head(self) -> None:
-        while (end := http1.head_end(self._early)) > 0:
-            head = http1.parse_head(self._early[:end], self._method)
-            self._early = self._early[end:]
-            if head.status >= 200:
-                self._head = head
-                self._wake()
-                return
-            self._skipped += 1
-            if head.status == 101 or self._skipped > _INFORMATIONAL:
-                raise http1.ProtocolError(f"an answer {head.status} that nobody asked for")
-
-    def lost(self, error: Exception | None) -> None:
-        """The connection is closed; `error` when it was not in order."""
-        self._connection = None
-        if self._head is None:
-            self.failed(ExchangeError(f"the connection ended before an answer{f': {error}' if error else ''}"))
-        elif error is not None:
-            self.failed(ExchangeError(f"the connection broke: {error}"))
-        elif self._body is None or self._sink is None:
-            self._ended = True
-        else:
-            if out := self._closed(self._body):
-                self._sink(out)
-            self._wake()
-
-    def failed(self, error: ExchangeError) -> None:
-        """It ends with an error."""
-        self._connection = None
-        self.failure = self.failure or error
-        self._wake()

@@ -1,4 +1,4 @@
-"""Answers in HTTP/1.1, read strictly and without I/O.
+"""Answers in HTTP/1.1, and the bodies of requests, read strictly and without I/O.
 
 What RFC 9112 lets a recipient mend is refused here: bare CR or LF, folded lines, blanks before a colon, two lengths, a
 length beside a transfer coding. An engine that sends such a thing is broken, and a client that got it could be made to
@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -161,8 +161,8 @@ class Body(abc.ABC):
         self._between = True
         self.payload_bytes = 0
         self.done = length == 0
-        self.excess = False
-        """More came than belongs to the answer."""
+        self.excess = 0
+        """How many bytes came, at the end of what was fed last, that do not belong to it."""
 
     def begin(self) -> bytes:
         """What is to be given on before anything was fed: the end of a body that is empty."""
@@ -189,7 +189,7 @@ class SizedBody(Body):
 
     def feed(self, data: bytes) -> bytes:
         if len(data) > self._left:
-            self.excess = True
+            self.excess = len(data) - self._left
             data = data[: self._left]
         self._left -= len(data)
         self.payload_bytes += len(data)
@@ -217,6 +217,7 @@ class ChunkedBody(Body):
     """One in the chunked coding. Chunks go on as they are, but for their extensions."""
 
     __slots__ = ()
+    _size_line: ClassVar = _SIZE_EXTENDED
 
     def feed(self, data: bytes) -> bytes:
         # Nearly always one whole chunk, an event of a stream.
@@ -240,7 +241,7 @@ class ChunkedBody(Body):
         at, end = 0, len(data)
         while at < end:
             if self.done:
-                self.excess = True
+                self.excess = end - at
                 break
             if self._left:
                 at = self._take(data, at, out)
@@ -273,7 +274,7 @@ class ChunkedBody(Body):
         return at + len(piece)
 
     def _size(self, line: bytes, out: list[bytes]) -> None:
-        size_line = _SIZE_EXTENDED.fullmatch(line) if len(line) <= _LINE_LIMIT else None
+        size_line = self._size_line.fullmatch(line) if len(line) <= _LINE_LIMIT else None
         if size_line is None:
             raise ProtocolError(f"{len(line)} bytes where the size of a chunk belongs")
         size = int(size_line.group(1), 16)
@@ -296,6 +297,20 @@ class ChunkedBody(Body):
             raise ProtocolError(f"{len(line)} bytes where a trailer field belongs")
         if field.group(1).lower() not in self._drop_trailer:
             self._trailers.append(b"%b: %b\r\n" % field.groups())
+
+
+class StrictChunks(ChunkedBody):
+    """The same of a client: no blanks beside a size, and what cannot become a size is refused before its line ends."""
+
+    __slots__ = ()
+    _size_line: ClassVar = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t -~\x80-\xff]*)?\r\n")
+    _size_begins: ClassVar = re.compile(rb"[0-9A-Fa-f]{1,15}(?:;[\t -~\x80-\xff]*)?\r?")
+
+    def feed(self, data: bytes) -> bytes:
+        out = super().feed(data)
+        if self._line and not self._at_end and not self._size_begins.fullmatch(self._line):
+            raise ProtocolError(f"{len(self._line)} bytes where the size of a chunk belongs")
+        return out
 
 
 def chunk(data: bytes) -> bytes:

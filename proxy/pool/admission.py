@@ -182,6 +182,8 @@ class Admission:
 
     def dispatch(self, model: Model) -> None:
         """Grant leases in the order of the queue as long as there is room; past who waits for one instance."""
+        if not model.queue:
+            return
         done: list[Waiter] = []
         for waiter in model.queue:
             if not waiter.granted.done():

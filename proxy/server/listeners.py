@@ -9,8 +9,6 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
 from proxy.config.values import is_loopback
 from proxy.errors import HostError
 from proxy.host import owned
@@ -20,46 +18,42 @@ if TYPE_CHECKING:
     import ssl
 
     from proxy.config.server import AdminSettings, ServerSettings
+    from proxy.server.service import Service
 
 BACKLOG: Final = 4096
 """Connections that may wait to be accepted (net.core.somaxconn may allow fewer)."""
 
 
-class Site(web.BaseSite):
+class Site:
     """A socket that is bound already; handshakes have a time limit."""
 
-    __slots__ = ("_handshake_s", "_socket", "_url")
-
     def __init__(
-        self, runner: web.BaseRunner, bound: socket.socket, *, tls: ssl.SSLContext | None, handshake_s: float, url: str
+        self, service: Service, bound: socket.socket, *, tls: ssl.SSLContext | None, handshake_s: float, url: str
     ) -> None:
-        super().__init__(runner, ssl_context=tls, backlog=BACKLOG)
+        self._service = service
         self._socket = bound
-        self._handshake_s = handshake_s
-        self._url = url
-
-    @property
-    def name(self) -> str:
+        self._tls = tls
+        self._handshake_s = handshake_s if tls is not None else None
+        self.name = url
         """What clients reach it by."""
-        return self._url
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Begin to accept."""
-        await super().start()
-        server = self._runner.server
-        assert server is not None  # noqa: S101 - BaseSite has checked it
+        self._service.sites.append(self)
         loop = asyncio.get_running_loop()
-        handshake_s = self._handshake_s if self._ssl_context is not None else None
+        make = self._service.connection
         if self._socket.family == socket.AF_UNIX:
-            self._server = await loop.create_unix_server(server, sock=self._socket, backlog=self._backlog)
+            self._server = await loop.create_unix_server(make, sock=self._socket, backlog=BACKLOG)
         else:
             self._server = await loop.create_server(
-                server,
-                sock=self._socket,
-                ssl=self._ssl_context,
-                backlog=self._backlog,
-                ssl_handshake_timeout=handshake_s,
+                make, sock=self._socket, ssl=self._tls, backlog=BACKLOG, ssl_handshake_timeout=self._handshake_s
             )
+
+    def stop(self) -> None:
+        """Accept no more; what was accepted goes on."""
+        if self._server is not None:
+            self._server.close()
 
 
 def tcp_sockets(server: ServerSettings) -> list[socket.socket]:
@@ -88,15 +82,15 @@ def tcp_sockets(server: ServerSettings) -> list[socket.socket]:
     return sockets
 
 
-def site(runner: web.BaseRunner, sock: socket.socket, server: ServerSettings, tls: ssl.SSLContext | None) -> Site:
+def site(service: Service, sock: socket.socket, server: ServerSettings, tls: ssl.SSLContext | None) -> Site:
     """A place to accept on: with TLS where there is one, on a unix socket without."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return Site(runner, sock, tls=None, handshake_s=server.limits.head_timeout, url=f"unix:{name}")
+        return Site(service, sock, tls=None, handshake_s=server.limits.head_timeout, url=f"unix:{name}")
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
     scheme = "https" if tls is not None else "http"
     url = f"{scheme}://{host}:{name[1]}"
-    return Site(runner, sock, tls=tls, handshake_s=server.limits.head_timeout, url=url)
+    return Site(service, sock, tls=tls, handshake_s=server.limits.head_timeout, url=url)
 
 
 def addresses(site: Site, server: ServerSettings) -> str | None:

@@ -1,7 +1,6 @@
-"""The body of a request: asked for, read and decoded, within the limit at every moment.
+"""The body of a request: read in its framing, and decoded, within the limit at every moment.
 
-`Expect: 100-continue` (RFC 9110, 10.1.1) is answered as late as possible, by whoever reads the body: what is refused
-before costs nobody an upload. Content codings (RFC 9110, 8.4) are decoded in steps between which others are served.
+Content codings (RFC 9110, 8.4) are decoded in steps between which others are served.
 """
 
 from __future__ import annotations
@@ -10,62 +9,66 @@ import asyncio
 import zlib
 from typing import TYPE_CHECKING, Final
 
-import aiohttp
 import zstandard
-from aiohttp import hdrs, web
 
+from proxy.engine import http1
 from proxy.errors import BodyTooLargeError, ContentCodingError, InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_READ_AT_ONCE: Final = 32 << 10
 _STEP: Final = 256 << 10
 """How much is decoded before others are served: about a millisecond's work."""
 _WINDOW: Final = 8 << 20
 """zstd in HTTP needs no larger one (RFC 9659)."""
 _CODINGS: Final = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "zstd": "zstd"}
-_NOT_AS_SAID: Final = "The body is not what its Content-Encoding or Transfer-Encoding says."
+NOT_AS_SAID: Final = "The body is not what its Content-Encoding or Transfer-Encoding says."
 
 
-def waits_with_body(request: web.BaseRequest) -> bool:
-    """Whether the client waits to be told to send the body."""
-    content = request.content
-    if content.is_eof() or content.total_bytes or request.version < aiohttp.HttpVersion11:
-        return False
-    return any(name.lower() == b"expect" for name, _ in request.raw_headers)
+class RequestBody:
+    """A body that does not come whole with its head."""
+
+    __slots__ = ("_pieces", "_reader", "_wanted", "began")
+
+    def __init__(self, length: int, now: float) -> None:
+        """`length` as in `RequestHead`."""
+        self._reader: http1.Body = (
+            http1.StrictChunks(length, framed=False) if length < 0 else http1.SizedBody(length, framed=False)
+        )
+        self._pieces: list[bytes] = []
+        self._wanted = True
+        self.began = now
+
+    @property
+    def size(self) -> int:
+        """How much has come."""
+        return self._reader.payload_bytes
+
+    @property
+    def done(self) -> bool:
+        """It is whole."""
+        return self._reader.done
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what belongs to it; the rest is returned. Raises `http1.ProtocolError`."""
+        piece = self._reader.feed(data)
+        if self._wanted and piece:
+            self._pieces.append(piece)
+        excess = self._reader.excess
+        return data[len(data) - excess :] if excess else b""
+
+    def drop(self, now: float) -> None:
+        """Nobody wants it any more: what comes is read over, from `now` on."""
+        self._wanted, self.began = False, now
+        self._pieces.clear()
+
+    def whole(self) -> bytes:
+        """All of it."""
+        return b"".join(self._pieces)
 
 
-async def body_of(request: web.BaseRequest, limit: int) -> bytes:
-    """All of it, decoded.
-
-    Raises BodyTooLargeError, ContentCodingError, or InvalidRequestError for one that is not coded as its fields say.
-    """
-    coding = _coding_of(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
-    content = request.content
-    try:
-        # Nearly every body has come with its head.
-        if content.is_eof() and content.total_bytes <= min(_READ_AT_ONCE, limit):
-            data = content.read_nowait()
-        else:
-            _ask_for_body(request)
-            data = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(limit) from None
-    except web.RequestPayloadError:
-        raise InvalidRequestError(_NOT_AS_SAID) from None
-    return await decoded(data, coding, limit) if coding is not None and data else data
-
-
-def _ask_for_body(request: web.BaseRequest) -> None:
-    transport = request.transport
-    if transport is not None and not transport.is_closing() and waits_with_body(request):
-        transport.write(CONTINUE)
-
-
-def _coding_of(values: Iterable[str]) -> str | None:
-    """The one coding of a body; None where it has none. Raises ContentCodingError."""
+def coding_of(values: Iterable[str]) -> str | None:
+    """The coding that `Content-Encoding` names; None where it names none. Raises ContentCodingError."""
     names = [name for value in values for part in value.split(",") if (name := part.strip().lower())]
     names = [name for name in names if name != "identity"]
     if not names:
@@ -82,11 +85,11 @@ async def decoded(data: bytes, coding: str, limit: int) -> bytes:
         for piece in _from_zstd(data) if coding == "zstd" else _from_zlib(data, coding):
             size += len(piece)
             if size > limit:
-                raise _too_large(limit)
+                raise too_large(limit)
             pieces.append(piece)
             await asyncio.sleep(0)
     except (zlib.error, zstandard.ZstdError, EOFError):
-        raise InvalidRequestError(_NOT_AS_SAID) from None
+        raise InvalidRequestError(NOT_AS_SAID) from None
     return b"".join(pieces)
 
 
@@ -116,5 +119,5 @@ def _from_zstd(data: bytes) -> Iterator[bytes]:
             yield piece
 
 
-def _too_large(limit: int) -> BodyTooLargeError:
+def too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The body is over the limit of {limit} bytes.")

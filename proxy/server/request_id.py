@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
-from proxy.server.forward.handed import handed_of
+if TYPE_CHECKING:
+    from aiohttp import web
 
 HEADER: Final = "X-Request-Id"
 _VALID: Final = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
 _KEY_LIKE: Final = re.compile(r"wp_|(?<![A-Za-z0-9])(?:sk|pk|rk|hf|ghp|api|key)[-_.]")
 """Ids are logged: none that may be a key of warmpool's or of somebody else's."""
-_KEY: Final = web.RequestKey("request_id", str)
 
 
-def request_id(request: web.Request) -> str:
-    """The request's id, the same each time: the client's, or a new one where it sent none that can be used."""
-    known = request.get(_KEY)
-    if known is None:
-        given = request.headers.getall(HEADER, ())
-        known = given[0] if len(given) == 1 and usable(given[0]) else new()
-        if (handed := handed_of(request)) is not None:
-            known = handed.request_id
-        request[_KEY] = known
-    return known
+def of(request: web.BaseRequest) -> str:
+    """The id of a request to aiohttp's server, which gets it as a field."""
+    return request.headers.get(HEADER, "")
 
 
 def usable(given: str) -> bool:
@@ -48,8 +39,3 @@ def new() -> str:
         _Random.digits, _Random.at = os.urandom(16 * 256).hex(), 32
         digits = _Random.digits[:32]
     return digits
-
-
-async def name_request(request: web.Request, response: web.StreamResponse) -> None:
-    """Put the id into an answer; a signal for `on_response_prepare`."""
-    response.headers[HEADER] = request_id(request)

@@ -29,13 +29,13 @@ log = logging.getLogger("warmpool")
 _WORDS: Final = re.compile(r"[A-Za-z' .]*")
 
 
-def method_of(request: web.BaseRequest) -> str:
+def method_of(method: str) -> str:
     """A request's method, for the log."""
-    return request.method if request.method in METHODS else UNKNOWN_METHOD
+    return method if method in METHODS else UNKNOWN_METHOD
 
 
 def path_of(request: web.Request) -> str:
-    """A request's path for the log, as the route table has it: `/v1/models/{id}`."""
+    """The path of a request to aiohttp's server, as the route table has it: `/admin/models/{model}/{order}`."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else UNKNOWN_PATH
 

@@ -24,8 +24,7 @@ from proxy.host import daemon_thread
 from proxy.pool import renewal_schedule
 from proxy.server import app, config_watch, listeners, safe_logging
 from proxy.server.auth import api_keys
-from proxy.server.auth.middleware import Auth
-from proxy.server.connection_limits import GuardedRunner
+from proxy.server.auth.authorization import Auth
 from proxy.server.tls import Tls
 from proxy.systemd import notify
 
@@ -224,10 +223,8 @@ async def serve(
         files.append(partial(_read_again, "certificates", tls.read, tls.take))
     in_the_way = _Preflight(pool)
     reloader = Reloader(pool, manager, load or (lambda: settings), files, in_the_way.begin)
-    application = app.build(pool, settings, metrics, auth)
-    traffic = application[app.TRAFFIC]
-    runner = GuardedRunner(application, settings, metrics, shutdown_timeout=_CLEANUP_S)
-    await runner.setup()
+    service = app.build(pool, settings, metrics, auth)
+    await service.open()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
     background: list[asyncio.Task[None]] = []
     sockets: Sequence[socket.socket] = ()
@@ -240,7 +237,7 @@ async def serve(
         if not await end.unless_stopped(pool.open()):
             return
         context = tls.context if tls is not None else None
-        sites += [listeners.site(runner, sock, settings.server, context) for sock in sockets]
+        sites += [listeners.site(service, sock, settings.server, context) for sock in sockets]
         for site in sites:
             await site.start()
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))
@@ -263,18 +260,18 @@ async def serve(
         log.info("stopping: up to %g s for running requests, once more to stop at once", limit_s)
         manager.stopping(limit_s + _STOP_RESERVE_S)
         for site in sites:
-            await site.stop()
-        traffic.stop()
+            site.stop()
+        service.traffic.stop()
         pool.begin_stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await _first(_all(traffic.ended(_LINGER_S), pool.settled()), end.hurry.wait())
+                await _first(_all(service.traffic.ended(_LINGER_S), pool.settled()), end.hurry.wait())
     finally:
         await _ended([watchdog, *background])
         await reloader.close()
         await in_the_way.close()
         await pool.close(end.left_s())
-        await runner.cleanup()
+        await service.close(_CLEANUP_S)
         for sock in sockets:
             sock.close()
         if sites or end.stop.is_set():  # else it has never begun

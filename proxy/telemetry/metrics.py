@@ -34,7 +34,7 @@ REFUSALS = (
 )  # fmt: skip
 """Why a request or a connection is refused at the edge; docs/api.md explains them."""
 RECENT = 256
-"""How many times to the first byte are kept for each model and tier, beside the histogram."""
+"""How many times to the first token are kept for each model and tier, beside the histogram."""
 
 _SECONDS = (
     0.005,
@@ -95,7 +95,8 @@ class Metrics:
         self.registry.register(self._whole)
         # Requests have no time for locks and labels: what they count is given to the registry when it is read.
         self._counted: dict[tuple[str, int], int] = {}
-        self._times: dict[tuple[str, str], _Times] = {}
+        self._first_tokens: dict[tuple[str, str], _Times] = {}
+        self._first_bytes: dict[tuple[str, str], _Times] = {}
         self.before_collecting(self._give_counts)
         self.requests = Counter(
             "warmpool_requests",
@@ -103,7 +104,20 @@ class Metrics:
             ["model", "status"],
             registry=r,
         )
-        r.register(_Ttft(self._times))
+        r.register(
+            _TimesByTier(
+                "warmpool_ttft_seconds",
+                "Of answers that are streams: from the request's arrival to the first token, by the tier it found.",
+                self._first_tokens,
+            )
+        )
+        r.register(
+            _TimesByTier(
+                "warmpool_time_to_first_byte_seconds",
+                "From a request's arrival to the first byte of the engine's answer, by the tier it found.",
+                self._first_bytes,
+            )
+        )
         self.wake = Histogram(
             "warmpool_wake_seconds",
             'Stages of bringing an instance to ready, by the tier it was woken from; stage "total" is the whole.',
@@ -218,7 +232,7 @@ class Metrics:
 
     def forget(self, model: str) -> None:
         """Let go of the gauges and recent times of a model that is gone; what was counted stays."""
-        for (name, _), times in self._times.items():
+        for (name, _), times in [*self._first_tokens.items(), *self._first_bytes.items()]:
             if name == model:
                 times.forget()
         for gauge in (self.instances, self.queue_depth, self.running_requests, self.instance_gpu, self.instance_host):
@@ -237,12 +251,20 @@ class Metrics:
             self.requests.labels(model, str(status)).inc(count)
             yield
 
-    def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
+    def observe_first_byte(self, model: str, tier: str, seconds: float) -> None:
         """Note the time from a request's arrival to the first byte of its answer."""
         key = model, tier
-        times = self._times.get(key)
+        times = self._first_bytes.get(key)
         if times is None:
-            times = self._times[key] = _Times()
+            times = self._first_bytes[key] = _Times()
+        times.note(seconds)
+
+    def observe_ttft(self, model: str, tier: str, seconds: float) -> None:
+        """Note the time from a request's arrival to the first token of its stream."""
+        key = model, tier
+        times = self._first_tokens.get(key)
+        if times is None:
+            times = self._first_tokens[key] = _Times()
         times.note(seconds)
 
     def before_collecting(self, refresh: Callable[[], Iterable[None]]) -> None:
@@ -264,7 +286,7 @@ class Metrics:
     async def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
         summary: dict[str, dict[str, dict[str, Any]]] = {}
-        async for (model, tier), times in in_turns([*self._times.items()], _TURN):
+        async for (model, tier), times in in_turns([*self._first_tokens.items()], _TURN):
             if not times.recent:
                 continue
             ordered = sorted(times.recent)
@@ -279,7 +301,7 @@ class Metrics:
 
 @dataclass(slots=True)
 class _Times:
-    """Times to the first byte, for one model and tier."""
+    """Times to the first token or byte, for one model and tier."""
 
     count: int = 0
     forgotten: int = 0
@@ -300,18 +322,16 @@ class _Times:
         self.recent.clear()
 
 
-class _Ttft(Collector):
+class _TimesByTier(Collector):
     """The times as a histogram."""
 
-    def __init__(self, times: Mapping[tuple[str, str], _Times]) -> None:
+    def __init__(self, name: str, documentation: str, times: Mapping[tuple[str, str], _Times]) -> None:
+        self._name = name
+        self._documentation = documentation
         self._times = times
 
     def collect(self) -> Iterable[Metric]:
-        family = HistogramMetricFamily(
-            "warmpool_ttft_seconds",
-            "From a request's arrival to the first byte of the engine's answer, by the tier the request found.",
-            labels=["model", "tier"],
-        )
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["model", "tier"])
         bounds = [*map(repr, _SECONDS), "+Inf"]
         for labels, times in [*self._times.items()]:  # a copy at once: it may be another thread that asks
             buckets = list(zip(bounds, accumulate(times.buckets), strict=True))

@@ -18,13 +18,14 @@ from proxy.engine.client import EngineClient
 from proxy.engine.connection import ExchangeError
 from proxy.errors import EngineError
 from proxy.telemetry.stages import Stages
+from tests.asking import ask
 from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-    from proxy.engine.connection import Exchange
+    from tests.asking import Answer
 
 
 class Running:
@@ -330,25 +331,21 @@ async def test_an_engine_that_is_gone_or_answers_garbage_is_an_error_with_its_st
 async def test_disconnecting_fails_what_is_in_flight(start: Any) -> None:
     engine = await start("--faults", "--tokens-per-second", "1")
     client = client_of(engine)
-    ask = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    question = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
 
-    def post(**more: Any) -> Coroutine[Any, Any, Exchange]:
-        return client.upstream.exchange("POST", "/v1/completions", [], orjson.dumps({**ask, **more}))
-
-    async def drain() -> None:
-        return
+    def post(**more: Any) -> Coroutine[Any, Any, Answer]:
+        return ask(client.upstream, "POST", "/v1/completions", orjson.dumps({**question, **more}))
 
     answering = await post()
-    answering.start(framed=False)
-    reading = asyncio.create_task(answering.pass_on(lambda _: False, drain))
-    asking = asyncio.create_task(post(vllm_xargs={"fault": "hang"}))
+    await answering.came.wait()
+    asking = await post(vllm_xargs={"fault": "hang"})
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.state())["running"] < 2:
             await asyncio.sleep(0.01)
     await client.disconnect()
-    for task in (reading, asking):
+    for answer in (answering, asking):
         with pytest.raises(ExchangeError, match="disconnected"):
-            await asyncio.wait_for(task, PATIENCE_S)
+            await asyncio.wait_for(answer.ended, PATIENCE_S)
     assert client.upstream.connections == 0
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.state())["running"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from proxy.engine.connection import ExchangeError
+from proxy.engine.connection import Connection, ExchangeError
 from proxy.server.forward.routes import ROUTES
 from proxy.tiers import Tier
 from tests.fakes import settle
@@ -125,17 +125,15 @@ async def test_an_upload_over_the_limit_is_refused(front: Front) -> None:
 
 async def test_an_upload_is_tried_again_when_the_engine_drops_it(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     await front.post("/tokenize", {"model": "demo", "prompt": "wake"})
-    client = next(iter(front.pool._state.models["demo"].instances.values())).client
-    assert client is not None
-    original, calls = client.upstream.exchange, []
+    original, calls = Connection.begin, list[bytes]()
 
-    async def fails_once(method: str, target: str, fields: Any, body: bytes) -> Any:
-        calls.append(body)
+    def fails_once(self: Connection, receiver: Any, message: bytes, body: bytes = b"") -> None:
+        calls.append(message.partition(b"\r\n\r\n")[2] + body)
         if len(calls) == 1:
             raise ExchangeError("the connection broke")
-        return await original(method, target, fields, body)
+        original(self, receiver, message, body)
 
-    monkeypatch.setattr(client.upstream, "exchange", fails_once)
+    monkeypatch.setattr(Connection, "begin", fails_once)
     data = aiohttp.FormData({"model": "demo"})
     data.add_field("file", b"sound", filename="a.wav")
     async with front.session.post("/v1/audio/transcriptions", data=data) as response:

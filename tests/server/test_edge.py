@@ -23,10 +23,9 @@ from proxy.errors import ConfigError, HostError
 from proxy.host import private_files
 from proxy.server import listeners
 from proxy.server import server as serving
-from proxy.server.connection_limits import Doors, _counted
+from proxy.server.connection_limits import ConnectionLimits, counted_by
 from proxy.server.tls import Tls
 from proxy.systemd.notify import Manager
-from proxy.telemetry.metrics import Metrics
 from tests.front import Front
 from tests.served import Proxy
 from tests.server.test_http import ASK, error_of
@@ -362,15 +361,15 @@ async def test_no_more_connections_than_the_limit(edge_of: Any) -> None:
 
 
 def test_connections_are_counted_by_address_and_come_off_again() -> None:
-    doors = Doors(LimitSettings(connections=10, connections_per_address=2), Metrics())
-    assert [doors.enter("a"), doors.enter("a"), doors.enter("a")] == [None, None, "connections_per_address"]
-    assert [doors.enter("b"), doors.enter(None), doors.enter(None), doors.enter(None)] == [None] * 4
-    doors.leave("a")
-    assert doors.enter("a") is None
+    limits = ConnectionLimits(LimitSettings(connections=10, connections_per_address=2))
+    assert [limits.enter("a"), limits.enter("a"), limits.enter("a")] == [None, None, "connections_per_address"]
+    assert [limits.enter("b"), limits.enter(None), limits.enter(None), limits.enter(None)] == [None] * 4
+    limits.leave("a")
+    assert limits.enter("a") is None
     for address in ("a", "a", "b", None, None, None):
-        doors.leave(address)
-    assert doors.open == 0
-    assert not doors._by_address
+        limits.leave(address)
+    assert limits.open == 0
+    assert not limits._by_address
 
 
 @pytest.mark.parametrize(
@@ -386,7 +385,7 @@ def test_connections_are_counted_by_address_and_come_off_again() -> None:
     ],
 )
 def test_what_counts_as_one_address(host: str, counted: str | None) -> None:
-    assert _counted(host) == counted
+    assert counted_by(host) == counted
 
 
 # --- where it listens ---
@@ -410,14 +409,14 @@ def test_there_are_no_more_connections_than_open_files(monkeypatch: pytest.Monke
     limits = {"now": (1024, 4096)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(now=new))
-    doors = Doors(LimitSettings(connections=10_000), Metrics())
-    doors.fit_to_host(engine_connections=256)
+    limit = ConnectionLimits(LimitSettings(connections=10_000))
+    limit.fit_to_host(engine_connections=256)
     assert limits["now"] == (4096, 4096), "as far as it may"
-    assert doors.most == 4096 - 256 - 256
+    assert limit.most == 4096 - 256 - 256
     limits["now"] = (1024, 1 << 20)
-    doors = Doors(LimitSettings(connections=10_000), Metrics())
-    doors.fit_to_host(engine_connections=256)
-    assert (doors.most, limits["now"][0]) == (10_000, 10_000 + 256 + 256)
+    limit = ConnectionLimits(LimitSettings(connections=10_000))
+    limit.fit_to_host(engine_connections=256)
+    assert (limit.most, limits["now"][0]) == (10_000, 10_000 + 256 + 256)
 
 
 async def test_the_admin_socket_needs_no_token_and_only_its_owner_opens_it(edge_of: Any, tmp_path: Path) -> None:
@@ -440,7 +439,7 @@ async def test_a_unix_socket_for_clients_is_not_for_administration(edge: Front, 
     made = socket.socket(socket.AF_UNIX)
     made.bind(str(path))
     made.setblocking(False)
-    await listeners.site(edge.runner, made, edge.settings.server, None).start()
+    await listeners.site(edge.service, made, edge.settings.server, None).start()
     async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
         for route, status in (("/v1/models", 200), ("/admin/status", 403), ("/metrics", 403)):
             async with session.get(f"http://localhost{route}") as response:

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 from proxy.engine.connection import ExchangeError, Upstream
 from proxy.engine.http1 import ProtocolError
+from tests.asking import ask
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-pytestmark = pytest.mark.usefixtures("both_ways")
 
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
 CLOSE = ("Connection: close",)
@@ -132,19 +131,6 @@ async def test_answers_without_a_body(status: bytes) -> None:
         code, fields, body, _ = answer_of(raw)
         assert (code, body, fields["x-a"]) == (int(status[:3]), b"", "1")
         assert not {"transfer-encoding", "content-length"} & set(fields)
-        await steady(proxy)
-
-
-async def test_a_head_request_is_answered_without_waiting_for_a_body() -> None:
-    async with Scripted() as proxy:
-        await proxy.ask(post(QUESTION, *CLOSE), GOOD)
-        exchange = await proxy.upstream.exchange("HEAD", "/x", [], None)
-        assert exchange.head.fields[-1] == (b"content-length", b"13")
-        proxy.script = [GOOD[: GOOD.index(b"{")]]
-        exchange.close()
-        exchange = await proxy.upstream.exchange("HEAD", "/x", [], None)
-        assert exchange.start(framed=False) == (b"", True)
-        exchange.close()
         await steady(proxy)
 
 
@@ -458,13 +444,16 @@ async def test_disconnecting_leaves_no_connection_whatever_state_it_is_in() -> N
                 writer.write(post())
             for reader, _ in clients:
                 await reader.readuntil(chunk(b"1"))
-        await proxy.upstream.exchange("GET", "/", [], None)  # an answer that nobody takes
-        connecting = asyncio.create_task(proxy.upstream.exchange("GET", "/", [], None))
+        answer = await ask(proxy.upstream, "GET", "/")  # of which nobody takes the end
+        await answer.came.wait()
+        connecting = asyncio.create_task(ask(proxy.upstream, "GET", "/"))
         await asyncio.sleep(0)
         await proxy.upstream.disconnect()
         assert proxy.upstream.connections == 0
         with pytest.raises(ExchangeError):
             await connecting
+        with pytest.raises(ExchangeError, match="disconnected"):
+            await answer.ended
         async with asyncio.timeout(PATIENCE_S):
             for reader, writer in clients:
                 assert await reader.read() == b"", "broken, not ended"
@@ -488,5 +477,5 @@ async def test_an_engine_that_cannot_be_reached() -> None:
         taken.bind(("127.0.0.1", 0))
         upstream = Upstream(f"http://127.0.0.1:{taken.getsockname()[1]}", None)
         with pytest.raises(ExchangeError, match="cannot connect"):
-            await upstream.exchange("GET", "/", [], None)
+            await upstream.connect()
         assert upstream.connections == 0

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from tests.scripted import Step
 
-pytestmark = pytest.mark.usefixtures("both_ways")
-
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 

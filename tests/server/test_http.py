@@ -10,14 +10,13 @@ import aiohttp
 import orjson
 import pytest
 
+from proxy.engine.connection import Connection
 from tests.support import PATIENCE_S, get_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.front import Front
-
-pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 ASK = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
@@ -115,15 +114,14 @@ async def test_the_body_reaches_the_engine_untouched_but_for_an_alias(front_of: 
 async def test_credentials_stay_here_and_hop_by_hop_headers_too(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
     await front.post("/v1/completions", ASK)
-    client = next(iter(front.pool._state.models["demo"].instances.values())).client
-    assert client is not None
-    original = client.upstream.exchange
+    original = Connection.begin
 
-    async def spy(method: str, target: str, fields: Any, body: bytes | None) -> Any:
-        seen.append({name.decode().lower(): value.decode() for name, value in fields})
-        return await original(method, target, fields, body)
+    def spy(self: Connection, receiver: Any, message: bytes, body: bytes = b"") -> None:
+        lines = message.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+        seen.append({name.lower(): value for name, value in (line.split(": ", 1) for line in lines)})
+        original(self, receiver, message, body)
 
-    monkeypatch.setattr(client.upstream, "exchange", spy)
+    monkeypatch.setattr(Connection, "begin", spy)
     headers = {
         "Authorization": "Bearer sk-secret",
         "X-Api-Key": "sk-secret",
@@ -261,7 +259,7 @@ async def test_what_the_client_is_told_is_what_is_logged_and_counted(
 async def test_health_ready_metrics_status(front: Front) -> None:
     assert await get_json(f"{front.url}/health") == {"status": "ok"}
     assert await get_json(f"{front.url}/ready") == {"ready": True}
-    await front.post("/v1/completions", ASK)
+    await asyncio.gather(front.post("/v1/completions", ASK), front.post("/v1/completions", {**ASK, "stream": True}))
     status = await get_json(f"{front.url}/admin/status")
     demo = status["models"]["demo"]
     assert (demo["tier"], demo["queue"]) == ("ready", 0)
@@ -273,7 +271,8 @@ async def test_health_ready_metrics_status(front: Front) -> None:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         text = await response.text()
     for line in (
-        'warmpool_requests_total{model="demo",status="200"} 1.0',
+        'warmpool_requests_total{model="demo",status="200"} 2.0',
+        'warmpool_time_to_first_byte_seconds_count{model="demo",tier="stopped"} 2.0',
         'warmpool_ttft_seconds_count{model="demo",tier="stopped"} 1.0',
         'warmpool_wake_seconds_count{model="demo",stage="load",tier="stopped"} 1.0',
         'warmpool_instances{model="demo",state="ready"} 1.0',

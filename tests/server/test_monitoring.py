@@ -35,7 +35,7 @@ WORDS = {
 async def exposed(front: Front) -> dict[str, set[str]]:
     """Name of each sample → its labels; after a request, so that everything is there."""
     await front.post("/v1/completions", ASK)
-    await front.post("/v1/completions", ASK)
+    await front.post("/v1/completions", {**ASK, "stream": True})
     async with front.session.post("/admin/models/demo/stop", json={}) as response:
         assert response.status == 200
     front.metrics.gpu_memory.labels("0", "used").set(1)  # what needs a GPU, and what nobody provokes here

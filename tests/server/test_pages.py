@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from tests.front import Front
 
-pytestmark = pytest.mark.usefixtures("both_ways")
-
 IMAGE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
 LINK = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 CHAT = "https://chat.example.org"

@@ -76,7 +76,7 @@ async def test_errors_of_the_parser_are_in_http_1_1(front: Front) -> None:
 async def test_a_client_is_asked_for_its_body_when_it_will_be_read(front: Front) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     for path, body, asked in (
-        ("/v1/completions", BODY, True), ("/admin/undrain", b"{}", True), ("/v1/completions", BODY, False),
+        ("/v1/completions", BODY, True), ("/v1/completions", BODY, False), ("/admin/undrain", b"{}", True),
     ):  # fmt: skip
         head = post(
             "Expect: 100-continue", "Content-Type: application/json", f"Content-Length: {len(body)}",

@@ -62,7 +62,7 @@ CHUNKED = heads(
 ).map(lambda head: head + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in STREAM) + b"0\r\n\r\n")  # fmt: skip
 
 
-def test_fields_of_both_sides_are_known_however_they_are_spelled(both_ways: None) -> None:
+def test_fields_of_both_sides_are_known_however_they_are_spelled() -> None:
     """Nothing is lost, nothing is added, and what stays here stays here."""
 
     async def exchanged(pairs: list[tuple[bytes, bytes]]) -> None:
@@ -92,7 +92,7 @@ def test_fields_of_both_sides_are_known_however_they_are_spelled(both_ways: None
 
 
 @pytest.mark.parametrize("spelling", [b"Content-length: %d", b"CONTENT-LENGTH:%d", b"content-length:\t%d"])
-async def test_an_answers_length_is_its_length_each_time(spelling: bytes, both_ways: None) -> None:
+async def test_an_answers_length_is_its_length_each_time(spelling: bytes) -> None:
     async with Scripted() as proxy:
         for size in (30, 30, 7, 0):
             answer = b"HTTP/1.1 200 OK\r\n" + spelling % size + b"\r\n\r\n" + b"x" * size

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from tests.front import Front
 
-pytestmark = pytest.mark.usefixtures("both_ways")
-
 ASK: dict[str, Any] = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 SOON = {"stall_after": "2s", "wake_timeout": "2s"}
 SOONER = {"stall_after": "1s", "wake_timeout": "1s"}

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.engine.http1 import chunk
 from proxy.errors import MaxWaitError, RuntimeFailure
-from proxy.server.forward import relay
+from proxy.server.forward import answer as answers
 from proxy.server.forward.heartbeat import COMMENT, Heartbeat
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
@@ -137,7 +137,7 @@ async def test_comments_go_on_until_the_first_event_and_in_every_silence() -> No
 @pytest.mark.parametrize("framing", ["chunked", "until its end", "with a length"])
 async def test_no_comment_is_put_into_an_event(ends: bytes, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the stream is cut, in bytes and in chunks."""
-    monkeypatch.setattr(relay, "Heartbeat", lambda request, _, headers: Heartbeat(request, 0.001, headers))
+    monkeypatch.setattr(answers, "Heartbeat", lambda _, beat: Heartbeat(0.001, beat))
     event = b"event: a" + ends + b"data: {}" + ends + ends
     stream = event * 2
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.server.forward import relay
+from proxy.server.forward import access_log
 from proxy.telemetry import logs
 
 
@@ -92,4 +92,6 @@ def test_the_short_way_to_a_line_comes_to_the_same_line(
         "request_id": "1", "path": "/v1/completions", "key": key, "model": "m", "status": 200, "instance": "m-1",
         "first_byte_s": first_byte_s, "total_s": total_s, "size": 7, "broken": broken,
     }  # fmt: skip
-    assert relay.told_in_short(**facts) == relay.message_of(relay.told(method="POST", tier="ready", **facts))
+    assert access_log.ready_message(**facts) == access_log.message_of(
+        access_log.facts(method="POST", tier="ready", **facts)
+    )

@@ -15,7 +15,6 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proxy.errors import InvalidRequestError, MediaTypeError, RouteNotFoundError, WarmpoolError
-from proxy.server.request_body import body_of
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ async def _body(request: web.Request, shape: type[B]) -> B:
     if request.content_type != "application/json":
         raise MediaTypeError("A command needs the header `Content-Type: application/json`; its body may be `{}`.")
     try:
-        fields = orjson.loads(await body_of(request, request.client_max_size) or b"{}")
+        fields = orjson.loads(await request.read() or b"{}")
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not JSON: {error}.") from error
     try:

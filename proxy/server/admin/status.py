@@ -1,38 +1,29 @@
-"""What the proxy says of itself: alive, ready, metrics, status."""
+"""What the proxy says of itself: metrics, status."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from aiohttp import web
 
 from proxy import __version__
-from proxy.errors import RETRY
 from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from proxy.pool.memory_report import MemoryReport
     from proxy.pool.pool import Pool
     from proxy.telemetry.metrics import Metrics
 
 
 class Admin:
-    """`/health`, `/ready`, `/metrics` and `/admin/status`."""
+    """`/metrics` and `/admin/status`."""
 
     def __init__(self, pool: Pool, metrics: Metrics, memory: MemoryReport) -> None:
         self._pool = pool
         self._metrics = metrics
         self._memory = memory
-
-    async def health(self, _: web.Request) -> web.StreamResponse:
-        """200 as long as the event loop turns."""
-        return web.json_response({"status": "ok"})
-
-    async def ready(self, _: web.Request) -> web.StreamResponse:
-        """200 when requests are admitted, 503 while starting and draining."""
-        ready = self._pool.ready
-        return web.json_response({"ready": ready}, status=200 if ready else 503, headers=None if ready else RETRY)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Prometheus' text format."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Final
-
-from aiohttp import hdrs, web
+from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy.config.values import is_loopback
 from proxy.errors import ForbiddenError
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from proxy.config.server import ServerSettings
+    from proxy.server.http_request import Headers
 
 _SITE: Final = "Sec-Fetch-Site"
 _LOOKS: Final = ("GET", "HEAD")
@@ -29,6 +28,22 @@ _CONTAINED: Final = (
     (b"content-security-policy", b"sandbox; default-src 'none'"),
 )
 _PROXIES: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+
+
+class WebRequest(Protocol):
+    """What is looked at of a request."""
+
+    @property
+    def method(self) -> str:
+        """GET, POST, …"""
+
+    @property
+    def headers(self) -> Headers:
+        """Its header fields."""
+
+    @property
+    def transport(self) -> asyncio.BaseTransport | None:
+        """Its connection, as long as there is one."""
 
 
 class Pages:
@@ -50,18 +65,18 @@ class Pages:
         name = _host_of(host.lower())
         return not name or name == "localhost" or name in self._hosts or _is_address(name)
 
-    def check(self, request: web.Request) -> None:
+    def check(self, request: WebRequest) -> None:
         """Raises ForbiddenError for a request of a client that a page must not make."""
-        if not all(self.knows(request.transport, host) for host in request.headers.getall(hdrs.HOST, ())):
+        if not all(self.knows(request.transport, host) for host in request.headers.getall("Host")):
             raise ForbiddenError(
                 "Only by an address, by localhost or by a name in server.hosts, as long as there are no API keys."
             )
-        if hdrs.ORIGIN in request.headers:
-            self._check_origin(request, request.headers[hdrs.ORIGIN].lower())
+        if "Origin" in request.headers:
+            self._check_origin(request, request.headers["Origin"].lower())
         elif not self._needs_keys and _is_foreign(request):
             raise ForbiddenError("A page of another site may not do this; server.cors.origins names those that may.")
 
-    def _check_origin(self, request: web.Request, origin: str) -> None:
+    def _check_origin(self, request: WebRequest, origin: str) -> None:
         """A page may use models without a key, or open a WebSocket, only if its origin is configured.
 
         CORS is not enough: it lets every page send simple requests, and open WebSockets and read what comes.
@@ -69,7 +84,7 @@ class Pages:
         if "*" in self._origins or origin in self._origins:
             return
         if self._needs_keys:
-            if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+            if request.headers.get("Upgrade", "").lower() == "websocket":
                 _refuse_foreign(request, origin)
             return
         page_host = _host_of(origin.partition("://")[2])
@@ -89,7 +104,7 @@ def contained(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [field for field in fields if field[0].lower() not in names] + [*_CONTAINED]
 
 
-def refuse_other_sites(request: web.Request, *, page: bool) -> None:
+def refuse_other_sites(request: WebRequest, *, page: bool) -> None:
     """For administration: a browser knows the token and is on this host, so other sites' pages must not have it act.
 
     `page`: what is asked for is a page, to which another one may lead.
@@ -101,33 +116,33 @@ def refuse_other_sites(request: web.Request, *, page: bool) -> None:
         return
     if site not in ("same-origin", "none"):
         raise ForbiddenError("A page of another site may not do this.")
-    if (origin := request.headers.get(hdrs.ORIGIN)) is not None:
+    if (origin := request.headers.get("Origin")) is not None:
         _refuse_foreign(request, origin)
 
 
-def refuse_borrowed_loopback(request: web.Request) -> None:
+def refuse_borrowed_loopback(request: WebRequest) -> None:
     """By loopback come other machines too: through a proxy on this host, or a name that a web page points here."""
     if any(name in request.headers for name in _PROXIES):
         raise ForbiddenError("Not through another proxy, as long as there is no admin token.")
-    if not is_loopback(_host_of(request.headers.get(hdrs.HOST, "").lower())):
+    if not is_loopback(_host_of(request.headers.get("Host", "").lower())):
         raise ForbiddenError("Only by the name localhost or a loopback address, as long as there is no admin token.")
 
 
-def _is_foreign(request: web.Request) -> bool:
+def _is_foreign(request: WebRequest) -> bool:
     """Whether a page of another site has the browser send this, by what the browser says."""
     site = request.headers.get(_SITE, "none")
     if site == "same-site":  # by loopback: another port of this host
-        return not is_loopback(_host_of(request.headers.get(hdrs.HOST, "").lower()))
+        return not is_loopback(_host_of(request.headers.get("Host", "").lower()))
     return site not in ("same-origin", "none")
 
 
-def _leads_here(request: web.Request) -> bool:
+def _leads_here(request: WebRequest) -> bool:
     """Whether somebody follows a link: the answer takes the other page's place, and no page can read it."""
     return request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
 
 
-def _refuse_foreign(request: web.Request, origin: str) -> None:
-    if origin.partition("://")[2].lower() != request.headers.get(hdrs.HOST, "").lower():
+def _refuse_foreign(request: WebRequest, origin: str) -> None:
+    if origin.partition("://")[2].lower() != request.headers.get("Host", "").lower():
         raise ForbiddenError("A page of another site may not do this.")
 
 

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
-from proxy.server.auth.middleware import ADMIN
-
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from proxy.config.server import CorsSettings
-
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    from proxy.server.http_request import Headers
 
 _METHODS: Final = "GET, POST, DELETE, OPTIONS"
 _EXPOSED: Final = (
@@ -28,39 +21,35 @@ _EXPOSED: Final = (
 
 
 class Cors:
-    """The middleware that answers preflights, and the signal that marks answers."""
+    """What is said to the pages of the settings."""
 
     def __init__(self, settings: CorsSettings) -> None:
         self._origins = frozenset(origin.lower() for origin in settings.origins)
         self._any = "*" in self._origins
         self._max_age = str(int(settings.max_age))
 
-    def _allows(self, request: web.Request) -> str | None:
+    def _allows(self, headers: Headers, *, admin: bool) -> str | None:
         """What to say to the origin of a request; None: nothing."""
-        origin = request.headers.get("Origin")
-        if origin is None or ADMIN.match(request.path):
+        origin: str | None = headers.get("Origin")
+        if origin is None or admin:
             return None
         if self._any:
             return "*"
         return origin if origin.lower() in self._origins else None
 
-    @web.middleware
-    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer a preflight, which brings no key."""
-        if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
-            return await handler(request)
-        headers = {}
-        if self._allows(request) is not None:
-            wanted = request.headers.get("Access-Control-Request-Headers")
-            headers = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Max-Age": self._max_age}
-            if wanted:
-                headers["Access-Control-Allow-Headers"] = wanted
-        return web.Response(status=204, headers=headers)
+    def preflight(self, headers: Headers, *, admin: bool) -> dict[str, str]:
+        """The answer to a preflight, which brings no key."""
+        if self._allows(headers, admin=admin) is None:
+            return {}
+        answer = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Max-Age": self._max_age}
+        if wanted := headers.get("Access-Control-Request-Headers"):
+            answer["Access-Control-Allow-Headers"] = wanted
+        return answer
 
-    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """A signal before an answer's headers go out."""
-        if not self._any:
-            response.headers.add("Vary", "Origin")
-        if (allowed := self._allows(request)) is not None:
-            response.headers["Access-Control-Allow-Origin"] = allowed
-            response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+    def fields(self, headers: Headers, *, admin: bool) -> list[tuple[bytes, bytes]]:
+        """What every answer says."""
+        fields = [] if self._any else [(b"Vary", b"Origin")]
+        if (allowed := self._allows(headers, admin=admin)) is not None:
+            fields.append((b"Access-Control-Allow-Origin", allowed.encode("utf-8", "surrogateescape")))
+            fields.append((b"Access-Control-Expose-Headers", _EXPOSED.encode("ascii")))
+        return fields

@@ -46,11 +46,12 @@ class Reader:
         self._seen = b""
         self._done = False
 
-    def feed(self, chunk: bytes) -> None:
-        """Look at the next bytes."""
+    def feed(self, chunk: bytes) -> bool:
+        """Look at the next bytes; True: no more need be shown."""
         if self._done:
-            return
+            return True
         self._seen += chunk[: _LOOK_BYTES - len(self._seen)]
         if (found := _ID.search(self._seen)) is not None:
             self._ids.note(found[1].decode(), *self._made_by)
         self._done = found is not None or len(self._seen) >= _LOOK_BYTES
+        return self._done

@@ -19,12 +19,11 @@ import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from proxy.errors import InvalidRequestError, RouteNotFoundError, UpgradeRequiredError, UpstreamError
+from proxy.server import request_id
 from proxy.server.auth.caller import KEY_PROTOCOL, caller_of
 from proxy.server.forward import routes
+from proxy.server.forward.fields import max_wait_s
 from proxy.server.forward.json_edit import edited
-from proxy.server.forward.relay import max_wait_s
-from proxy.server.request_id import HEADER as REQUEST_ID
-from proxy.server.request_id import request_id
 from proxy.server.safe_logging import path_of
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Realtime:
             async with await self._pool.lease(
                 self._pool.served_name(address.model),
                 priority=priority,
-                max_wait_s=max_wait_s(request),
+                max_wait_s=max_wait_s(request.headers),
                 preferred=address.instance,
             ) as lease:
                 try:
@@ -122,7 +121,7 @@ class Realtime:
             return await lease.client.websocket(
                 address.target,
                 protocols=_protocols(request),
-                headers={**headers, REQUEST_ID: request_id(request)},
+                headers={**headers, request_id.HEADER: request_id.of(request)},
                 most_bytes=self._pool.settings.server.body_limit,
                 ping_s=_PING_S,
                 close_s=_CLOSE_S,
@@ -215,9 +214,9 @@ class Realtime:
 
     def _account(self, request: web.Request, session: _Session, lease: Lease, began: float) -> None:
         model, caller = session.address.model, caller_of(request)
-        self._metrics.requests.labels(model, "101").inc()
+        self._metrics.count_request(model, 101)
         fields: dict[str, Any] = {
-            "request_id": request_id(request),
+            "request_id": request_id.of(request),
             "method": request.method,
             "path": path_of(request),
             **({"key": caller.name} if caller is not None else {}),

@@ -146,8 +146,9 @@ async def test_another_sites_form_gives_no_commands(front: Front) -> None:
 
 
 async def test_status_has_memory_and_times(front: Front) -> None:
-    await front.post("/v1/completions", ASK)
-    await front.post("/v1/completions", ASK)
+    for _ in range(2):
+        await front.post("/v1/completions", {**ASK, "stream": True})
+        await front.post("/v1/completions", ASK)  # has no first token
     async with front.session.get("/admin/status") as response:
         status = await response.json()
     assert status["ttft"]["demo"]["ready"]["count"] == 1
@@ -222,7 +223,7 @@ async def test_events_end_with_the_server(front_of: Any) -> None:
     async with front.session.get("/admin/events") as response:
         stream = events(response)
         await anext(stream)
-        closing = asyncio.create_task(front.runner.cleanup())
+        closing = asyncio.create_task(front.service.close(2.0))
         async with asyncio.timeout(PATIENCE_S):
             assert [event async for event in stream if event[0]] == []
         await closing

@@ -130,7 +130,7 @@ async def test_it_follows_what_happens_and_its_buttons_give_commands(browser: Br
     there = await visit(browser, front)
     page = there.page
     assert await page.locator("#connection").inner_text() == "serving"
-    await front.post("/v1/completions", ASK)
+    await front.post("/v1/completions", {**ASK, "stream": True})
     await there.until_state("ready")
     assert "load" in await page.locator(".wakes details[open] .waterfall").inner_text()
     await page.locator("#ttft td", has_text="stopped").wait_for()

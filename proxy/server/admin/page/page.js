@@ -332,7 +332,7 @@ function wakeRow(wake) {
 
 function showTtft() {
   const rows = Object.entries(status.ttft).flatMap(([model, tiers]) => TIERS.filter((t) => tiers[t]).map((tier) => ({ model, tier, ...tiers[tier] })));
-  if (!rows.length) return put(byId("ttft"), h("p", { class: "muted" }, "No answer since the start."));
+  if (!rows.length) return put(byId("ttft"), h("p", { class: "muted" }, "No stream since the start."));
   // A logarithmic scale from 1 ms to 200 s.
   const at = (s) => Math.max(0, Math.min(100, (100 * Math.log(Math.max(s, 1e-3) / 1e-3)) / Math.log(2e5)));
   const body = rows.map((r, index) => {

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("both_ways")
-
 
 LIMITS = {"team": {}, "other": {"models": ["org/Other"]}}
 

@@ -1,8 +1,8 @@
 """Who may do what: API keys for clients, a token or this host for administration, limits by key.
 
-One middleware in front of every route, closed by default: a route that is neither public nor administrative needs a
-key as soon as there is a file of keys. Which of the three a request is for is taken from the route that was found,
-never from the text of the path.
+Asked of every request before anything else, and closed by default: a path that is neither public nor administrative
+needs a key as soon as there is a file of keys. A path counts letter by letter; what is spelled otherwise is a client's,
+and leads nowhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import hdrs, web
-
 from proxy.config.values import is_loopback
 from proxy.errors import (
     AuthenticationError,
@@ -31,28 +29,24 @@ from proxy.errors import (
 )
 from proxy.server.auth import api_keys
 from proxy.server.auth.browser_origin import Pages, refuse_borrowed_loopback, refuse_other_sites
-from proxy.server.auth.caller import CALLER, KEY_FIELDS, KEY_PROTOCOL, keys_shown
+from proxy.server.auth.caller import KEY_FIELDS, KEY_PROTOCOL, keys_shown
 from proxy.server.auth.prompt_tokens import prompt_tokens
 from proxy.server.auth.rate_limit import Account
 from proxy.server.auth.token_meter import Meter
-from proxy.server.forward.handed import take_admitted
-from proxy.server.forward.routes import spelled_as
-from proxy.server.safe_logging import method_of, path_of
 from proxy.telemetry.refusals import Refusals
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.config.settings import Settings
     from proxy.server.auth.api_keys import Entry, Keys
+    from proxy.server.auth.browser_origin import WebRequest
+    from proxy.server.auth.caller import Caller
+    from proxy.server.http_request import Headers
     from proxy.telemetry.metrics import Metrics
-
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("warmpool.auth")
 
-PASSED: web.RequestKey[bool] = web.RequestKey("passed", bool)
-"""Of a request that may pass: what became of it is for its handler to say."""
 PUBLIC: Final = frozenset({"/health", "/ready"})
 """For load balancers: they say one bit each."""
 PAGE: Final = frozenset({"/admin", "/admin/"})
@@ -68,27 +62,13 @@ _REFUSED_AS: Final = {
 }
 
 
-class _Kind(Enum):
-    """Whom a route is for."""
+class Kind(Enum):
+    """Whom a path is for."""
 
     PUBLIC = auto()
     PAGE = auto()
     ADMIN = auto()
     CLIENT = auto()
-
-
-async def _no_route(request: web.Request) -> web.StreamResponse:
-    spelled = request.raw_path.partition("?")[0]
-    raise RouteNotFoundError(f"There is no route {request.method} {spelled}; a path counts in its exact spelling.")
-
-
-def _kind_of(resource: web.AbstractResource | None) -> _Kind:
-    pattern = resource.canonical if resource is not None else ""
-    if pattern in PUBLIC:
-        return _Kind.PUBLIC
-    if pattern in PAGE:
-        return _Kind.PAGE
-    return _Kind.ADMIN if ADMIN.match(pattern) else _Kind.CLIENT
 
 
 class Holder:
@@ -169,7 +149,7 @@ class Admission:
 
 
 class Auth:
-    """The keys and the admin token in force, and the middleware that asks for them.
+    """The keys and the admin token in force.
 
     `clock` is monotonic, in seconds.
     """
@@ -182,11 +162,9 @@ class Auth:
         self._clock = clock
         self.refusals = Refusals()
         """What the log says of them."""
-        self._body_limit = server.body_limit
         self._keys_file = server.keys_file
         self._admin = server.admin
         self.pages = Pages(server)
-        self._kinds: dict[web.AbstractResource | None, _Kind] = {}
         self._token: bytes | None = None
         self.keys: Keys | None = None
         """Another object whenever they were read anew; None where none are needed."""
@@ -233,53 +211,24 @@ class Auth:
 
     # --- the check ---
 
-    @web.middleware
-    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let a request through that may pass. Raises RequestError for one that may not."""
-        resource = request.match_info.route.resource
-        kind = self._kinds.get(resource)
-        if kind is None:
-            kind = self._kinds[resource] = _kind_of(resource)
-        if not spelled_as(resource, request.raw_path):
-            kind, handler = _Kind.CLIENT, _no_route
-        try:
-            if kind is _Kind.CLIENT:
-                self.pages.check(request)
-            if kind is _Kind.ADMIN or kind is _Kind.PAGE:
-                self._check_admin(request, kind)
-            elif self.keys is not None and kind is _Kind.CLIENT:
-                return await self._as_holder(request, handler)
-            self._check_length(request)
-        except RequestError as error:
-            self._note(request, error)
-            raise
-        request[PASSED] = True
-        return await handler(request)
+    def kind_of(self, path: str) -> Kind:
+        """Whom a path is for."""
+        if path in PUBLIC:
+            return Kind.PUBLIC
+        if path in PAGE:
+            return Kind.PAGE
+        return Kind.ADMIN if ADMIN.match(path) else Kind.CLIENT
 
-    def _check_length(self, request: web.Request) -> None:
-        # Before any of it is read; what has no length is counted while it is read.
-        text = request.headers.get(hdrs.CONTENT_LENGTH)
-        if text is not None and int(text) > self._body_limit:
-            raise BodyTooLargeError(f"The body has {text} bytes; the limit is {self._body_limit}.")
+    def keys_shown_by(self, headers: Headers) -> tuple[str, ...]:
+        """The keys that a request brings: as OpenAI's clients do, as Anthropic's, as Azure's, as those in browsers."""
+        others = [value for name in KEY_FIELDS for value in headers.getall(name)]
+        offered = [name.strip() for name in ",".join(headers.getall("Sec-WebSocket-Protocol")).split(",")]
+        others += [name.removeprefix(KEY_PROTOCOL) for name in offered if name.startswith(KEY_PROTOCOL)]
+        return keys_shown(headers.getall("Authorization"), others)
 
-    async def _as_holder(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        known = self.identify(_shown(request))
-        self._check_length(request)
-        # Those who only look pay nothing; a WebSocket is more than a look.
-        if request.method in ("GET", "HEAD") and hdrs.UPGRADE not in request.headers:
-            request[CALLER] = Holder(known, self._clock)
-            request[PASSED] = True
-            return await handler(request)
-        admission = take_admitted(request) or self.admit(known)
-        status = 0
-        try:
-            request[CALLER] = admission.holder
-            request[PASSED] = True
-            response = await handler(request)
-            status = response.status
-            return response
-        finally:
-            admission.end(status)
+    def holder(self, known: Known) -> Holder:
+        """Who only looks, and pays nothing."""
+        return Holder(known, self._clock)
 
     def admit(self, known: Known) -> Admission:
         """Let in a request of a key's holder that is not only a look. Raises RateLimitError."""
@@ -314,38 +263,40 @@ class Auth:
 
     # --- administration ---
 
-    def _check_admin(self, request: web.Request, kind: _Kind) -> None:
+    def check_admin(self, request: WebRequest, path: str, *, page: bool) -> None:
+        """Raises RequestError for a request that an operator would not make."""
         transport = request.transport
         local = transport.get_extra_info("sockname") if transport is not None else None
         if self._admin.socket is not None and local == str(self._admin.socket):
             return  # whoever may open it; another unix socket may be for everybody
         if self._token is not None:
-            if kind is not _Kind.PAGE and not _shows(request, self._token):
+            if not page and not _shows(request, self._token):
                 raise AuthenticationError("The admin token is needed: `Authorization: Bearer TOKEN`.")
-            refuse_other_sites(request, page=kind is _Kind.PAGE)
+            refuse_other_sites(request, page=page)
             return
         if self._admin.socket is not None:
-            raise RouteNotFoundError(f"There is no route {request.method} {request.path}.")
+            raise RouteNotFoundError(f"There is no route {request.method} {path}.")
         peer = transport.get_extra_info("peername") if transport is not None else None
         if not isinstance(peer, tuple) or not is_loopback(peer[0]):
             raise ForbiddenError(
                 "Only from this host, as long as there is no admin token; see server.admin.token_file."
             )
         refuse_borrowed_loopback(request)
-        refuse_other_sites(request, page=kind is _Kind.PAGE)
+        refuse_other_sites(request, page=page)
 
-    def _note(self, request: web.Request, error: RequestError) -> None:
+    # --- what is said of it ---
+
+    def note(self, address: str | None, error: RequestError, what: str) -> None:
+        """Count a refusal; `what` was refused, in words that quote no client."""
         reason = _REFUSED_AS.get(type(error))
         if reason is None:
             return
         self._metrics.refused.labels(reason).inc()
-        self.refusals.note(request.remote, reason, f"{method_of(request)} {path_of(request)}: {error.message}")
+        self.refusals.note(address, reason, f"{what}: {error.message}")
 
-    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """A signal before an answer's headers go out: what is left of the key's limits."""
-        holder = request.get(CALLER)
-        if isinstance(holder, Holder):
-            response.headers.update(holder.limits(self._clock()))
+    def limits(self, caller: Caller | None) -> dict[str, str]:
+        """Header fields: what is left of the caller's limits."""
+        return caller.limits(self._clock()) if isinstance(caller, Holder) else {}
 
 
 def refuse_expired(entry: Entry) -> None:
@@ -354,18 +305,9 @@ def refuse_expired(entry: Entry) -> None:
         raise AuthenticationError("This API key has expired.")
 
 
-def _shown(request: web.Request) -> tuple[str, ...]:
-    """The keys that a request brings, as OpenAI's clients do, as Anthropic's, as Azure's, or as those in browsers."""
-    headers = request.headers
-    others = [value for name in KEY_FIELDS for value in headers.getall(name, ())]
-    offered = [name.strip() for name in ",".join(headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")]
-    others += [name.removeprefix(KEY_PROTOCOL) for name in offered if name.startswith(KEY_PROTOCOL)]
-    return keys_shown(headers.getall(hdrs.AUTHORIZATION, ()), others)
-
-
-def _shows(request: web.Request, token: bytes) -> bool:
+def _shows(request: WebRequest, token: bytes) -> bool:
     """Whether a request brings the token: as a bearer, or as a password."""
-    scheme, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
     shown = b""
     if scheme.lower() == "bearer":
         shown = value.strip().encode("utf-8", "surrogateescape")

@@ -1,0 +1,443 @@
+"""What an engine answers, on its way to the client: byte for byte, in the call in which it came.
+
+Once a byte is out, a failure of the engine breaks the connection: a truncated answer must never look complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from proxy.engine import http1
+from proxy.engine.connection import ExchangeError
+from proxy.errors import EngineFailedError, UpstreamError, sse_error
+from proxy.server.forward.fields import NOT_TO_CLIENT, answer_fields, is_event_stream, server_timing
+from proxy.server.forward.first_token import FirstToken
+from proxy.server.forward.heartbeat import COMMENT, HEADERS, Heartbeat
+from proxy.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy.engine.connection import Connection
+    from proxy.server.forward.cycle import RequestCycle
+
+log = logging.getLogger("warmpool.request")
+
+_REPLIES: Final = 256
+"""Different heads of answers that are remembered."""
+_ERROR_BYTES: Final = 64 << 10
+_INFORMATIONAL: Final = 8
+"""Answers 1xx that may come before the final one."""
+_STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
+"""What a Python stack looks like, in JSON or as text."""
+_READY: Final = b"ready\r\nx-warmpool-instance: "
+_NO_QUEUE: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
+_ZERO: Final = ord("0")
+
+
+class _Head:
+    """What the head of an engine's answer says; shared by answers that differ in nothing but their length."""
+
+    __slots__ = ("bodiless", "fields", "head", "is_stream", "keeps_alive", "length", "status", "status_line")
+
+    def __init__(self, parsed: http1.Head) -> None:
+        self.status = parsed.status
+        self.keeps_alive = parsed.keeps_alive
+        self.length = parsed.length
+        self.bodiless = http1.bodiless("GET", parsed.status)
+        self.status_line = b" %d %b\r\n" % (parsed.status, parsed.reason)
+        self.fields = answer_fields(parsed.fields)
+        if parsed.status == 304:  # says what a 200 would have
+            self.fields += [field for field in parsed.fields if field[0].lower() == b"content-length"]
+        self.is_stream = parsed.status == 200 and is_event_stream(parsed.fields)
+        self.head = self.without(frozenset())
+
+    def without(self, names: frozenset[bytes]) -> bytes:
+        """The beginning of the answer's head, behind the version."""
+        kept = [b"%b: %b\r\n" % field for field in self.fields if field[0].lower() not in names]
+        return b"".join((self.status_line, *kept, b"x-warmpool-tier: "))
+
+
+class AnswerHeads:
+    """Reads the heads of engines' answers; those that come again and again once."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, _Head] = {}
+
+    def read(self, data: bytes, end: int) -> tuple[_Head, int]:
+        """What a head says whose last line ends at `end`, and its length as in `http1.Head`. Raises ProtocolError."""
+        at = data.find(b"\r\ncontent-length: ", 0, end)
+        if at < 0:
+            at = data.find(b"\r\nContent-Length: ", 0, end)
+        if at >= 0:
+            stop = data.find(b"\r\n", at + 18)
+            digits = data[at + 18 : stop]
+            if digits.isdigit() and len(digits) <= 18 and (digits[0] != _ZERO or len(digits) == 1):
+                key = data[:at] + data[stop:end]
+                found = self._known.get(key) or self._learn(key, data[: end + 4])
+                return found, 0 if found.bodiless else int(digits)
+        key = data[: end + 4]
+        found = self._known.get(key) or self._learn(key, key)
+        return found, found.length
+
+    def _learn(self, key: bytes, head: bytes) -> _Head:
+        found = _Head(http1.parse_head(head, "POST"))
+        if len(self._known) >= _REPLIES:
+            self._known.clear()
+        if found.status != 304:  # of which the length is passed on as a field
+            self._known[key] = found
+        return found
+
+
+class EngineAnswer:
+    """The answer to one request, of one engine or of the next; a `proxy.engine.connection.Receiver`."""
+
+    __slots__ = (
+        "_body", "_client", "_cycle", "_early", "_flows", "_framed", "_head", "_held", "_length", "_skipped", "_stream",
+        "_transport", "_unframed", "_unsent", "_watchers", "begun", "first_byte_at", "first_token_at", "heartbeat",
+        "status", "upstream",
+    )  # fmt: skip
+
+    def __init__(self, cycle: RequestCycle) -> None:
+        self._cycle = cycle
+        self._client = cycle.connection
+        self._transport: Any = cycle.connection.transport
+        self.upstream: Connection | None = None
+        self.status = 0
+        self.begun = False
+        """A byte of it is out, or will be."""
+        self.first_byte_at: float | None = None
+        self.first_token_at: float | None = None
+        self.heartbeat: Heartbeat | None = None
+        self._early = b""
+        self._skipped = 0
+        self._head: _Head | None = None
+        self._body: http1.Body | None = None
+        self._length = 0
+        self._framed = False
+        self._unsent = b""
+        """The head, until something goes with it."""
+        self._held: bytearray | None = None
+        """An engine's error, which is looked at before it goes on."""
+        self._stream = False
+        """Comments are out: what comes goes into their stream."""
+        self._watchers: list[Callable[[bytes], object]] = []
+        self._unframed: http1.ChunkedBody | None = None
+        self._flows = False
+        """The first bytes of the body are out, and nobody looks at the rest."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the engine's body."""
+        if self._body is not None:
+            return self._body.payload_bytes
+        return self._length if self.begun and not self._stream else 0
+
+    def expect_from(self, upstream: Connection) -> None:
+        """An engine is asked, for the first time or anew."""
+        self.upstream = upstream
+        self._early, self._skipped, self._held, self._body = b"", 0, None, None
+
+    # --- before the engine's answer ---
+
+    def keep_alive(self, every_s: float) -> None:
+        """Send comments until the stream has begun, and in its silences."""
+        self.heartbeat = Heartbeat(every_s, self._beat)
+
+    def _beat(self) -> None:
+        if self._client.write_paused:
+            return
+        if not self.begun:
+            self.begun = self._stream = True
+            self._framed = self._cycle.head.http11
+            self._unsent = self._head_of_comments()
+        elif self._body is not None:
+            assert self.heartbeat is not None  # noqa: S101 - whose beat this is
+            if not self._body.between or not self.heartbeat.between_events:
+                return
+        self._write_with_head(http1.chunk(COMMENT) if self._framed else COMMENT)
+
+    def _head_of_comments(self) -> bytes:
+        cycle = self._cycle
+        fields = [*HEADERS, (b"x-warmpool-tier", cycle.tier_found())]
+        begin = b" 200 OK\r\n%bserver: warmpool\r\nx-request-id: " % b"".join([b"%b: %b\r\n" % f for f in fields])
+        framed = self._framed
+        return cycle.completed_head(begin, cycle.own_fields(), length=http1.UNTIL_CLOSE, framed=framed, ends=framed)
+
+    def end_with(self, error: bytes) -> None:
+        """End a stream of comments with an error envelope, as an event."""
+        self._stop_heartbeat()
+        event = sse_error(error)
+        self._write(http1.chunk(event) + http1.LAST_CHUNK if self._framed else event)
+
+    def _stop_heartbeat(self) -> None:
+        heartbeat, self.heartbeat = self.heartbeat, None
+        if heartbeat is not None:
+            heartbeat.stop()
+
+    # --- from the engine ---
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        body = self._body
+        if body is None:
+            self._read_head(self._early + data if self._early else data)
+            return
+        try:
+            out = body.feed(data)
+        except http1.ProtocolError as error:
+            self._not_http(error)
+            return
+        if out and self._flows:
+            self._write(out)
+        elif out or self._unsent or body.done:
+            self._take(out)
+        if body.done:
+            self._end()
+        elif self._client.write_paused and self.upstream is not None:
+            self.upstream.pause()
+
+    def _read_head(self, data: bytes) -> None:
+        try:
+            while True:
+                end = data.find(b"\r\n\r\n", 0, http1.HEAD_LIMIT)
+                if end < 0:
+                    if len(data) >= http1.HEAD_LIMIT:
+                        raise http1.ProtocolError(f"no end of the header within {http1.HEAD_LIMIT} bytes")
+                    self._early = data
+                    return
+                head, length = self._cycle.service.heads.read(data, end)
+                data = data[end + 4 :] if head.status < 200 else data
+                if head.status >= 200:
+                    break
+                self._skipped += 1
+                if head.status == 101 or self._skipped > _INFORMATIONAL:
+                    raise http1.ProtocolError(f"an answer {head.status} that nobody asked for")
+        except http1.ProtocolError as error:
+            self._not_http(error)
+            return
+        self._early = b""
+        self._begin(head, length, data[end + 4 :])
+
+    def _begin(self, head: _Head, length: int, data: bytes) -> None:
+        self._head, self._length, self.status = head, length, head.status
+        cycle = self._cycle
+        if (
+            len(data) == length > 0
+            and cycle.admission is None
+            and head.status < 500
+            and not head.is_stream
+            and not cycle.makes_response
+            and not self.begun
+        ):  # nearly every answer
+            self._stop_heartbeat()
+            self.begun = True
+            self.first_byte_at = time.perf_counter()
+            self._write(self._head_for(head, length, framed=False) + data)
+            self._give_back(reusable=True)
+            cycle.answered()
+            return
+        self._begin_body(head, length, data)
+
+    def _begin_body(self, head: _Head, length: int, data: bytes) -> None:
+        cycle = self._cycle
+        if self._stream and not head.is_stream:
+            self._stop_heartbeat()
+            self._held, self._framed = bytearray(), False
+            framed = False
+        elif self._stream:
+            framed = self._framed
+        else:
+            framed = self._framed = length < 0 and cycle.head.http11
+            if not head.is_stream or length >= 0:
+                self._stop_heartbeat()
+            if head.status >= 500:
+                self._held = bytearray()
+        kind = http1.SizedBody if length >= 0 else http1.ChunkedBody if length == http1.CHUNKED else http1.EndlessBody
+        self._body = body = kind(length, framed=framed, drop_trailer=NOT_TO_CLIENT)
+        if self._held is None:
+            self._watch(head)
+            if not self.begun:
+                self._unsent = self._head_for(head, length, framed=framed)
+        if begin := body.begin():
+            self._take(begin)
+        self.received(data)
+
+    def _head_for(self, head: _Head, length: int, *, framed: bool) -> bytes:
+        """The head of the answer to the client."""
+        cycle = self._cycle
+        lease, first = cycle.lease, cycle.first_lease
+        assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
+        own = cycle.own_fields()
+        start = head.head if not own else head.without(frozenset(name.lower() for name, _ in own))
+        if lease.wake is None and not lease.queue_s and first.found is Tier.READY:
+            begin = b"".join((start, _READY, lease.instance_id.encode(), _NO_QUEUE))
+        else:
+            begin = b"".join((
+                start, first.found.label.encode("ascii"), b"\r\nx-warmpool-instance: ", lease.instance_id.encode(),
+                b"\r\nserver-timing: ", server_timing(lease), b"\r\nserver: warmpool\r\nx-request-id: ",
+            ))  # fmt: skip
+        ends = head.bodiless or framed or length >= 0
+        length = http1.UNTIL_CLOSE if head.bodiless else length
+        return cycle.completed_head(begin, own, length=length, framed=framed, ends=ends)
+
+    def _watch(self, head: _Head) -> None:
+        """Who wants to see the answer."""
+        cycle = self._cycle
+        watchers = self._watchers
+        if cycle.makes_response and cycle.lease is not None:
+            ids = cycle.service.response_ids.reader(cycle.served_name(), cycle.lease.instance_id)
+            watchers.append(ids.feed)
+        if self.heartbeat is not None:
+            watchers.append(self.heartbeat.feed)
+        if cycle.caller is not None and cycle.caller.meter is not None:
+            watchers.append(cycle.caller.meter.feed)
+        if head.is_stream:
+            watchers.append(self._look_for_token(cycle.group))
+        if watchers and self._framed:
+            self._unframed = http1.ChunkedBody(http1.CHUNKED, framed=False)
+
+    def _look_for_token(self, group: str) -> Callable[[bytes], bool]:
+        first = FirstToken(group)
+
+        def look(data: bytes) -> bool:
+            if first.feed(data):
+                self.first_token_at = time.perf_counter()
+                return True
+            return False
+
+        return look
+
+    def _take(self, out: bytes) -> None:
+        """A piece of the body that is not only to be written."""
+        if self._held is not None:
+            self._hold(out)
+            return
+        if out:
+            if self.first_byte_at is None:
+                self.first_byte_at = time.perf_counter()
+            if self._watchers:
+                payload = self._unframed.feed(out) if self._unframed is not None else out
+                self._watchers = [watch for watch in self._watchers if watch(payload) is not True]
+            self._flows = not self._watchers
+        self._write_with_head(out)
+
+    def _hold(self, out: bytes) -> None:
+        held = self._held
+        assert held is not None and self._body is not None  # noqa: S101, PT018 - it is held
+        held += out
+        if self._body.done or len(held) > _ERROR_BYTES:
+            if self._stream:
+                self._end_with_error(bytes(held))
+            else:
+                self._let_through(bytes(held))
+
+    def _let_through(self, held: bytes) -> None:
+        """An engine's error, unless it shows the engine's address or a stack."""
+        self._held = None
+        head, body, cycle = self._head, self._body, self._cycle
+        assert head is not None and body is not None  # noqa: S101, PT018 - it has begun
+        text = http1.ChunkedBody(http1.CHUNKED, framed=False).feed(held) if self._framed else held
+        lease = cycle.lease
+        assert lease is not None  # noqa: S101 - its engine answers
+        if any(sign in text for sign in (lease.client.upstream.authority, *_STACK)):
+            log.error("%s answered %d with its address or a stack in it, kept back", lease.instance_id, head.status)
+            self._give_back(reusable=body.done and not body.excess)
+            self._unsent = b""
+            cycle.refuse(EngineFailedError("The engine failed; its log says more."))
+            return
+        self._watch(head)
+        self._unsent = self._head_for(head, self._length, framed=self._framed)
+        self._take(held)
+
+    def _end_with_error(self, held: bytes) -> None:
+        """What an engine answered instead of a stream, as an event of the stream that was begun."""
+        body, cycle = self._body, self._cycle
+        assert body is not None  # noqa: S101 - it has begun
+        error = held if body.done and _is_envelope(held) else None
+        self._give_back(reusable=body.done and not body.excess)
+        if error is None:
+            failed = UpstreamError(f"The engine answered {self.status} instead of a stream.")
+            error = failed.body(anthropic=cycle.speaks_anthropic)
+        self._framed = cycle.head.http11
+        self.end_with(error)
+        cycle.answered()
+
+    def _write_with_head(self, out: bytes) -> None:
+        if self._unsent:
+            self.begun = True
+            out, self._unsent = self._unsent + out, b""
+        if out:
+            self._write(out)
+
+    def _write(self, data: bytes) -> None:
+        # Between a reset and the word of it the transport is closed, and uvloop's raises.
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    # --- its end ---
+
+    def _give_back(self, *, reusable: bool) -> None:
+        connection, self.upstream = self.upstream, None
+        if connection is not None:
+            connection.finished(reusable=reusable and self._head is not None and self._head.keeps_alive)
+
+    def _end(self) -> None:
+        """The whole answer has come."""
+        body = self._body
+        if self._held is not None or body is None or self._cycle.done:
+            return
+        self._give_back(reusable=not body.excess)
+        self._stop_heartbeat()
+        self._cycle.answered()
+
+    def _not_http(self, error: http1.ProtocolError) -> None:
+        self._give_back(reusable=False)
+        self._failed(ExchangeError(f"not HTTP: {error}"))
+
+    def lost(self, error: Exception | None) -> None:
+        """The engine's connection has ended."""
+        self.upstream = None
+        if self._body is None:
+            self._failed(ExchangeError(f"the connection ended before an answer{f': {error}' if error else ''}"))
+        elif error is not None:
+            self._failed(ExchangeError(f"the connection broke: {error}"))
+        else:
+            try:
+                out = self._body.close()
+            except http1.ProtocolError as problem:
+                self._failed(ExchangeError(str(problem)))
+                return
+            self._take(out)
+            self._end()
+
+    def failed(self, error: ExchangeError) -> None:
+        """The engine's connection was ended from here."""
+        self.upstream = None
+        self._failed(error)
+
+    def _failed(self, error: ExchangeError) -> None:
+        if self._stream and self._held is not None:
+            self._end_with_error(b"")
+        elif self._body is not None and self.begun:
+            self._stop_heartbeat()
+            self._cycle.broke_off(str(error))
+        else:
+            self._unsent = b""
+            self._cycle.engine_failed(error)
+
+    def drop(self) -> None:
+        """Nobody is there for it any more."""
+        self._stop_heartbeat()
+        self._give_back(reusable=False)
+
+
+def _is_envelope(body: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(body)["error"], dict)
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        return False
