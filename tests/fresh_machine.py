@@ -30,7 +30,8 @@ PACKAGES: Final = "systemd,systemd-sysv,dbus"
 SOURCES: Final = "/srv/warmpool.git"
 """What REPOSITORY is, in there."""
 STEP_S: Final = 1200.0
-CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
+TRUSTED: Final = "/etc/host-certificates.crt"
+"""What pip trusts on this host, in there."""
 CURL: Final = re.compile(r"\A(?:LANG=\S+ )?curl -sN ")
 
 
@@ -104,8 +105,8 @@ def _limit(name: str) -> int:
 
 
 def _environment() -> list[str]:
-    """pip trusts what this host trusts, where that is set."""
-    return [f"--env=PIP_CERT={CERTIFICATES}"] if "PIP_CERT" in os.environ else []
+    """pip trusts what it trusts on this host, where that is set."""
+    return [f"--env=PIP_CERT={TRUSTED}"] if "PIP_CERT" in os.environ else []
 
 
 def make(release: str, root: Path) -> None:
@@ -117,14 +118,12 @@ def make(release: str, root: Path) -> None:
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
     repository = root / SOURCES.lstrip("/")
-    shutil.rmtree(repository, ignore_errors=True)
+    # Of an earlier run in the same folder.
+    for left in ("root/warmpool", "usr/local/src/warmpool", "opt/warmpool", "srv/warmpool", SOURCES.lstrip("/")):
+        shutil.rmtree(root / left, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", "--bare", "--no-hardlinks", str(ROOT), str(repository)], check=True)
     if "PIP_CERT" in os.environ:
-        # A host behind an inspecting proxy; ca-certificates, installed later, reads the folder.
-        extra = root / "usr" / "local" / "share" / "ca-certificates"
-        extra.mkdir(parents=True, exist_ok=True)
-        found = re.findall(r"-----BEGIN.*?END CERTIFICATE-----\n", CERTIFICATES.read_text(), re.DOTALL)
-        (extra / "host.crt").write_text("".join(found[-3:]))
+        shutil.copyfile(os.environ["PIP_CERT"], root / TRUSTED.lstrip("/"))
 
 
 def streamed(machine: Machine) -> None:
@@ -152,7 +151,10 @@ def served(machine: Machine, command: str, cwd: str) -> None:
     unit = f"way-{uuid.uuid4().hex[:6]}"
     set_ = " ".join(e.replace("--env=", "--setenv=") for e in _environment())
     machine.run(f"systemd-run --quiet --unit {unit} {set_} --working-directory {cwd} bash -c '{command}'")
-    machine.run("for i in $(seq 600); do curl -sf http://127.0.0.1:8080/ready && exit; sleep 1; done; exit 1")
+    machine.run(
+        "for i in $(seq 600); do curl -sf http://127.0.0.1:8080/ready && exit; "
+        f"systemctl is-active --quiet {unit} || break; sleep 1; done; journalctl -o cat -n 40 -u {unit}; exit 1"
+    )
     streamed(machine)
     machine.run(f"systemctl stop {unit}")
 
@@ -208,7 +210,7 @@ def in_a_container(machine: Machine) -> None:
     left_out = "--exclude=./proc --exclude=./sys --exclude=./var/lib/containers"
     base = f"tar -C / --one-file-system {left_out} -c . | podman import - localhost/base"
     machine.run(base)
-    options = f"--build-arg BASE=localhost/base --volume {CERTIFICATES}:{CERTIFICATES}:ro --env PIP_CERT={CERTIFICATES}"
+    options = f"--build-arg BASE=localhost/base --volume {TRUSTED}:{TRUSTED}:ro --env PIP_CERT={TRUSTED}"
     steps(machine, [build.replace("podman build ", f"podman build {options} ", 1)], cwd="/usr/local/src/warmpool")
     steps(machine, [run])
     machine.run("for i in $(seq 120); do curl -sf http://127.0.0.1:8080/ready && exit; sleep 1; done; exit 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import shutil
 import socket
@@ -12,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import orjson
 import pytest
 
 from tests.served import Proxy
@@ -106,7 +108,10 @@ async def front(request: pytest.FixtureRequest, behind: Proxy, tmp_path: Path) -
     log = tmp_path / "front.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={"HOME": str(tmp_path), "PATH": "/usr/sbin:/usr/bin"}
+            command,
+            stdout=output,
+            stderr=output,
+            env={"HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/sbin:/usr/bin"},
         )
     context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
     resolver = _Here()
@@ -153,7 +158,9 @@ async def test_a_stream_comes_through_as_it_is_made_also_where_it_waits_for_its_
 
 async def test_a_large_body_passes_and_administration_does_not(front: aiohttp.ClientSession) -> None:
     text = "word " * (4 << 20)
-    async with front.post("/v1/completions", json={"model": "demo", "prompt": text, "max_tokens": 1}) as answer:
+    body = io.BytesIO(orjson.dumps({"model": "demo", "prompt": text, "max_tokens": 1}))
+    headers = {"Content-Type": "application/json"}
+    async with front.post("/v1/completions", data=body, headers=headers) as answer:
         assert (answer.status, re.search("too long|context", await answer.text()) is not None) in (
             (200, False),
             (400, True),

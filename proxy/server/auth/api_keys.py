@@ -20,7 +20,7 @@ import secrets
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import tomli_w
+import tomlkit
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from proxy.config.explain import sentence
@@ -35,7 +35,7 @@ PREFIX: Final = "wp_"
 TOKEN_MIN_LENGTH: Final = 32
 PRIORITIES: Final = {"low": -1, "normal": 0, "high": 1}
 _KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
-_HEAD = "# Written by `warmpool key`; comments are not kept. Limits may be edited; they are in force after SIGHUP.\n\n"
+_HEAD = "# Written by `warmpool key`. Limits may be edited; they are in force after SIGHUP.\n\n"
 
 PerMinute = Annotated[int, Field(ge=1)]
 
@@ -147,12 +147,25 @@ def changing(path: Path) -> Iterator[dict[str, Entry]]:
         raise ConfigError(str(path), [f"{path.parent}: {error.strerror}"]) from None
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        entries = dict(read(path).entries()) if path.exists() else {}
+        before = dict(read(path).entries()) if path.exists() else {}
+        entries = dict(before)
         yield entries
-        plain = {id_: entry.model_dump(exclude_none=True) for id_, entry in entries.items()}
-        private_files.write(path, _HEAD + tomli_w.dumps({"keys": plain}))
+        text = path.read_text(encoding="utf-8") if before or path.exists() else _HEAD
+        private_files.write(path, _changed(text, before, entries))
     finally:
         os.close(folder)
+
+
+def _changed(text: str, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> str:
+    """The file's text with entries added, replaced and taken out; all else stays as it was written, comments too."""
+    document = tomlkit.parse(text)
+    keys = document.setdefault("keys", tomlkit.table(is_super_table=True))
+    for id_ in before.keys() - after.keys():
+        del keys[id_]
+    for id_, entry in after.items():
+        if before.get(id_) != entry:
+            keys[id_] = entry.model_dump(exclude_none=True)
+    return tomlkit.dumps(document)
 
 
 def _digest(salt: str, key: str) -> str:

@@ -479,3 +479,27 @@ def test_a_meter_keeps_little_of_a_large_answer() -> None:
     for _ in range(100):
         meter.feed(b'{"usage":null}' * 1000)
     assert len(meter._tail) <= 1024
+
+
+def test_what_people_wrote_into_the_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    for name in ("a", "b"):
+        with api_keys.changing(path) as entries:
+            id_, _, entry = api_keys.generate(name)
+            entries[id_] = entry
+    first, second = api_keys.read(path).entries()
+    text = path.read_text().replace(f"[keys.{second}]", f"[keys.{second}]\n# the second team, until May")
+    path.write_text(text.replace('name = "a"', 'name = "a"   # Anna'))
+    with api_keys.changing(path) as entries:
+        id_, _, entry = api_keys.generate("c", requests_per_minute=5)
+        entries[id_] = entry
+    changed = path.read_text()
+    assert "# the second team, until May\n" in changed
+    assert 'name = "a"   # Anna' in changed
+    assert changed.startswith("# Written by `warmpool key`")
+    assert [entry.name for entry in api_keys.read(path).entries().values()] == ["a", "b", "c"]
+    with api_keys.changing(path) as entries:
+        del entries[first]
+    assert "Anna" not in path.read_text()
+    assert "until May" in path.read_text()
+    assert [entry.name for entry in api_keys.read(path).entries().values()] == ["b", "c"]
