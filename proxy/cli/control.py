@@ -56,7 +56,7 @@ def status(model: str | None, server: ServerChoice, watch: bool, as_json: bool) 
 @server_options
 @_NO_WAIT
 def wake(model: str, server: ServerChoice, no_wait: bool) -> None:
-    """Have an instance of MODEL ready."""
+    """Bring an instance of MODEL to ready."""
     from proxy.cli import control_commands
 
     control_commands.wake(server, model, wait=not no_wait)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_context
 def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> None:
-    """Say what this host lacks for checkpoints and how to mend it; exit status 1 when they cannot work."""
+    """Say what this host lacks for checkpoints and how to fix it; exit status 1 when they cannot work."""
     import asyncio
 
     from proxy.cli import wiring

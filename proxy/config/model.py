@@ -221,7 +221,7 @@ class ModelSettings(Section):
     keep: bool = Field(
         default=True,
         description="Keep the checkpoint once it was restored. Without, its memory is free while the engine runs, and "
-        "the next step down writes it anew; only for one instance.",
+        "the next step down writes it again; only for one instance.",
     )
     engine: Literal["vllm", "generic"] | None = Field(
         default=None,

@@ -75,7 +75,7 @@ class Diagnosis:
 async def diagnose(
     settings: Settings | None, host: Host, make: MakeRuntime, *, fix: bool, tell: Callable[[str], None]
 ) -> Diagnosis:
-    """Examine the host, mend what is safe to mend if `fix`, and try a checkpoint.
+    """Examine the host, fix what is safe to fix if `fix`, and try a checkpoint.
 
     `tell` is given what is about to be changed, before it is. `settings` is None where there is no configuration.
     """
@@ -87,7 +87,7 @@ async def diagnose(
     if not needs.checkpoints:
         result = Check(selftest.NAME, "skip", "no model is ever checkpointed")
     elif blocking:
-        result = Check(selftest.NAME, "skip", f"not tried; mend first: {', '.join(blocking)}")
+        result = Check(selftest.NAME, "skip", f"not tried; fix first: {', '.join(blocking)}")
     else:
         result = await selftest.self_test(host, needs, make)
     return Diagnosis(checks, result)

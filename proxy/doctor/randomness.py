@@ -19,7 +19,7 @@ async def randomness(it: Situation) -> list[Check]:
         return [Check(name, "skip", "no model is ever checkpointed")]
     gaps = {key: gap for key in keys if (gap := reseed.gap(it.needs.models[key])) is not None}
     if not gaps:
-        return [Check(name, "ok", "engines begin their random numbers anew after a restore")]
+        return [Check(name, "ok", "engines draw new random numbers after a restore")]
     text = "; ".join(f"models.{key}: {gap}" for key, gap in gaps.items())
     fix = "\n".join(f"set models.{key}.engine, or models.{key}.reseed" for key in gaps)
     return [Check(name, "warn", f"without a seed, answers repeat after each restore: {text}", fix)]

@@ -50,7 +50,7 @@ class Check:
     found: str
     """What is there, in one line."""
     fix: str = ""
-    """The command or setting that mends it, one a line; empty when there is nothing to mend."""
+    """The command or setting that fixes it, one a line; empty when there is nothing to fix."""
     repair: Repair | None = None
     stages_s: Mapping[str, float] = field(default_factory=dict)
     """What the stages of the self-test took, in seconds."""
@@ -78,7 +78,7 @@ def _plain(check: Check) -> dict[str, Any]:
 
 
 def render(checks: Sequence[Check], self_test: Check, file: TextIO) -> None:
-    """Write the table, then what mends each row, then one line with the sum of it.
+    """Write the table, then what fixes each row, then one line with the sum of it.
 
     Coloured on a terminal only. Commands are never wrapped, so that they can be copied.
     """
@@ -113,5 +113,5 @@ def _summary(rows: Sequence[Check]) -> str:
     if failed:
         return f"Checkpoints do not work here yet: {', '.join(failed)}."
     if warned:
-        return f"Checkpoints work here; better mend: {', '.join(warned)}."
+        return f"Checkpoints work here; better fix: {', '.join(warned)}."
     return "Everything needed is here."

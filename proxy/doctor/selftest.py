@@ -84,7 +84,7 @@ async def self_test(host: Host, needs: Needs, make: MakeRuntime) -> Check:
 def _failed(kind: str, stages: Stages, reason: str) -> Check:
     last = next(reversed(stages.seconds), "preparing")
     commands = "podman info; criu check --all" if kind == "podman" else "criu check --all"
-    fix = f"mend the rows above; else report this with the output of: {commands}"
+    fix = f"fix the rows above; else report this with the output of: {commands}"
     return Check(NAME, "fail", f"{last}: {' '.join(reason.split())}", fix, stages_s=stages.seconds)
 
 
@@ -140,7 +140,7 @@ async def _round_trip(runtime: Runtime, model: ModelSettings, log: Path, stages:
             await engine.restore(Stages())
             after_run, after = await _counted(log, run, (before[1] if before else 0) + _TICKS)
         if after_run != run or before is None or after < before[1]:
-            raise _TestError("the engine began anew instead of going on")
+            raise _TestError("the engine started again instead of going on")
     except BaseException:
         with contextlib.suppress(RuntimeFailure):
             await _remove(runtime, engine)

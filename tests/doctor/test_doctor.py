@@ -385,7 +385,7 @@ CASES: list[tuple[Callable[[FakeHost], object], dict[str, Any], str, str, str, s
     (text("/x", ""), podman_model(), "files of engines", "ok", "all that models name are there", ""),
     (text("/x", ""), process_model(), "randomness", "warn", "models.demo: nothing is known of how to reseed",
      "models.demo.reseed"),
-    (text("/x", ""), podman_model(entrypoint=["vllm", "serve"]), "randomness", "ok", "anew after a restore", ""),
+    (text("/x", ""), podman_model(entrypoint=["vllm", "serve"]), "randomness", "ok", "new random numbers", ""),
     (both(lambda h: h.crun("1.21 +CRIU"), text(CRIU_CONF, "# Written by warmpool; x\nleave-running\n")), podman_model(),
      "CRIU configuration", "ok", "nothing in the way", ""),
     (lambda h: h.folder(CRIU_CONF), NO_MODEL, "CRIU configuration", "warn", "cannot be read", "ls -l"),
@@ -679,7 +679,7 @@ async def test_the_self_test_is_not_tried_in_vain(host: FakeHost, tmp_path: Path
     host.programs.remove("criu")
     diagnosis = await diagnose(host)
     assert (diagnosis.self_test.status, diagnosis.exit_status()) == ("skip", 1)
-    assert diagnosis.self_test.found == "not tried; mend first: CRIU"
+    assert diagnosis.self_test.found == "not tried; fix first: CRIU"
     never = {"checkpointed": "never", "archived": "never"}
     diagnosis = await diagnose(host, settings_of(tmp_path, demo=process_model(idle=never)))
     assert (diagnosis.self_test.status, diagnosis.exit_status()) == ("skip", 0)
@@ -742,7 +742,7 @@ def test_the_table_is_plain_and_narrow_where_it_is_piped(monkeypatch: pytest.Mon
 
 
 def test_the_last_line_sums_it_up() -> None:
-    assert rendered(ROWS[:2]).splitlines()[-1] == "Checkpoints work here; better mend: tmpfs."
+    assert rendered(ROWS[:2]).splitlines()[-1] == "Checkpoints work here; better fix: tmpfs."
     assert rendered(ROWS[:1]).splitlines()[-1] == "Everything needed is here."
 
 
@@ -851,7 +851,7 @@ async def test_an_engine_that_goes_on_passes(host: FakeHost, tmp_path: Path) -> 
         ("open", "open: another warmpool", []),
         ("tiers", "open: no checkpoints here", ["close"]),
         ("checkpoint", "checkpoint: checkpoint: CRIU: Error no", ["kill", "discard", "remove", "close"]),
-        ("restore", "restore: the engine began anew instead of going on", ["kill", "discard", "remove", "close"]),
+        ("restore", "restore: the engine started again instead of going on", ["kill", "discard", "remove", "close"]),
         ("silent", "start: the engine does not count; its log ends with: sh: not found", None),
         ("hang", "restore: no end after 0 s", ["kill", "discard", "remove", "close"]),
     ],
