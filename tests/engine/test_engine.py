@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -19,11 +19,11 @@ from proxy.engine.connection import ExchangeError
 from proxy.errors import EngineError
 from proxy.telemetry.stages import Stages
 from tests.asking import ask
-from tests.support import PATIENCE_S, PYTHON, ROOT, get_json, until_healthy
+from tests.forked import ENGINES, Forked
+from tests.support import PATIENCE_S, get_json, until_healthy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
-    from pathlib import Path
 
     from tests.asking import Answer
 
@@ -36,11 +36,9 @@ class Running:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [PYTHON, "-m", "loadtest.engine", "--port", str(port), "--ttft", "0.001",
-             "--tokens-per-second", "1000", *options],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+        words = ["--port", str(port), "--ttft", "0.001", "--tokens-per-second", "1000", *options]
+        with Path(os.devnull).open("wb") as log:
+            self.process = Forked(ENGINES.start(words, os.environ, log.fileno()))
 
     async def post(self, path: str, body: Any = None) -> tuple[int, Any]:
         async with aiohttp.ClientSession() as session, session.post(self.url + path, json=body) as response:
@@ -50,10 +48,9 @@ class Running:
     async def state(self) -> Any:
         return await get_json(f"{self.url}/debug/state")
 
-    def end(self) -> str:
+    def end(self) -> None:
         self.process.terminate()
-        out, _ = self.process.communicate(timeout=PATIENCE_S)
-        return out
+        self.process.wait(PATIENCE_S)
 
 
 @pytest.fixture
