@@ -52,7 +52,7 @@ class ClientConnection(asyncio.Protocol):
     """One connection, from its first byte to its last."""
 
     __slots__ = (
-        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_fed", "_half_closed",
+        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_half_closed",
         "_head_began", "_head_reader", "_idle", "_known", "_known_key", "_loop", "_reading", "_reading_paused",
         "_refused", "_stall", "host", "service", "transport", "write_paused",
     )  # fmt: skip
@@ -75,8 +75,6 @@ class ClientConnection(asyncio.Protocol):
         self._reading = _Reading.HEAD
         self._reading_paused = False
         self._head_reader: HeadReader | None = None
-        self._fed = 0
-        """How much of a head, of which more has to come, its reader has."""
         self._head_began: float | None = None
         self._known_key = b""
         self._known: RequestHead | None = None
@@ -235,7 +233,7 @@ class ClientConnection(asyncio.Protocol):
     def _read_head(self) -> bool:
         limits = self.service.limits.limits
         data, at = self._buffer, self._at
-        if not self._fed:
+        if self._head_reader is None:
             while data.startswith(b"\r\n", at):  # RFC 9112, 2.2
                 at += 2
             self._at = at
@@ -249,7 +247,8 @@ class ClientConnection(asyncio.Protocol):
             key, begin, length = parts
             head = self._known
             if head is None or key != self._known_key:
-                head = self._new_head(data[at:begin])
+                reader = self._head_reader or HeadReader(self.service.limits.limits)
+                head = reader.head(data[at:begin])
                 self._known, self._known_key = head, key
         except BadRequestError as error:
             self._note(error.reason, f"a malformed request ({error.status} {error.code}, {error.message})")
@@ -267,26 +266,13 @@ class ClientConnection(asyncio.Protocol):
             raise too_large_together()
         if self._head_reader is None:
             self._head_reader = HeadReader(self.service.limits.limits)
-        # A line end that is cut, and the last one, wait for what follows.
-        end = len(data) - 3
-        if end - at > self._fed:
-            self._head_reader.feed(data[at + self._fed : end])
-            self._fed = end - at
+        self._head_reader.feed_part(data, at)
         if self._head_began is None:
             self._head_began = self._loop.time()
             self.service.limits.watch(self)
 
-    def _new_head(self, whole: bytes) -> RequestHead:
-        """Raises BadRequestError."""
-        reader, fed = self._head_reader, self._fed
-        self._head_reader, self._fed = None, 0
-        if reader is None:
-            reader = HeadReader(self.service.limits.limits)
-        reader.feed(whole[fed:])
-        return reader.head(whole)
-
     def _serve(self, head: RequestHead, length: int, begin: int) -> None:
-        self._head_reader, self._fed = None, 0
+        self._head_reader = None
         data = self._buffer
         cycle = self._cycle = RequestCycle(self.service, self, head, length)
         self._reading = _Reading.NOTHING

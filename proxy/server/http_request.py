@@ -154,6 +154,8 @@ class HeadReader:
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
         self._complete = False
+        self._fed = 0
+        """How much of the head was fed."""
         self._parser = httptools.HttpRequestParser(self)
 
     # httptools' callbacks
@@ -167,8 +169,14 @@ class HeadReader:
     def on_headers_complete(self) -> None:
         self._complete = True
 
-    def feed(self, data: bytes) -> None:
-        """A piece of it."""
+    def feed_part(self, data: bytes, at: int) -> None:
+        """All of it that is there, from `at` on, but for the end: a line end that is cut waits for what follows."""
+        end = len(data) - 3
+        if end - at > self._fed:
+            self._feed(data[at + self._fed : end])
+            self._fed = end - at
+
+    def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -179,7 +187,8 @@ class HeadReader:
             raise BadRequestError(f"This is no valid HTTP request{said}.") from None
 
     def head(self, whole: bytes) -> RequestHead:
-        """What it says, after its end; `whole` is all that was fed."""
+        """What it says; `whole` is all of it."""
+        self._feed(whole[self._fed :])
         self._check_sizes()
         if not self._complete or not _LINES.fullmatch(whole):
             raise _bad("a character that does not belong there")

@@ -17,10 +17,11 @@ from proxy.errors import EngineFailedError, UpstreamError, sse_error
 from proxy.server.forward.fields import NOT_TO_CLIENT, answer_fields, is_event_stream, server_timing
 from proxy.server.forward.first_token import FirstToken
 from proxy.server.forward.heartbeat import COMMENT, HEADERS, Heartbeat
+from proxy.server.http_answer import date
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from proxy.engine.connection import Connection
     from proxy.server.forward.cycle import RequestCycle
@@ -166,7 +167,7 @@ class EngineAnswer:
         fields = [*HEADERS, (b"x-warmpool-tier", cycle.tier_found())]
         begin = b" 200 OK\r\n%bserver: warmpool\r\nx-request-id: " % b"".join([b"%b: %b\r\n" % f for f in fields])
         framed = self._framed
-        return cycle.completed_head(begin, cycle.own_fields(), length=http1.UNTIL_CLOSE, framed=framed, ends=framed)
+        return self._completed(begin, cycle.own_fields(), length=http1.UNTIL_CLOSE, framed=framed, ends=framed)
 
     def end_with(self, error: bytes) -> None:
         """End a stream of comments with an error envelope, as an event."""
@@ -283,7 +284,30 @@ class EngineAnswer:
             ))  # fmt: skip
         ends = head.bodiless or framed or length >= 0
         length = http1.UNTIL_CLOSE if head.bodiless else length
-        return cycle.completed_head(begin, own, length=length, framed=framed, ends=ends)
+        return self._completed(begin, own, length=length, framed=framed, ends=ends)
+
+    def _completed(
+        self, begin: bytes, own: Sequence[tuple[bytes, bytes]], *, length: int, framed: bool, ends: bool
+    ) -> bytes:
+        """The head of an answer whose status and fields `begin` with, behind the version, up to the request's id.
+
+        `length` of its body is said where it is 0 or more; `ends`: the body has an end but that of the connection.
+        """
+        cycle = self._cycle
+        http11 = cycle.head.http11
+        cycle.closes = closes = cycle.closes or not ends or cycle.service.traffic.stopping
+        framing = b""
+        if framed:
+            framing = b"\r\ntransfer-encoding: chunked"
+        elif length >= 0:
+            framing = b"\r\ncontent-length: %d" % length
+        if closes is http11:  # each version has its default
+            framing += b"\r\nconnection: close" if http11 else b"\r\nconnection: keep-alive"
+        return b"".join((
+            b"HTTP/1.1" if http11 else b"HTTP/1.0", begin, cycle.request_id.encode("ascii"),
+            b"".join([b"\r\n%b: %b" % field for field in own]) if own else b"",
+            b"\r\ndate: ", date(), framing, b"\r\n\r\n",
+        ))  # fmt: skip
 
     def _watch(self, head: _Head) -> None:
         """Who wants to see the answer."""

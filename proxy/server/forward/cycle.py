@@ -19,7 +19,7 @@ from proxy.server.auth.authorization import Kind, refuse_expired
 from proxy.server.forward import access_log, preparation, routes
 from proxy.server.forward.answer import EngineAnswer
 from proxy.server.forward.scanner import LARGE
-from proxy.server.http_answer import JSON, date, fields_of, whole_answer
+from proxy.server.http_answer import JSON, fields_of, whole_answer
 from proxy.server.request_body import decoded
 from proxy.server.safe_logging import method_of, stack_of
 from proxy.telemetry.metrics import UNKNOWN_MODEL
@@ -336,28 +336,6 @@ class RequestCycle:
         if self.caller is not None and (limits := self.service.auth.limits(self.caller)):
             return [*fields_of(limits), *own]
         return own
-
-    def completed_head(
-        self, begin: bytes, own: Sequence[tuple[bytes, bytes]], *, length: int, framed: bool, ends: bool
-    ) -> bytes:
-        """The head of an answer whose status and fields `begin` with, behind the version, up to the request's id.
-
-        `length` of its body is said where it is 0 or more; `ends`: the body has an end but that of the connection.
-        """
-        http11 = self.head.http11
-        self.closes = self.closes or not ends or self.service.traffic.stopping
-        framing = b""
-        if framed:
-            framing = b"\r\ntransfer-encoding: chunked"
-        elif length >= 0:
-            framing = b"\r\ncontent-length: %d" % length
-        if self.closes is http11:  # each version has its default
-            framing += b"\r\nconnection: close" if http11 else b"\r\nconnection: keep-alive"
-        return b"".join((
-            b"HTTP/1.1" if http11 else b"HTTP/1.0", begin, self.request_id.encode("ascii"),
-            b"".join([b"\r\n%b: %b" % field for field in own]) if own else b"",
-            b"\r\ndate: ", date(), framing, b"\r\n\r\n",
-        ))  # fmt: skip
 
     def refuse(self, error: RequestError, *, closes: bool = False) -> None:
         """Answer with an error; as an event where a stream has begun."""
