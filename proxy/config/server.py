@@ -117,6 +117,11 @@ class AdminSettings(Section):
             raise ValueError("socket_group needs socket")
         return self
 
+    @property
+    def is_on_port(self) -> bool:
+        """Whether the port has the admin routes, for whoever may use them."""
+        return self.socket is None or self.token_file is not None
+
 
 class ServerSettings(Section):
     """Where clients reach the proxy, and what it takes from them."""

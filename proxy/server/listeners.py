@@ -97,8 +97,7 @@ def addresses(site: Site, server: ServerSettings) -> str | None:
     """What clients and operators use of a site, as a line for the log; None for a unix socket."""
     if site.name.startswith("unix:"):
         return None
-    by_socket_only = server.admin.socket is not None and server.admin.token_file is None
-    page = "" if by_socket_only else f", status page: {site.name}/admin/"
+    page = f", status page: {site.name}/admin/" if server.admin.is_on_port else ""
     return f"OpenAI API: {site.name}/v1{page}"
 
 

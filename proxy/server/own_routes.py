@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 _MODEL: Final = "/v1/models/"
 _LOOKS: Final = ("GET", "HEAD")
+_TO_PAGE: Final = {"Location": "admin/", "Cache-Control": "no-store", "Vary": "Accept"}
 _ADMIN: Final = re.compile(r"/(?:admin|metrics)(?=/|$)")
 
 
 class OwnRoutes:
-    """`/v1/models`, `/version`, `/ping`, `/health` and `/ready`."""
+    """`/v1/models`, `/version`, `/ping`, `/health` and `/ready`; and `/`, from where a browser is led to the page."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -49,6 +50,8 @@ class OwnRoutes:
         Raises MethodNotAllowedError or ModelNotFoundError.
         """
         path = head.path
+        if self.leads_to_page(head):
+            return 302, _TO_PAGE, b""
         route = self._routes.get(path)
         is_model = route is None and path.startswith(_MODEL) and len(path) > len(_MODEL)
         if route is None and not is_model:
@@ -57,9 +60,18 @@ class OwnRoutes:
             raise MethodNotAllowedError(path, [*_LOOKS, *(["POST"] if path == "/ping" else [])])
         return route(caller) if route is not None else self._model_named(unquote(path.removeprefix(_MODEL)), caller)
 
+    def leads_to_page(self, head: RequestHead) -> bool:
+        """Whether a browser asks for `/`, and the status page is on this port. To programs `/` is no route."""
+        return (
+            head.path == "/"
+            and head.method in _LOOKS
+            and "text/html" in head.headers.get("Accept", "")
+            and self._pool.settings.server.admin.is_on_port
+        )
+
     def path_for_log(self, path: str) -> str:
         """A path without what a client chooses in it."""
-        if path in self._routes:
+        if path in self._routes or path == "/":
             return path
         if path.startswith(_MODEL):
             return _MODEL + "{id}"

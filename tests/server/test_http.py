@@ -11,6 +11,8 @@ import orjson
 import pytest
 
 from proxy.engine.connection import Connection
+from proxy.host import private_files
+from proxy.server.auth import api_keys
 from tests.support import PATIENCE_S, get_json
 
 if TYPE_CHECKING:
@@ -163,6 +165,30 @@ async def test_models_are_listed_without_waking_any(front_of: Any) -> None:
         assert response.status == 404
         assert error_of(await response.read())["code"] == "model_not_found"
     assert front.pool.status()["models"]["demo"]["instances"] == []
+
+
+async def test_a_browser_is_led_from_the_root_to_the_status_page_and_a_program_is_not(
+    front_of: Any, tmp_path: Path
+) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    keys = tmp_path / "keys.toml"
+    with api_keys.changing(keys):
+        pass
+    token = tmp_path / "token"
+    private_files.write(token, "t" * 40)
+    by_token = {"keys_file": keys, "admin": {"token_file": token}}
+    by_socket = {"admin": {"socket": tmp_path / "admin.sock"}}
+    for server, led, else_ in ((None, 302, 404), (by_token, 302, 401), (by_socket, 404, 404)):
+        front: Front = await front_of(server=server)
+        async with front.session.get("/", headers=browser, allow_redirects=False) as response:
+            assert (response.status, response.headers.get("Location")) == (led, "admin/" if led == 302 else None)
+        if led == 302:
+            async with front.session.get("/", headers=browser) as response:
+                assert (response.status, "<title>" in await response.text()) == (200, True)
+        for method, headers in (("GET", {}), ("POST", browser)):
+            async with front.session.request(method, "/", headers=headers, allow_redirects=False) as response:
+                assert response.status == else_
+                error_of(await response.read())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def prepare(request: RequestCycle, service: Service) -> None:
     """Whom it is for and what it brings, which depends on it and on its connection. Raises ForbiddenError."""
     head, auth = request.head, service.auth
     headers = head.headers
-    head.kind = auth.kind_of(head.path)
+    # The way to the status page is no secret; the page itself is for those who may see it.
+    head.kind = Kind.PUBLIC if service.own_routes.leads_to_page(head) else auth.kind_of(head.path)
     head.path_for_log = service.own_routes.path_for_log(head.path)
     if service.cors is not None:
         head.cors = service.cors.fields(headers, admin=_is_admin(head))
