@@ -115,7 +115,7 @@ def export(image: str, file: Path | None, path: Path | None, compression: Compre
 @click.argument("file", type=click.Path(path_type=Path))
 @CONFIG
 def import_(file: Path, path: Path | None) -> None:
-    """Take the image that `export` wrote to FILE into the store, digests checked."""
+    """Read the image that `export` wrote to FILE into the store, and check its digests."""
     from proxy.cli import checkpoint_commands
 
     checkpoint_commands.import_(path, file)

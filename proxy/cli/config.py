@@ -12,15 +12,15 @@ from proxy.cli.options import CONFIG
 
 @click.group(cls=Commands)
 def config() -> None:
-    """Look at configurations."""
+    """Check, show, convert and explain configurations."""
 
 
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Say whether FILE can be used here, with every problem if not (exit status 78).
+    """Check whether FILE can be used here, and list every problem if not (exit status 78).
 
-    What it names and is not here (programs, files, container images) is a warning.
+    Programs, files and container images that it names and that are missing are warnings.
     """
     import asyncio
 

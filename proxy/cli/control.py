@@ -34,7 +34,7 @@ def _step_down_options(command: F) -> F:
         type=click.Choice(["refuse", "wait"]),
         default="refuse",
         show_default=True,
-        help="With requests running or waiting: do nothing, or take no new ones and go after the last.",
+        help="While requests run or wait: refuse, or take no new ones and go after the last.",
     )
     return _INSTANCE(when_busy(_NO_WAIT(with_body)))  # type: ignore[return-value]
 
@@ -42,7 +42,7 @@ def _step_down_options(command: F) -> F:
 @click.command()
 @ANY_MODEL
 @server_options
-@click.option("--watch", "-w", is_flag=True, help="Stay, and show every change.")
+@click.option("--watch", "-w", is_flag=True, help="Keep running, and show every change.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line for each change.")
 def status(model: str | None, server: ServerChoice, watch: bool, as_json: bool) -> None:
     """Show models, instances, queues, last wakes and memory; of MODEL or of all."""
@@ -78,7 +78,7 @@ def suspend(model: str, server: ServerChoice, body: dict[str, Any]) -> None:
 @server_options
 @_step_down_options
 def checkpoint_now(model: str, server: ServerChoice, body: dict[str, Any]) -> None:
-    """Have the running server checkpoint the instances of MODEL, as if they had been idle for long."""
+    """Tell the running server to checkpoint the instances of MODEL, as if they had been idle for a long time."""
     from proxy.cli import control_commands
 
     control_commands.step_down(server, model, "checkpoint", body)
@@ -88,8 +88,8 @@ def checkpoint_now(model: str, server: ServerChoice, body: dict[str, Any]) -> No
 @MODEL
 @server_options
 @_step_down_options
-@click.option("--discard-golden-checkpoint", is_flag=True, help="The checkpoint that its instances share goes too.")
-@click.option("--force", is_flag=True, help="At once, whatever they do: answers under way break off.")
+@click.option("--discard-golden-checkpoint", is_flag=True, help="Delete the checkpoint that its instances share, too.")
+@click.option("--force", is_flag=True, help="End them at once, whatever they are doing: answers under way break off.")
 def stop(model: str, server: ServerChoice, body: dict[str, Any], discard_golden_checkpoint: bool, force: bool) -> None:
     """End the instances of MODEL, and their own checkpoints."""
     from proxy.cli import control_commands
@@ -106,7 +106,7 @@ def stop(model: str, server: ServerChoice, body: dict[str, Any], discard_golden_
 @server_options
 @_NO_WAIT
 def drain(model: str | None, server: ServerChoice, no_wait: bool) -> None:
-    """Let MODEL, or the whole server, take no new requests until `undrain`; what runs or waits is finished."""
+    """Refuse new requests for MODEL, or for all models, until `undrain`; finish those that run or wait."""
     from proxy.cli import control_commands
 
     control_commands.drain(server, model, wait=not no_wait)
@@ -125,11 +125,13 @@ def undrain(model: str | None, server: ServerChoice) -> None:
 @click.command()
 @MODEL
 @server_options
-@click.option("--follow", "-f", is_flag=True, help="Stay, and print what is added.")
-@click.option("--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="Begin with so many.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing what is added.")
+@click.option(
+    "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="How many lines to begin with."
+)
 @_INSTANCE
 def logs(model: str, server: ServerChoice, follow: bool, lines: int, instance: str | None) -> None:
-    """Print what the engines of MODEL wrote; on the server's host."""
+    """Print what the engines of MODEL wrote; run it on the server's host."""
     from proxy.cli import control_commands
 
     control_commands.logs(server, model, instance, lines, follow=follow)

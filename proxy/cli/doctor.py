@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @CONFIG
-@click.option("--fix", is_flag=True, help="Do what is safe to do; says what before.")
+@click.option("--fix", is_flag=True, help="Make the safe fixes, and say each one before.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_context
 def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> None:

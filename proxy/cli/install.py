@@ -25,9 +25,9 @@ _ROOT = click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("/"),
-    help="A folder that stands for /: only files are written there, systemd is not asked for anything.",
+    help="A folder that stands for /: files are written there, and systemd is left alone.",
 )
-_YES = click.option("--yes", is_flag=True, help="Do it; without, it is only said what would be done.")
+_YES = click.option("--yes", is_flag=True, help="Do it; otherwise only show what would be done.")
 
 
 @click.command()
@@ -38,13 +38,13 @@ _YES = click.option("--yes", is_flag=True, help="Do it; without, it is only said
     type=click.Path(path_type=Path),
     default=units.CONFIG,
     show_default=True,
-    help="The configuration that the service will use; it stays as it is.",
+    help="The configuration that the service will use; it is not changed.",
 )
 @click.option("--start", is_flag=True, help="Start warmpool, or restart it without losing a request.")
 @_YES
 @_ROOT
 def install(path: Path, start: bool, yes: bool, root: Path) -> None:
-    """Run warmpool under systemd, on this configuration. Again after an upgrade or a change of the address."""
+    """Run warmpool under systemd with this configuration. Run it again after an upgrade or a change of the address."""
     from proxy.config.load import load
 
     settings = load(root / path.relative_to("/") if path.is_absolute() else path)
@@ -80,7 +80,7 @@ def install(path: Path, start: bool, yes: bool, root: Path) -> None:
 @_YES
 @_ROOT
 def uninstall(yes: bool, root: Path) -> None:
-    """Stop warmpool and take its units away. The configuration, /var/lib/warmpool and containers stay."""
+    """Stop warmpool and remove its units. The configuration, /var/lib/warmpool and containers stay."""
     made = Installation(root)
     steps = made.steps({})
     if not steps:

@@ -30,7 +30,7 @@ def _file_option(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option(
         "--file", "-f", "file", type=click.Path(path_type=Path), help="The file of keys; default: server.keys_file."
     )(command)
-    return config_option("The TOML file that says where it is.")(command)
+    return config_option("The TOML file that names the file of keys.")(command)
 
 
 def _keys_file(file: Path | None, path: Path | None) -> Path:
@@ -50,13 +50,15 @@ def key() -> None:
 @key.command()
 @click.argument("name")
 @_file_option
-@click.option("--model", "-m", "models", multiple=True, help="Good for this model only; may be repeated.")
-@click.option("--requests-per-minute", type=click.IntRange(1), help="Most requests in a minute.")
-@click.option("--tokens-per-minute", type=click.IntRange(1), help="Most tokens in a minute, prompts and answers.")
-@click.option("--concurrency", type=click.IntRange(1), help="Most requests at once.")
+@click.option("--model", "-m", "models", multiple=True, help="Allow this model only; may be repeated.")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="The limit of requests in a minute.")
+@click.option(
+    "--tokens-per-minute", type=click.IntRange(1), help="The limit of tokens in a minute, in prompts and answers."
+)
+@click.option("--concurrency", type=click.IntRange(1), help="The limit of requests at the same time.")
 @click.option(
     "--priority", type=click.Choice(PRIORITIES), default="normal", show_default=True,
-    help="Who is served first of those who wait.",
+    help="Whose waiting requests are served first.",
 )  # fmt: skip
 @click.option("--expires", metavar="DURATION", help='How long it is valid, from now: "90d".')
 def new(
@@ -94,7 +96,7 @@ def _moment(after: str | None) -> dt.datetime | None:
 @key.command("list")
 @_file_option
 def list_(file: Path | None, path: Path | None) -> None:
-    """Who has a key, and what it may do."""
+    """List the keys: who has them, and what they allow."""
     from rich.console import Console
     from rich.table import Table
 

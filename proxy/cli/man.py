@@ -57,7 +57,7 @@ Its state: logs of engines, and records.
 @click.command()
 @click.pass_context
 def man(ctx: click.Context) -> None:
-    """Show the manual page; where the output is no terminal, print it for man.
+    """Show the manual page, or print its source where the output is not a terminal.
 
     \b
     warmpool man > /usr/local/share/man/man1/warmpool.1

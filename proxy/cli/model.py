@@ -20,7 +20,7 @@ def model() -> None:
 
 @model.command(context_settings={"allow_interspersed_args": False})
 @click.argument("line", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
-@config_option("The TOML file to add it to; made if there is none. Default: the installed one.")
+@config_option("The TOML file to add it to; created if there is none. Default: the installed one.")
 @click.option(
     "--key", metavar="KEY", help="What configuration, metrics and logs call it; default: by the model's name."
 )
@@ -29,7 +29,7 @@ def add(line: tuple[str, ...], path: Path | None, key: str | None, no_checkpoint
     """Add the model that COMMAND serves: a `vllm serve`, `podman run` or `docker run` line, or another server's.
 
     The entry is written to the configuration, whose comments stay, and checked; then the golden checkpoint is made, as
-    by `warmpool checkpoint create`, and it is said what each tier costs.
+    by `warmpool checkpoint create`, and the cost of each tier is printed.
 
     \b
     warmpool model add -- vllm serve org/Model-7B --max-model-len 4096

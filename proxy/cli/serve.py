@@ -35,7 +35,7 @@ FORMATS: Final = ("text", "json", "journal")
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C.
 
-    Without --config, WARMPOOL_CONFIG and models in the environment it serves `demo`, an engine for trying warmpool out.
+    Without --config, WARMPOOL_CONFIG or models in the environment it serves `demo`, an engine for trying warmpool out.
     """
     from proxy.cli import run_server
 
