@@ -74,13 +74,16 @@ class FakeDriver:
 
 
 class FakeNvml:
-    """One GPU of 80 GiB; `held` by pid."""
+    """GPUs of 80 GiB; `held` by pid, on the first one, and on the one after it where `held_on_second` says so."""
 
     UUID = "GPU-1"
+    SECOND = "GPU-2"
 
-    def __init__(self, version: str = "580.159.04") -> None:
+    def __init__(self, version: str = "580.159.04", gpus: int = 1) -> None:
         self.version = version
+        self.uuids = (self.UUID, self.SECOND)[:gpus]
         self.held: dict[int, int] = {}
+        self.held_on_second: dict[int, int] = {}
         self.broken = False
 
     def driver_version(self) -> str:
@@ -89,12 +92,16 @@ class FakeNvml:
     def gpus(self) -> list[GpuMemory]:
         if self.broken:
             raise RuntimeError("NVML_ERROR_GPU_IS_LOST")
-        return [GpuMemory(0, "NVIDIA H100", self.UUID, 80 * GIB, sum(self.held.values()))]
+        used = [sum(self.held.values()), sum(self.held_on_second.values())]
+        return [GpuMemory(index, "NVIDIA H100", uuid, 80 * GIB, used[index]) for index, uuid in enumerate(self.uuids)]
 
     def processes(self) -> dict[int, dict[str, int]]:
         if self.broken:
             raise RuntimeError("NVML_ERROR_GPU_IS_LOST")
-        return {pid: {self.UUID: count} for pid, count in self.held.items()}
+        held = {pid: {self.UUID: count} for pid, count in self.held.items()}
+        for pid, count in self.held_on_second.items():
+            held.setdefault(pid, {})[self.SECOND] = count
+        return held
 
 
 class PromptGpus(Gpus):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
+    from proxy.runtime.ladder_probes import LadderProbes
     from proxy.telemetry.stages import Stages
 
 ALL_TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED, Tier.ARCHIVED})
@@ -94,6 +95,8 @@ class FakeRuntime:
         self.nvml = nvml or FakeNvml()
         self.takes: dict[str, tuple[int, int]] = {}
         """Model → bytes of GPU memory that an engine of it holds when it is awake, and asleep."""
+        self.places: dict[str, tuple[int, ...]] = {}
+        """Model → the GPUs, by index, of each of which its engines hold that; the first one where nothing is said."""
         self.host_takes: dict[str, int] = {}
         """Model → bytes of host memory that an engine of it holds."""
         self.leaks: dict[str, int] = {}
@@ -104,6 +107,8 @@ class FakeRuntime:
         self.processes: dict[str, Process] = {}
         self.copies: set[int] = set()
         """Of weights, by the boot of the engine that wrote them."""
+        self.fingerprint = "580.159.04"
+        """Of its engines."""
         self.reseed_gap: str | None = None
         """What engines say of their workers' randomness."""
         self.engines: dict[str, FakeProcess] = {}
@@ -235,17 +240,23 @@ class FakeProcess:
         """Let NVML see what the engine holds now."""
         runtime = self.runtime
         process = runtime.processes.get(self.instance_id)
+        gpus = (runtime.nvml.held, runtime.nvml.held_on_second)
         if process is None:
-            runtime.nvml.held.pop(self.port, None)
+            for gpu in gpus:
+                gpu.pop(self.port, None)
             return
         ready, asleep = runtime.takes.get(self.key, (0, 0))
         held = 0 if process.frozen else asleep if process.sleep_level else ready
-        runtime.nvml.held[self.port] = held + runtime.leaks.get(self.instance_id, 0)
+        for index in runtime.places.get(self.key, (0,)):
+            gpus[index][self.port] = held + runtime.leaks.get(self.instance_id, 0)
 
     async def gpu_bytes(self) -> Mapping[str, int]:
         if self.runtime.gpus is None or self.instance_id not in self.runtime.processes:
             return {}
         return await self.runtime.gpus.held_by_gpu([self.port])  # the port stands for the pid
+
+    def fingerprint(self) -> str:
+        return self.runtime.fingerprint
 
     async def wait_exit(self) -> str:
         process = self.runtime.processes.get(self.instance_id)
@@ -486,6 +497,7 @@ class Rig:
     """A pool on fakes: `rig.pool`, `rig.runtime`, `rig.clock`, `rig.metrics`, `rig.nvml`.
 
     `takes`: there is a GPU, and this is what the models' engines hold of it (`FakeRuntime.takes`).
+    `places`: there are two, and these are whose (`FakeRuntime.places`).
     """
 
     def __init__(
@@ -495,6 +507,8 @@ class Rig:
         shares_images: bool = False,
         takes: dict[str, tuple[int, int]] | None = None,
         memory: Callable[[], Memory] | None = None,
+        places: dict[str, tuple[int, ...]] | None = None,
+        probes: LadderProbes | None = None,
         **pool: Any,
     ) -> None:
         entries = models or {"demo": {}}
@@ -502,7 +516,8 @@ class Rig:
             models={key: model_settings(**entry) for key, entry in entries.items()},
             pool={"switch_after": "10s", **pool},
         )
-        self.runtime = FakeRuntime(shares_images=shares_images)
+        self.runtime = FakeRuntime(shares_images=shares_images, nvml=FakeNvml(gpus=1 if places is None else 2))
+        self.runtime.places = places or {}
         self.nvml = self.runtime.nvml
         self.gpus = PromptGpus(driver=FakeDriver, monitor=lambda: self.nvml)
         if takes is not None:
@@ -519,6 +534,7 @@ class Rig:
             connect=self._connect,
             gpus=self.gpus if takes is not None else None,
             memory=memory,
+            probes=probes,
         )
 
     def _connect(self, process: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:

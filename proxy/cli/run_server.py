@@ -17,6 +17,7 @@ from proxy.gpu.cuda import Gpus
 from proxy.host import facts
 from proxy.pool.pool import Pool
 from proxy.pool.usage import Usage
+from proxy.runtime.ladder_probes import FILE, LadderProbes
 from proxy.runtime.state_dir import of_earlier_version
 from proxy.server import server
 from proxy.server.forced_exit import ForcedExit
@@ -42,13 +43,15 @@ def run(path: Path | None, log_format: str, log_level: str) -> None:
     gpus = Gpus()
     usage = Usage(settings.pool.state_dir / "usage.json")
     usage.load()
+    probes = LadderProbes(settings.pool.state_dir / FILE)
+    probes.load()
     runtimes = wiring.runtimes(settings, gpus)
 
     def memory() -> facts.Memory:
         """Where engines run: in each of the runtimes that there are models of."""
         return facts.least(runtimes[name].memory() for name in {m.runtime for m in pool.settings.models.values()})
 
-    pool = Pool(settings, runtimes, metrics, gpus=gpus, usage=usage, memory=memory)
+    pool = Pool(settings, runtimes, metrics, gpus=gpus, usage=usage, probes=probes, memory=memory)
     # What is here stays, and requests leave hardly a cycle: looking for them as often as Python does by default takes a
     # tenth of a request's time.
     gc.freeze()

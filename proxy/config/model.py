@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _WORKER_EXTENSION: Final = "--worker-extension-cls"
 _SLEEP_MODE: Final = "--enable-sleep-mode"
+_PARALLEL: Final = frozenset(
+    {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"}
+)
+"""Options of vLLM's that say over how many GPUs an engine is spread."""
 
 
 class IdleSettings(Section):
@@ -307,6 +311,17 @@ class ModelSettings(Section):
         if self.podman is not None:
             return [*(self.podman.entrypoint or ()), *self.podman.command]
         return self.process.command if self.process is not None else []
+
+    @property
+    def gpus_an_engine(self) -> int:
+        """How many GPUs the command has vLLM spread one engine over."""
+        count, words = 1, self._words()
+        for number, word in enumerate(words):
+            name, equals, value = word.replace("_", "-").partition("=")
+            if name in _PARALLEL:
+                value = value if equals else "".join(words[number + 1 : number + 2])
+                count *= int(value) if value.isascii() and value.isdigit() else 1
+        return max(1, count)
 
     @property
     def own_worker_extension(self) -> str | None:

@@ -155,6 +155,8 @@ class Gpus(MemoryReader):
         self._make_driver, self._make_monitor = driver, monitor
         self._lock_timeout_ms = max(1, round(lock_timeout_s * 1000))
         self._driver: Driver | None = None
+        self.driver_version = ""
+        """As of `open`."""
         self._threads: ThreadPoolExecutor | None = None
 
     def open(self) -> str | None:
@@ -163,7 +165,7 @@ class Gpus(MemoryReader):
             return None
         try:
             monitor = self._monitor = self._make_monitor()
-            version = monitor.driver_version()
+            version = self.driver_version = monitor.driver_version()
             self._driver = self._make_driver()
         except ImportError as error:
             return f"the extra gpu is not installed ({error.name}): make install EXTRAS=gpu, from the sources"

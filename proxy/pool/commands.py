@@ -124,7 +124,7 @@ class Commands:
             return to
         goal = commanded_step(view_of(instance), to, model.view())
         if goal is None:
-            missing = model.runtime.tiers().missing
+            missing = model.tiers().missing
             reason = next((missing[t] for t in (to, Tier.CHECKPOINTED) if t in missing), None)
             reason = reason or "this engine failed to go there before; one that is started anew may"
             raise ConflictError(f"{instance.id} has no tier {to.label}, nor a colder one but stopped: {reason}.")

@@ -141,7 +141,7 @@ class Renewals:
     async def _make_ready(self, new: Model, instance: Instance, stages: Stages) -> Tier:
         """From nothing to an engine that serves, by its own checkpoint where there is to be one."""
         await self._steps.climb(new, instance, Tier.STOPPED, stages)
-        wanted = Tier.CHECKPOINTED in new.runtime.tiers().offered and Tier.CHECKPOINTED in new.timetable
+        wanted = Tier.CHECKPOINTED in new.tiers().offered and Tier.CHECKPOINTED in new.timetable
         if not wanted or await self._lacks_memory(new, engine=False):
             return Tier.STOPPED  # it is warm, and writes its checkpoint when it is idle
         # In one step: nobody is to see it ready.

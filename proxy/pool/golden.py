@@ -22,6 +22,7 @@ from proxy.pool.instance import Event, Instance, State
 from proxy.pool.memory_accounting import MemoryAccounting
 from proxy.pool.model import Model, engine_of
 from proxy.pool.transitions import Steps
+from proxy.runtime.ladder_probes import FILE, LadderProbes
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
@@ -116,7 +117,11 @@ class _Engine:
         self._context, self.runtime, self.settings = context, context.runtime, context.model
         self.gpu_accounting = GpuAccounting(context.settings.pool.gpu_creep)
         name = context.settings.served_name(context.key)
-        self.model = Model(context.key, context.model, name, context.runtime, self.gpu_accounting, MemoryAccounting())
+        probes = LadderProbes(context.settings.pool.state_dir / FILE)
+        probes.load()
+        self.model = Model(
+            context.key, context.model, name, context.runtime, self.gpu_accounting, MemoryAccounting(), probes
+        )
         self.instance = Instance(instance_id, context.key, image)
         self.model.instances[instance_id] = self.instance
         self.steps = Steps(self)
@@ -140,6 +145,10 @@ class _Engine:
     async def quarantine(self, model: Model, instance: Instance, reason: str) -> None:
         """Whoever makes the checkpoint sees to it."""
 
+    def has_room(self, instance: Instance) -> bool:  # noqa: ARG002 - of the protocol
+        """Nothing else runs."""
+        return True
+
     async def measure_once(self, model: Model, instance: Instance, kind: str) -> None:
         """Learn what it holds of the GPUs, if it holds any."""
         held = dict(await engine_of(instance).gpu_bytes())
@@ -150,6 +159,7 @@ class _Engine:
 
     async def start(self, stages: Stages) -> None:
         """From nothing to an engine that serves."""
+        await self.model.probes.forget(self.model.key)  # whoever asks for it wants it tried
         self.instance.begin_wake(Tier.STOPPED, 0.0)
         await self.steps.climb(self.model, self.instance, Tier.STOPPED, stages)
         self.instance.apply(Event.AT_READY)

@@ -10,6 +10,7 @@ setting `gpu_memory`. What nobody of ours holds - other programs, the driver - i
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -18,7 +19,7 @@ from proxy.pool.instance import State
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.instance import Instance
@@ -139,6 +140,8 @@ class GpuAccounting:
         self._measured: set[str] = set()
         """The models whose need was seen here."""
         self._configured: dict[str, tuple[int, Sequence[int]]] = {}
+        self._tried: set[str] = set()
+        """Instances that are suspended for a trial, and take their memory back at once."""
 
     # --- what a model needs ---
 
@@ -195,6 +198,15 @@ class GpuAccounting:
 
     # --- what an instance holds ---
 
+    @contextmanager
+    def holding(self, instance: Instance) -> Iterator[None]:
+        """Whatever an instance is seen to hold meanwhile, it holds what its model needs."""
+        self._tried.add(instance.id)
+        try:
+            yield
+        finally:
+            self._tried.discard(instance.id)
+
     def began(self, instance: Instance) -> None:
         """It was started or restored: an engine that nothing is known of yet."""
         if self.grown(instance):
@@ -225,6 +237,8 @@ class GpuAccounting:
 
     def record(self, instance: Instance, held: Bytes, *, outgoing: bool = False) -> None:
         """Write down what a resting instance was seen to hold; one that is `outgoing` says nothing about its model."""
+        if instance.id in self._tried:
+            return
         kind = _KINDS.get(instance.state)
         if kind is not None and not any(held.values()):
             return  # NVML had no answer, or the engine runs on the CPU
@@ -278,7 +292,7 @@ class GpuAccounting:
             return NOTHING
         account = self._accounts.get(instance.id)
         held = account.held if account is not None else NOTHING
-        if state is State.WAKING:
+        if state is State.WAKING or instance.id in self._tried:
             need = self.need(instance.model) or NOTHING
             return {uuid: max(held.get(uuid, 0), need.get(uuid, 0)) for uuid in held.keys() | need.keys()}
         if held:
@@ -291,6 +305,8 @@ class GpuAccounting:
         return NOTHING
 
     def _charge_after(self, instance: Instance) -> Bytes:
+        if instance.id in self._tried:
+            return self.charge(instance)
         match instance.state:
             case State.FALLING_ASLEEP:
                 return self.asleep(instance.model) or self.charge(instance)

@@ -116,6 +116,18 @@ class GpuMonitor:
         if self._gpus is not None and not model.leaving and not self._accounting.knows(model.key, kind):
             self._accounting.learn(model.key, {kind: dict(await engine_of(instance).gpu_bytes())})
 
+    def has_room(self, instance: Instance) -> bool:
+        """Whether what its model needs awake is free beside all others, as far as is known."""
+        need = self._accounting.need(instance.model)
+        if not need:
+            return True
+        load = self._accounting.load(s for m in self._state.everyone() for s in m.instances.values())
+        for other in load.now.keys() - {instance.id}:
+            # What comes free when a move ends is not free yet.
+            now, after = load.now[other], load.after[other]
+            need = gpu_accounting.plus(need, gpu_accounting.plus(now, gpu_accounting.beyond(after, now)))
+        return not gpu_accounting.beyond(need, load.capacity)
+
     async def make_sure(self, evictions: Evictions) -> None:
         """See that what the victims held came free; stop those that keep it. A failure to see is not one to wake."""
         try:

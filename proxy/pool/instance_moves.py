@@ -64,6 +64,7 @@ class Moves:
         self.stalls = StallDetection(state, self)
         self.faults = ImageFaults(state, self)
         self.measure_once, self.quarantine = self.gpus.measure_once, self.faults.quarantine
+        self.has_room = self.gpus.has_room
         self.steps = Steps(self)
         self.downs = SteppingDown(state, self, self.steps, self.faults)
         self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_monitor)

@@ -17,6 +17,8 @@ from proxy.pool.image import Image, Place
 from proxy.pool.instance import State, best_tier, holding
 from proxy.pool.model_view import ModelView, view_of
 from proxy.pool.wait_queue import WaitQueue
+from proxy.runtime.base import Tiers
+from proxy.runtime.ladder_probes import LadderProbes
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
@@ -51,6 +53,7 @@ class Model:
     runtime: Runtime
     gpu_accounting: GpuAccounting
     memory_accounting: MemoryAccounting
+    probes: LadderProbes = field(default_factory=LadderProbes)
     costs: Costs = field(default_factory=Costs)
     demand: Demand = field(default_factory=Demand)
     instances: dict[str, Instance] = field(default_factory=dict)
@@ -83,6 +86,13 @@ class Model:
     renewal: str = ""
     """What becomes of those others, for people."""
 
+    def tiers(self) -> Tiers:
+        """Those that its runtime offers, without those that its engines were seen not to come back from."""
+        tiers, missing = self.runtime.tiers(), self.probes.missing(self.key)
+        if not missing:
+            return tiers
+        return Tiers(tiers.offered - missing.keys(), {**missing, **tiers.missing})
+
     @property
     def timetable(self) -> Mapping[Tier, float]:
         return self.settings.idle.timetable()
@@ -96,7 +106,7 @@ class Model:
         return ModelView(
             key=self.key,
             instances=[view_of(i) for i in self.instances.values()],
-            tiers=self.runtime.tiers().offered,
+            tiers=self.tiers().offered,
             timetable={} if self.coming else self.timetable,
             max_instances=0 if self.leaving or self.coming else self.settings.max_instances,
             min_ready=0 if self.leaving or self.coming else self.settings.min_ready,

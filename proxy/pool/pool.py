@@ -28,6 +28,7 @@ from proxy.pool.prewarm import Prewarm
 from proxy.pool.reconfigure import Reconfiguration
 from proxy.pool.state import Phase, PoolState
 from proxy.pool.usage import Usage
+from proxy.runtime.ladder_probes import LadderProbes
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -68,10 +69,13 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
         connect: Callable[[EngineProcess, str, ModelSettings], EngineClient] | None = None,
         usage: Usage | None = None,
+        probes: LadderProbes | None = None,
         gpus: Gpus | None = None,
         memory: Callable[[], Memory] | None = None,
     ) -> None:
-        self._state = state = PoolState(settings, runtimes, metrics, clock=clock, usage=usage or Usage())
+        self._state = state = PoolState(
+            settings, runtimes, metrics, clock=clock, usage=usage or Usage(), probes=probes or LadderProbes()
+        )
         self._moves = Moves(
             state,
             tick=self.tick,

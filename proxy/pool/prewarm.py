@@ -99,7 +99,7 @@ class Prewarm:
 
 
 def _lacks_checkpoint(model: Model) -> bool:
-    if Tier.CHECKPOINTED not in model.runtime.tiers().offered or Tier.CHECKPOINTED not in model.timetable:
+    if Tier.CHECKPOINTED not in model.tiers().offered or Tier.CHECKPOINTED not in model.timetable:
         return False
     if model.settings.min_ready or model.draining:
         return False

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from proxy.pool.model_view import InstanceView
     from proxy.pool.usage import Usage
     from proxy.runtime.base import Runtime
+    from proxy.runtime.ladder_probes import LadderProbes
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.pool")
@@ -63,12 +64,14 @@ class PoolState:
         *,
         clock: Callable[[], float],
         usage: Usage,
+        probes: LadderProbes,
     ) -> None:
         self.settings = settings
         """The configuration in force."""
         self.metrics = metrics
         self.clock = clock
         self.usage = usage
+        self.probes = probes
         self.overdue = Overdue(metrics)
         self.written_off = RemovalRetries(metrics)
         self.all_runtimes: Mapping[str, Runtime] = {
@@ -121,8 +124,9 @@ class PoolState:
         runtime = self.runtimes[settings.runtime]
         name = self.settings.served_name(key)
         return Model(
-            key, settings, name, runtime, self.gpu_accounting, self.memory_accounting, costs=self.costs, coming=coming
-        )
+            key, settings, name, runtime, self.gpu_accounting, self.memory_accounting,
+            probes=self.probes, costs=self.costs, coming=coming,
+        )  # fmt: skip
 
     def everyone(self) -> list[Model]:
         """All models, those that come and go among them."""

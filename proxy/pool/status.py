@@ -62,7 +62,7 @@ def publish(state: PoolState) -> Iterator[None]:
 def model_status(state: PoolState, key: str) -> dict[str, Any]:
     """A model with its instances."""
     model, now = state.models[key], state.clock()
-    tiers = model.runtime.tiers()
+    tiers = model.tiers()
     return {
         "name": model.served_name,
         "aliases": [*model.settings.aliases],

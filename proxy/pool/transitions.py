@@ -14,6 +14,7 @@ from proxy.engine import weights
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.pool import gpu_accounting
 from proxy.pool.image import Image, Place
+from proxy.pool.ladder_probe import LadderProbe
 from proxy.pool.model import client_of, engine_of, limit_s, unless_it_ends, until_it_listens
 from proxy.runtime import reseed
 from proxy.runtime.base import ImageFacts
@@ -72,12 +73,16 @@ class StepEffects(Protocol):
     async def quarantine(self, model: Model, instance: Instance, reason: str) -> None:
         """Set an image aside that is not what was written."""
 
+    def has_room(self, instance: Instance) -> bool:
+        """Whether the GPUs have room for the instance awake, beside all others."""
+
 
 class Steps:
     """The work of each transition, for the pool and for `checkpoint create` alike."""
 
     def __init__(self, effects: StepEffects) -> None:
         self._effects = effects
+        self._probe = LadderProbe(self, effects)
 
     async def climb(self, model: Model, instance: Instance, tier: Tier, stages: Stages) -> None:
         """One attempt from one tier, within its time limit."""
@@ -90,10 +95,10 @@ class Steps:
                 case Tier.SUSPENDED:
                     with stages.measure("resume"):
                         await engine_of(instance).resume()
-                    await self._wake_up(instance, stages)
+                    await self.wake_up(instance, stages)
                     await self._prove(model, instance, stages)
                 case _:
-                    await self._wake_up(instance, stages)
+                    await self.wake_up(instance, stages)
                     await self._prove(model, instance, stages)
 
     async def _start(self, model: Model, instance: Instance, stages: Stages) -> None:
@@ -120,6 +125,7 @@ class Steps:
     async def load(self, model: Model, instance: Instance, stages: Stages) -> None:
         """From an engine that was started to one that serves and is known."""
         settings, client = model.settings, client_of(instance)
+        await model.probes.started(model.key, engine_of(instance).fingerprint())
         instance.begin_load()
         with stages.measure("load"):
             await until_it_listens(engine_of(instance), instance.watcher, settings.health.interval)
@@ -131,12 +137,18 @@ class Steps:
             instance.bar(Tier.SLEEPING)
         if self._is_checkpointed(model):
             note_gap(model, instance.id, await unless_it_ends(instance.watcher, reseed.asked_gap(client, settings)))
-        if settings.canary != "never" and Tier.CHECKPOINTED in model.runtime.tiers().offered:
+        if settings.canary != "never" and Tier.CHECKPOINTED in model.tiers().offered:
             with stages.measure("canary"):
                 instance.answers(await unless_it_ends(instance.watcher, client.canary()))
 
     async def _restore(self, model: Model, instance: Instance, stages: Stages) -> None:
-        settings, image = model.settings, instance.image
+        await self.restored(model, instance, stages)
+        if not model.settings.keep and not model.leaving and not self._effects.keeps_images:
+            await self.forget_image(model, instance)
+
+    async def restored(self, model: Model, instance: Instance, stages: Stages) -> None:
+        """From the image to an engine that serves; the image stays."""
+        image = instance.image
         await self.unwatch(instance)
         model.gpu_accounting.began(instance)
         await self.unarchive(model, instance, stages)
@@ -151,12 +163,10 @@ class Steps:
         if not image.sleep_level and await client_of(instance).is_sleeping() is None:
             # An instance that was adopted or cloned, whose engine nobody has asked.
             instance.bar(Tier.SLEEPING)
-        await self._wake_up(instance, stages)
+        await self.wake_up(instance, stages)
         await asyncio.wait([reading])
         await self._prove(model, instance, stages)
         image.restored()
-        if not settings.keep and not model.leaving and not self._effects.keeps_images:
-            await self.forget_image(model, instance)
 
     async def prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """The rest of a restore, for an engine that is awake."""
@@ -170,7 +180,7 @@ class Steps:
             await unless_it_ends(instance.watcher, client_of(instance).wait_healthy(health.path, health.interval))
 
     def _is_checkpointed(self, model: Model) -> bool:
-        return Tier.CHECKPOINTED in model.runtime.tiers().offered and Tier.CHECKPOINTED in model.timetable
+        return Tier.CHECKPOINTED in model.tiers().offered and Tier.CHECKPOINTED in model.timetable
 
     async def _prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
@@ -217,7 +227,8 @@ class Steps:
 
         return self._effects.spawn(f"read the weights of {model.key}", read())
 
-    async def _wake_up(self, instance: Instance, stages: Stages) -> None:
+    async def wake_up(self, instance: Instance, stages: Stages) -> None:
+        """Have an engine that sleeps wake up."""
         if instance.sleep_level:
             level, copied = instance.sleep_level, instance.weights_copy == "good"
             if not await unless_it_ends(instance.watcher, client_of(instance).wake_up(level, stages, copied=copied)):
@@ -239,23 +250,27 @@ class Steps:
         stages = Stages() if stages is None else stages
         match to:
             case Tier.SLEEPING:
-                await self._fall_asleep(model, instance, origin, stages)
+                await self.fall_asleep(model, instance, origin, stages)
             case Tier.SUSPENDED:
-                await self._fall_asleep(model, instance, origin, stages)
+                await self._probe.try_suspend(model, instance, stages)
+                await self.fall_asleep(model, instance, origin, stages)
                 if instance.sleep_level:
                     await self._effects.measure_once(model, instance, gpu_accounting.SLEEPING)
                 await client_of(instance).disconnect()
                 await engine_of(instance).suspend()
             case Tier.CHECKPOINTED:
+                if origin <= Tier.SLEEPING and not instance.image.present:
+                    await self._probe.try_suspend(model, instance, stages)
                 async with instance.image.lock:
                     await self._to_image(model, instance, origin, stages)
+                await self._probe.try_restore(model, instance, stages)
             case _:
                 async with instance.image.lock:
                     if not instance.image.archived:
                         await model.runtime.images.archive(engine_of(instance))
                         instance.image.moved(Place.ARCHIVE)
 
-    async def _fall_asleep(
+    async def fall_asleep(
         self, model: Model, instance: Instance, origin: Tier, stages: Stages, *, to_image: bool = False
     ) -> int:
         """Have an awake engine sleep, if it can; how many bytes of its weights were copied. `to_image`: for one."""
@@ -302,7 +317,7 @@ class Steps:
                 instance.answers(await client.canary())
             if origin is Tier.READY:
                 await self._effects.measure_once(model, instance, gpu_accounting.READY)
-            copied = await self._fall_asleep(model, instance, origin, stages, to_image=True)
+            copied = await self.fall_asleep(model, instance, origin, stages, to_image=True)
             if instance.sleep_level and origin <= Tier.SLEEPING:
                 await self._effects.measure_once(model, instance, gpu_accounting.SLEEPING)
             await client.disconnect()
@@ -337,7 +352,7 @@ class Steps:
 
     def keep_copy(self, model: Model, instance: Instance) -> None:
         """Have a copy of a new checkpoint go to the archive, in the background, where that is wanted."""
-        if self._effects.copies_to_archive and Tier.ARCHIVED in model.runtime.tiers().offered:
+        if self._effects.copies_to_archive and Tier.ARCHIVED in model.tiers().offered:
             self._effects.spawn(f"copy {model.key} to the archive", self._copy_to_archive(model, instance))
 
     async def _copy_to_archive(self, model: Model, instance: Instance) -> None:

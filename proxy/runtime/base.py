@@ -129,6 +129,9 @@ class EngineProcess(Protocol):
     def base_url(self) -> str:
         """``http://HOST:PORT``"""
 
+    def fingerprint(self) -> str:
+        """Of all that decides whether it comes back from a suspend: command, environment, container image, driver."""
+
     async def suspend(self) -> None:
         """Freeze the engine where it is."""
 

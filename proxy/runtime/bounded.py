@@ -81,6 +81,9 @@ class BoundedEngine:
     def base_url(self) -> str:
         return self._engine.base_url
 
+    def fingerprint(self) -> str:
+        return self._engine.fingerprint()
+
     async def _on(self, operation: str, limit_s: float | None, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await _on(self._overdue, self.instance_id, operation, limit_s, begin)
 

@@ -30,6 +30,11 @@ class Cuda:
             self.reason = self._gpus.open()
             self.left_to_criu = cuda.criu_has_cuda_plugin()
 
+    @property
+    def driver_version(self) -> str:
+        """Such as ``580.159.04``; empty where there is none."""
+        return self._gpus.driver_version if self._gpus is not None else ""
+
     async def held_bytes(self, pids: Sequence[int]) -> int:
         """GPU memory that these processes hold, which a suspend moves to host memory."""
         return await self._gpus.held_bytes(pids) if self._gpus is not None else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import enum
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -108,6 +109,12 @@ class LocalEngine(abc.ABC, Generic[R]):
     def base_url(self) -> str:
         """See `EngineProcess.base_url`."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    def fingerprint(self) -> str:
+        """See `EngineProcess.fingerprint`."""
+        it = self.it
+        parts = [] if it is None else [it.spec_digest, it.origin.image_id, self._cuda.driver_version]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def forget(self) -> None:
         """Nothing is known of it any more, but where it was."""

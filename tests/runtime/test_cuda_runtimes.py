@@ -14,12 +14,13 @@ from proxy.checkpoint.store import CheckpointStore
 from proxy.config.runtime import PodmanRuntimeSettings, ProcessRuntimeSettings
 from proxy.config.settings import Settings
 from proxy.errors import RuntimeFailure
-from proxy.gpu.cuda import Gpus, ProcessState
+from proxy.gpu.cuda import DriverError, Gpus, ProcessState
 from proxy.gpu.nvml import GpuMemory
 from proxy.host import processes
 from proxy.pool.gpu_accounting import READY
 from proxy.pool.pool import Pool
 from proxy.runtime import cuda
+from proxy.runtime.ladder_probes import LadderProbes
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
@@ -44,6 +45,13 @@ class EveryEngine(FakeDriver):
     def __init__(self) -> None:
         super().__init__()
         self.dumped = int(ProcessState.RUNNING)
+        self.refused = ""
+        """A call that this driver does not support for them."""
+
+    def restore(self, pid: int) -> None:
+        if self.refused == "restore":
+            raise DriverError("restore", pid, "CUDA_ERROR_NOT_SUPPORTED")
+        super().restore(pid)
 
     def state(self, pid: int) -> int:
         if pid not in self.states and "loadtest.engine" in _command(pid):
@@ -286,3 +294,62 @@ async def _measured(pool: Pool, name: str) -> None:
     async with asyncio.timeout(30):
         while not pool._state.gpu_accounting.knows(name, READY):
             await asyncio.sleep(0.01)
+
+
+class TwoGpus(OneGpu):
+    """The same with 20 GiB on each of two GPUs."""
+
+    def processes(self) -> dict[int, dict[str, int]]:
+        return {pid: {"GPU-1": 20 * GIB, "GPU-2": 20 * GIB} for pid in super().processes()}
+
+    def gpus(self) -> list[GpuMemory]:
+        used = sum(held["GPU-1"] for held in self.processes().values())
+        return [GpuMemory(i, "NVIDIA H100", f"GPU-{i + 1}", 80 * GIB, used) for i in range(2)]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_an_engine_on_two_gpus_is_suspended_and_restored_for_a_trial_first(
+    tmp_path: Path, images: Path, comes_back: bool
+) -> None:
+    driver = EveryEngine()
+    gpus = Gpus(driver=lambda: driver, monitor=lambda: TwoGpus(driver))
+    claim, store = Claim(tmp_path / "state"), CheckpointStore(images, 0)
+    runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+    idle = {"sleeping": "100ms", "suspended": "200ms", "checkpointed": "300ms"}
+    settings = Settings(models={"wide": engine_settings(idle=idle)})
+    probes = LadderProbes(tmp_path / "probes.json")
+    pool = Pool(settings, {"process": runtime}, Metrics(), gpus=gpus, probes=probes)
+    await pool.open()
+    try:
+        if Tier.CHECKPOINTED not in runtime.tiers().offered:
+            pytest.skip(reason=runtime.tiers().missing[Tier.CHECKPOINTED])
+        if not comes_back:
+            driver.refused = "restore"
+        async with await pool.lease("wide"):
+            pass
+        wanted = {"checkpointed"} if comes_back else {"stopped"}
+        await _rests_on(pool, wanted)
+        missing = pool.status()["models"]["wide"]["missing_tiers"]
+        if comes_back:
+            assert driver.calls["restore"] == 2, "after the suspend, and after CRIU's restore"
+            assert missing == {}
+        else:
+            assert "CUDA_ERROR_NOT_SUPPORTED" in missing["suspended"]
+            assert store.names() == []
+            assert not TwoGpus(driver).processes(), "it has ended"
+        async with await pool.lease("wide") as lease:
+            assert lease.wake is not None
+            assert lease.wake.found is (Tier.CHECKPOINTED if comes_back else Tier.STOPPED)
+        await _rests_on(pool, {"checkpointed"} if comes_back else {"sleeping"})
+    finally:
+        await pool.close()
+        gpus.close()
+
+
+async def _rests_on(pool: Pool, tiers: set[str]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            await pool.settled()
+            if pool.status()["models"]["wide"]["tier"] in tiers:
+                return
+            await asyncio.sleep(0.02)
