@@ -90,6 +90,9 @@ class Engine:
         self.thaws = asyncio.Event()
         """Not set: no token is made for anybody, as when vLLM's EngineCore hangs."""
         self.thaws.set()
+        self.unpaused = asyncio.Event()
+        """Not set: paused by `/pause`, with its requests kept."""
+        self.unpaused.set()
         self.failed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # --- loading ---
@@ -243,6 +246,38 @@ class Engine:
     async def is_sleeping(self, _: web.Request) -> web.StreamResponse:
         return answer({"is_sleeping": self.sleep_level > 0})
 
+    # --- pauses ---
+
+    async def pause(self, request: web.Request) -> web.StreamResponse:
+        """`POST /pause?mode=keep`: no request gets a token; none is lost, and new ones wait."""
+        mode = request.query.get("mode", "abort")
+        if mode != "keep":
+            raise bad("the only mode here is keep")
+        self.unpaused.clear()
+        return answer({"status": "paused"})
+
+    async def resume(self, _: web.Request) -> web.StreamResponse:
+        """`POST /resume`: they go on."""
+        if self.take_fault("fail_resume"):
+            raise ApiError(500, "InternalServerError", "told to fail")
+        self.unpaused.set()
+        return answer({"status": "resumed"})
+
+    async def is_paused(self, _: web.Request) -> web.StreamResponse:
+        return answer({"is_paused": not self.unpaused.is_set()})
+
+    def take_fault(self, kind: str) -> bool:
+        """Whether this fault was armed for what is asked now; it counts once."""
+        armed = next((fault for fault in self.counters.faults if fault["kind"] == kind), None)
+        if armed is not None:
+            self.counters.faults.remove(armed)
+        return armed is not None
+
+    @property
+    def cache_valid(self) -> bool:
+        """Whether what running requests rely on is there."""
+        return self.worker is None or (self.worker.valid() and self.worker.cache_valid())
+
     async def collective_rpc(self, request: web.Request) -> web.StreamResponse:
         body = await body_of(request)
         method = body.get("method") if isinstance(body, dict) else None
@@ -311,6 +346,9 @@ class Engine:
                 ("POST", "/sleep", self.sleep),
                 ("POST", "/wake_up", self.wake_up),
                 ("GET", "/is_sleeping", self.is_sleeping),
+                ("POST", "/pause", self.pause),
+                ("POST", "/resume", self.resume),
+                ("GET", "/is_paused", self.is_paused),
                 ("POST", "/collective_rpc", self.collective_rpc),
             ]
         routes += [("*", "/warmpool/{path:.*}", frontend.answer) for frontend in self.frontends]

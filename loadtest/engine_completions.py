@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 FAULTS: Final = (
     "refuse", "hang", "hang_engine", "hang_mid_stream", "hold_mid_stream", "die_mid_stream", "garbage_http",
-    "garbage_json", "error",
+    "garbage_json", "error", "fail_resume",
 )  # fmt: skip
+
+NOT_OF_REQUESTS: Final = frozenset({"fail_resume"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,10 @@ class Writer:
         extra = body.get("vllm_xargs")
         if isinstance(extra, dict) and "fault" in extra:
             return _check_fault({"kind": extra["fault"], **extra})
-        return self.counters.faults.pop(0) if self.counters.faults else None
+        fault = next((fault for fault in self.counters.faults if fault["kind"] not in NOT_OF_REQUESTS), None)
+        if fault is not None:
+            self.counters.faults.remove(fault)
+        return fault
 
     @contextlib.asynccontextmanager
     async def at_work(self, job: Generation) -> AsyncIterator[None]:
@@ -162,6 +167,12 @@ class Writer:
             delay = first + i * step - loop.time()
             await asyncio.sleep(max(0, delay))
             await self.engine.thaws.wait()
+            if not self.engine.unpaused.is_set():
+                began = loop.time()
+                await self.engine.unpaused.wait()
+                first += loop.time() - began
+                if not self.engine.cache_valid:
+                    raise RuntimeError("what this request relies on was lost in a pause")
             self.counters.prompt_tokens += job.prompt_tokens if i == 0 else 0
             self.counters.generation_tokens += sum(i < len(tokens) for tokens, _ in job.choices)
             yield i

@@ -43,15 +43,20 @@ class Worker:
         module, _, name = extension.rpartition(".")
         self._worker: Any = type("Worker", (getattr(importlib.import_module(module), name),), {})()
         self.load()
+        self._fill_cache()
 
     def _stand_in(self) -> None:
         """The modules that an extension imports, where the real ones are not."""
-        allocator = types.SimpleNamespace(pointer_to_data={a.handle[2]: a for a in self._pool})
+        allocator = types.SimpleNamespace(
+            pointer_to_data={a.handle[2]: a for a in self._pool}, sleep=self._give_back, wake_up=self._take_back
+        )
         cumem: Any = types.ModuleType("vllm.device_allocator.cumem")
         cumem.CuMemAllocator = types.SimpleNamespace(get_instance=lambda: allocator)
-        cumem.libcudart = types.SimpleNamespace(cudaMemcpy=ctypes.memmove)
+        cumem.libcudart = types.SimpleNamespace(cudaMemcpy=ctypes.memmove, cudaMemset=ctypes.memset)
         torch: Any = types.ModuleType("torch")
-        torch.cuda = types.SimpleNamespace(current_device=lambda: 0, set_device=lambda _: None)
+        torch.cuda = types.SimpleNamespace(
+            current_device=lambda: 0, set_device=lambda _: None, synchronize=lambda: None
+        )
         torch.uint8, torch.empty = None, _Pinned
         torch.manual_seed = self._generator.seed
         torch._C = types.SimpleNamespace(_host_emptyCache=lambda: None)
@@ -73,6 +78,31 @@ class Worker:
             allocation.buffer.raw == random.Random(number).randbytes(allocation.handle[1])
             for number, allocation in enumerate(self._weights())
         )
+
+    def _fill_cache(self) -> None:
+        """A KV cache that running requests rely on."""
+        for number, allocation in enumerate(self._cache()):
+            allocation.buffer.raw = random.Random(-1 - number).randbytes(allocation.handle[1])
+
+    def cache_valid(self) -> bool:
+        """Whether the KV cache is as it was, byte for byte."""
+        return all(
+            allocation.buffer.raw == random.Random(-1 - number).randbytes(allocation.handle[1])
+            for number, allocation in enumerate(self._cache())
+        )
+
+    def _cache(self) -> list[_Allocation]:
+        return [allocation for allocation in self._pool if allocation.tag == "kv_cache"]
+
+    def _give_back(self, offload_tags: tuple[str, ...] | str | None = None) -> None:
+        """What `CuMemAllocator.sleep` does to memory that is not offloaded: nothing is left of it."""
+        if offload_tags != ():
+            raise ValueError("offloading is not stood in for")
+        for allocation in self._pool:
+            ctypes.memset(allocation.handle[2], 0xA5, allocation.handle[1])
+
+    def _take_back(self, tags: list[str] | None = None) -> None:
+        """What `CuMemAllocator.wake_up` does: memory with whatever is in it."""
 
     def _weights(self) -> list[_Allocation]:
         return [allocation for allocation in self._pool if allocation.tag == "weights"]

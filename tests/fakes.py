@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from proxy.config.settings import Settings
 from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
@@ -56,6 +56,7 @@ class Process:
     served: int = 0
     frozen: bool = False
     sleep_level: int = 0
+    paused: bool = False
     command: list[str] = field(default_factory=list)
     healthy: bool = True
     listens: bool = True
@@ -109,6 +110,8 @@ class FakeRuntime:
         """Of weights, by the boot of the engine that wrote them."""
         self.fingerprint = "580.159.04"
         """Of its engines."""
+        self.can_pause = False
+        """Whether the requests of its engines can stand still."""
         self.reseed_gap: str | None = None
         """What engines say of their workers' randomness."""
         self.engines: dict[str, FakeProcess] = {}
@@ -246,7 +249,7 @@ class FakeProcess:
                 gpu.pop(self.port, None)
             return
         ready, asleep = runtime.takes.get(self.key, (0, 0))
-        held = 0 if process.frozen else asleep if process.sleep_level else ready
+        held = 0 if process.frozen else asleep if process.sleep_level or process.paused else ready
         for index in runtime.places.get(self.key, (0,)):
             gpus[index][self.port] = held + runtime.leaks.get(self.instance_id, 0)
 
@@ -485,6 +488,32 @@ class FakeEngine:
         with stages.measure("load_weights"):
             await self.runtime._enter("load_weights")
         return True
+
+    async def can_pause(self) -> Literal["never", "without a copy of its weights", "yes"]:
+        process = self._process("probe")
+        if not self.runtime.can_pause:
+            return "never"
+        return "yes" if process.boot in self.runtime.copies else "without a copy of its weights"
+
+    async def is_paused(self) -> bool | None:
+        return self._process("probe").paused if self.runtime.can_pause else None
+
+    async def pause(self, stages: Stages) -> int:
+        process = self._process("pause")
+        process.paused = True
+        await self.runtime._enter("pause")
+        self.runtime.engines[self.engine.instance_id].measure()
+        return 1 << 20
+
+    async def unpause(self, stages: Stages) -> bool:
+        process = self._process("unpause")
+        await self.runtime._enter("unpause")
+        process.paused = False
+        self.runtime.engines[self.engine.instance_id].measure()
+        return process.boot in self.runtime.copies
+
+    async def end_pauses(self) -> None:
+        await self.runtime._enter("end_pauses")
 
     async def disconnect(self) -> None:
         self.connected = False

@@ -1,8 +1,8 @@
 """What is said to an engine: health, warm-up, canary, sleep, wake_up, and the requests of clients.
 
 The protocol is vLLM's: `/health`, `/v1/completions`, and in its development mode `/sleep?level=`, `/wake_up?tags=`,
-`/is_sleeping` and `/collective_rpc` (vllm/entrypoints/serve/sleep and rpc). Each `EngineClient` has connections of its
-own, because every one of them must be closed before the engine is checkpointed.
+`/is_sleeping`, `/collective_rpc`, `/pause?mode=`, `/resume` and `/is_paused` (vllm/entrypoints/serve). Each
+`EngineClient` has connections of its own, because every one of them must be closed before the engine is checkpointed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 import orjson
@@ -33,6 +33,7 @@ CANARY_TOKENS = 16
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
+_AGAIN_S = 0.1
 _ANSWER_BYTES = 64 << 10
 _JSON = {"Content-Type": "application/json"}
 # vLLM's and SGLang's counters of tokens and requests in Prometheus' text format; what was aborted is no progress.
@@ -250,21 +251,84 @@ class EngineClient:
 
     async def save_weights(self) -> int:
         """Have vLLM's workers keep a copy of their weights; its bytes. See proxy/engine/vllm_extension."""
-        return await self._weights("save_weights", "warmpool_save_weights")
+        return await self._bytes("save_weights", "warmpool_save_weights")
 
-    async def _weights(self, stage: str, method: str) -> int:
+    async def can_pause(self) -> Literal["never", "without a copy of its weights", "yes"]:
+        """Whether its requests can stand still with nothing of them on the GPU, as far as the engine says.
+
+        Only for an engine with warmpool's extension. "without a copy…": there is none that fits; with one it can.
+        """
+        if await self.is_paused() is None:
+            return "never"
+        try:
+            results = await self._workers("probe", "warmpool_can_pause")
+        except EngineError as error:
+            log.info("%s cannot pause: %s", self.base_url, error)
+            return "never"
+        return "yes" if all(result.get("copy") is True for result in results) else "without a copy of its weights"
+
+    async def is_paused(self) -> bool | None:
+        """Whether its scheduler is paused; None where the engine knows no pauses."""
+        status, body = await self._call("probe", "GET", "/is_paused")
+        answer = _json(body)
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("is_paused"), bool):
+            return None
+        return bool(answer["is_paused"])
+
+    async def pause(self, stages: Stages) -> int:
+        """Have its requests stand still, and take their state and the weights off the GPU; bytes in host memory.
+
+        When that fails, `unpause` is the way back.
+        """
+        with stages.measure("pause"):
+            await self._command("pause", "/pause?mode=keep&clear_cache=false")
+        self.upstream.stand_still()
+        with stages.measure("save_cache"):
+            return await self._bytes("pause", "warmpool_pause")
+
+    async def unpause(self, stages: Stages) -> bool:
+        """Bring all that back, and let its requests go on; False where the copy of the weights did not fit.
+
+        Right in whatever state a pause left it. Without room on the GPU it is tried again: bounded by the caller.
+        """
+        with stages.measure("load_cache"):
+            while any(result.get("again") for result in await self._workers("unpause", "warmpool_unpause", again=True)):
+                await asyncio.sleep(_AGAIN_S)
+        good = await self._load_copy(stages)
+        if not good:
+            with stages.measure("reload_weights"):
+                await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
+        with stages.measure("unpause"):
+            await self._command("unpause", "/resume")
+        self.upstream.go_on()
+        return good
+
+    async def end_pauses(self) -> None:
+        """Have its workers give back what they keep for the next pause."""
+        await self._workers("end_pauses", "warmpool_end_pauses")
+
+    async def _bytes(self, stage: str, method: str) -> int:
+        return sum(result["bytes"] for result in await self._workers(stage, method, must_have="bytes"))
+
+    async def _workers(
+        self, stage: str, method: str, *, must_have: str | None = None, again: bool = False
+    ) -> list[dict[str, Any]]:
+        """What a method of the extension answers, of each worker. Raises EngineError.
+
+        `again`: an error that may not be one if it is asked again is returned.
+        """
         status, body = await self._call(stage, "POST", "/collective_rpc", json={"method": method})
         answer = _json(body)
         results = answer.get("results") if isinstance(answer, dict) else None
         if status != 200 or not isinstance(results, list) or not results:
             raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
-        total = 0
         for result in results:
-            if not isinstance(result, dict) or not isinstance(result.get("bytes"), int):
+            missing = must_have is not None and isinstance(result, dict) and not isinstance(result.get(must_have), int)
+            failed = not isinstance(result, dict) or "error" in result or missing
+            if failed and not (again and isinstance(result, dict) and result.get("again")):
                 reason = result.get("error") if isinstance(result, dict) else result
                 raise EngineError(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
-            total += result["bytes"]
-        return total
+        return results
 
     async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:
         """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again.
@@ -288,7 +352,7 @@ class EngineClient:
     async def _load_copy(self, stages: Stages) -> bool:
         try:
             with stages.measure("load_weights"):
-                await self._weights("load_weights", "warmpool_load_weights")
+                await self._bytes("load_weights", "warmpool_load_weights")
         except EngineError as error:
             log.warning("%s: the copy of the weights cannot be used, they are loaded again: %s", self.base_url, error)
             return False

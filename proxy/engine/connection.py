@@ -65,6 +65,8 @@ class Upstream:
         self._timer: asyncio.TimerHandle | None = None
         self.silent_s = 0.0
         """For how long no exchange has brought a byte, though at least one is under way; at most a second behind."""
+        self._stands_still = False
+        """Nobody expects a byte: the engine's requests are paused."""
         self.generation = 0
         """Counts disconnects: a connection of an older one has no right to be."""
         self._point_at(base_url)
@@ -127,6 +129,7 @@ class Upstream:
     async def disconnect(self) -> None:
         """Close every connection; exchanges under way fail. Returns when none is left, in any case after 5 s."""
         self.generation += 1
+        self._stands_still = False
         for scope in [*self._connecting]:
             scope.reschedule(0)
         closing = [*self._open]
@@ -146,6 +149,17 @@ class Upstream:
         self.silent_s = 0.0
         for connection in [*self._open]:
             connection.fail(error)
+
+    def stand_still(self) -> None:
+        """The engine's requests are paused: until `go_on` its silence is none."""
+        self._stands_still = True
+        self.silent_s = 0.0
+
+    def go_on(self) -> None:
+        """They are not any more; from now on silence counts again."""
+        self._stands_still = False
+        for connection in self._open:
+            connection.excuse()
 
     # --- what connections tell ---
 
@@ -169,9 +183,11 @@ class Upstream:
         self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look) if self._open else None
         awaited = any(connection.awaited for connection in self._open)
         spoke = sum(connection.has_spoken() for connection in self._open) > 0
-        self.silent_s = self.silent_s + self._look_s if awaited and not spoke else 0.0
+        silent = awaited and not spoke and not self._stands_still
+        self.silent_s = self.silent_s + self._look_s if silent else 0.0
+        most_s = None if self._stands_still else self._silence_s
         for connection in [*self._open]:
-            connection.looked_at(self._look_s, self._silence_s)
+            connection.looked_at(self._look_s, most_s)
 
 
 class Connection(asyncio.Protocol):
@@ -292,6 +308,10 @@ class Connection(asyncio.Protocol):
         """Whether bytes came since this was asked last."""
         spoke, self._spoke = self._spoke, False
         return spoke
+
+    def excuse(self) -> None:
+        """Its silence up to now does not count."""
+        self._heard = True
 
     def looked_at(self, since_s: float, silence_s: float | None) -> None:
         """Called every `since_s`."""

@@ -83,7 +83,7 @@ class Adoption:
             if state is State.READY and self._steps.needs_proof(model, instance):
                 self._go_on_waking(model, instance, Tier.CHECKPOINTED, model.settings.wake_timeout)
                 return
-            instance.adopt(state, self._state.clock())
+            self._take_over(model, instance, state)
         else:
             resting = State.ARCHIVED if instance.image.archived else State.CHECKPOINTED
             instance.adopt(resting, self._state.clock())
@@ -94,6 +94,14 @@ class Adoption:
         if instance.state not in (State.CHECKPOINTED, State.ARCHIVED):
             self._steps.watch(model, instance)
         log.info("%s adopted: %s", instance.id, instance.state.value)
+
+    def _take_over(self, model: Model, instance: Instance, state: State) -> None:
+        instance.adopt(state, self._state.clock())
+        if state is State.PAUSED:  # it goes on when there is room; requests whose clients are gone end then
+            instance.weights_copied()
+            instance.learn_pausable(pausable=True)
+        elif state is State.READY and model.settings.weights_copy:
+            self._effects.spawn(f"ask {instance.id} about pauses", self._steps.learn_pausable(instance))
 
     def _go_on_waking(self, model: Model, instance: Instance, origin: Tier, left_s: float) -> None:
         """An engine that loads, and whose time is not over, or one that was restored and has to prove itself."""
@@ -129,6 +137,8 @@ class Adoption:
             async with asyncio.timeout(_ADOPT_S):
                 if not await engine_of(instance).listens():
                     return State.BROKEN
+                if model.settings.weights_copy and await client.is_paused():
+                    return State.PAUSED
                 asleep = await client.is_sleeping()
                 if asleep:
                     instance.sleeps(DEEPEST_SLEEP)  # which one is not to be learned: wake it thoroughly

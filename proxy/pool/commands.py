@@ -6,10 +6,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from proxy.errors import ConflictError, DrainingError, InstanceNotFoundError
+from proxy.errors import CommandFailedError, ConflictError, DrainingError, InstanceNotFoundError
 from proxy.pool.command import Command
 from proxy.pool.instance import Instance, State, WakeRecord
-from proxy.pool.model_view import commanded_step, view_of
+from proxy.pool.model_view import STANDING_STILL, commanded_step, view_of
 from proxy.pool.state import Phase
 from proxy.tiers import Tier
 
@@ -146,6 +146,76 @@ class Commands:
                 f'{waiting} requests wait for {model.served_name!r} and would wake it again. With "when_busy": "wait" '
                 f"it goes after them."
             )
+
+    async def pause(self, key: str, *, instance_id: str | None = None, wait: bool = True) -> list[Instance]:
+        """Have the running requests of a model's instances, or of one, stand still until `unpause`; those instances.
+
+        Nobody's answer is cut off; new requests wait, or get another instance. Raises InstanceNotFoundError,
+        ConflictError (nothing runs, or an engine cannot pause), CommandFailedError or DrainingError.
+        """
+        busy = self._chosen(key, instance_id, (State.READY, State.RETIRING, *STANDING_STILL))
+        model = self._state.models[key]
+        busy = [i for i in busy if i.leases or i.state in STANDING_STILL]
+        if not busy:
+            raise ConflictError(f"No request runs on {instance_id or model.served_name!r}: there is nothing to pause.")
+        cannot = [i.id for i in busy if i.state not in STANDING_STILL and not i.can_pause]
+        if cannot:
+            raise ConflictError(
+                f"{', '.join(cannot)} cannot be paused: that takes vLLM 0.20 or later in its development mode with "
+                f"sleep mode, and weights_copy."
+            )
+        for instance in busy:
+            instance.hold()
+            if instance.state in (State.READY, State.RETIRING):
+                self._moves.pauses.pause(model, instance, "an operator's command")
+        self._moves.tick()
+        if wait:
+            await self._until_settled(busy)
+            if failed := [i.id for i in busy if i.state is not State.PAUSED and not i.can_pause]:
+                raise CommandFailedError(f"{', '.join(failed)} could not be paused; the log says why.")
+        return busy
+
+    async def unpause(self, key: str, *, instance_id: str | None = None, wait: bool = True) -> list[Instance]:
+        """Have the requests of paused instances go on, as soon as there is room; those instances.
+
+        Raises InstanceNotFoundError or DrainingError.
+        """
+        paused = self._chosen(key, instance_id, tuple(STANDING_STILL))
+        for instance in paused:
+            instance.let_go()
+        self._moves.tick()
+        if wait:
+            await self._until_settled(paused, (*STANDING_STILL,))
+        return paused
+
+    def let_go(self) -> None:
+        """The server shuts down: what stands still goes on, so that it comes to its end."""
+        held = [i for m in self._state.everyone() for i in m.instances.values() if i.on_hold]
+        for instance in held:
+            instance.let_go()
+        if held:
+            self._moves.tick()
+
+    def _chosen(self, key: str, instance_id: str | None, states: Sequence[State]) -> list[Instance]:
+        if self._state.phase is not Phase.SERVING:
+            raise DrainingError("The server is starting or shutting down.", retry_after_s=1.0)
+        model = self._state.models[key]
+        if instance_id is not None and instance_id not in model.instances:
+            raise self._not_found(model, instance_id)
+        return [i for i in model.instances.values() if instance_id in (None, i.id) and i.state in states]
+
+    async def _until_settled(
+        self, instances: Sequence[Instance], moving: Sequence[State] = (State.PAUSING, State.UNPAUSING)
+    ) -> None:
+        """Return when none of them is in such a state, or the server is about to end."""
+        changed = asyncio.Event()
+        silence = self._state.listen(changed.set)
+        try:
+            while any(i.state in moving for i in instances) and not self._state.stopping:
+                changed.clear()
+                await changed.wait()
+        finally:
+            silence()
 
     def drain(self, key: str | None = None) -> None:
         """Admit nothing new, for one model or at all, until `undrain`; what runs or waits goes on."""

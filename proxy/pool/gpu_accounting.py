@@ -228,6 +228,15 @@ class GpuAccounting:
         else:
             account.held = NOTHING
 
+    def paused(self, instance: Instance) -> None:
+        """Its requests stand still; until it is measured it holds what it does asleep."""
+        self.arrived(instance, Tier.SLEEPING)
+
+    def runs_on(self, instance: Instance) -> None:
+        """Its requests go on after a pause."""
+        account = self._account(instance)
+        account.held = self.need(instance.model) or account.held
+
     def forget(self, instance_id: str) -> None:
         """It is gone."""
         self._accounts.pop(instance_id, None)
@@ -292,15 +301,15 @@ class GpuAccounting:
             return NOTHING
         account = self._accounts.get(instance.id)
         held = account.held if account is not None else NOTHING
-        if state is State.WAKING or instance.id in self._tried:
+        if state in (State.WAKING, State.UNPAUSING) or instance.id in self._tried:
             need = self.need(instance.model) or NOTHING
             return {uuid: max(held.get(uuid, 0), need.get(uuid, 0)) for uuid in held.keys() | need.keys()}
         if held:
             return held
         kind = _KINDS.get(state)
-        if kind == READY or state is State.FALLING_ASLEEP:
+        if kind == READY or state in (State.FALLING_ASLEEP, State.PAUSING):
             return self.need(instance.model) or NOTHING
-        if kind == SLEEPING:
+        if kind == SLEEPING or state is State.PAUSED:
             return self.asleep(instance.model) or self.need(instance.model) or NOTHING
         return NOTHING
 
@@ -308,7 +317,7 @@ class GpuAccounting:
         if instance.id in self._tried:
             return self.charge(instance)
         match instance.state:
-            case State.FALLING_ASLEEP:
+            case State.FALLING_ASLEEP | State.PAUSING:
                 return self.asleep(instance.model) or self.charge(instance)
             case State.SUSPENDING if not self.suspending_frees:
                 return self.charge(instance)

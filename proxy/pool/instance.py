@@ -220,6 +220,8 @@ class Instance:
         "leases",
         "loading",
         "model",
+        "on_hold",
+        "pausable",
         "paused_since",
         "postponed",
         "sleep_level",
@@ -259,8 +261,12 @@ class Instance:
         """When it was last woken or unpaused: it has been running since."""
         self.can_pause = False
         """Its requests can stand still while another model runs."""
+        self.pausable = False
+        """Its engine says that they can, with a copy of its weights."""
         self.paused_since: float | None = None
         """When its requests were made to stand still, while they are."""
+        self.on_hold = False
+        """An operator had it paused: it goes on when he says so, and not before."""
 
         # What the transitions work with.
         self.image = Image() if image is None else image
@@ -303,7 +309,7 @@ class Instance:
             self.generation += 1
             self.evicted = False
         if event is Event.BROKE:
-            self.paused_since = None
+            self.paused_since, self.on_hold = None, False
             self.leases = 0  # whoever holds one finds its generation over
         return target
 
@@ -334,7 +340,27 @@ class Instance:
     def runs_on(self, now: float) -> None:
         """Its requests go on, after a pause or because it could not be paused."""
         self.apply(Event.AT_READY)
-        self.paused_since, self.turn_since = None, now
+        self.paused_since, self.turn_since, self.on_hold = None, now, False
+
+    def hold(self) -> None:
+        """It stays paused until `let_go`."""
+        self.on_hold = True
+
+    def let_go(self) -> None:
+        """It goes on as soon as there is room."""
+        self.on_hold = False
+
+    def learn_pausable(self, *, pausable: bool) -> None:
+        """What its engine says of pauses."""
+        self.pausable = pausable
+        self._note_can_pause()
+
+    def no_pauses(self) -> None:
+        """This engine could not be paused; that is not tried again until it is started anew."""
+        self.learn_pausable(pausable=False)
+
+    def _note_can_pause(self) -> None:
+        self.can_pause = self.pausable and self.weights_copy == "good"
 
     def begin_step_down(self, to: Tier, *, evicted: bool) -> None:
         """It goes to a colder tier; `evicted`: to make room."""
@@ -351,10 +377,13 @@ class Instance:
         if self.state is not State.NEW:
             raise IllegalTransitionError(f"{self.id}: adopted in state {self.state.value!r}")
         self.state, self.idle_since = state, now
+        if state is State.PAUSED:
+            self.paused_since = now
 
     def started(self) -> None:
         """Its engine was started from nothing: what the one before could not do is not known of this one."""
         self.sleep_level = 0
+        self.pausable = self.can_pause = False
         self.barred.clear()
         self.postponed.clear()
 
@@ -397,6 +426,7 @@ class Instance:
         """Its engine was started from nothing and has answered these requests; it has no image behind it."""
         self.warmup = requests
         self.canary, self.weights_copy, self.unproven = None, "none", False
+        self._note_can_pause()
 
     def answers(self, canary: str | None) -> None:
         """What its engine answers, which one that is restored from its image has to repeat; None: it cannot say."""
@@ -407,6 +437,7 @@ class Instance:
         self.canary, self.unproven = self.image.canary, True
         # Whether the copy fits, the engine finds out when it wakes.
         self.weights_copy = "good" if copies_weights else "none"
+        self._note_can_pause()
 
     def proven(self) -> None:
         """Nothing is to be asked of its engine any more."""
@@ -415,10 +446,12 @@ class Instance:
     def weights_copied(self) -> None:
         """There is a copy of the weights that fits its engine."""
         self.weights_copy = "good"
+        self._note_can_pause()
 
     def weights_lost(self) -> None:
         """The copy of the weights did not fit its engine."""
         self.weights_copy = "lost"
+        self._note_can_pause()
 
     def use_image(self, image: Image) -> None:
         """It is restored from this image."""
@@ -454,6 +487,7 @@ class Instance:
     def give(self, command: Command) -> None:
         """Have it go where an operator wants it; a command that it has ends."""
         before, self.command = self.command, command
+        self.on_hold = False  # what runs has to go on before it can go anywhere
         if before is not None:
             before.end(f"a command to go to {command.to.label} came after it")
 

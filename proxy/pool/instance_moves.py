@@ -15,7 +15,8 @@ from proxy.pool.image_faults import ImageFaults
 from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
 from proxy.pool.memory_monitor import MemoryMonitor
 from proxy.pool.model import client_of, is_left
-from proxy.pool.plan import Action, Clone, Readmit, Refuse, Retire, StepDown, Wake
+from proxy.pool.pausing import Pausing
+from proxy.pool.plan import Action, Clone, Pause, Readmit, Refuse, Retire, StepDown, Unpause, Wake
 from proxy.pool.stall_detection import StallDetection
 from proxy.pool.state import Phase
 from proxy.pool.stepping_down import SteppingDown
@@ -67,6 +68,7 @@ class Moves:
         self.has_room = self.gpus.has_room
         self.steps = Steps(self)
         self.downs = SteppingDown(state, self, self.steps, self.faults)
+        self.pauses = Pausing(state, self, self.downs)
         self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_monitor)
 
     @property
@@ -114,6 +116,10 @@ class Moves:
                 _, instance = self._state.find(seen)
                 instance.apply(Event.RETIRE)
                 log.info("%s retiring: %s", instance.id, reason)
+            case Pause(seen):
+                self.pauses.pause(*self._state.find(seen), "another model waits for its place")
+            case Unpause(seen):
+                self.pauses.unpause(*self._state.find(seen))
             case Readmit(seen):
                 _, instance = self._state.find(seen)
                 instance.apply(Event.READMIT)
@@ -264,7 +270,7 @@ class Moves:
 
     def give_up(self, model: Model, instance: Instance) -> None:
         """The engine is of no use any more. During a move the move's own task finds out."""
-        if instance.state in (State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED):
+        if instance.state in (State.READY, State.RETIRING, State.PAUSED, State.SLEEPING, State.SUSPENDED):
             instance.apply(Event.BROKE)
             self._state.memory_accounting.broke(model.key)
             self.move(model, instance, "mend", self.downs.mend(model, instance))

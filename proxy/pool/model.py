@@ -40,7 +40,17 @@ log = logging.getLogger("warmpool.pool")
 T = TypeVar("T")
 
 _COUNTED = 256
-_LEFT_RUNNING = frozenset({State.READY, State.RETIRING, State.SLEEPING, State.SUSPENDED})
+_LEFT_RUNNING = frozenset(
+    {
+        State.READY,
+        State.RETIRING,
+        State.PAUSING,
+        State.PAUSED,
+        State.UNPAUSING,
+        State.SLEEPING,
+        State.SUSPENDED,
+    }
+)
 
 
 @dataclass(slots=True)
@@ -124,6 +134,8 @@ class Model:
             max_wait_s=min(self.settings.max_wait, self.settings.queue_timeout),
             pin=self.settings.pin,
             wake_s=self.costs.by_tier(self.key),
+            pause_s=self.costs.pause_s(self.key),
+            unpause_s=self.costs.unpause_s(self.key),
             worth_s=self.demand.worth_s(self.costs.estimate_s(self.key, from_tier)),
         )
 

@@ -59,6 +59,8 @@ class InstanceView:
     can_pause: bool = False
     """Its requests can stand still while another model runs."""
     paused_since: float | None = None
+    on_hold: bool = False
+    """An operator had it paused, and it stays so until he says otherwise."""
 
     @property
     def tier(self) -> Tier:
@@ -84,6 +86,7 @@ def view_of(instance: Instance) -> InstanceView:
         instance.turn_since,
         can_pause=instance.can_pause,
         paused_since=instance.paused_since,
+        on_hold=instance.on_hold,
     )
 
 
@@ -132,15 +135,15 @@ class ModelView:
 
     @property
     def paused(self) -> list[InstanceView]:
-        """The instances whose requests stand still, the one that has for longest first."""
-        paused = [i for i in self.instances if i.state is State.PAUSED]
+        """The instances whose requests stand still and may go on, the one that has for longest first."""
+        paused = [i for i in self.instances if i.state is State.PAUSED and not i.on_hold]
         return sorted(paused, key=lambda i: i.paused_since or 0.0) if len(paused) > 1 else paused
 
     @property
     def since(self) -> float | None:
         """Since when somebody waits for it, in a queue or paused; None when nobody does."""
         begun = [] if self.oldest_wait is None else [self.oldest_wait]
-        begun += [i.paused_since or 0.0 for i in self.instances if i.state is State.PAUSED and i.leases]
+        begun += [i.paused_since or 0.0 for i in self.paused if i.leases]
         return min(begun, default=None)
 
 

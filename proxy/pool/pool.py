@@ -96,9 +96,10 @@ class Pool:
         # What the parts do for others is theirs to say.
         self.resolve, self.estimate_s, self.listen = state.resolve, state.estimate_s, state.listen
         self.lease, self.try_lease = self._admission.lease, self._admission.try_lease
-        commands = Commands(state, self._moves, self._admission)
+        commands = self._commands = Commands(state, self._moves, self._admission)
         self.find, self.unused, self.until_unused = commands.find, commands.unused, commands.until_unused
         self.wake, self.step_down = commands.wake, commands.step_down
+        self.pause, self.unpause = commands.pause, commands.unpause
         self.force_stop, self.drain, self.undrain = commands.force_stop, commands.drain, commands.undrain
         self.prewarm = Prewarm(state, self._moves, commands).prewarm
         renewals = Renewals(state, self._moves)
@@ -146,6 +147,7 @@ class Pool:
         self._state.advance(Phase.STOPPING)
         self._state.give_up_commands()
         self._moves.give_way("the server is stopping")
+        self._commands.let_go()
         self._state.tell()
 
     async def close(self, limit_s: float = _CLOSE_S) -> None:

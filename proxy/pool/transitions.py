@@ -35,6 +35,7 @@ log = logging.getLogger("warmpool.pool")
 
 DEEPEST_SLEEP = 2
 _PORTS_TRIED = 3
+_ASK_S = 5.0
 
 
 def note_gap(model: Model, instance_id: str, gap: str | None) -> None:
@@ -140,6 +141,32 @@ class Steps:
         if settings.canary != "never" and Tier.CHECKPOINTED in model.tiers().offered:
             with stages.measure("canary"):
                 instance.answers(await unless_it_ends(instance.watcher, client.canary()))
+        if settings.weights_copy:
+            await unless_it_ends(instance.watcher, self._prepare_pauses(instance, stages))
+
+    async def _prepare_pauses(self, instance: Instance, stages: Stages) -> None:
+        """Find out whether its requests can be made to stand still, and write the copy of the weights it takes."""
+        answer = await client_of(instance).can_pause()
+        instance.learn_pausable(pausable=answer != "never")
+        if instance.pausable:
+            await self._copy_weights(instance, stages)
+
+    async def learn_pausable(self, instance: Instance) -> None:
+        """Ask an engine that runs already, as after a restore, whether its requests can be made to stand still."""
+        generation = instance.generation
+        try:
+            async with asyncio.timeout(_ASK_S):
+                answer = await client_of(instance).can_pause()
+        except (EngineError, TimeoutError) as error:
+            log.warning("%s: whether it can pause is not known: %s", instance.id, error)
+            return
+        if instance.generation != generation:
+            return
+        if answer == "yes":
+            instance.weights_copied()
+        elif answer != "never" and instance.weights_copy == "good":
+            instance.weights_lost()
+        instance.learn_pausable(pausable=answer != "never")
 
     async def _restore(self, model: Model, instance: Instance, stages: Stages) -> None:
         await self.restored(model, instance, stages)
@@ -279,6 +306,8 @@ class Steps:
             # Level 1 leaves a pinned copy of the weights in the process for good, which would double the checkpoint.
             yet_to_come = to_image or (self._is_checkpointed(model) and not instance.image.present)
             level = model.settings.golden_sleep_level if yet_to_come else model.settings.sleep_level
+            if instance.pausable:
+                await self._end_pauses(instance)
             if instance.weights_copy == "lost" or (yet_to_come and model.settings.weights_copy):
                 copied = await self._copy_weights(instance, stages)
             if level == DEEPEST_SLEEP and not yet_to_come and instance.weights_copy != "good":
@@ -287,6 +316,13 @@ class Steps:
                 await client_of(instance).sleep(level)
             instance.sleeps(level)
         return copied
+
+    async def _end_pauses(self, instance: Instance) -> None:
+        """Have it give back what it keeps for the next pause: it would be in its checkpoint."""
+        try:
+            await client_of(instance).end_pauses()
+        except EngineError as error:
+            log.warning("%s: %s", instance.id, error)
 
     async def _copy_weights(self, instance: Instance, stages: Stages) -> int:
         """Have the engine write the copy of its weights; without one they are loaded in the engine's own way."""

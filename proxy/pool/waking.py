@@ -121,6 +121,8 @@ class Waking:
         model.end_back_off()
         if tier in (Tier.SLEEPING, Tier.SUSPENDED):
             self._state.gpu_accounting.woke(instance)
+        if model.settings.weights_copy and tier is not Tier.STOPPED and not instance.pausable:
+            self._effects.spawn(f"ask {instance.id} about pauses", self._steps.learn_pausable(instance))
         self._effects.note_moved()
         self._state.wakes.appendleft(status.wake_status(record) | {"model": model.key, "instance": instance.id})
         if tier is found and whole:

@@ -131,6 +131,33 @@ class Metrics:
             ["model", "tier"],
             registry=r,
         )
+        self.pauses = Counter(
+            "warmpool_pauses",
+            "Instances whose running requests were made to stand still.",
+            ["model"],
+            registry=r,
+        )
+        self.pause = Histogram(
+            "warmpool_pause_seconds",
+            "How long it took until they stood still and the GPU's memory was free.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.unpause = Histogram(
+            "warmpool_unpause_seconds",
+            "How long it took until they went on.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.paused = Histogram(
+            "warmpool_paused_seconds",
+            "How long they stood still.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
         self.step_downs = Counter(
             "warmpool_step_downs",
             "Steps down, by model, tier reached and reason.",
@@ -227,6 +254,8 @@ class Metrics:
             self.engine_exits.labels(model)
             self.engine_stalls.labels(model)
             self.quarantines.labels(model)
+            for pauses in (self.pauses, self.pause, self.unpause, self.paused):
+                pauses.labels(model)
             for tier in tiers:
                 self.wake_failures.labels(model, tier)
 

@@ -5,11 +5,11 @@ loaded already. Its code is frozen in every checkpoint, so its digest is part of
 """
 
 from .frontend import Frontend
+from .pauses import Pauses
 from .randomness import Randomness
-from .weights import Weights
 
 __all__ = ["Frontend", "Worker"]
 
 
-class Worker(Randomness, Weights):
+class Worker(Randomness, Pauses):
     """Mixed into vLLM's worker, so every name begins with the project's."""

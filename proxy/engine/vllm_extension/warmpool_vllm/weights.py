@@ -17,11 +17,12 @@ import importlib
 import json
 import mmap
 import os
-import threading
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import transfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 FOLDER = "WARMPOOL_WEIGHTS"
 """The environment variable that names the folder for the copy."""
 TAG = "weights"
-_CHUNK_BYTES = 16 << 20
-_MAX_THREADS = 8
 
 
 class Weights:
@@ -57,7 +56,18 @@ class Weights:
             total = _load(_folder(), _rank(self), self._warmpool_copy, _allocations())
         except Exception as error:  # noqa: BLE001 - as above
             return {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            self._warmpool_copied()
         return {"bytes": total, "seconds": round(time.perf_counter() - began, 4)}
+
+    def _warmpool_check_copy(self) -> None:
+        """Raises ValueError or OSError when there is no copy that fits this process."""
+        with _copy(_folder(), _rank(self), self._warmpool_copy, _allocations()):
+            pass
+
+    def _warmpool_copied(self) -> None:
+        # Pinned memory that stayed would be in the next checkpoint, and slow every CUDA restore.
+        transfer.release()
 
 
 def _rank(worker: object) -> int:
@@ -119,6 +129,14 @@ def _save(folder: Path, rank: int, identity: str, allocations: list[tuple[int, i
 
 
 def _load(folder: Path, rank: int, identity: str, allocations: list[tuple[int, int]]) -> int:
+    with _copy(folder, rank, identity, allocations) as (descriptor, total), _mapped(descriptor, total) as base:
+        transfer.to_gpu(transfer.chunks(allocations, base))
+    return total
+
+
+@contextlib.contextmanager
+def _copy(folder: Path, rank: int, identity: str, allocations: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of the copy that fits this process. Raises ValueError or OSError when there is none."""
     total = sum(size for _, size in allocations)
     note = json.loads(_note(folder, rank).read_text())
     if not identity or note["id"] != identity or note["bytes"] != total:
@@ -127,11 +145,9 @@ def _load(folder: Path, rank: int, identity: str, allocations: list[tuple[int, i
     try:
         if os.fstat(descriptor).st_size != total:
             raise ValueError("the copy is cut off")
-        with _mapped(descriptor, total) as base:
-            _copy_back(base, allocations)
+        yield descriptor, total
     finally:
         os.close(descriptor)
-    return total
 
 
 @contextlib.contextmanager
@@ -143,47 +159,3 @@ def _mapped(descriptor: int, size: int) -> Iterator[int]:
             yield ctypes.addressof(content)
         finally:
             del content
-
-
-def _copy_back(base: int, allocations: list[tuple[int, int]]) -> None:
-    """From the mapping through pinned buffers to the GPU: each thread fills its own and sends it off.
-
-    Straight from pageable memory the driver manages 5 to 8 GB/s, whatever the number of threads; so it is 20.
-    """
-    torch = importlib.import_module("torch")
-    copy = _cumem().libcudart.cudaMemcpy
-    device = torch.cuda.current_device()
-    chunks: list[tuple[int, int, int]] = []
-    for address, size in allocations:
-        starts = range(0, size, _CHUNK_BYTES)
-        chunks += [(address + start, base + start, min(_CHUNK_BYTES, size - start)) for start in starts]
-        base += size
-    count = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(chunks)))
-    buffers = [torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
-    failures: list[BaseException] = []
-    turn = threading.Lock()
-
-    def work(buffer: int) -> None:
-        try:
-            torch.cuda.set_device(device)
-            while not failures:
-                with turn:
-                    if not chunks:
-                        return
-                    target, source, size = chunks.pop()
-                ctypes.memmove(buffer, source, size)
-                copy(target, buffer, size)
-        except BaseException as error:  # noqa: BLE001 - raised below, by the caller's thread
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(buffer.data_ptr(),)) for buffer in buffers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    # Pinned memory that stayed would be in the next checkpoint, and slow every CUDA restore.
-    buffers.clear()
-    with contextlib.suppress(AttributeError):
-        torch._C._host_emptyCache()
-    if failures:
-        raise failures[0]
