@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = "systemd,systemd-sysv,dbus"
 SOURCES: Final = "/srv/warmpool.git"
 """What REPOSITORY is, in there."""
+SUBNET: Final = "10.211.77.0/24"
 STEP_S: Final = 1200.0
 TRUSTED: Final = "/etc/host-certificates.crt"
 """What pip trusts on this host, in there."""
@@ -61,14 +63,18 @@ class Machine:
         self.name = f"warmpool-fresh-{uuid.uuid4().hex[:8]}"
 
     def boot(self) -> None:
-        """With its own systemd, on podman's bridge."""
+        """With its own systemd, on a bridge of podman's."""
         unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
         cgroups = (
             ["--cgroupns=private"] if unified else ["--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw"]
         )
         limits = [f"--ulimit={name}={_limit(name)}" for name in ("nofile", "nproc")]
+        # Not podman's own addresses, which the podman inside takes.
+        network = ["podman", "network", "create", "--disable-dns", "--subnet", SUBNET, self.name]
+        subprocess.run(network, check=True, stdout=subprocess.DEVNULL)
         subprocess.run(
-            ["podman", "run", "--detach", "--name", self.name, "--privileged", "--systemd=always", *cgroups, *limits,
+            ["podman", "run", "--detach", "--name", self.name, "--network", self.name, "--privileged",
+             "--systemd=always", *cgroups, *limits,
              "--pids-limit=-1", "--rootfs", str(self.root), "/lib/systemd/systemd"],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
@@ -97,7 +103,8 @@ class Machine:
         return done.stdout
 
     def close(self) -> None:
-        subprocess.run(["podman", "rm", "--force", "--time", "5", self.name], check=False, capture_output=True)
+        for command in (["rm", "--force", "--time", "5"], ["network", "rm", "--force"]):
+            subprocess.run(["podman", *command, self.name], check=False, capture_output=True)
 
 
 def _limit(name: str) -> int:
@@ -246,6 +253,7 @@ def main() -> None:
         parser.error(f"no such way: {', '.join(unknown)}")
     if os.geteuid() != 0:
         parser.error("run as root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # and clean up
     root = options.root or Path(f"/var/tmp/warmpool-fresh-{options.release}-{os.getpid()}")
     make(options.release, root)
     machine = Machine(root)
