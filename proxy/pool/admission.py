@@ -128,7 +128,7 @@ class Admission:
             raise model.wake_failed(model.last_failure, self._state.clock())
 
     def _refuse_if_full(self, model: Model) -> None:
-        everywhere = sum(len(m.queue) for m in self._state.models.values())
+        everywhere = self._state.queued.total()
         if len(model.queue) >= model.settings.max_queue or everywhere >= self._state.settings.pool.max_queue:
             raise QueueFullError(
                 f"{len(model.queue)} requests wait for {model.served_name!r} already.",
@@ -171,7 +171,7 @@ class Admission:
                 mine = (
                     model is not None and model.instances.get(instance.id) is instance
                 )  # a reload may have replaced it
-                others_wait = any(m.queue for m in state.models.values() if m is not model)
+                others_wait = len(state.queued) > (model in state.queued)
                 if model is not None and mine and not others_wait:
                     self.dispatch(model)
                     if not instance.leases:

@@ -52,6 +52,7 @@ class Adoption:
             )
         for key in mine.keys() & images.keys() if runtime.shares_images else ():
             models[key].image = images[key]
+            self._state.observe(models[key])
             log.info("%s: golden checkpoint adopted", key)
         await asyncio.gather(*(self._adopt(found, images) for found in recovered.instances))
 

@@ -163,6 +163,8 @@ class Renewals:
         new.coming = False
         self._state.models[new.key] = new
         new.queue, old.queue = old.queue, new.queue
+        self._state.observe(new)
+        self._state.observe(old)
         new.draining = old.draining
         log.info("%s: new requests go to %s", new.key, instance.id)
         if new.image.present or instance.image.present:

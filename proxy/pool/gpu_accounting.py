@@ -19,7 +19,8 @@ from proxy.pool.instance import State
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from proxy.gpu.nvml import GpuMemory
     from proxy.pool.instance import Instance
@@ -77,7 +78,7 @@ class GpuLoad:
     """Instance → what its image takes on tmpfs when a wake brings it there from the archive."""
     host_short: int = 0
     """How much less host memory is free than is to be left, as it was read; below 0 where there is more."""
-    guessed: frozenset[str] = frozenset()
+    guessed: AbstractSet[str] = frozenset()
     """Models whose need of host memory is a guess."""
 
     def held_on(self, tier: Tier, instance: InstanceView) -> Bytes | None:
@@ -125,12 +126,18 @@ class _Account:
     """That it has grown was logged."""
 
 
+def _nobody_asks(_model: str) -> None:
+    pass
+
+
 class GpuAccounting:
     """All accounts of one pool. `creep_bytes`: how much an engine may grow before it is grown; 0 is any amount."""
 
     def __init__(self, creep_bytes: int) -> None:
         self._creep_bytes = creep_bytes
         self.suspending_frees = True
+        self.on_news: Callable[[str], None] = _nobody_asks
+        """Called with a model of which something else is known now."""
         self.gpus: Sequence[GpuMemory] = ()
         """As they were last read."""
         self.foreign: dict[str, int] = {}
@@ -147,12 +154,14 @@ class GpuAccounting:
 
     def configure(self, model: str, size_bytes: int | None, indices: Sequence[int]) -> None:
         """What an engine is said to take on each of some GPUs, until it is known better; None: nothing is said."""
+        self.on_news(model)
         self._configured.pop(model, None)
         if size_bytes is not None:
             self._configured[model] = size_bytes, indices
 
     def unlearn(self, model: str) -> None:
         """Forget what was known of a model: it has other engines now, or is gone."""
+        self.on_news(model)
         self._configured.pop(model, None)
         self._measured.discard(model)
         for learned in self._learned.values():
@@ -160,6 +169,7 @@ class GpuAccounting:
 
     def learn(self, model: str, figures: Any) -> None:
         """Take over what a manifest says (`figures` of an earlier run); what is not of that form is passed over."""
+        self.on_news(model)
         if not isinstance(figures, dict):
             return
         for kind, learned in self._learned.items():
@@ -202,19 +212,23 @@ class GpuAccounting:
     def holding(self, instance: Instance) -> Iterator[None]:
         """Whatever an instance is seen to hold meanwhile, it holds what its model needs."""
         self._tried.add(instance.id)
+        self.on_news(instance.model)
         try:
             yield
         finally:
             self._tried.discard(instance.id)
+            self.on_news(instance.model)
 
     def began(self, instance: Instance) -> None:
         """It was started or restored: an engine that nothing is known of yet."""
+        self.on_news(instance.model)
         if self.grown(instance):
             self._measured.discard(instance.model)  # what it needed is more than a fresh one needs
         self._accounts[instance.id] = _Account()
 
     def woke(self, instance: Instance) -> None:
         """It came back from asleep or suspended."""
+        self.on_news(instance.model)
         account = self._account(instance)
         account.cycles += 1
         account.fresh = True
@@ -222,6 +236,7 @@ class GpuAccounting:
 
     def arrived(self, instance: Instance, tier: Tier) -> None:
         """It stepped down; until it is measured it holds what is expected there."""
+        self.on_news(instance.model)
         account = self._account(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
             account.held = self.asleep(instance.model) or account.held
@@ -248,6 +263,7 @@ class GpuAccounting:
         """Write down what a resting instance was seen to hold; one that is `outgoing` says nothing about its model."""
         if instance.id in self._tried:
             return
+        self.on_news(instance.model)
         kind = _KINDS.get(instance.state)
         if kind is not None and not any(held.values()):
             return  # NVML had no answer, or the engine runs on the CPU
@@ -364,14 +380,20 @@ class GpuAccounting:
 
     # --- everything together ---
 
-    def load(self, instances: Iterable[Instance]) -> GpuLoad:
-        """What the policy decides by."""
+    def capacity(self) -> Bytes:
+        """Everything but what is foreign; empty where no GPU can be asked."""
+        return {gpu.uuid: gpu.total_bytes - self.foreign.get(gpu.uuid, 0) for gpu in self.gpus}
+
+    def load(self, instances: Iterable[Instance], keys: Iterable[str] | None = None) -> GpuLoad:
+        """What the policy decides by; `keys`: of these models only."""
         if not self.gpus:
             return EMPTY
         everyone = list(instances)
-        models = {instance.model for instance in everyone} | self._learned[READY].keys() | self._configured.keys()
+        if keys is None:
+            keys = {instance.model for instance in everyone} | self._learned[READY].keys() | self._configured.keys()
+        models = set(keys)
         return GpuLoad(
-            capacity={gpu.uuid: gpu.total_bytes - self.foreign.get(gpu.uuid, 0) for gpu in self.gpus},
+            capacity=self.capacity(),
             now={instance.id: self.charge(instance) for instance in everyone},
             after={instance.id: self._charge_after(instance) for instance in everyone},
             needs={model: need for model in models if (need := self.need(model))},

@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from proxy.pool.observed import Observed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Place(enum.Enum):
@@ -17,8 +23,8 @@ class Place(enum.Enum):
     """It has to be brought back to tmpfs before it can be restored."""
 
 
-@dataclass(slots=True)
-class Image:
+@dataclass(slots=True, eq=False)
+class Image(Observed):
     """One for all instances of a model where the runtime shares them, else one an instance."""
 
     place: Place = Place.NOWHERE
@@ -33,6 +39,7 @@ class Image:
     """Held by whoever writes the copy of the weights."""
     verification: asyncio.Task[None] | None = None
     """Its files are read after a restore that failed."""
+    on_change: Callable[[], object] | None = None
 
     @property
     def present(self) -> bool:

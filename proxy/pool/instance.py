@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from proxy.errors import IllegalTransitionError
 from proxy.pool.image import Image
+from proxy.pool.observed import Observed
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class WakeRecord:
     """When each stage began, in seconds after the wake did."""
 
 
-class Instance:
+class Instance(Observed):
     """One managed engine of a model.
 
     `generation` counts wakes and breaks: a result or a lease that carries an older one belongs to an engine that is
@@ -220,6 +221,7 @@ class Instance:
         "leases",
         "loading",
         "model",
+        "on_change",
         "on_hold",
         "pausable",
         "paused_since",
@@ -237,6 +239,7 @@ class Instance:
     )  # fmt: skip
 
     def __init__(self, id_: str, model: str, image: Image | None = None) -> None:
+        self.on_change = None
         self.id = id_
         self.model = model
         self.state = State.NEW
@@ -469,10 +472,12 @@ class Instance:
     def bar(self, tier: Tier) -> None:
         """This engine cannot step down to a tier."""
         self.barred.add(tier)
+        self.note_change()
 
     def postpone(self, tier: Tier, until: float) -> None:
         """A step down to a tier failed without harm; it is not tried again before then."""
         self.postponed[tier] = until
+        self.note_change()
         self.failed_steps += 1
 
     def stepped_down(self, tier: Tier) -> None:

@@ -68,6 +68,7 @@ class LadderProbe:
             except (WarmpoolError, TimeoutError) as error:
                 await self._failed(model, instance, Tier.SUSPENDED, error)
             await model.probes.note(model.key, engine.fingerprint(), Tier.SUSPENDED)
+            model.note_change()
             if was_asleep:
                 await client.sleep(was_asleep)
                 instance.sleeps(was_asleep)
@@ -99,6 +100,7 @@ class LadderProbe:
             await engine.kill()
             instance.sleeps(image.sleep_level)
         await model.probes.note(model.key, fingerprint, Tier.CHECKPOINTED)
+        model.note_change()
 
     async def _failed(self, model: Model, instance: Instance, tier: Tier, error: Exception) -> None:
         """Keep what it says of the tier; raises RuntimeFailure."""
@@ -110,6 +112,7 @@ class LadderProbe:
             text = f"an engine on several GPUs did not come back from {what} when that was tried: {reason}; {_ADVICE}"
             log.error("%s: %s", model.key, text)
             await model.probes.note(model.key, engine_of(instance).fingerprint(), tier, text)
+            model.note_change()
         raise RuntimeFailure("probe", reason) from error
 
 

@@ -16,6 +16,7 @@ from proxy.pool.demand import Demand
 from proxy.pool.image import Image, Place
 from proxy.pool.instance import State, best_tier, holding
 from proxy.pool.model_view import ModelView, view_of
+from proxy.pool.observed import Observed
 from proxy.pool.wait_queue import WaitQueue
 from proxy.runtime.base import Tiers
 from proxy.runtime.ladder_probes import LadderProbes
@@ -23,7 +24,7 @@ from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
@@ -39,7 +40,7 @@ log = logging.getLogger("warmpool.pool")
 
 T = TypeVar("T")
 
-_COUNTED = 256
+_COUNTED = 32
 _LEFT_RUNNING = frozenset(
     {
         State.READY,
@@ -53,8 +54,8 @@ _LEFT_RUNNING = frozenset(
 )
 
 
-@dataclass(slots=True)
-class Model:
+@dataclass(slots=True, eq=False)
+class Model(Observed):
     """A model with everything the pool keeps for it."""
 
     key: str
@@ -95,6 +96,7 @@ class Model:
     """What has changed since its engines were started; they serve until others can take over."""
     renewal: str = ""
     """What becomes of those others, for people."""
+    on_change: Callable[[], object] | None = None
 
     def tiers(self) -> Tiers:
         """Those that its runtime offers, without those that its engines were seen not to come back from."""

@@ -199,9 +199,8 @@ class Pool:
             return
         self._ticking = True
         try:
-            for model in self._state.models.values():
+            for model in [*self._state.live_view.changed]:
                 self._admission.dispatch(model)
-            for model in self._state.everyone():
                 for instance in model.instances.values():
                     instance.note_command()
             plan = policy.decide(self._state.view(), self._state.clock())

@@ -100,6 +100,8 @@ class Reconfiguration:
             if old is not None:
                 model.queue, old.queue = old.queue, model.queue
                 model.draining = old.draining
+                self._state.observe(old)
+            self._state.observe(model)
         for key in (*changes.removed, *changes.replaced):
             self._state.gpu_accounting.unlearn(key)
             self._state.memory_accounting.unlearn(key)

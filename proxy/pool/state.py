@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
-from collections import deque
+from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import ModelNotFoundError
@@ -14,11 +15,11 @@ from proxy.pool.costs import Costs
 from proxy.pool.gpu_accounting import GpuAccounting
 from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
-from proxy.pool.memory_accounting import ImageHeld, MemoryAccounting
+from proxy.pool.live_view import LiveView
+from proxy.pool.memory_accounting import MemoryAccounting
 from proxy.pool.model import Model, stop_grace_s, tier_found
 from proxy.pool.model_view import Rules
 from proxy.pool.removal_retry import RemovalRetries
-from proxy.pool.view import View
 from proxy.runtime.bounded import Bounded
 from proxy.telemetry.overdue import Overdue
 from proxy.tiers import Tier
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from proxy.config.settings import Settings
     from proxy.pool.model_view import InstanceView
     from proxy.pool.usage import Usage
+    from proxy.pool.view import View
     from proxy.runtime.base import Runtime
     from proxy.runtime.ladder_probes import LadderProbes
     from proxy.telemetry.metrics import Metrics
@@ -82,11 +84,16 @@ class PoolState:
         self.gpu_accounting = GpuAccounting(settings.pool.gpu_creep)
         self.memory_accounting = MemoryAccounting()
         self.costs = Costs()
-        self.models = {key: self.new_model(key, model) for key, model in settings.models.items()}
         self.leaving: list[Model] = []
         """Models that the configuration has no more, or with other engines, until their last instance is gone."""
         self.coming: dict[str, Model] = {}
         """By key: models whose engine is made ready to take over from an outdated one."""
+        self.queued: Counter[Model] = Counter()
+        """How many wait for each model that somebody waits for."""
+        self.live_view = LiveView(self.gpu_accounting, self.memory_accounting, self._is_there)
+        self.gpu_accounting.on_news = self.memory_accounting.on_news = self.note_change
+        self.models: dict[str, Model] = {}
+        self.models = {key: self.new_model(key, model) for key, model in settings.models.items()}
         self.lost: set[str] = set()
         """Models whose checkpoint could not be used at the start, as after an upgrade."""
         self.phase = Phase.STARTING
@@ -123,10 +130,39 @@ class PoolState:
         """A model with no instance yet."""
         runtime = self.runtimes[settings.runtime]
         name = self.settings.served_name(key)
-        return Model(
+        model = Model(
             key, settings, name, runtime, self.gpu_accounting, self.memory_accounting,
             probes=self.probes, costs=self.costs, coming=coming,
         )  # fmt: skip
+        self.observe(model)
+        return model
+
+    def observe(self, model: Model) -> None:
+        """Learn of what changes in a model; again where it was given another queue or image."""
+        changed = partial(self.live_view.changed.setdefault, model)
+        model.observed_by(changed)
+        model.image.observed_by(changed)
+        model.queue.on_count = partial(self._queue_changed, model)
+        self.queued.pop(model, None)
+        self._queue_changed(model, len(model.queue))
+
+    def _queue_changed(self, model: Model, more: int) -> None:
+        self.queued[model] += more
+        if self.queued[model] <= 0:
+            del self.queued[model]
+        self.live_view.changed.setdefault(model)
+
+    def note_change(self, key: str) -> None:
+        """Something is known of a model that was not."""
+        self.live_view.changed |= dict.fromkeys(self.called(key))
+
+    def called(self, key: str) -> list[Model]:
+        """The models of a key: the one that is served, the one that takes over from it, those that leave."""
+        found = [table[key] for table in (self.models, self.coming) if key in table]
+        return [*found, *(model for model in self.leaving if model.key == key)]
+
+    def _is_there(self, model: Model) -> bool:
+        return any(model is other for other in self.called(model.key))
 
     def everyone(self) -> list[Model]:
         """All models, those that come and go among them."""
@@ -134,21 +170,25 @@ class PoolState:
 
     def home(self, instance: Instance) -> Model:
         """The model that an instance belongs to; of that name there may be two."""
-        return next(m for m in self.everyone() if (s := m.instances.get(instance.id)) and s is instance)
+        return next(m for m in self.called(instance.model) if m.instances.get(instance.id) is instance)
 
     def find(self, seen: InstanceView) -> tuple[Model, Instance]:
         """The instance that a plan means, and its model."""
-        return next((m, i) for m in self.everyone() if (i := m.instances.get(seen.id)) is not None)
+        return next((m, i) for m in self.called(seen.model) if (i := m.instances.get(seen.id)) is not None)
 
     def new_instance(self, model: Model, instance_id: str) -> Instance:
         """Another instance of a model."""
         instance = Instance(instance_id, model.key, model.image if model.runtime.shares_images else None)
+        changed = partial(self.live_view.changed.setdefault, model)
+        instance.observed_by(changed)
+        instance.image.observed_by(changed)
         model.instances[instance_id] = instance
+        model.note_change()
         return instance
 
     def free_id(self, model: Model) -> str:
         """An id that no instance of the model has, nor one that was written off."""
-        taken = {instance_id for m in self.everyone() if m.key == model.key for instance_id in m.instances}
+        taken = {instance_id for m in self.called(model.key) for instance_id in m.instances} | {*model.instances}
         ids = (f"{model.key}-{n}" for n in itertools.count(1))
         return next(i for i in ids if i not in taken and i not in self.written_off)
 
@@ -157,21 +197,8 @@ class PoolState:
         return self.settings.key_of(name)
 
     def view(self) -> View:
-        """What the policy decides by."""
-        everyone = self.everyone()
-        return View(
-            [m.view() for m in everyone],
-            rules=self.rules,
-            gpus=self.memory_accounting.load(
-                self.gpu_accounting.load(i for m in everyone for i in m.instances.values()),
-                (i for m in everyone for i in m.instances.values()),
-                {
-                    i: ImageHeld(s.image.present, s.image.archived, not m.runtime.shares_images)
-                    for m in everyone
-                    for i, s in m.instances.items()
-                },
-            ),
-        )
+        """What the policy decides by, as of now."""
+        return self.live_view.refreshed(self.rules)
 
     def estimate_s(self, key: str) -> float:
         """How long a request for the model would wait for a wake, from measured ones, in seconds."""
@@ -187,6 +214,7 @@ class PoolState:
         model.leaving = True
         # The image of that name may be another engine's soon: nothing here may touch it.
         model.image = Image()
+        self.observe(model)
         self.leaving.append(model)
         for instance in model.instances.values():
             if model.runtime.shares_images:
@@ -198,6 +226,7 @@ class PoolState:
         """Drop a model that leaves when its last instance is gone."""
         if model.leaving and not model.instances:
             self.leaving.remove(model)
+            model.note_change()
             if model.key not in self.models:
                 self.metrics.forget(model.key)
 

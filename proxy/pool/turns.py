@@ -27,6 +27,8 @@ _WORTH: Final = 0.2
 """A turn is at least this part of what it costs to have another run and to come back."""
 _STREAMS: Final = 25
 """So many running requests double a turn: a batch serves them at little more than the price of one."""
+_MOST_OF_WAIT: Final = 0.25
+"""A turn is no longer than this part of the time that somebody may wait."""
 _PATIENCE_S: Final = 10.0
 """For so long at most a turn goes on for requests that have got no token yet."""
 
@@ -54,12 +56,12 @@ def turn_ends(
         return since
     begun = instance.turn_since if instance.turn_since is not None else -math.inf
     least = begun + rules.quantum_s
+    if instance.can_pause:
+        own_s = min(turn_s(rules, instance, model, needy, candidate), needy.max_wait_s * _MOST_OF_WAIT)
+        return max(least, begun + own_s, begun + _PATIENCE_S if instance.unanswered else -math.inf)
     slack_s = needy.max_wait_s - bring_back_s(candidate, needy)
-    bound = max(least, since + slack_s) if slack_s > 0 else math.inf  # else it is broken anyway, as by a cold start
-    if not instance.can_pause:
-        return min(bound, max(least, since + rules.switch_after_s))
-    own = begun + turn_s(rules, instance, model, needy, candidate)
-    return max(own, begun + _PATIENCE_S) if instance.unanswered else min(own, bound)
+    bound = since + slack_s if slack_s > 0 else math.inf  # else it is broken anyway, as by a cold start
+    return max(least, min(bound, since + rules.switch_after_s))
 
 
 def ask_for_room(

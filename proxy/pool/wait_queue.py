@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from proxy.pool.lease import Lease
     from proxy.tiers import Tier
@@ -21,13 +21,21 @@ T = TypeVar("T")
 class WaitQueue(Generic[T]):
     """Everybody once, with a rank; the lowest rank is next. Within a class ranks must come in ascending order."""
 
-    __slots__ = ("_classes",)
+    __slots__ = ("_classes", "_count", "on_count")
 
     def __init__(self) -> None:
         self._classes: dict[int, OrderedDict[T, float]] = {}
+        self._count = 0
+        self.on_count: Callable[[int], object] | None = None
+        """Called with how many more there are."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._classes.values()))
+        return self._count
+
+    def _counted(self, more: int) -> None:
+        self._count += more
+        if more and self.on_count is not None:
+            self.on_count(more)
 
     def __iter__(self) -> Iterator[T]:
         """In order; nobody may come or leave meanwhile."""
@@ -37,6 +45,7 @@ class WaitQueue(Generic[T]):
     def add(self, member: T, class_: int, rank: float) -> None:
         """At the end of its class."""
         self._classes.setdefault(class_, OrderedDict())[member] = rank
+        self._counted(1)
 
     def first(self) -> T | None:
         """Who is next; None when nobody waits."""
@@ -46,11 +55,13 @@ class WaitQueue(Generic[T]):
     def discard(self, member: T) -> None:
         """It waits no more; it may be gone already."""
         for members in self._classes.values():
-            members.pop(member, None)
+            if members.pop(member, None) is not None:
+                self._counted(-1)
 
     def clear(self) -> None:
         """Nobody waits."""
         self._classes.clear()
+        self._counted(-self._count)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,74 @@
+"""Decisions among very many models: what did not change is not looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from proxy.pool import policy
+from proxy.pool.model import Model
+from tests.fakes import Rig, settle
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import pytest
+
+
+@contextlib.asynccontextmanager
+async def crowd(models: int, waiting: int, **pool: Any) -> AsyncIterator[Rig]:
+    """`waiting` requests over a tenth of the models; another one is busy in the only place."""
+    entries = {f"m{n}": {"queue_timeout": "1h", "max_queue": 100_000} for n in range(models)}
+    rig = Rig(entries, max_awake=1, max_queue=100_000, **pool)
+    await rig.pool.open()
+    async with await rig.pool.lease("m0"):
+        keys = [f"m{n}" for n in range(1, models // 10 + 1)]
+        waits = [asyncio.create_task(rig.pool.lease(keys[number % len(keys)])) for number in range(waiting)]
+        await settle()
+        yield rig
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    await rig.pool.close()
+
+
+def decisions_s(rig: Rig, count: int = 200) -> list[float]:
+    """The CPU time of decisions, each after a change to one model."""
+    state, took = rig.pool._state, []
+    for number in range(count):
+        state.models[f"m{1 + number % 50}"].note_change()
+        began = time.thread_time()
+        policy.decide(state.view(), state.clock())
+        took.append(time.thread_time() - began)
+    return sorted(took)
+
+
+async def test_a_decision_copies_what_changed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    view = Model.view
+
+    def noted(model: Model) -> Any:
+        copied.append(model.key)
+        return view(model)
+
+    async with crowd(200, 100) as rig:
+        monkeypatch.setattr(Model, "view", noted)
+        rig.pool._state.models["m7"].note_change()
+        rig.pool.tick()
+        assert copied == ["m7"]
+        lease = asyncio.create_task(rig.pool.lease("m150"))
+        await settle()
+        assert copied == ["m7", "m150"]
+        lease.cancel()
+        await asyncio.gather(lease, return_exceptions=True)
+
+
+async def test_ten_times_as_many_models_do_not_slow_a_decision_down() -> None:
+    async with crowd(100, 100) as few:
+        of_few = statistics.median(decisions_s(few))
+    async with crowd(1000, 1000) as many:
+        of_many = statistics.median(decisions_s(many))
+    assert of_many < 2.5 * of_few + 50e-6, f"{of_few * 1e6:.0f} and {of_many * 1e6:.0f} microseconds"
