@@ -358,10 +358,10 @@ def test_a_stage_is_named_whether_it_is_known_or_not() -> None:
     assert found["load_weights"] == pytest.approx(0.2)
     assert found["brand_new"] == pytest.approx(0.3)
     assert sum(found.values()) == pytest.approx(1.0)
-    # Every stage of the way up is known; these are of the making of a checkpoint.
-    making = {"weights", "sleep", "checkpoint"}
+    # Every stage of the way up is known; these are of the making of a checkpoint and of pauses.
+    others = {"weights", "sleep", "checkpoint", "pause", "unpause", "save_cache", "load_cache"}
     source = "".join((ROOT / "proxy" / name).read_text() for name in ("pool/transitions.py", "engine/client.py"))
-    assert set(re.findall(r'stages\.measure\("(\w+)"\)', source)) - making <= set(attribution.ORDER)
+    assert set(re.findall(r'stages\.measure\("(\w+)"\)', source)) - others <= set(attribution.ORDER)
 
 
 # --- traces ---

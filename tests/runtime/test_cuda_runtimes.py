@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from proxy.runtime.base import EngineProcess
 
 
+_ENGINE = "-m\0loadtest.engine\0"
+"""In a command line: an engine, and not the process that forks them."""
+
+
 class EveryEngine(FakeDriver):
     """Takes every load-test engine for a CUDA process; one that was just restored by CRIU is as it was dumped."""
 
@@ -54,7 +58,7 @@ class EveryEngine(FakeDriver):
         super().restore(pid)
 
     def state(self, pid: int) -> int:
-        if pid not in self.states and "loadtest.engine" in _command(pid):
+        if pid not in self.states and _ENGINE in _command(pid):
             self.states[pid] = self.dumped
         return super().state(pid)
 
@@ -254,7 +258,7 @@ class OneGpu:
         return "580.159.04"
 
     def processes(self) -> dict[int, dict[str, int]]:
-        ours = [p.pid for p in psutil.Process().children(recursive=True) if "loadtest.engine" in _command(p.pid)]
+        ours = [p.pid for p in psutil.Process().children(recursive=True) if _ENGINE in _command(p.pid)]
         on_gpu = [pid for pid in ours if self.driver.states.get(pid) != ProcessState.CHECKPOINTED]
         return {pid: {"GPU-1": 60 * GIB} for pid in on_gpu}
 
