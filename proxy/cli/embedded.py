@@ -41,6 +41,5 @@ def say_what_to_do() -> None:
     for there in (Path("warmpool.toml"), units.CONFIG):
         if there.exists():
             log.warning("there is a %s: warmpool serve --config %s", there, there)
-    log.info(
-        "your own models: warmpool config reference > warmpool.toml, edit it, warmpool serve --config warmpool.toml"
-    )
+    log.info("your own model: warmpool model add -c warmpool.toml -- vllm serve MODEL")
+    log.info("then: warmpool serve --config warmpool.toml (all keys: warmpool config reference)")

@@ -2,12 +2,12 @@
 // Everything that comes from the server goes into the page as text, never as markup.
 const TIERS = ["ready", "sleeping", "suspended", "checkpointed", "archived", "stopped"];
 const COMMANDS = {
-  wake: { key: "w", label: "Wake", text: "An instance is made ready, as for a request. Where room is short, another model makes it." },
+  wake: { key: "w", label: "Wake", text: "An instance is brought to ready, as for a request. Where there is too little room, an idle instance of another model steps down." },
   suspend: { key: "s", label: "Suspend", text: "The GPU is freed; processes and host memory stay. The next request wakes it." },
   checkpoint: { key: "c", label: "Checkpoint", text: "An image on tmpfs takes the place of the processes. The next request restores it." },
-  stop: { key: "x", label: "Stop", text: "The instances end, and the checkpoints that are theirs alone go too." },
-  drain: { key: "d", label: "Drain", text: "New requests are refused with 503 until that is taken back; what runs or waits is finished." },
-  undrain: { key: "d", label: "Undrain", text: "Requests are admitted again." },
+  stop: { key: "x", label: "Stop", text: "The instances end, and so do the checkpoints that are theirs alone." },
+  drain: { key: "d", label: "Drain", text: "New requests get 503 until you press Undrain; those that run or wait are finished." },
+  undrain: { key: "d", label: "Undrain", text: "Requests are taken again." },
 };
 const byId = (id) => document.getElementById(id);
 let status = null, clockOffsetMs = 0, token = sessionStorage.getItem("warmpool-token") || "";
@@ -103,7 +103,7 @@ let asking = null;
 function askForToken(why) {
   asking ??= new Promise((done) => {
     const dialog = byId("token-dialog");
-    byId("token-text").textContent = (token ? "That token was not taken: " : "") + why + " It is kept until this tab is closed.";
+    byId("token-text").textContent = (token ? "That token is wrong: " : "") + why + " It is kept until this tab is closed.";
     byId("token").value = "";
     dialog.addEventListener("close", () => {
       token = byId("token").value.trim();
