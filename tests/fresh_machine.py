@@ -30,7 +30,7 @@ MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = "systemd,systemd-sysv,dbus"
 SOURCES: Final = "/srv/warmpool.git"
 """What REPOSITORY is, in there."""
-SUBNET: Final = "10.211.77.0/24"
+SUBNET: Final = f"10.211.{os.getpid() % 250}.0/24"
 STEP_S: Final = 1200.0
 TRUSTED: Final = "/etc/host-certificates.crt"
 """What pip trusts on this host, in there."""

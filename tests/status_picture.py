@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.async_api import ViewportSize
 
 PICTURE = ROOT / "docs" / "pictures" / "status-page.png"
-VIEWPORT: ViewportSize = {"width": 1200, "height": 1000}
+VIEWPORT: ViewportSize = {"width": 1200, "height": 1040}
 LONG = {"sleeping": "10m", "suspended": "20m", "checkpointed": "30m"}
 
 
