@@ -12,7 +12,7 @@ from proxy.gpu.cuda import NOT_INITIALIZED, DriverError, Gpus, ProcessState
 from proxy.gpu.nvml import GpuMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from proxy.gpu.nvml import Monitor
 
@@ -32,6 +32,8 @@ class FakeDriver:
         self.states: dict[int, int] = {int(name[1:]): state for name, state in processes.items()}
         self.failures: dict[tuple[str, int], str] = {}
         self.leaves: dict[int, int] = {}
+        self.moves: dict[int, dict[str, str]] = {}
+        """Process → the GPUs that it was restored onto, where they are others."""
         self.calls: Counter[str] = Counter()
         self.takes_s = 0.0
         self.at_once = 0
@@ -66,8 +68,9 @@ class FakeDriver:
     def checkpoint(self, pid: int) -> None:
         self._call("checkpoint", pid, ProcessState.LOCKED, ProcessState.CHECKPOINTED)
 
-    def restore(self, pid: int) -> None:
+    def restore(self, pid: int, moves: Mapping[str, str]) -> None:
         self._call("restore", pid, ProcessState.CHECKPOINTED, ProcessState.LOCKED)
+        self.moves[pid] = dict(moves)
 
     def unlock(self, pid: int) -> None:
         self._call("unlock", pid, ProcessState.LOCKED, ProcessState.RUNNING)

@@ -98,6 +98,8 @@ class FakeRuntime:
         """Model → bytes of GPU memory that an engine of it holds when it is awake, and asleep."""
         self.places: dict[str, tuple[int, ...]] = {}
         """Model → the GPUs, by index, of each of which its engines hold that; the first one where nothing is said."""
+        self.restored_on: dict[str, dict[str, str]] = {}
+        """Instance → the GPUs that it was restored onto instead of those of its image."""
         self.host_takes: dict[str, int] = {}
         """Model → bytes of host memory that an engine of it holds."""
         self.leaks: dict[str, int] = {}
@@ -191,6 +193,7 @@ class FakeRuntime:
         await self._enter("start")
         engine = self._prepared(instance_id, key)
         engine.beside = beside and self.shares_images
+        self.restored_on.pop(instance_id, None)
         self.processes[instance_id] = Process(next(self.boots), command=_command(model))
         engine.measure()
         return engine
@@ -250,7 +253,10 @@ class FakeProcess:
             return
         ready, asleep = runtime.takes.get(self.key, (0, 0))
         held = 0 if process.frozen else asleep if process.sleep_level or process.paused else ready
-        for index in runtime.places.get(self.key, (0,)):
+        uuids, moves = runtime.nvml.uuids, runtime.restored_on.get(self.instance_id, {})
+        for gpu in gpus:
+            gpu.pop(self.port, None)
+        for index in (uuids.index(moves.get(uuids[i], uuids[i])) for i in runtime.places.get(self.key, (0,))):
             gpus[index][self.port] = held + runtime.leaks.get(self.instance_id, 0)
 
     async def gpu_bytes(self) -> Mapping[str, int]:
@@ -294,7 +300,7 @@ class FakeProcess:
         self.runtime.images.there[self.image] = image
         self._end()
 
-    async def restore(self, stages: Stages) -> None:
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
         with stages.measure("fake"):
             await self.runtime._enter("restore")
         image = self.runtime.images.of(self, "restore")
@@ -304,6 +310,7 @@ class FakeProcess:
             image.boot, image.served, sleep_level=image.sleep_level, command=image.command, restored=True
         )
         self.runtime.leaks.pop(self.instance_id, None)
+        self.runtime.restored_on[self.instance_id] = dict(gpus or {})
         self.measure()
 
     def promote(self) -> None:

@@ -61,6 +61,18 @@ Figures = Annotated[Mapping[Name, Seconds], Field(max_length=1000)]
 Sizes = Annotated[Mapping[Name, Bytes], Field(max_length=1000)]
 
 
+class Gpu(BaseModel):
+    """A GPU of the host where an image was made."""
+
+    model_config = _STRICT
+
+    uuid: Name
+    name: Name
+    total_bytes: Bytes
+    used: bool
+    """Whether the engine held memory of it."""
+
+
 class Private(BaseModel):
     """The runtime's own."""
 
@@ -71,6 +83,8 @@ class Private(BaseModel):
     port: Port | None = None
     cuda: bool | None = None
     """Its CUDA state was in host memory when it was dumped."""
+    gpus: Annotated[list[Gpu], Field(max_length=64)] | None = None
+    """All of the host; None where it is not known which it used."""
     host_port: Port | None = None
     """Of a container on the host's network."""
     abstract_sockets: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=10_000)] | None = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _WORKER_EXTENSION: Final = "--worker-extension-cls"
 _SLEEP_MODE: Final = "--enable-sleep-mode"
+_VISIBLE: Final = ("NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 _PARALLEL: Final = frozenset(
     {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"}
 )
@@ -312,6 +313,10 @@ class ModelSettings(Section):
             return [*(self.podman.entrypoint or ()), *self.podman.command]
         return self.process.command if self.process is not None else []
 
+    def names_option(self, option: str) -> bool:
+        """Whether the command has this option of vLLM's, however it is spelled."""
+        return any(word.partition("=")[0].replace("_", "-") == option for word in self._words())
+
     @property
     def gpus_an_engine(self) -> int:
         """How many GPUs the command has vLLM spread one engine over."""
@@ -322,6 +327,18 @@ class ModelSettings(Section):
                 value = value if equals else "".join(words[number + 1 : number + 2])
                 count *= int(value) if value.isascii() and value.isdigit() else 1
         return max(1, count)
+
+    @property
+    def names_its_gpus(self) -> bool:
+        """Whether its engines are told which GPUs to use, so that others have no place in them."""
+        table = self.podman or self.process
+        devices = self.podman.devices if self.podman is not None else []
+        if any(re.search(r"nvidia\.com/gpu=(?!all$)|^/dev/nvidia\d", device) for device in devices):
+            return True
+        named = {
+            name: table.env[name].get_secret_value() for name in _VISIBLE if table is not None and name in table.env
+        }
+        return any(value not in ("", "all") for value in named.values())
 
     @property
     def own_worker_extension(self) -> str | None:

@@ -10,6 +10,7 @@ from proxy.doctor.named_files import named_files
 from proxy.doctor.needs import Needs, PodmanFacts, Situation
 from proxy.doctor.randomness import randomness
 from proxy.doctor.report import Check, exit_status
+from proxy.doctor.several_gpus import several_gpus
 from proxy.errors import WarmpoolError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _CHECKS: Final[tuple[Examine, ...]] = (
     memory.folders,
     memory.limits,
     gpus.nvidia,
+    several_gpus,
     named_files,
     randomness,
 )

@@ -12,12 +12,14 @@ why and nothing else is lost.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import enum
 import importlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from uuid import UUID
 
 from proxy.errors import WarmpoolError
 from proxy.gpu.nvml import MemoryReader, Monitor, Nvml
@@ -29,6 +31,8 @@ T = TypeVar("T")
 
 MIN_DRIVER: Final = 570
 """The first driver with the checkpoint API."""
+REMAP_DRIVER: Final = 580
+"""The first that restores onto another GPU of the same chip."""
 NOT_INITIALIZED: Final = "CUDA_ERROR_NOT_INITIALIZED"
 """The answer for a process that never used CUDA."""
 _NOT_READY: Final = "CUDA_ERROR_NOT_READY"
@@ -87,8 +91,8 @@ class Driver(Protocol):
     def checkpoint(self, pid: int) -> None:
         """Copy a locked process's GPU memory to its host memory and free the GPU."""
 
-    def restore(self, pid: int) -> None:
-        """Copy it back."""
+    def restore(self, pid: int, moves: Mapping[str, str]) -> None:
+        """Copy it back; with `moves`, UUIDs old → new of every GPU that it sees, onto other GPUs of the same chip."""
 
     def unlock(self, pid: int) -> None:
         """Let a locked process go on."""
@@ -124,9 +128,26 @@ class CudaDriver:
         """See `Driver`."""
         self._check("checkpoint", pid, self._cuda.cuCheckpointProcessCheckpoint(pid, None))
 
-    def restore(self, pid: int) -> None:
+    def restore(self, pid: int, moves: Mapping[str, str]) -> None:
         """See `Driver`."""
-        self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, None))
+        arguments = self.restore_arguments(moves) if moves else None
+        self._check("restore", pid, self._cuda.cuCheckpointProcessRestore(pid, arguments))
+
+    def restore_arguments(self, moves: Mapping[str, str]) -> Any:
+        """CUcheckpointRestoreArgs for UUIDs old → new, as NVML writes them."""
+        arguments = self._cuda.CUcheckpointRestoreArgs()
+        arguments.gpuPairs = [self._pair(old, new) for old, new in moves.items()]
+        arguments.gpuPairsCount = len(moves)
+        return arguments
+
+    def _pair(self, old: str, new: str) -> Any:
+        pair = self._cuda.CUcheckpointGpuPair()
+        for field, text in (("oldUuid", old), ("newUuid", new)):
+            value = self._cuda.CUuuid()
+            uuid = UUID(text.removeprefix("GPU-")).bytes
+            ctypes.memmove(value.getPtr(), uuid, len(uuid))  # its attribute `bytes` is read-only
+            setattr(pair, field, value)
+        return pair
 
     def unlock(self, pid: int) -> None:
         """See `Driver`."""
@@ -190,6 +211,11 @@ class Gpus(MemoryReader):
         """Whether `open` found all that is needed."""
         return self._driver is not None
 
+    @property
+    def can_move(self) -> bool:
+        """Whether a process can be resumed on another GPU than it was suspended on."""
+        return self.usable and int(self.driver_version.split(".")[0]) >= REMAP_DRIVER
+
     async def _side_by_side(self, work: Callable[[Driver, int], T], pids: Iterable[int]) -> list[T | BaseException]:
         driver, threads = self._driver, self._threads
         if driver is None or threads is None:
@@ -239,9 +265,10 @@ class Gpus(MemoryReader):
     async def _unlock(self, pids: Sequence[int]) -> None:
         _raise_first(await self._side_by_side(lambda driver, pid: driver.unlock(pid), pids))
 
-    async def resume(self, pids: Iterable[int]) -> list[int]:
+    async def resume(self, pids: Iterable[int], moves: Mapping[str, str] | None = None) -> list[int]:
         """Bring every suspended CUDA process among these back to its GPU; those processes.
 
+        `moves`: to other GPUs of the same chip (UUIDs old → new, of every GPU that they see; driver 580).
         Raises GpuError; the processes are of no use then.
         """
         states = await self.states(pids)
@@ -249,7 +276,7 @@ class Gpus(MemoryReader):
 
         def bring_back(driver: Driver, pid: int) -> None:
             if states[pid] != ProcessState.LOCKED and states[pid] != ProcessState.RUNNING:
-                driver.restore(pid)
+                driver.restore(pid, moves or {})
             if states[pid] != ProcessState.RUNNING:
                 driver.unlock(pid)
 

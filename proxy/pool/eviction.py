@@ -54,7 +54,8 @@ class Room:
             if candidate is not None
             else gpu_accounting.NOTHING
         )
-        extra = gpu_accounting.beyond(self._load.needs.get(model.key, gpu_accounting.NOTHING), held)
+        free = {uuid: min(count, self._soon.get(uuid, 0)) for uuid, count in self._now.items()}
+        extra = gpu_accounting.beyond(self._load.need_of(model.key, candidate, free), held)
         if candidate is not None and (unpacked := self._load.unpacks.get(candidate.id)):
             extra[HOST] = extra.get(HOST, 0) + unpacked
         return extra

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from proxy.gpu.cuda import MAX_LEFT_BYTES
+from proxy.gpu.placement import roomy
 from proxy.pool.instance import State
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from proxy.gpu.nvml import GpuMemory
@@ -40,6 +41,7 @@ HOLDS_NOTHING: Final = frozenset(
     {State.NEW, State.CHECKPOINTED, State.CLONING, State.ARCHIVING, State.ARCHIVED, State.GONE}
 )
 """The states in which an instance has no process."""
+_IN_IMAGE: Final = frozenset({State.CHECKPOINTED, State.ARCHIVED})
 _RECENT: Final = 3
 """How many readings in a row have to show a growth."""
 MAX_EXCESS_BYTES: Final = MAX_LEFT_BYTES
@@ -54,6 +56,11 @@ def plus(one: Bytes, other: Bytes) -> dict[str, int]:
 def beyond(one: Bytes, other: Bytes) -> dict[str, int]:
     """What `one` has more than `other`, on the GPUs where it has more."""
     return {uuid: more for uuid, count in one.items() if (more := count - other.get(uuid, 0)) > 0}
+
+
+def moved(known: Bytes, moves: Mapping[str, str] | None) -> Bytes:
+    """What is known of some GPUs, of those that an engine is on instead."""
+    return {moves.get(uuid, uuid): count for uuid, count in known.items()} if moves else known
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,13 @@ class GpuLoad:
     guessed: AbstractSet[str] = frozenset()
     """Models whose need of host memory is a guess."""
 
+    moves: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Instance → UUIDs of its model's GPUs → of those that it is on instead."""
+    gpus: Sequence[GpuMemory] = ()
+    """Those that an image may be restored onto, wherever it was made; none where it stays where it is."""
+    bound: Container[str] = frozenset()
+    """Models whose images stay there in any case."""
+
     def held_on(self, tier: Tier, instance: InstanceView) -> Bytes | None:
         """What a resting instance would hold on a colder tier; None where that is not known."""
         gpus = self._held_of_gpus(tier, instance)
@@ -92,8 +106,27 @@ class GpuLoad:
         if self.capacity.keys() == {HOST}:
             return NOTHING
         if tier <= Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
-            return self.asleep.get(instance.model)
+            known = self.asleep.get(instance.model)
+            return known and moved(known, self.moves.get(instance.id))
         return NOTHING
+
+    def need_of(self, model: str, candidate: InstanceView | None, free: Bytes) -> Bytes:
+        """What an instance holds when it is ready, where it is or would be restored; nothing where that is not known.
+
+        `free`: what is free of each GPU.
+        """
+        known = self.needs.get(model, NOTHING)
+        if candidate is None:
+            return known
+        if candidate.state not in _IN_IMAGE:
+            return moved(known, self.moves.get(candidate.id))
+        return moved(known, place_for(known, self.gpus, free)) if model not in self.bound else known
+
+
+def place_for(need: Bytes, gpus: Sequence[GpuMemory], free: Bytes) -> Mapping[str, str]:
+    """Where an image would be restored: where it was made if there is room, else where there is."""
+    used = {uuid: count for uuid, count in need.items() if uuid != HOST}
+    return roomy(used, gpus, free) if used and len(gpus) > len(used) else {}
 
 
 class _Trail:
@@ -147,15 +180,25 @@ class GpuAccounting:
         self._measured: set[str] = set()
         """The models whose need was seen here."""
         self._configured: dict[str, tuple[int, Sequence[int]]] = {}
+        self.can_move = False
+        """An image can be restored onto other GPUs than it was made on."""
+        self._bound: set[str] = set()
+        """Models that name their GPUs themselves, and stay there."""
+        self.all_moves: dict[str, Mapping[str, str]] = {}
+        """Instance → UUIDs of its model's GPUs → of those that it is on instead."""
         self._tried: set[str] = set()
         """Instances that are suspended for a trial, and take their memory back at once."""
 
     # --- what a model needs ---
 
-    def configure(self, model: str, size_bytes: int | None, indices: Sequence[int]) -> None:
-        """What an engine is said to take on each of some GPUs, until it is known better; None: nothing is said."""
+    def configure(self, model: str, size_bytes: int | None, indices: Sequence[int], *, bound: bool = False) -> None:
+        """What an engine is said to take on each of some GPUs, until it is known better; None: nothing is said.
+
+        `bound`: it names its GPUs itself.
+        """
         self.on_news(model)
         self._configured.pop(model, None)
+        (self._bound.add if bound else self._bound.discard)(model)
         if size_bytes is not None:
             self._configured[model] = size_bytes, indices
 
@@ -206,6 +249,58 @@ class GpuAccounting:
         present = {gpu.uuid for gpu in self.gpus}
         return {uuid: count for uuid, count in known.items() if uuid in present} or None
 
+    # --- where an instance is ---
+
+    def _need_of(self, instance: Instance) -> Bytes | None:
+        known = self.need(instance.model)
+        return known and moved(known, self.all_moves.get(instance.id))
+
+    def asleep_of(self, instance: Instance) -> Bytes | None:
+        """What it holds when it sleeps, where it is; None where that is not known."""
+        known = self.asleep(instance.model)
+        return known and moved(known, self.all_moves.get(instance.id))
+
+    def need_of(self, instance: Instance) -> Bytes:
+        """What it holds when it is ready, where it is or is to be; nothing where that is not known."""
+        return self._need_of(instance) or NOTHING
+
+    def images_may_go_to(self) -> Sequence[GpuMemory]:
+        """See `GpuLoad.gpus`."""
+        return self.gpus if self.can_move and len(self.gpus) > 1 else ()
+
+    @property
+    def bound(self) -> Container[str]:
+        """See `GpuLoad.bound`."""
+        return self._bound
+
+    def _free_beside(self, everyone: Iterable[Instance]) -> dict[str, int]:
+        """What is free of each GPU and stays so while moves go on; one that is to be placed holds nothing."""
+        free = {gpu.uuid: gpu.total_bytes - self.foreign.get(gpu.uuid, 0) for gpu in self.gpus}
+        for instance in everyone:
+            now, after = self.charge(instance), self._charge_after(instance)
+            for uuid in now.keys() | after.keys():
+                free[uuid] = free.get(uuid, 0) - max(now.get(uuid, 0), after.get(uuid, 0))
+        return free
+
+    def place(self, instance: Instance, everyone: Iterable[Instance]) -> None:
+        """It is about to wake: decide where, if that is from its image."""
+        gpus, need = self.images_may_go_to(), self.need(instance.model)
+        if gpus and need and instance.state in _IN_IMAGE and instance.model not in self._bound:
+            self.on_news(instance.model)
+            self.all_moves[instance.id] = place_for(need, gpus, self._free_beside(everyone))
+
+    def wrote_image(self, instance: Instance) -> None:
+        """Its image is of the GPUs that it is on, whatever an earlier one was of."""
+        self.on_news(instance.model)
+        moves = self.all_moves.pop(instance.id, None)
+        for learned in self._learned.values():
+            if moves and instance.model in learned:
+                learned[instance.model] = moved(learned[instance.model], moves)
+
+    def moves(self, instance: Instance) -> Mapping[str, str]:
+        """UUIDs of GPUs that its image was made on → of those it is to be on; empty where it stays."""
+        return self.all_moves.get(instance.id, {})
+
     # --- what an instance holds ---
 
     @contextmanager
@@ -218,6 +313,11 @@ class GpuAccounting:
         finally:
             self._tried.discard(instance.id)
             self.on_news(instance.model)
+
+    def started(self, instance: Instance) -> None:
+        """It was started from nothing, so it is where its model's engines are by themselves."""
+        self.all_moves.pop(instance.id, None)
+        self.began(instance)
 
     def began(self, instance: Instance) -> None:
         """It was started or restored: an engine that nothing is known of yet."""
@@ -232,14 +332,14 @@ class GpuAccounting:
         account = self._account(instance)
         account.cycles += 1
         account.fresh = True
-        account.held = self.need(instance.model) or account.held
+        account.held = self._need_of(instance) or account.held
 
     def arrived(self, instance: Instance, tier: Tier) -> None:
         """It stepped down; until it is measured it holds what is expected there."""
         self.on_news(instance.model)
         account = self._account(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
-            account.held = self.asleep(instance.model) or account.held
+            account.held = self.asleep_of(instance) or account.held
         else:
             account.held = NOTHING
 
@@ -255,6 +355,7 @@ class GpuAccounting:
     def forget(self, instance_id: str) -> None:
         """It is gone."""
         self._accounts.pop(instance_id, None)
+        self.all_moves.pop(instance_id, None)
 
     def _account(self, instance: Instance) -> _Account:
         return self._accounts.setdefault(instance.id, _Account())
@@ -271,6 +372,8 @@ class GpuAccounting:
         account.held = dict(held)
         if outgoing:
             return
+        if moves := self.all_moves.get(instance.id):  # what is learned is of the GPUs that its image was made on
+            held = moved(held, {new: old for old, new in moves.items()})
         if kind == READY:
             # The most of its run: under load an engine holds more than just after a wake.
             before = self._learned[READY].get(instance.model, NOTHING) if instance.model in self._measured else NOTHING
@@ -318,15 +421,15 @@ class GpuAccounting:
         account = self._accounts.get(instance.id)
         held = account.held if account is not None else NOTHING
         if state in (State.WAKING, State.UNPAUSING) or instance.id in self._tried:
-            need = self.need(instance.model) or NOTHING
+            need = self.need_of(instance)
             return {uuid: max(held.get(uuid, 0), need.get(uuid, 0)) for uuid in held.keys() | need.keys()}
         if held:
             return held
         kind = _KINDS.get(state)
         if kind == READY or state in (State.FALLING_ASLEEP, State.PAUSING):
-            return self.need(instance.model) or NOTHING
+            return self.need_of(instance)
         if kind == SLEEPING or state is State.PAUSED:
-            return self.asleep(instance.model) or self.need(instance.model) or NOTHING
+            return self.asleep_of(instance) or self.need_of(instance)
         return NOTHING
 
     def _charge_after(self, instance: Instance) -> Bytes:
@@ -334,7 +437,7 @@ class GpuAccounting:
             return self.charge(instance)
         match instance.state:
             case State.FALLING_ASLEEP | State.PAUSING:
-                return self.asleep(instance.model) or self.charge(instance)
+                return self.asleep_of(instance) or self.charge(instance)
             case State.SUSPENDING if not self.suspending_frees:
                 return self.charge(instance)
             case State.SUSPENDING | State.CHECKPOINTING | State.BROKEN | State.STOPPING:
@@ -370,7 +473,7 @@ class GpuAccounting:
         if instance.state is State.SLEEPING and tier is Tier.SLEEPING:
             return self.charge(instance)
         if tier is Tier.SLEEPING or (tier is Tier.SUSPENDED and not self.suspending_frees):
-            return self.asleep(instance.model) or self.charge(instance)
+            return self.asleep_of(instance) or self.charge(instance)
         return NOTHING
 
     def leaked_bytes(self, instance: Instance, expected: Bytes) -> int:
@@ -399,6 +502,9 @@ class GpuAccounting:
             needs={model: need for model in models if (need := self.need(model))},
             asleep={model: held for model in models if (held := self.asleep(model))},
             suspending_frees=self.suspending_frees,
+            moves=self.all_moves,
+            gpus=self.images_may_go_to(),
+            bound=self._bound,
         )
 
     def charged(self, instances: Iterable[Instance]) -> Bytes:

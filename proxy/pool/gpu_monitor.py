@@ -48,6 +48,7 @@ class GpuMonitor:
         """Measure, and go on measuring; nothing where NVML cannot be asked."""
         if self._gpus is not None and self._gpus.measurable:
             self._accounting.suspending_frees = self._gpus.usable
+            self._accounting.can_move = self._gpus.can_move
             await self.measure()
             self._measuring = asyncio.create_task(self._keep_measuring(), name="measure")
 
@@ -118,7 +119,7 @@ class GpuMonitor:
 
     def has_room(self, instance: Instance) -> bool:
         """Whether what its model needs awake is free beside all others, as far as is known."""
-        need = self._accounting.need(instance.model)
+        need = self._accounting.need_of(instance)
         if not need:
             return True
         load = self._accounting.load(s for m in self._state.everyone() for s in m.instances.values())

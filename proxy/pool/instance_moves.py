@@ -134,6 +134,9 @@ class Moves:
         model.fail_waiters(NoMemoryError(text, retry_after_s=_MEMORY_RETRY_S))
 
     def _begin_wake(self, action: Wake) -> None:
+        everyone = [i for m in self._state.everyone() for i in m.instances.values()]
+        if action.instance is not None:
+            self._state.gpu_accounting.place(self._state.find(action.instance)[1], everyone)
         evictions = self._evict(action) if action.victims else NO_EVICTIONS
         model = self._state.models[action.model]
         if action.instance is None:
@@ -146,10 +149,11 @@ class Moves:
         self.move(model, instance, "wake", self.wakes.wake(model, instance, instance.generation, evictions))
 
     def _evict(self, action: Wake) -> Evictions:
-        held = gpu_accounting.NOTHING
+        held, need = gpu_accounting.NOTHING, self._state.gpu_accounting.need(action.model) or gpu_accounting.NOTHING
         if action.instance is not None:
-            held = self._state.gpu_accounting.charge(self._state.find(action.instance)[1])
-        needed = gpu_accounting.beyond(self._state.gpu_accounting.need(action.model) or gpu_accounting.NOTHING, held)
+            candidate = self._state.find(action.instance)[1]
+            held, need = self._state.gpu_accounting.charge(candidate), self._state.gpu_accounting.need_of(candidate)
+        needed = gpu_accounting.beyond(need, held)
         if not gpu_accounting.beyond(needed, {gpu.uuid: gpu.free_bytes for gpu in self._state.gpu_accounting.gpus}):
             needed = {}  # as much was free before anybody made room: nothing is to be seen to
         expected = {}

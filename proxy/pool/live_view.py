@@ -138,5 +138,5 @@ class LiveView:
             short = -free - max(0, self._memory.held_then - self._held)
         return GpuLoad(
             capacity, self._now, self._after, self._needs, self._asleep, self._gpus.suspending_frees, self._left,
-            self._unpacks, short, self._guessed,
+            self._unpacks, short, self._guessed, self._gpus.all_moves, self._gpus.images_may_go_to(), self._gpus.bound,
         )  # fmt: skip

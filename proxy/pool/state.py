@@ -233,7 +233,7 @@ class PoolState:
     def configure_accounts(self) -> None:
         """Tell the accounts what the configuration says of memory."""
         for key, model in self.settings.models.items():
-            self.gpu_accounting.configure(key, model.gpu_memory, model.gpus)
+            self.gpu_accounting.configure(key, model.gpu_memory, model.gpus, bound=model.names_its_gpus)
             self.memory_accounting.configure(key, model.host_memory)
         self.memory_accounting.reserve_bytes = int(self.settings.pool.memory_reserve)
 

@@ -104,7 +104,7 @@ class Steps:
 
     async def _start(self, model: Model, instance: Instance, stages: Stages) -> None:
         settings = model.settings
-        model.gpu_accounting.began(instance)
+        model.gpu_accounting.started(instance)
         # Whatever is left of a start that is cut off can be removed by this.
         instance.reserve(model.runtime.engine(instance.id, model.key))
         for others_left in reversed(range(_PORTS_TRIED)):
@@ -181,7 +181,7 @@ class Steps:
         await self.unarchive(model, instance, stages)
         reading = self._read_weights(model, image)
         with stages.measure("restore"):
-            await engine_of(instance).restore(stages)
+            await engine_of(instance).restore(stages, model.gpu_accounting.moves(instance))
             self.attach(model, instance, engine_of(instance))
         instance.sleeps(image.sleep_level)
         instance.restored(copies_weights=model.settings.weights_copy)
@@ -368,6 +368,7 @@ class Steps:
             with stages.measure("checkpoint"):
                 await engine_of(instance).checkpoint(facts, stages)
             image.written(instance.sleep_level, instance.canary)
+            model.gpu_accounting.wrote_image(instance)
             if not model.coming:
                 self.keep_copy(model, instance)
         instance.sleeps(image.sleep_level)

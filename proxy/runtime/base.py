@@ -144,8 +144,11 @@ class EngineProcess(Protocol):
         A failure with `alive` leaves the engine as it was; one without leaves nothing running.
         """
 
-    async def restore(self, stages: Stages) -> None:
-        """Bring the engine back from its image, which is kept; it runs (not suspended) afterwards."""
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
+        """Bring the engine back from its image, which is kept; it runs (not suspended) afterwards.
+
+        `gpus`: UUIDs of GPUs that it was on when the image was made → of those it is to be on, of the same kind.
+        """
 
     def promote(self) -> None:
         """Have the image of an engine that was started `beside` take the place of its model's.

@@ -100,8 +100,8 @@ class BoundedEngine:
     async def checkpoint(self, facts: ImageFacts, stages: Stages) -> None:
         await self._on("checkpoint", None, lambda: self._engine.checkpoint(facts, stages))
 
-    async def restore(self, stages: Stages) -> None:
-        await self._on("restore", None, lambda: self._engine.restore(stages))
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
+        await self._on("restore", None, lambda: self._engine.restore(stages, gpus))
 
     def promote(self) -> None:
         self._engine.promote()

@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from proxy.errors import RuntimeFailure
-from proxy.gpu import cuda
+from proxy.gpu import cuda, placement
+from proxy.gpu.placement import ImageGpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,11 +76,30 @@ class Cuda:
             return False
         return off_gpu or await self.suspend("checkpoint", pids)
 
-    async def resume(self, operation: str, pids: Sequence[int]) -> None:
+    async def gpus_of(self, pids: Sequence[int]) -> list[ImageGpu]:
+        """Every GPU of the host, and whether these processes use it; none where that is not known."""
+        if self._gpus is None or not self._gpus.measurable:
+            return []
+        held = await self._gpus.held_by_gpu(pids)
+        if not any(held.values()):
+            return []
+        return [ImageGpu(g.uuid, g.name, g.total_bytes, held.get(g.uuid, 0) > 0) for g in await self._gpus.memory()]
+
+    async def moves(self, made_on: Sequence[ImageGpu], wanted: Mapping[str, str]) -> Mapping[str, str]:
+        """UUIDs old → new for the processes of an image; empty where they stay. Raises RuntimeFailure."""
+        here = await self._gpus.memory() if self._gpus is not None and made_on else []
+        if not here:
+            return {}
+        try:
+            return placement.pairs(made_on, wanted, here)
+        except placement.PlacementError as error:
+            raise RuntimeFailure("restore", str(error)) from error
+
+    async def resume(self, operation: str, pids: Sequence[int], moves: Mapping[str, str] | None = None) -> None:
         """Bring suspended processes back to the GPU. Raises RuntimeFailure; they are of no use then."""
         if self._gpus is None or not self.usable:
             raise RuntimeFailure(operation, f"CUDA: {self.reason}")
         try:
-            await self._gpus.resume(pids)
+            await self._gpus.resume(pids, moves)
         except cuda.GpuError as error:
             raise RuntimeFailure(operation, f"CUDA: {error}") from error

@@ -14,6 +14,7 @@ from proxy.checkpoint.errors import StoreError
 from proxy.checkpoint.manifest import Manifest
 from proxy.checkpoint.store import next_to
 from proxy.errors import HostError, RuntimeFailure
+from proxy.gpu.placement import ImageGpu
 from proxy.host import processes
 from proxy.runtime.image_store import Origin, Running
 
@@ -55,6 +56,8 @@ class Record:
     pid: int | None = None
     """Of its first process; None while nothing runs."""
     activity: Activity = Activity.NOTHING
+    gpus: Sequence[ImageGpu] = ()
+    """Those of the host, when it was last on one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ class LocalEngine(abc.ABC, Generic[R]):
     async def suspend(self) -> None:
         """See `EngineProcess.suspend`: off the GPU, or where it uses none, its processes stand still."""
         it = self.running("suspend")
+        await self._note_gpus(it)
         if await self._cuda.suspend("suspend", self.tree()):
             it.activity = Activity.OFF_GPU
             return
@@ -215,6 +219,7 @@ class LocalEngine(abc.ABC, Generic[R]):
             folder = await asyncio.to_thread(store.begin, self.image, expected)
             inputs = await self._images.learn(it.origin, it.model)
             noted = await self._note(it, pids)
+            await self._note_gpus(it)
         except (HostError, StoreError, OSError) as error:
             raise RuntimeFailure("checkpoint", str(error), alive=True) from error
         try:
@@ -242,7 +247,7 @@ class LocalEngine(abc.ABC, Generic[R]):
                             inputs=inputs,
                             sleep_level=facts.sleep_level,
                             canary=facts.canary,
-                            private={"cuda": off_gpu, **noted.private},
+                            private={"cuda": off_gpu, **_as_noted(it.gpus), **noted.private},
                             details={
                                 **facts.details, **details, "memory": memory, "stages_s": dict(stages.seconds)
                             },
@@ -270,9 +275,21 @@ class LocalEngine(abc.ABC, Generic[R]):
         elif it.activity is Activity.OFF_GPU and was is not Activity.OFF_GPU:
             await self.resume()
 
-    async def _back_on_gpu(self, it: R, stages: Stages) -> None:
-        """The CUDA part of a restore, for processes that CRIU has just restored."""
+    async def _note_gpus(self, it: R) -> None:
+        """Which GPUs it uses, while it is on them."""
+        if it.activity is not Activity.OFF_GPU and (gpus := await self._cuda.gpus_of(self.tree())):
+            it.gpus = gpus
+
+    async def _back_on_gpu(self, it: R, manifest: Manifest, stages: Stages, gpus: Mapping[str, str] | None) -> None:
+        """The CUDA part of a restore, for processes that CRIU has just restored; see `EngineProcess.restore`."""
+        it.gpus = ()
         if it.activity is Activity.OFF_GPU:
+            made_on = [ImageGpu(**gpu) for gpu in manifest.private.get("gpus", ())]
             with stages.measure("cuda"):
-                await self._cuda.resume("restore", self.tree())
+                await self._cuda.resume("restore", self.tree(), await self._cuda.moves(made_on, gpus or {}))
             it.activity = Activity.RUNNING
+
+
+def _as_noted(gpus: Sequence[ImageGpu]) -> dict[str, Any]:
+    """For a manifest."""
+    return {"gpus": [gpu._asdict() for gpu in gpus]} if gpus else {}

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from proxy.config.engine import PodmanEngineSettings, ProcessEngineSettings
 from proxy.config.load import load
+from proxy.config.model import ModelSettings
 from proxy.config.pool import PoolSettings
 from proxy.config.reference import reference
 from proxy.config.reference_page import page
@@ -346,3 +348,37 @@ def test_tracing_refuses_what_cannot_be(table: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TracingSettings(**table)
     assert TracingSettings().endpoint is None
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ([], 1),
+        (["--tensor-parallel-size", "2"], 2),
+        (["--tensor-parallel-size=4"], 4),
+        (["--tensor_parallel_size", "2", "-pp", "2"], 4),
+        (["-tp"], 1),
+        (["-tp", "two"], 1),
+        (["-tp", "0"], 1),
+    ],
+)
+def test_how_many_gpus_an_engine_of_vllm_is_spread_over(words: list[str], count: int) -> None:
+    model = ModelSettings(process=ProcessEngineSettings(command=["vllm", "serve", "{port}", *words]))
+    assert model.gpus_an_engine == count
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ({"devices": ["nvidia.com/gpu=all"]}, False),
+        ({"devices": ["nvidia.com/gpu=0"]}, True),
+        ({"devices": ["/dev/nvidia1", "/dev/nvidiactl"]}, True),
+        ({"devices": ["/dev/nvidiactl", "/dev/nvidia-uvm"]}, False),
+        ({"privileged": True}, False),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "1"}}, True),
+        ({"env": {"NVIDIA_VISIBLE_DEVICES": "all"}}, False),
+    ],
+)
+def test_whether_a_model_names_its_gpus(table: dict[str, Any], named: bool) -> None:
+    model = ModelSettings(podman=PodmanEngineSettings(image="i", command=["--port", "{port}"], **table))
+    assert model.names_its_gpus is named

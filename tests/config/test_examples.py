@@ -12,6 +12,7 @@ import pytest
 from loadtest import vllm_cpu
 from proxy.config import import_env
 from proxy.config.load import load
+from proxy.doctor import several_gpus
 from proxy.runtime.podman.container import NO_IO_URING
 from tests.support import ROOT
 
@@ -167,6 +168,17 @@ def test_gpu_many_models_take_turns() -> None:
     assert settings.pool.archive_dir is not None
     assert len({tuple(m.idle.timetable().values()) for m in settings.models.values()}) == 3
     assert all(model.aliases for model in settings.models.values())
+
+
+def test_gpu_tensor_parallel_has_what_comes_back_from_a_suspend() -> None:
+    settings = example("gpu-tensor-parallel.toml")
+    (key,) = settings.models
+    model, it = settings.models[key], engine(settings, key)
+    assert model.gpus_an_engine == len(model.gpus) == len(it.devices) == 2
+    assert model.names_its_gpus
+    assert environment(it).items() >= (several_gpus.ENVIRONMENT | LOOPBACK).items()
+    assert model.names_option(several_gpus.OPTION)
+    assert not it.privileged
 
 
 @pytest.mark.parametrize("name", ["gpu-one-model.toml", "gpu-many-models.toml"])

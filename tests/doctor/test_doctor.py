@@ -19,20 +19,21 @@ from hypothesis import strategies as st
 
 from proxy.config.runtime import PodmanRuntimeSettings, ProcessRuntimeSettings
 from proxy.config.settings import Settings
-from proxy.doctor import examination, report, selftest
+from proxy.doctor import examination, report, selftest, several_gpus
 from proxy.doctor.containers import RUNTIME_CONF
 from proxy.doctor.needs import Needs
 from proxy.doctor.report import Check
 from proxy.doctor.view import Host, Ran, Space
 from proxy.errors import HostError, RuntimeFailure
 from proxy.runtime.base import ImageFacts, Tiers
+from proxy.runtime.ladder_probes import LadderProbes
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.tiers import Tier
 from tests.support import why_no_criu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from proxy.checkpoint.store import CheckpointStore
@@ -519,6 +520,28 @@ async def test_models_that_differ_want_a_crun_that_can_tell_them_apart(host: Fak
     assert (await rows(host, settings))["runtime, cgroups"].status == "ok"
 
 
+WIDE = ["--tensor-parallel-size", "2", "--host={host}", "--port={port}"]
+
+
+async def test_an_engine_on_several_gpus_and_what_came_of_its_trial(host: FakeHost, tmp_path: Path) -> None:
+    assert "several GPUs" not in await rows(host, settings_of(tmp_path, demo=podman_model()))
+    plain = settings_of(tmp_path, demo=podman_model(command=WIDE))
+    row = (await rows(host, plain))["several GPUs"]
+    assert row.status == "warn"
+    assert "models.demo without VLLM_ALLREDUCE_USE_SYMM_MEM=0" in row.found
+    assert "--disable-custom-all-reduce" in row.fix
+    good = podman_model(command=[*WIDE, several_gpus.OPTION], env=several_gpus.ENVIRONMENT)
+    row = (await rows(host, settings_of(tmp_path, demo=good)))["several GPUs"]
+    assert (row.status, "models.demo on 2" in row.found) == ("ok", True)
+    probes = LadderProbes(host.path("/var/lib/warmpool/gpu-probes.json"))
+    await probes.note("demo", "engine", Tier.SUSPENDED, "CUDA_ERROR_NOT_SUPPORTED")
+    for settings, fix in ((plain, "NCCL_P2P_DISABLE=1"), (settings_of(tmp_path, demo=good), "tries it again")):
+        row = (await rows(host, settings))["several GPUs"]
+        assert row.status == "warn"
+        assert "without suspended, checkpointed, archived: CUDA_ERROR_NOT_SUPPORTED" in row.found
+        assert fix in row.fix
+
+
 async def test_ramfs_is_refused(host: FakeHost, tmp_path: Path) -> None:
     found = await rows(host, settings_of(tmp_path, pool={"checkpoint_dir": "/mnt/ramfs/images"}))
     assert found["tmpfs"].status == "fail"
@@ -801,7 +824,7 @@ class PretendedRuntime:
         if self.fault == "checkpoint":
             raise RuntimeFailure("checkpoint", "CRIU: Error\nno", alive=True)
 
-    async def restore(self, stages: Stages) -> None:
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
         if self.fault == "restore":
             self.run, self.count = str(uuid4()), 0
         if self.fault == "hang":

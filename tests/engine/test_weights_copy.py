@@ -57,6 +57,21 @@ def test_a_second_copy_replaces_the_first_and_keeps_its_identity(worker: Worker,
     assert len([*tmp_path.iterdir()]) == 2
 
 
+def test_each_rank_has_a_file_of_its_own(worker: Worker, tmp_path: Path) -> None:
+    ranks = (0, 1, 10)
+    worker.call("warmpool_save_weights")
+    for rank in ranks:  # one after the other in one process: what they share is the folder
+        worker._worker.rank = rank
+        worker.call("warmpool_save_weights")
+    assert {path.name.split("-")[1].partition(".")[0] for path in tmp_path.iterdir()} == {"0", "1", "10"}
+    assert len([*tmp_path.iterdir()]) == 2 * len(ranks)
+    for rank in ranks:
+        worker._worker.rank = rank
+        worker.lose()
+        worker.call("warmpool_load_weights")
+        assert worker.valid()
+
+
 def test_a_copy_of_another_process_is_not_taken(worker: Worker) -> None:
     Worker(EXTENSION).call("warmpool_save_weights")
     worker.lose()

@@ -154,11 +154,11 @@ async def test_one_that_answers_otherwise_after_its_restore_does_not_take_over()
         real = rig.runtime.engine(process.instance_id, process.key)
         restore = real.restore
 
-        async def changed(stages: Any) -> None:
+        async def changed(*arguments: Any) -> None:
             engine.answer = "another"  # type: ignore[attr-defined]
-            await restore(stages)
+            await restore(*arguments)
 
-        real.restore = changed  # type: ignore[method-assign]
+        real.restore = changed  # type: ignore[method-assign, assignment]
         return engine
 
     rig.pool._moves.connect = forgetful

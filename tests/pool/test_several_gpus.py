@@ -29,20 +29,16 @@ async def rig_of(tmp_path: Path) -> AsyncIterator[RigOf]:
     """Makes opened rigs with two GPUs of 80 GiB, and their probes in one file; at the end counts what is left."""
     rigs: list[Rig] = []
 
-    async def make(
-        before: Rig | None = None, takes: float = 30, idle: dict[str, str] | None = None, **places: tuple[int, ...]
-    ) -> Rig:
+    async def make(takes: float = 30, each: dict[str, Any] | None = None, **places: tuple[int, ...]) -> Rig:
         probes = LadderProbes(tmp_path / "probes.json")
         probes.load()
         rig = Rig(
-            {key: {"idle": idle or LADDER} for key in places},
+            {key: {"idle": LADDER, **(each or {})} for key in places},
             takes={key: (int(takes * GIB), GIB) for key in places},
             places=places,
             probes=probes,
             shares_images=True,
         )
-        if before is not None:
-            rig.runtime.inherit(before.runtime, keep=True)
         rigs.append(rig)
         await rig.pool.open()
         return rig
@@ -205,3 +201,83 @@ async def test_a_file_that_says_nothing_is_tried_again(tmp_path: Path) -> None:
     assert three.missing("wide")
     await three.started("wide", "another")
     assert three.missing("wide") == {}
+
+
+async def until(rig: Rig, **states: str) -> None:
+    await rig.until(**states)
+    async with asyncio.timeout(5):
+        await rig.pool.settled()
+    await settle()
+
+
+async def test_an_engine_on_two_gpus_and_two_on_one_each_take_turns(rig_of: RigOf) -> None:
+    rig = await rig_of(wide=(0, 1), left=(0,), right=(1,), takes=60)
+    for key in ("wide", "left", "right"):  # what they need is learned
+        await use(rig, key)
+        await idle(rig, 60)
+    for _ in range(2):
+        await use(rig, "wide")
+        assert status(rig)["gpu_need_bytes"] == {"GPU-1": 60 * GIB, "GPU-2": 60 * GIB}
+        await use(rig, "left")
+        await until(rig, left_1="ready")
+        assert rig.states()["wide-1"] in ("sleeping", "suspended", "checkpointed")
+        await use(rig, "right")
+        await until(rig, left_1="ready", right_1="ready")
+        await use(rig, "wide")
+        await until(rig, wide_1="ready")
+        assert not {"ready"} & {rig.states()["left-1"], rig.states()["right-1"]}, "both made room"
+
+
+async def test_an_image_goes_to_the_gpu_that_has_room_and_home_when_there_is_room(rig_of: RigOf) -> None:
+    rig = await rig_of(one=(0,), other=(0,), takes=50)
+    await use(rig, "one")
+    await idle(rig, 40)
+    assert rig.states() == {"one-1": "checkpointed"}
+    async with await rig.pool.lease("other"):
+        await settle()
+        async with await rig.pool.lease("one"):
+            await settle()
+            assert rig.states() == {"one-1": "ready", "other-1": "ready"}, "nobody made room"
+            assert rig.runtime.restored_on["one-1"] == {"GPU-1": "GPU-2"}
+            assert status(rig, "one")["instances"][0]["gpu_bytes"] == {"GPU-2": 50 * GIB}
+            assert status(rig, "one")["gpu_need_bytes"] == {"GPU-1": 50 * GIB}, "what is learned is of its image's GPU"
+    await rig.pass_time(12)
+    await until(rig, one_1="sleeping")
+    assert await use(rig, "one") is Tier.SLEEPING
+    assert status(rig, "one")["instances"][0]["gpu_bytes"] == {"GPU-2": 50 * GIB}, "where it is it stays"
+    await idle(rig, 40)
+    assert set(rig.states().values()) == {"checkpointed"}
+    await use(rig, "one")
+    assert rig.runtime.restored_on["one-1"] == {}
+    assert status(rig, "one")["instances"][0]["gpu_bytes"] == {"GPU-1": 50 * GIB}
+
+
+@pytest.mark.parametrize("reason", ["named", "driver"])
+async def test_a_model_that_names_its_gpus_stays_there(rig_of: RigOf, reason: str) -> None:
+    named = {"process": {"command": ["engine", "{port}"], "env": {"CUDA_VISIBLE_DEVICES": "0"}}}
+    rig = await rig_of(one=(0,), other=(0,), takes=50, each=named if reason == "named" else None)
+    if reason == "driver":
+        rig.pool._state.gpu_accounting.can_move = False
+    await use(rig, "one")
+    await idle(rig, 40)
+    await use(rig, "other")
+    await use(rig, "one")
+    await until(rig, one_1="ready")
+    assert rig.runtime.restored_on["one-1"] == {}
+    assert rig.states()["other-1"] != "ready", "it made room"
+
+
+async def test_two_instances_of_one_image_are_on_two_gpus(rig_of: RigOf) -> None:
+    rig = await rig_of(one=(0,), takes=50, each={"max_instances": 2, "max_concurrency": 1})
+    await use(rig, "one")
+    await idle(rig, 40)
+    await until(rig, one_1="checkpointed", one_2="checkpointed")
+    async with await rig.pool.lease("one"), await rig.pool.lease("one"):
+        await settle()
+        assert rig.states() == {"one-1": "ready", "one-2": "ready"}
+        assert sorted(map(str, (rig.runtime.restored_on[i] for i in ("one-1", "one-2")))) == [
+            str({"GPU-1": "GPU-2"}),
+            str({}),
+        ]
+    await idle(rig, 40)
+    assert set(rig.states().values()) == {"checkpointed"}

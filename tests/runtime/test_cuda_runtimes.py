@@ -33,7 +33,7 @@ from tests.runtime_contract import FACTS
 from tests.support import HttpBench, engine_settings, get_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from proxy.config.model import ModelSettings
     from proxy.runtime.base import EngineProcess
@@ -52,10 +52,10 @@ class EveryEngine(FakeDriver):
         self.refused = ""
         """A call that this driver does not support for them."""
 
-    def restore(self, pid: int) -> None:
+    def restore(self, pid: int, moves: Mapping[str, str]) -> None:
         if self.refused == "restore":
             raise DriverError("restore", pid, "CUDA_ERROR_NOT_SUPPORTED")
-        super().restore(pid)
+        super().restore(pid, moves)
 
     def state(self, pid: int) -> int:
         if pid not in self.states and _ENGINE in _command(pid):
@@ -159,6 +159,37 @@ async def test_a_dump_goes_off_the_gpu_and_a_restore_comes_back(bench: Bench, ch
         assert set(bench.driver.states.values()) == {ProcessState.RUNNING}
         await bench.healthy(engine)
         assert await bench.boot_id(engine) == boot
+
+
+async def test_an_image_is_restored_onto_another_gpu(bench: Bench, checkpoints: None) -> None:
+    bench.nvml.uuids = (bench.nvml.UUID, bench.nvml.SECOND)
+    engine = await bench.start()
+    bench.nvml.held = dict.fromkeys(await _cuda_pids(bench, engine), 1 << 20)
+    for suspended in (False, True):
+        if suspended:
+            await engine.suspend()
+            bench.nvml.held.clear()
+        await engine.checkpoint(FACTS, Stages())
+        (image,) = bench.store.names()
+        noted = bench.store.load(image).private["gpus"]
+        assert [(gpu["uuid"], gpu["name"], gpu["used"]) for gpu in noted] == [
+            ("GPU-1", "NVIDIA H100", True),
+            ("GPU-2", "NVIDIA H100", False),
+        ]
+        for gpus, told in (({"GPU-1": "GPU-2"}, {"GPU-1": "GPU-2", "GPU-2": "GPU-1"}), ({}, {})):
+            bench.driver.states.clear()
+            await engine.restore(Stages(), gpus)
+            await bench.healthy(engine)
+            assert set(map(str, bench.driver.moves.values())) == {str(told)}
+            await engine.kill()
+            bench.driver.moves.clear()
+        bench.driver.states.clear()
+        with pytest.raises(RuntimeFailure, match="cannot go from GPU GPU-1"):
+            await engine.restore(Stages(), {"GPU-1": "GPU-9"})
+        await engine.kill()
+        bench.driver.states.clear()
+        await engine.restore(Stages())
+        bench.nvml.held = dict.fromkeys(await _cuda_pids(bench, engine), 1 << 20)
 
 
 async def test_an_engine_whose_lock_is_late_serves_on(bench: Bench, checkpoints: None) -> None:

@@ -264,7 +264,7 @@ class PodmanEngine(LocalEngine[ContainerRecord]):
             return False
         return True
 
-    async def restore(self, stages: Stages) -> None:
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
         """See `EngineProcess.restore`."""
         it, parts = self.it, self._parts
         if it is None:
@@ -304,7 +304,7 @@ class PodmanEngine(LocalEngine[ContainerRecord]):
                 raise RuntimeFailure("restore", str(again)) from again
         _note_times(answer, "criu", ("restore_time",), began, stages)
         it.activity = Activity.OFF_GPU if manifest.private.get("cuda") else Activity.RUNNING
-        await self._back_on_gpu(it, stages)
+        await self._back_on_gpu(it, manifest, stages, gpus)
 
     def _have_port(self, it: ContainerRecord) -> None:
         """Raises PortTakenError where the port of an engine that is not running has gone to another program."""

@@ -224,7 +224,7 @@ class ProcessEngine(LocalEngine[Record]):
     async def _collect(self, it: Record, folder: Path, stages: Stages) -> None:  # noqa: ARG002 - of the base class
         await asyncio.to_thread(unlinked_files.take, folder / CRIU_FOLDER, folder)
 
-    async def restore(self, stages: Stages) -> None:
+    async def restore(self, stages: Stages, gpus: Mapping[str, str] | None = None) -> None:
         """See `EngineProcess.restore`."""
         it, store = self.it, self._images.store
         if it is None:
@@ -260,7 +260,7 @@ class ProcessEngine(LocalEngine[Record]):
             await self.kill()
             self._have_port(it, it.port)  # somebody may have been quicker
             raise RuntimeFailure("restore", reason, fault=criu.fault(reason))
-        await self._back_on_gpu(it, stages)
+        await self._back_on_gpu(it, manifest, stages, gpus)
 
     def _have_port(self, it: Record, port: int) -> None:
         """Make the port of its image the engine's. Raises PortTakenError where another program has it."""
