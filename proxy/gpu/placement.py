@@ -6,7 +6,8 @@ The driver takes UUIDs of old and new GPUs, of the same chip and as much memory,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proxy.errors import WarmpoolError
 
@@ -20,7 +21,8 @@ class PlacementError(WarmpoolError):
     """The host has no GPU for an image."""
 
 
-class ImageGpu(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ImageGpu:
     """A GPU of the host that an image was made on."""
 
     uuid: str

@@ -7,7 +7,7 @@ import asyncio
 import enum
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from proxy.checkpoint.errors import StoreError
@@ -292,4 +292,4 @@ class LocalEngine(abc.ABC, Generic[R]):
 
 def _as_noted(gpus: Sequence[ImageGpu]) -> dict[str, Any]:
     """For a manifest."""
-    return {"gpus": [gpu._asdict() for gpu in gpus]} if gpus else {}
+    return {"gpus": [asdict(gpu) for gpu in gpus]} if gpus else {}
