@@ -249,6 +249,9 @@ def burst(
 @click.option(
     "--switch-after", help="With --max-awake: how long a busy model may keep others out (default: warmpool's)."
 )
+@click.option("--policy", type=click.Choice(["turns", "fifo", "lru"]), help="With --max-awake: who runs when.")
+@click.option("--quantum", help="With --max-awake: how long a busy model runs at least (default: warmpool's).")
+@click.option("--pauses", is_flag=True, help="Load-test engines that can be paused while another model runs.")
 @click.option(
     "--skew",
     type=_NOT_NEGATIVE,
@@ -274,7 +277,7 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
     rows = [replace(row, model="") for row in rows] if options["ignore_names"] else rows
     idle = dict(_pair(text) for text in options["idles"]) or trace.timetable(options["speed"])
     most = max(row.prompt_tokens + row.tokens for row in rows)
-    setup = trace.with_room(setup, most)
+    setup = trace.with_room(setup, most, pauses=options["pauses"])
     late_s = _seconds(options["late"]) or 0.0
     count = setup.count(options["models"], 6)
     longest = trace.limits(setup, setup.keys(count))
@@ -293,9 +296,8 @@ def trace_(ctx: click.Context, /, file: Path, setup: serving.Setup, out: Path | 
 
     async def work(display: Display) -> trace.Account:
         if not options["url"]:
-            pool = {"max_awake": options["max_awake"]}
-            if options["switch_after"]:
-                pool["switch_after"] = options["switch_after"]
+            chosen = {name: options[name] for name in ("switch_after", "policy", "quantum") if options[name]}
+            pool = {"max_awake": options["max_awake"], **chosen}
             return await trace.run(setup, rows, count, idle, how, writer, display, pool=pool)
         names = [name.strip() for name in (options["names"] or "").split(",") if name.strip()]
         if not names:

@@ -63,6 +63,8 @@ class Engine:
     tokens_per_second: float = 100.0
     max_model_len: int = 4096
     sleep_mode: bool = True
+    pauses: bool = False
+    """It is served as vLLM is, with a copy of its weights: so it can be paused while another model runs."""
     options: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
@@ -204,7 +206,10 @@ class Setup:
 
     def _table(self) -> dict[str, Any]:
         # Fresh random numbers after a restore, or each start would log that there are none.
-        more = {"health": {"interval": "20ms"}, "reseed": {"path": "/debug/reseed"}}
+        more: dict[str, Any] = {"health": {"interval": "20ms"}}
+        more |= (
+            {"engine": "vllm", "weights_copy": True} if self.engine.pauses else {"reseed": {"path": "/debug/reseed"}}
+        )
         if self.runtime == "podman":
             command = [image.build() if not _built else _built[0], *self.engine.arguments()]
             _built[:] = command[:1]

@@ -117,6 +117,27 @@ class Batch:
             ended.append(heapq.heappop(self._decoding)[2])
         return first, ended
 
+    def leave(self, ask: Ask, now: float) -> None:
+        """A request whose client has gone; it must be here."""
+        self.advance(now)
+        if ask in self._prompts:
+            first = self._prompts[0] is ask
+            self._prompts.remove(ask)
+            if first:
+                self._left = float(self._prompts[0].prompt_tokens) if self._prompts else 0.0
+            return
+        self._decoding.remove(next(entry for entry in self._decoding if entry[2] is ask))
+        heapq.heapify(self._decoding)
+
+    def clear(self, now: float) -> list[Ask]:
+        """All of them are lost; those that were here."""
+        self.advance(now)
+        lost = [*self._prompts, *(entry[2] for entry in self._decoding)]
+        self._prompts.clear()
+        self._decoding.clear()
+        self._still = False
+        return lost
+
     def stand_still(self, now: float, *, still: bool) -> None:
         """Pause, or go on."""
         self.advance(now)
@@ -131,11 +152,6 @@ class Batch:
     def works(self) -> bool:
         """Whether it has something to do, and does it."""
         return not self._still and bool(self._decoding or self._prompts)
-
-    @property
-    def unanswered(self) -> int:
-        """How many have not got their first token yet."""
-        return len(self._prompts)
 
     def __len__(self) -> int:
         return len(self._decoding) + len(self._prompts)

@@ -12,10 +12,12 @@ import math
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loadtest.simulate_engine import Batch, Speed
+from proxy.gpu.nvml import GpuMemory
 from proxy.pool.demand import Demand
+from proxy.pool.gpu_accounting import GpuAccounting, GpuLoad
 from proxy.pool.instance import Event, Instance, State, WakeRecord, pick
 from proxy.pool.model_view import ModelView, Rules, view_of
 from proxy.pool.plan import Pause, Readmit, Retire, StepDown, Unpause, Wake
@@ -48,6 +50,7 @@ class Ask:
     prompt_tokens: int
     tokens: int
     granted: float = math.inf
+    first_token: float = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +63,10 @@ class _Engine:
     """Its latest event; those before it are void."""
     stopped_at: float = 0.0
     """Since when its requests stand still."""
+    begins_at: float = 0.0
+    """When the wake under way takes its place: those that made room for it are gone."""
+    running: dict[Ask, None] = field(default_factory=dict)
+    """In the order in which they came."""
 
 
 @dataclass(slots=True)
@@ -74,6 +81,11 @@ class Tally:
     """Requests that found an instance ready and had it at once."""
     asked: int = 0
     refused: int = 0
+    left: int = 0
+    """Their clients went before the end."""
+    broken: int = 0
+    """Their engine ended before the end."""
+    ended: int = 0
     longest_wait_s: float = 0.0
     tokens: int = 0
 
@@ -93,13 +105,16 @@ class Served:
     tally: Tally = field(default_factory=Tally)
     demand: Demand = field(default_factory=Demand)
     max_instances: int = 1
+    is_watched: bool = False
+    """An event is to come that refuses whoever waits for too long."""
+    ready_bytes: int = 1
+    """What an engine of it holds of the GPU."""
+    asleep_bytes: int = 1
 
     def view(self, *, weighs: bool) -> ModelView:
         """What the policy sees of it; `weighs`: with what it is worth to keep its engine warm."""
         ladder = self.ladder
         instances = [view_of(e.instance) for e in self.engines.values()]
-        for instance, engine in zip(instances, self.engines.values(), strict=True):
-            instance.unanswered = engine.batch.unanswered
         tier = min((i.tier for i in instances), default=Tier.STOPPED)
         colder = max(tier, Tier.SUSPENDED)
         return ModelView(
@@ -120,17 +135,23 @@ class Served:
         )
 
 
+GPU: Final = "gpu"
 _TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 
 
 class SimulatedPool:
     """Models, their engines, and the events that are to come."""
 
-    def __init__(self, models: Iterable[Served], rules: Rules) -> None:
+    def __init__(self, models: Iterable[Served], rules: Rules, gpu_bytes: int = 0) -> None:
+        """`gpu_bytes`: the memory of the one GPU there is; 0 keeps no account of it."""
         self.now = 0.0
         self.models = {model.key: model for model in models}
         self.view = View(rules=rules)
         self._rules = rules
+        self._accounting = GpuAccounting(0)
+        if gpu_bytes:
+            self._accounting.gpus = (GpuMemory(0, GPU, GPU, gpu_bytes, 0),)
+            self.view.use(rules, GpuLoad(self._accounting.capacity(), {}, {}, {}, {}))
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
         self._deadline = math.inf
@@ -144,6 +165,9 @@ class SimulatedPool:
         self.decisions = 0
         self._working: set[_Engine] = set()
         for model in self.models.values():
+            self._accounting.learn(
+                model.key, {"ready": {GPU: model.ready_bytes}, "sleeping": {GPU: model.asleep_bytes}}
+            )
             engine = _Engine(Instance(f"{model.key}-1", model.key), Batch(model.speed))
             engine.instance.adopt(State.CHECKPOINTED, 0.0)
             engine.instance.can_pause = model.ladder.pause_s is not None
@@ -166,12 +190,17 @@ class SimulatedPool:
                 self._arrive(self.models[upcoming[0]], upcoming[1])
                 upcoming = next(coming, None)
                 continue
-            if when == math.inf or when > until_s or (upcoming is None and self._is_quiet()):
+            if when > until_s:
+                self.now = until_s
+                return
+            if when == math.inf or (upcoming is None and until_s == math.inf and self.is_quiet):
                 return
             self.now, _, what = heapq.heappop(self._events)
             what()
 
-    def _is_quiet(self) -> bool:
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody waits or runs."""
         return not any(m.queue or any(e.instance.leases for e in m.engines.values()) for m in self.models.values())
 
     # --- requests ---
@@ -184,8 +213,7 @@ class SimulatedPool:
             self._changed(model)
             return
         model.queue.append(ask)
-        if len(model.queue) == 1:
-            self._watch_queue(model)
+        self._watch_queue(model)
         self._changed(model)
         self._decide()
 
@@ -194,20 +222,22 @@ class SimulatedPool:
         if instance is None:
             return False
         instance.begin_lease(self.now)
+        instance.await_token()
         ask.granted = self.now
         engine = model.engines[instance.id]
         engine.batch.advance(self.now)
         engine.batch.add(ask, self.now)
+        engine.running[ask] = None
         self._await_engine(model, engine)
         return True
 
     def _watch_queue(self, model: Served) -> None:
-        if model.queue:
-            head = model.queue[0]
-            self._at(head.at + model.queue_timeout_s, lambda: self._refuse_late(model))
+        if model.queue and not model.is_watched and model.queue_timeout_s < math.inf:
+            model.is_watched = True
+            self._at(model.queue[0].at + model.queue_timeout_s, lambda: self._refuse_late(model))
 
     def _refuse_late(self, model: Served) -> None:
-        refused = False
+        refused = model.is_watched = False
         while model.queue and model.queue[0].at + model.queue_timeout_s <= self.now + 1e-9:
             ask = model.queue.popleft()
             tally = model.tally
@@ -224,6 +254,49 @@ class SimulatedPool:
     def _dispatch(self, model: Served) -> None:
         while model.queue and self._grant(model, model.queue[0]):
             model.queue.popleft()
+
+    def leave(self, key: str, ask: Ask) -> None:
+        """A client goes before its answer ends; nothing happens where it has had that."""
+        model = self.models[key]
+        engine = next((e for e in model.engines.values() if ask in e.running), None)
+        if ask in model.queue:
+            model.queue.remove(ask)
+        elif engine is not None:
+            self._end_running(engine, ask)
+            self._await_engine(model, engine)
+        else:
+            return
+        model.tally.left += 1
+        self._dispatch(model)
+        self._changed(model)
+        self._decide()
+
+    def _end_running(self, engine: _Engine, ask: Ask) -> None:
+        engine.batch.leave(ask, self.now)
+        del engine.running[ask]
+        if ask.first_token == math.inf:
+            engine.instance.token_came()
+        engine.instance.end_lease(self.now, self.now)
+
+    def break_engine(self, key: str, id_: str) -> None:
+        """An engine ends by itself, with all that it runs; its image is still good. It must be one that runs."""
+        model = self.models[key]
+        engine = model.engines[id_]
+        engine.instance.apply(Event.BROKE)
+        engine.batch.clear(self.now)
+        model.tally.broken += len(engine.running)
+        engine.running.clear()
+        self._await_engine(model, engine)
+
+        def cleared_away() -> None:
+            engine.instance.rest(Tier.CHECKPOINTED, self.now)
+            self._accounting.arrived(engine.instance, Tier.CHECKPOINTED)
+            self._changed(model)
+            self._decide()
+
+        self._at(self.now + model.ladder.down_s[Tier.CHECKPOINTED], cleared_away)
+        self._changed(model)
+        self._decide()
 
     # --- engines ---
 
@@ -250,6 +323,8 @@ class SimulatedPool:
         first, ended = engine.batch.happened(self.now)
         tally = model.tally
         for ask in first:
+            engine.instance.token_came()
+            ask.first_token = self.now
             ttft_s = self.now - ask.at
             tally.ttft_s.append(ttft_s)
             tally.above_s.append(max(0.0, ttft_s - model.speed.alone_s(ask.prompt_tokens)))
@@ -257,8 +332,10 @@ class SimulatedPool:
         instance = engine.instance
         for ask in ended:
             tally.tokens += ask.tokens
+            tally.ended += 1
+            del engine.running[ask]
             instance.end_lease(self.now, self.now)
-        answered = bool(first) and not engine.batch.unanswered
+        answered = bool(first) and not instance.unanswered
         if ended and instance.state is State.READY:
             self._dispatch(model)
         if ended or answered:
@@ -270,7 +347,29 @@ class SimulatedPool:
     # --- decisions ---
 
     def _changed(self, model: Served) -> None:
+        if self._accounting.gpus:
+            self._count(model)
         self.view.put(model.key, model.view(weighs=self._rules.policy == "turns"))
+
+    def _count(self, model: Served) -> None:
+        """Bring what the policy knows of the GPU's memory up to date."""
+        load = self.view.gpus
+        mine = self._accounting.load([e.instance for e in model.engines.values()], (model.key,))
+        gone = [id_ for id_ in load.now if id_.startswith(f"{model.key}-") and id_ not in mine.now]
+        now, after = {**load.now, **mine.now}, {**load.after, **mine.after}
+        for id_ in gone:
+            del now[id_], after[id_]
+        needs, asleep = {**load.needs, **mine.needs}, {**load.asleep, **mine.asleep}
+        self.view.gpus = GpuLoad(load.capacity, now, after, needs, asleep)
+
+    def held_bytes(self) -> int:
+        """What all engines hold of the GPU; one that is woken, from when those have gone that make room for it."""
+        return sum(
+            self._accounting.charge(e.instance).get(GPU, 0)
+            for m in self.models.values()
+            for e in m.engines.values()
+            if e.instance.state is not State.WAKING or self.now >= e.begins_at
+        )
 
     def _decide(self) -> None:
         """Decide anew, and begin what was decided."""
@@ -321,11 +420,16 @@ class SimulatedPool:
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         began = self.now
         instance.begin_wake(found, began)
+        model.engines[id_].begins_at = began + until_s
+        generation = instance.generation
         self.wakes += 1
         self.switches += bool(victims)
 
         def woken() -> None:
+            if instance.generation != generation or instance.state is not State.WAKING:
+                return  # it broke
             instance.woken(WakeRecord(found, found, self.now, self.now, self.now - began, {}))
+            self._accounting.woke(instance)
             self._dispatch(model)
             self._changed(model)
             self._decide()
@@ -340,12 +444,17 @@ class SimulatedPool:
         instance.begin_step_down(action.to, evicted=action.reason == "evict")
         takes_s = model.ladder.down_s[action.to]
 
+        generation = instance.generation
+
         def arrived() -> None:
+            if instance.generation != generation:
+                return  # it broke
             if action.to is Tier.STOPPED:
                 instance.apply(Event.WENT)
                 del model.engines[instance.id]
             else:
                 instance.rest(action.to, self.now)
+                self._accounting.arrived(instance, action.to)
             self._changed(model)
             self._decide()
 
@@ -362,7 +471,11 @@ class SimulatedPool:
         self.pauses += 1
         assert model.ladder.pause_s is not None
 
+        generation = engine.instance.generation
+
         def paused() -> None:
+            if engine.instance.generation != generation:
+                return  # it broke
             engine.instance.paused(self.now)
             self._changed(model)
             self._decide()
@@ -375,7 +488,11 @@ class SimulatedPool:
         engine.instance.begin_unpause()
         self.switches += 1
 
+        generation = engine.instance.generation
+
         def runs_on() -> None:
+            if engine.instance.generation != generation:
+                return  # it broke
             engine.instance.runs_on(self.now)
             engine.batch.stand_still(self.now, still=False)
             self.gaps_s.extend([self.now - engine.stopped_at] * engine.instance.leases)

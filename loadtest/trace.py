@@ -178,9 +178,10 @@ def timetable(speed: float) -> dict[str, str]:
     return {tier: f"{max(50, round(1000 * seconds / speed))}ms" for tier, seconds in steps_s.items()}
 
 
-def with_room(setup: Setup, tokens: int) -> Setup:
-    """With a load-test engine that takes requests of so many tokens."""
-    return replace(setup, engine=replace(setup.engine, max_model_len=max(setup.engine.max_model_len, tokens + 16)))
+def with_room(setup: Setup, tokens: int, *, pauses: bool = False) -> Setup:
+    """With a load-test engine that takes requests of so many tokens, and can be paused if that is wanted."""
+    longest = max(setup.engine.max_model_len, tokens + 16)
+    return replace(setup, engine=replace(setup.engine, max_model_len=longest, pauses=pauses))
 
 
 @dataclass(slots=True)

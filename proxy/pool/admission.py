@@ -153,6 +153,14 @@ class Admission:
         state.open_leases += 1
         return Lease(self, instance, found, queue_s, wake)
 
+    def token_came(self, instance: Instance, generation: int) -> None:
+        """A stream has its first token; its engine may have been spared a pause until then."""
+        if instance.generation != generation:
+            return
+        instance.token_came()
+        if instance.can_pause and not instance.unanswered and self._state.live_view.is_contended:
+            self._effects.tick_soon()
+
     def lease_ended(self, instance: Instance, generation: int) -> None:
         """Take a lease back."""
         state = self._state

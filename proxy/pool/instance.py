@@ -230,6 +230,7 @@ class Instance(Observed):
         "state",
         "task",
         "turn_since",
+        "unanswered",
         "unproven",
         "wake_began",
         "waking_from",
@@ -245,6 +246,8 @@ class Instance(Observed):
         self.state = State.NEW
         self.generation = 0
         self.leases = 0
+        self.unanswered = 0
+        """Of those, streams that have got no token yet."""
         self.idle_since: float | None = None
         self.last_used_unix_s: float | None = None
         self.sleep_level = 0
@@ -313,6 +316,7 @@ class Instance(Observed):
             self.evicted = False
         if event is Event.BROKE:
             self.paused_since, self.on_hold = None, False
+            self.unanswered = 0
             self.leases = 0  # whoever holds one finds its generation over
         return target
 
@@ -536,6 +540,16 @@ class Instance(Observed):
         self.leases += 1
         self.idle_since = None
         self.last_used_unix_s = now_unix_s
+
+    def await_token(self) -> None:
+        """A lease is for a stream, which has got no token yet."""
+        self.unanswered += 1
+
+    def token_came(self) -> None:
+        """It has got one, or ends without."""
+        if self.unanswered <= 0:
+            raise IllegalTransitionError(f"{self.id}: a first token twice")
+        self.unanswered -= 1
 
     def end_lease(self, now: float, now_unix_s: float) -> None:
         """Count one request less; with the last one the instance is idle from `now`."""

@@ -16,18 +16,24 @@ class _Lender(Protocol):
 
     def lease_ended(self, instance: Instance, generation: int) -> None: ...
 
+    def token_came(self, instance: Instance, generation: int) -> None: ...
+
     async def examine(self, instance: Instance, generation: int) -> None: ...
 
 
 class Lease:
     """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
 
-    __slots__ = ("_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s", "wake")
+    __slots__ = (
+        "_awaits_token", "_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s",
+        "wake",
+    )  # fmt: skip
 
     def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
         assert instance.client is not None  # noqa: S101 - ready instances have one
         self._pool: _Lender | None = pool
         self._instance = instance
+        self._awaits_token = False
         self.client = instance.client
         self.model = instance.model
         self.instance_id = instance.id
@@ -39,8 +45,21 @@ class Lease:
         self.wake = wake
         """The wake it waited for, if it did."""
 
+    def await_token(self) -> None:
+        """It is for a stream: its engine should not be paused before that has a token."""
+        if not self._awaits_token and self._pool is not None and self._instance.generation == self.generation:
+            self._awaits_token = True
+            self._instance.await_token()
+
+    def token_came(self) -> None:
+        """The stream has its first token, or will get none; further calls do nothing."""
+        if self._awaits_token and self._pool is not None:
+            self._awaits_token = False
+            self._pool.token_came(self._instance, self.generation)
+
     def release(self) -> None:
         """Give the instance back."""
+        self.token_came()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.lease_ended(self._instance, self.generation)

@@ -45,6 +45,11 @@ class LiveView:
         self._unpacks: dict[str, int] = {}
         self._guessed: set[str] = set()
 
+    @property
+    def is_contended(self) -> bool:
+        """Whether somebody waited for an engine, or stood still, at the last decision."""
+        return len(self._view.needy) > 0
+
     def refreshed(self, rules: Rules) -> View:
         """The view as of now."""
         view = self._view

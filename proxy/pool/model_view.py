@@ -55,7 +55,7 @@ class InstanceView:
     turn_since: float | None = None
     """When it was brought up last: its turn began."""
     unanswered: int = 0
-    """Of its requests, those that have got nothing yet."""
+    """Of its requests, streams that have got no token yet."""
     can_pause: bool = False
     """Its requests can stand still while another model runs."""
     paused_since: float | None = None
@@ -84,6 +84,7 @@ def view_of(instance: Instance) -> InstanceView:
         set(instance.barred),
         dict(instance.postponed),
         instance.turn_since,
+        unanswered=instance.unanswered,
         can_pause=instance.can_pause,
         paused_since=instance.paused_since,
         on_hold=instance.on_hold,

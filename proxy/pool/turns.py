@@ -29,8 +29,8 @@ _STREAMS: Final = 25
 """So many running requests double a turn: a batch serves them at little more than the price of one."""
 _MOST_OF_WAIT: Final = 0.25
 """A turn is no longer than this part of the time that somebody may wait."""
-_PATIENCE_S: Final = 10.0
-"""For so long at most a turn goes on for requests that have got no token yet."""
+_PATIENCE: Final = 0.5
+"""For this part of that time a turn goes on for streams that have got no token yet: their prompts are being read."""
 
 
 def turn_s(
@@ -58,7 +58,7 @@ def turn_ends(
     least = begun + rules.quantum_s
     if instance.can_pause:
         own_s = min(turn_s(rules, instance, model, needy, candidate), needy.max_wait_s * _MOST_OF_WAIT)
-        return max(least, begun + own_s, begun + _PATIENCE_S if instance.unanswered else -math.inf)
+        return max(least, begun + own_s, begun + needy.max_wait_s * _PATIENCE if instance.unanswered else -math.inf)
     slack_s = needy.max_wait_s - bring_back_s(candidate, needy)
     bound = since + slack_s if slack_s > 0 else math.inf  # else it is broken anyway, as by a cold start
     return max(least, min(bound, since + rules.switch_after_s))

@@ -264,9 +264,11 @@ class View:
         self.quick_wakes += known.quick_wakes
 
     def _index_of(self, instance: InstanceView, model: ModelView, spare: set[str]) -> Index | None:
+        if model.pin:
+            return None
         if instance.id in spare:
             return self.busy if instance.leases else self.spare
-        if instance.commanded is not None or model.pin:
+        if instance.commanded is not None:
             return None
         if instance.state is State.SLEEPING:
             return self.sleeping

@@ -331,6 +331,8 @@ class EngineAnswer:
         def look(data: bytes) -> bool:
             if first.feed(data):
                 self.first_token_at = time.perf_counter()
+                if self._cycle.lease is not None:
+                    self._cycle.lease.token_came()
                 return True
             return False
 

@@ -256,6 +256,8 @@ class RequestCycle:
     def _hold(self, lease: Lease) -> None:
         self.lease = lease
         self.first_lease = self.first_lease or lease
+        if self._address is not None and self._address.streams:
+            lease.await_token()
 
     async def _wait_for_engine(self) -> None:
         address, pool = self._address, self.service.pool
