@@ -214,7 +214,18 @@ def in_a_container(machine: Machine) -> None:
         cwd="/usr/local/src/warmpool",
     )
     # A base image without a registry: this very system. pip in the build trusts what it trusts.
-    folders = ("proc", "sys", "srv", "root", "opt", "usr/local/src", "var/lib/containers", "var/lib/warmpool", "tmp")
+    folders = (
+        "proc",
+        "sys",
+        "srv",
+        "root",
+        "opt",
+        "usr/local/src",
+        "var/lib/containers",
+        "var/lib/warmpool",
+        "tmp",
+        "var/tmp",
+    )
     left_out = " ".join(f"--exclude='./{folder}/*'" for folder in folders)
     base = f"tar -C / --one-file-system {left_out} -c . | podman import - localhost/base"
     machine.run(base)
