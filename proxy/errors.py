@@ -278,6 +278,22 @@ class InstanceNotFoundError(RequestError):
     code = "instance_not_found"
 
 
+class RequestNotFoundError(RequestError):
+    """No such request waits or runs."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
+
+
+class RequestCancelledError(RequestError):
+    """An operator has ended it. With a status that clients do not try again."""
+
+    status = 410
+    type = "invalid_request_error"
+    code = "request_cancelled"
+
+
 class ConflictError(RequestError):
     """A command that cannot be carried out as things are; the text says what is in its way."""
 

@@ -119,6 +119,8 @@ class FakeRuntime:
         self.engines: dict[str, FakeProcess] = {}
         """By instance; those that were never started, or were removed, have no port."""
         self.calls: Counter[str] = Counter()
+        self.max_model_len: int | None = None
+        """What engines say of it."""
         self.log_lines: dict[str, list[str]] = {}
         """Instance → what its engine wrote last."""
         self.gates: dict[str, asyncio.Event] = {}
@@ -453,6 +455,10 @@ class FakeEngine:
         await self.runtime._enter("canary")
         return f"{self.answer}" if process.sleep_level == 0 else "garbage"
 
+    async def max_model_len(self) -> int | None:
+        self._process("warmup")
+        return self.runtime.max_model_len
+
     async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
         for _ in range(settings.requests):
             await self.complete("warmup", settings.prompt, settings.max_tokens)
@@ -545,6 +551,7 @@ class Rig:
         memory: Callable[[], Memory] | None = None,
         places: dict[str, tuple[int, ...]] | None = None,
         probes: LadderProbes | None = None,
+        unix_s: Callable[[], float] = time.time,
         **pool: Any,
     ) -> None:
         entries = models or {"demo": {}}
@@ -567,6 +574,7 @@ class Rig:
             {"process": self.runtime},
             self.metrics,
             clock=self.clock,
+            unix_s=unix_s,
             connect=self._connect,
             gpus=self.gpus if takes is not None else None,
             memory=memory,

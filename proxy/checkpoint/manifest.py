@@ -91,7 +91,10 @@ class Private(BaseModel):
 
 
 class Details(BaseModel):
-    """For people: engine arguments, warm-up figures, timings, what filled the memory. `gpu` is for GPU accounting."""
+    """For people: engine arguments, warm-up figures, timings, what filled the memory.
+
+    `gpu` is for GPU accounting, `max_model_len` for the list of models.
+    """
 
     model_config = _STRICT
 
@@ -101,6 +104,8 @@ class Details(BaseModel):
     weights_copy_bytes: Bytes | None = None
     repeats_randomness: Annotated[str, Field(max_length=1000)] | None = None
     """Why engines restored from it draw the same random numbers, if they do."""
+    max_model_len: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    """How many tokens a prompt with its answer may have, as the engine said."""
     gpu: Annotated[Mapping[Name, Sizes], Field(max_length=10)] | None = None
     engine: Annotated[Mapping[Name, Any], Field(max_length=1000)] | None = None
     memory: Sizes | None = None

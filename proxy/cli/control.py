@@ -54,12 +54,15 @@ def status(model: str | None, server: ServerChoice, watch: bool, as_json: bool) 
 @click.command()
 @MODEL
 @server_options
+@click.option(
+    "--keep-alive", metavar="TIME", help="How long it stays ready though nobody uses it, as 30m; unless others need it."
+)
 @_NO_WAIT
-def wake(model: str, server: ServerChoice, no_wait: bool) -> None:
+def wake(model: str, server: ServerChoice, no_wait: bool, keep_alive: str | None) -> None:
     """Bring an instance of MODEL to ready."""
     from proxy.cli import control_commands
 
-    control_commands.wake(server, model, wait=not no_wait)
+    control_commands.wake(server, model, wait=not no_wait, keep_alive=keep_alive)
 
 
 @click.command()
@@ -123,6 +126,38 @@ def undrain(model: str | None, server: ServerChoice) -> None:
 
 
 @click.command()
+@ANY_MODEL
+@server_options
+@click.option("--state", type=click.Choice(["live", "uploading", "waiting", "running", "paused", "ended"]))
+@click.option("--key", metavar="NAME", help="Of this API key only.")
+@click.option("--host", metavar="ADDRESS", help="Of clients at this address only.")
+@click.option("--status", "status_", metavar="CODE", type=click.IntRange(100, 599), help="Answered with this only.")
+@click.option("--limit", "-n", type=click.IntRange(min=1), default=50, show_default=True, help="So many at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--cancel", metavar="ID", help="End the request of this id instead.")
+def requests(
+    model: str | None,
+    server: ServerChoice,
+    state: str | None,
+    key: str | None,
+    host: str | None,
+    status_: int | None,
+    limit: int,
+    as_json: bool,
+    cancel: str | None,
+) -> None:
+    """Show the requests that wait or run, and the last 500 that have ended; of MODEL or of all."""
+    from proxy.cli import request_commands
+
+    if cancel is not None:
+        request_commands.cancel(server, cancel)
+        return
+    given = {"state": state, "key": key, "host": host, "status": status_, "limit": limit}
+    filters = {name: str(value) for name, value in given.items() if value is not None}
+    request_commands.show(server, model, filters, as_json=as_json)
+
+
+@click.command()
 @MODEL
 @server_options
 @click.option("--follow", "-f", is_flag=True, help="Keep printing what is added.")
@@ -137,4 +172,4 @@ def logs(model: str, server: ServerChoice, follow: bool, lines: int, instance: s
     control_commands.logs(server, model, instance, lines, follow=follow)
 
 
-COMMANDS: Final = (status, wake, suspend, stop, drain, undrain, logs)
+COMMANDS: Final = (status, requests, wake, suspend, stop, drain, undrain, logs)

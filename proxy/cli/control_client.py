@@ -9,6 +9,7 @@ import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import quote
 
 import aiohttp
 import orjson
@@ -18,7 +19,7 @@ from proxy.errors import HostError, WarmpoolError
 from proxy.server.auth import api_keys
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -112,6 +113,15 @@ class Control:
         """Give a command, such as `models/demo/wake`; the server's answer to it."""
         async with self._request("POST", f"/admin/{path}", json=body) as response:
             return await _object(response)
+
+    async def requests(self, filters: Mapping[str, str]) -> dict[str, Any]:
+        """What `/admin/requests` says of those that have these values."""
+        async with self._request("GET", "/admin/requests", params=dict(filters)) as response:
+            return await _object(response)
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request."""
+        await self.command(f"requests/{quote(request_id, safe='')}/cancel", {})
 
     async def statuses(self) -> AsyncIterator[dict[str, Any]]:
         """The status now, and after each change, until the server ends."""

@@ -32,7 +32,8 @@ _FOLLOW_S: Final = 0.25
 _REDRAW_S: Final = 1.0
 
 
-def _address(server: ServerChoice) -> Address:
+def address_of_choice(server: ServerChoice) -> Address:
+    """Where the server is that the options name."""
     address = _configured(server.path) if server.url is None else Address(server.url.rstrip("/"))
     if server.token_file is not None:
         try:
@@ -55,7 +56,8 @@ def _configured(path: Path | None) -> Address:
         return address_of(ServerSettings())
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
+def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Its result; what the server refuses is an error of the command."""
     try:
         return asyncio.run(work)
     except ControlError as error:
@@ -64,13 +66,13 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 def _give(server: ServerChoice, model: str | None, command: str, body: dict[str, Any]) -> dict[str, Any]:
     """The server's answer to a command about a model, or about all."""
-    address = _address(server)
+    address = address_of_choice(server)
 
     async def give() -> dict[str, Any]:
         async with Control(address) as control:
             return await control.command(command if model is None else f"models/{model}/{command}", body)
 
-    return _run(give())
+    return finished(give())
 
 
 # --- status ---
@@ -78,15 +80,15 @@ def _give(server: ServerChoice, model: str | None, command: str, body: dict[str,
 
 def status(server: ServerChoice, model: str | None, *, watch: bool, as_json: bool) -> None:
     """Print it once, or at every change."""
-    address = _address(server)
+    address = address_of_choice(server)
     with contextlib.suppress(KeyboardInterrupt):
-        _run(_watch(address, model, as_json=as_json) if watch else _show(address, model, as_json=as_json))
+        finished(_watch(address, model, as_json=as_json) if watch else _show(address, model, as_json=as_json))
 
 
 async def _show(address: Address, model: str | None, *, as_json: bool) -> None:
     async with Control(address) as control:
         found = await control.status()
-    key = _key(found, model)
+    key = key_of_model(found, model)
     if as_json:
         shown = found if key is None else found["models"][key]
         click.echo(orjson.dumps(shown, option=orjson.OPT_INDENT_2).decode())
@@ -98,7 +100,7 @@ async def _watch(address: Address, model: str | None, *, as_json: bool) -> None:
     async with Control(address) as control:
         if as_json:
             async for found in control.statuses():
-                key = _key(found, model)
+                key = key_of_model(found, model)
                 click.echo(orjson.dumps(found if key is None else found["models"][key]).decode())
             return
         latest: dict[str, Any] | None = None
@@ -114,7 +116,7 @@ async def _watch(address: Address, model: str | None, *, as_json: bool) -> None:
         with Live(console=Console(highlight=False), auto_refresh=False) as live:
             while not following.done():
                 if latest is not None:
-                    live.update(status_table.table(latest, _key(latest, model)), refresh=True)
+                    live.update(status_table.table(latest, key_of_model(latest, model)), refresh=True)
                 changed.clear()
                 waiting = asyncio.create_task(changed.wait())
                 # Without a change too: the table says how long ago things were.
@@ -123,7 +125,7 @@ async def _watch(address: Address, model: str | None, *, as_json: bool) -> None:
         await following
 
 
-def _key(found: dict[str, Any], model: str | None) -> str | None:
+def key_of_model(found: dict[str, Any], model: str | None) -> str | None:
     """The key of a model given by any of its names. Raises ControlError for one that the server does not have."""
     if model is None or model in found["models"]:
         return model
@@ -136,9 +138,9 @@ def _key(found: dict[str, Any], model: str | None) -> str | None:
 # --- commands ---
 
 
-def wake(server: ServerChoice, model: str, *, wait: bool) -> None:
+def wake(server: ServerChoice, model: str, *, wait: bool, keep_alive: str | None = None) -> None:
     """Wake, and say from which tier and how fast."""
-    answer = _give(server, model, "wake", {"wait": wait})
+    answer = _give(server, model, "wake", {"wait": wait, **({"keep_alive": keep_alive} if keep_alive else {})})
     if not answer["done"]:
         click.echo(f"{answer['model']}: waking")
     elif answer["wake"] is None:
@@ -180,7 +182,7 @@ def undrain(server: ServerChoice, model: str | None) -> None:
 
 def logs(server: ServerChoice, model: str, instance: str | None, lines: int, *, follow: bool) -> None:
     """Print the last lines of the engines' logs, and go on with what is added."""
-    address = _address(server)
+    address = address_of_choice(server)
 
     async def read() -> None:
         folder, key = await _log_folder(address, server.path, model)
@@ -194,7 +196,7 @@ def logs(server: ServerChoice, model: str, instance: str | None, lines: int, *, 
                 await reader.go_on()
 
     with contextlib.suppress(KeyboardInterrupt):
-        _run(read())
+        finished(read())
 
 
 async def _log_folder(address: Address, path: Path | None, model: str) -> tuple[Path, str]:
@@ -202,7 +204,7 @@ async def _log_folder(address: Address, path: Path | None, model: str) -> tuple[
     try:
         async with Control(address) as control:
             found = await control.status()
-        return Path(found["log_dir"]), str(_key(found, model))
+        return Path(found["log_dir"]), str(key_of_model(found, model))
     except HostError:
         settings = load(path)
         key = settings.names().get(model, model)

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from proxy.config.values import (
+    checked_times_of_day,
     format_duration,
     format_optional_duration,
     format_size,
@@ -59,6 +60,8 @@ Size = Annotated[ByteSize, BeforeValidator(parse_size), PlainSerializer(format_s
 """Of what may be a few bytes."""
 Memory = Annotated[ByteSize, BeforeValidator(parse_memory), PlainSerializer(format_size), _SIZE_SCHEMA]
 """Of what is never a few bytes: a small number without a unit is refused."""
+TimesOfDay = Annotated[str, AfterValidator(checked_times_of_day)]
+"""From one minute of the day to another one, by the host's clock: "22:00-06:30"."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 ModelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]

@@ -33,7 +33,9 @@ def _ready_at_once(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
             f"{most} may be awake, and min_ready asks for {sum(kept.values())}: {named}; raise one or lower the other",
         )
         return
-    stay = {key: model.max_instances if model.pin else model.min_ready for key, model in settings.models.items()}
+    stay = {
+        key: model.max_instances if model.never_evictable else model.min_ready for key, model in settings.models.items()
+    }
     for key in settings.models if most else ():
         others = {other: count for other, count in stay.items() if count and other != key}
         if sum(others.values()) >= most:
@@ -41,8 +43,8 @@ def _ready_at_once(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
             yield (
                 ("pool", "max_awake"),
                 (
-                    f"models.{key} could never run: {most} may be awake, and so many stay so by min_ready or pin: "
-                    f"{named}; raise it, or keep fewer"
+                    f"models.{key} could never run: {most} may be awake, and so many stay so by min_ready or "
+                    f"evictable: {named}; raise it, or keep fewer"
                 ),
             )
             return
@@ -72,6 +74,14 @@ def _of_model(settings: Settings, model: ModelSettings) -> Iterator[tuple[KeyPat
             yield (name,), "must be more than 0s: nothing is done in no time"
     if model.health.interval == 0:
         yield ("health", "interval"), "must be more than 0s: the engine would be asked without a pause"
+    if model.fallback is not None:
+        other = model.fallback if model.fallback in settings.models else settings.names().get(model.fallback)
+        if other is None:
+            yield ("fallback",), f"there is no model {model.fallback!r}; name one of: {', '.join(settings.models)}"
+        elif settings.models[other] is model:
+            yield ("fallback",), "is the model itself: name another one"
+    elif model.fallback_wait is not None:
+        yield ("fallback_wait",), "needs fallback: name a model that answers instead, or remove this"
     yield from _of_engine(settings, model)
 
 

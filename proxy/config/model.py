@@ -16,7 +16,17 @@ from proxy.config.engine import (
     ReseedSettings,
     WarmupSettings,
 )
-from proxy.config.fields import AbsolutePath, Count, Duration, Memory, OptionalDuration, PositiveInt, Section
+from proxy.config.fields import (
+    AbsolutePath,
+    Count,
+    Duration,
+    Memory,
+    OptionalDuration,
+    PositiveInt,
+    Section,
+    TimesOfDay,
+)
+from proxy.config.values import lies_in
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -154,6 +164,11 @@ class ModelSettings(Section):
     adapters: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
         default=[], description="Names of LoRA adapters that the engine has; requests for them go on as they are."
     )
+    info: dict[str, Any] = Field(
+        default={},
+        description="Anything to be told of it to who lists models, as `meta` in /v1/models: "
+        '{ description = "For code", context = 32768 }.',
+    )
     max_instances: PositiveInt = Field(default=1, description="How many engines of it there may be.")
     min_ready: Count = Field(default=0, description="How many engines are kept ready, requests or not.")
     max_concurrency: PositiveInt = Field(default=256, description="Requests one engine is given at once.")
@@ -164,8 +179,25 @@ class ModelSettings(Section):
         description="How long a request should wait at most while other models run: whose time is up first is served "
         "first.",
     )
-    pin: bool = Field(
-        default=False, description="An instance that is ready neither steps down nor is paused for another model."
+    fallback: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Another model, by its key or name, that answers instead when this one cannot be started for "
+        "now, is drained, or would let a request wait for longer than fallback_wait.",
+        examples=["contained"],
+    )
+    fallback_wait: OptionalDuration = Field(
+        default=None, description="How long a request would have to wait for this model before fallback answers it."
+    )
+    evictable: bool | list[TimesOfDay] = Field(
+        default=True,
+        description="Whether an instance that is ready may step down, or be paused, for another model: true, false, or "
+        'only at these times of the day on this host: ["19:00-07:30"].',
+    )
+    max_keep_alive: OptionalDuration = Field(
+        default=3600.0,
+        description="The longest time that a client may have an instance stay ready after its request, with the header "
+        "x-warmpool-keep-alive; never: the header is not looked at. Other models take its place all the same.",
     )
     start_timeout: Duration = Field(default=600.0, description="How long a cold start may take.")
     wake_timeout: Duration = Field(
@@ -292,6 +324,17 @@ class ModelSettings(Section):
             raise ValueError('podman.network = "host" needs max_instances = 1: clones would share one port')
         if self.podman is not None and self.podman.criu.tcp_established:
             raise ValueError("podman.criu.tcp_established needs max_instances = 1: connections cannot be cloned")
+
+    def evictable_at(self, minute: int) -> bool:
+        """Whether an instance may make room for another model at a minute of the day."""
+        if isinstance(self.evictable, bool):
+            return self.evictable
+        return any(lies_in(times, minute) for times in self.evictable)
+
+    @property
+    def never_evictable(self) -> bool:
+        """Whether no minute of a day is one at which an instance makes room."""
+        return self.evictable is False or self.evictable == []
 
     @property
     def is_vllm(self) -> bool:

@@ -87,9 +87,21 @@ class CorsSettings(Section):
     """Which web pages may use the API from a browser; never the admin routes."""
 
     origins: list[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/ ]+)$")]] = Field(
-        default=[], description='Origins such as "https://chat.example.org", or "*"; none: no page may.'
+        default=[],
+        description='Origins such as "https://chat.example.org"; all of a scheme that only programs on the user\'s own '
+        'machine have, such as "vscode-webview://*" or "app://*"; or "*"; none: no page may.',
     )
     max_age: Duration = Field(default=600.0, description="How long a browser may remember the answer.")
+
+    @model_validator(mode="after")
+    def _stars_mean_what_they_say(self) -> CorsSettings:
+        for origin in self.origins:
+            scheme, _, rest = origin.partition("://")
+            if "*" in rest and rest != "*":
+                raise ValueError(f"{origin!r}: a * stands for all of a scheme (app://*), not for part of a name")
+            if rest == "*" and scheme in ("http", "https"):
+                raise ValueError(f'{origin!r} is nearly every page: name single origins, or "*" if any page may')
+        return self
 
 
 class AdminSettings(Section):
@@ -164,6 +176,11 @@ class ServerSettings(Section):
         default=False,
         description="Reload, as on SIGHUP, when the configuration's file has changed; one that cannot be used changes "
         "nothing.",
+    )
+    azure_paths: bool = Field(
+        default=False,
+        description="Serve Azure OpenAI's paths too: /openai/deployments/MODEL/chat/completions and such, where MODEL "
+        "is a model's name and api-version is not looked at.",
     )
     heartbeat: OptionalDuration = Field(
         default=None,

@@ -9,6 +9,8 @@ _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[ ]?(?:ms|s|m|h|d)[ ]*)+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)[ ]?(ms|s|m|h|d)")
 _NEVER = frozenset({"never", "off"})
+_TIMES_OF_DAY = re.compile(r"(\d\d):([0-5]\d) ?- ?(\d\d):([0-5]\d)")
+_DAY_MIN = 24 * 60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _SIZE_UNITS = {"": 1, "b": 1} | {
     f"{letter}{ending}": base**power
@@ -52,6 +54,30 @@ def parse_optional_duration(value: object) -> float | None:
 def format_optional_duration(seconds: float | None) -> str:
     """The shortest text that `parse_optional_duration` reads back."""
     return "never" if seconds is None else format_duration(seconds)
+
+
+def checked_times_of_day(value: str) -> str:
+    """Times such as ``"22:00-06:30"``. Raises ValueError for anything else, and for none at all."""
+    first, last = _minutes(value)
+    if first == last:
+        raise ValueError(f"{value!r} is no time at all: the whole day is 00:00-24:00")
+    return value
+
+
+def lies_in(times: str, minute: int) -> bool:
+    """Whether a minute of the day is one of these; times may go over midnight."""
+    first, last = _minutes(times)
+    return first <= minute < last if first < last else minute >= first or minute < last
+
+
+def _minutes(times: str) -> tuple[int, int]:
+    match = _TIMES_OF_DAY.fullmatch(times.strip())
+    if match is None:
+        raise ValueError('times of the day are from one to another: "22:00-06:30"')
+    first, last = int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4])
+    if first >= _DAY_MIN or last > _DAY_MIN:
+        raise ValueError(f"{times!r}: a day ends at 24:00")
+    return first, last
 
 
 def parse_size(value: object) -> int:

@@ -29,6 +29,8 @@ log = logging.getLogger("warmpool.engine")
 
 CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
 CANARY_TOKENS = 16
+MAX_MODEL_LEN = 1 << 40
+"""What an engine says beyond this is no length."""
 
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
@@ -192,12 +194,24 @@ class EngineClient:
         """End the requests of clients that are under way; they are not to be tried again."""
         self.upstream.give_up(SilenceError(reason))
 
+    async def max_model_len(self) -> int | None:
+        """How many tokens a prompt with its answer may have, as the engine lists its model; None where it does not say.
+
+        Raises EngineError for a missing key too, of which nothing else may ask (a warm-up may have no requests).
+        """
+        status, body = await self._call("warmup", "GET", "/v1/models")
+        answer = _json(body) if status == 200 else None
+        listed = answer.get("data") if isinstance(answer, dict) else None
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        own = next((entry for entry in entries if entry.get("id") == self.served_name), {})
+        length = own.get("max_model_len")
+        return length if type(length) is int and 0 < length <= MAX_MODEL_LEN else None
+
     async def warm_up(self, settings: WarmupSettings) -> list[dict[str, float]]:
         """Send the warm-up requests, one after the other; what each took, as far as the engine offers completions.
 
         `ttft_s`: to the first token; `total_s`; `tokens`: how many the engine says it generated.
         """
-        await self._call("warmup", "GET", "/v1/models")  # with no requests to send, a key would be missed all the same
         figures = []
         for _ in range(settings.requests):
             figure = await self._streamed("warmup", settings.prompt, settings.max_tokens)

@@ -39,11 +39,13 @@ class Admission:
         priority: int = 0,
         max_wait_s: float | None = None,
         preferred: str | None = None,
+        near: bytes | None = None,
         counts: bool = True,
     ) -> Lease:
         """A hold on a ready instance of the model, once there is one.
 
         On the `preferred` one as long as that holds the engine it had: it is woken, or waited for.
+        `near`: what it has in common with others, which should go to the same instance.
         `counts`: it is a use of the model.
         Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
         that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
@@ -60,7 +62,7 @@ class Admission:
         if counts:
             self._state.usage.note(model.key)
             model.demand.note(self._state.clock())
-        if (lease := self._at_once(model, preferred)) is not None:
+        if (lease := self._at_once(model, preferred, near)) is not None:
             return lease
         held = holding(model.instances.values(), preferred) if preferred is not None else None
         found = tier_found(model.instances.values() if held is None else [model.instances[held.id]])
@@ -70,7 +72,7 @@ class Admission:
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
         since = self._state.clock()
         head_start_s = priority * self._state.settings.pool.priority_head_start
-        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred, head_start_s)
+        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred, near, head_start_s)
         self._state.waiting += 1
         model.queue.add(waiter, priority, since - head_start_s)
         if preferred is not None:
@@ -97,7 +99,7 @@ class Admission:
                 model.wanted[preferred] -= 1
             self._state.tell()
 
-    def try_lease(self, key: str) -> Lease | None:
+    def try_lease(self, key: str, near: bytes | None = None) -> Lease | None:
         """A hold on a ready instance of a model, by its key, if there is one with room for which nobody waits.
 
         None wherever `lease` would wait or refuse; nothing has happened then.
@@ -106,16 +108,16 @@ class Admission:
         model = state.models.get(key)
         if model is None or model.draining or state.draining or state.phase not in SERVING_PHASES:
             return None
-        if (lease := self._at_once(model)) is not None:
+        if (lease := self._at_once(model, None, near)) is not None:
             state.usage.note(key)
             model.demand.note(state.clock())
         return lease
 
-    def _at_once(self, model: Model, preferred: str | None = None) -> Lease | None:
+    def _at_once(self, model: Model, preferred: str | None, near: bytes | None) -> Lease | None:
         state = self._state
         if state.waiting and model.queue:
             return None
-        instance = pick(model.instances.values(), model.settings.max_concurrency, preferred)
+        instance = pick(model.instances.values(), model.settings.max_concurrency, preferred, near)
         if instance is None:
             return None
         lease = self._grant(instance, Tier.READY, 0.0, None)
@@ -123,8 +125,30 @@ class Admission:
             state.tell()
         return lease
 
+    def fallback(self, key: str, *, failed: bool = False) -> str | None:
+        """The key of the model that should answer instead of one that has no instance with room, if there is one.
+
+        That is where a request would wait longer than `fallback_wait`, or the model cannot be started for now, as one
+        that `failed` has just found out.
+        """
+        model = self._state.models.get(key)
+        if model is None or model.settings.fallback is None:
+            return None
+        other = self._state.models.get(self._named(model.settings.fallback) or "")
+        if other is None or other is model or other.draining or self._fails(other):
+            return None
+        limit_s = model.settings.fallback_wait
+        too_long = limit_s is not None and self._state.estimate_s(key) > limit_s
+        return other.key if failed or too_long or model.draining or self._fails(model) else None
+
+    def _named(self, name: str) -> str | None:
+        return name if name in self._state.models else self._state.settings.names().get(name)
+
+    def _fails(self, model: Model) -> bool:
+        return model.last_failure is not None and is_failing(model.view(), self._state.clock())
+
     def _refuse_if_failing(self, model: Model) -> None:
-        if model.last_failure is not None and is_failing(model.view(), self._state.clock()):
+        if model.last_failure is not None and self._fails(model):
             raise model.wake_failed(model.last_failure, self._state.clock())
 
     def _refuse_if_full(self, model: Model) -> None:
@@ -161,12 +185,14 @@ class Admission:
         if instance.can_pause and not instance.unanswered and self._state.live_view.is_contended:
             self._effects.tick_soon()
 
-    def lease_ended(self, instance: Instance, generation: int) -> None:
-        """Take a lease back."""
+    def lease_ended(self, instance: Instance, generation: int, keep_s: float | None = None) -> None:
+        """Take a lease back; `keep_s`: for how long its client wants the instance to stay ready."""
         state = self._state
         state.open_leases -= 1
         if instance.generation == generation:
-            instance.end_lease(state.clock(), time.time())
+            if keep_s is not None:
+                keep_s = self._allowed_keep_s(instance, keep_s)
+            instance.end_lease(state.clock(), time.time(), keep_s)
             goes_on = instance.state is State.READY and instance.command is None
             if instance.leases and not state.waiting and goes_on:
                 # It goes on, and nobody waits: there is nothing to decide.
@@ -188,6 +214,11 @@ class Admission:
                     return
         self._effects.tick()
 
+    def _allowed_keep_s(self, instance: Instance, keep_s: float) -> float | None:
+        model = self._state.settings.models.get(instance.model)
+        most_s = model.max_keep_alive if model is not None else None
+        return None if most_s is None else min(keep_s, most_s)
+
     def dispatch(self, model: Model) -> None:
         """Grant leases in the order of the queue as long as there is room; past who waits for one instance."""
         if not model.queue:
@@ -195,7 +226,7 @@ class Admission:
         done: list[Waiter] = []
         for waiter in model.queue:
             if not waiter.granted.done():
-                instance = pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred)
+                instance = pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred, waiter.near)
                 if instance is None and waiter.preferred is None:
                     break
                 if instance is None:

@@ -50,6 +50,8 @@ class Adoption:
             self._state.gpu_accounting.learn(
                 owner if runtime.shares_images else model_of[owner], facts.details.get("gpu")
             )
+            if (model := models.get(owner if runtime.shares_images else model_of[owner])) is not None:
+                model.learn(facts.details)
         for key in mine.keys() & images.keys() if runtime.shares_images else ():
             models[key].image = images[key]
             self._state.observe(models[key])
@@ -147,5 +149,7 @@ class Adoption:
                 if await client.healthy(model.settings.health.path):
                     if asleep is None:
                         instance.bar(Tier.SLEEPING)
+                    if model.max_model_len is None:
+                        model.max_model_len = await client.max_model_len()
                     return State.READY
         return State.BROKEN

@@ -37,11 +37,12 @@ class Commands:
         """
         return name if name in self._state.models else self._state.resolve(name)
 
-    async def wake(self, key: str) -> tuple[str, Tier, WakeRecord | None]:
+    async def wake(self, key: str, *, keep_s: float | None = None) -> tuple[str, Tier, WakeRecord | None]:
         """Have an instance of a model ready: its id, the tier that was found, the wake if there was one.
 
         A request that asks for nothing: it joins a wake that is under way, makes room, and fails as any other.
-        Instances that an earlier command took out of use serve again. Raises what `lease` does.
+        Instances that an earlier command took out of use serve again. `keep_s`: for how long it is to stay ready, used
+        or not; nobody else's limit counts. Raises what `lease` does.
         """
         model = self._state.models[key]
         model.end_back_off()
@@ -52,9 +53,16 @@ class Commands:
         self._moves.tick()
         ready = next((i for i in model.instances.values() if i.state is State.READY), None)
         if ready is not None and self._state.ready:
+            self._keep(ready, keep_s)
             return ready.id, Tier.READY, None
         async with await self._admission.lease(model.served_name, counts=False) as lease:
+            self._keep(model.instances.get(lease.instance_id), keep_s)
             return lease.instance_id, lease.found, lease.wake
+
+    def _keep(self, instance: Instance | None, keep_s: float | None) -> None:
+        if instance is not None and keep_s:
+            instance.keep_ready(self._state.clock() + keep_s)
+            self._moves.tick()
 
     def step_down(
         self, key: str, to: Tier, *, instance_id: str | None = None, wait: bool = False, discard: bool = False

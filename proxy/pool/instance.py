@@ -8,7 +8,9 @@ instance: the others call its methods, which say what happened.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Literal
 
 from proxy.errors import IllegalTransitionError
@@ -216,6 +218,7 @@ class Instance(Observed):
         "id",
         "idle_since",
         "image",
+        "keep_until",
         "last_used_unix_s",
         "last_wake",
         "leases",
@@ -232,6 +235,7 @@ class Instance(Observed):
         "turn_since",
         "unanswered",
         "unproven",
+        "unwanted",
         "wake_began",
         "waking_from",
         "warmup",
@@ -258,6 +262,10 @@ class Instance(Observed):
         """Tiers that this engine cannot step down to; not tried again until it was started anew."""
         self.postponed: dict[Tier, float] = {}
         """Tiers that could not be stepped down to for now, as for want of space, and when to try again."""
+        self.keep_until = -math.inf
+        """Until when, by the pool's clock, somebody has asked for it to stay ready while it is idle."""
+        self.unwanted = False
+        """Who used it last needs it no more: its place is free at once."""
         self.command: Command | None = None
         """What an operator wants of it and has not come true yet."""
         self.waking_from: Tier | None = None
@@ -313,7 +321,7 @@ class Instance(Observed):
         self.state = target
         if event in (Event.WAKE, Event.BROKE):
             self.generation += 1
-            self.evicted = False
+            self.evicted = self.unwanted = False
         if event is Event.BROKE:
             self.paused_since, self.on_hold = None, False
             self.unanswered = 0
@@ -538,6 +546,8 @@ class Instance(Observed):
         if self.state is not State.READY:
             raise IllegalTransitionError(f"{self.id}: lease in state {self.state.value!r}")
         self.leases += 1
+        if self.unwanted:
+            self.unwanted = False
         self.idle_since = None
         self.last_used_unix_s = now_unix_s
 
@@ -551,14 +561,25 @@ class Instance(Observed):
             raise IllegalTransitionError(f"{self.id}: a first token twice")
         self.unanswered -= 1
 
-    def end_lease(self, now: float, now_unix_s: float) -> None:
-        """Count one request less; with the last one the instance is idle from `now`."""
+    def keep_ready(self, until: float) -> None:
+        """Somebody wants it to stay ready till then, though it is idle; the longest wish counts."""
+        self.keep_until = max(self.keep_until, until)
+
+    def end_lease(self, now: float, now_unix_s: float, keep_s: float | None = None) -> None:
+        """Count one request less; with the last one the instance is idle from `now`.
+
+        `keep_s`: for how long it is wanted after that; 0: no longer, unless somebody else wants it.
+        """
         if self.leases <= 0:
             raise IllegalTransitionError(f"{self.id}: a lease ended twice")
         self.leases -= 1
         self.last_used_unix_s = now_unix_s
+        if keep_s:
+            self.keep_ready(now + keep_s)
         if self.leases == 0:
             self.idle_since = now
+            if keep_s == 0:
+                self.unwanted = True
 
 
 _NEEDS_NO_LEASES: Final = frozenset({Event.SLEEP, Event.SUSPEND, Event.CHECKPOINT})
@@ -588,12 +609,17 @@ WITH_ENGINE: Final = frozenset(
 )  # fmt: skip
 
 
-def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None) -> Instance | None:
+def pick(
+    instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None, near: bytes | None = None
+) -> Instance | None:
     """The ready instance with room for one more request, that with the fewest; or None.
 
-    Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for.
+    Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for. `near`: what a
+    request has in common with others, which go to the same instance as long as that has not twice as many as another.
     """
     held = holding(instances, preferred) if preferred is not None else None
+    if near is not None and held is None:
+        return _nearest(instances, max_concurrency, near)
     best = None
     for instance in instances if held is None else [held]:
         if instance.state is not State.READY or instance.leases >= max_concurrency:
@@ -601,6 +627,16 @@ def pick(instances: Iterable[Instance], max_concurrency: int, preferred: str | N
         if best is None or instance.leases < best.leases:
             best = instance
     return best
+
+
+def _nearest(instances: Iterable[Instance], max_concurrency: int, near: bytes) -> Instance | None:
+    """By rendezvous hashing (Thaler and Ravishankar): who else comes or goes moves few of them."""
+    ready = [i for i in instances if i.state is State.READY and i.leases < max_concurrency]
+    if len(ready) < 2:
+        return ready[0] if ready else None
+    most = 2 * (min(i.leases for i in ready) + 1)
+    fit = [i for i in ready if i.leases < most]
+    return max(fit, key=lambda i: blake2b(i.id.encode(), key=near, digest_size=8).digest())
 
 
 def holding(instances: Iterable[Instance], wanted: str) -> Instance | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from proxy.pool.instance import State
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -11,10 +13,13 @@ if TYPE_CHECKING:
     from proxy.tiers import Tier
 
 
+_STANDING: Final = frozenset({State.PAUSING, State.PAUSED, State.UNPAUSING})
+
+
 class _Lender(Protocol):
     """Who gives leases."""
 
-    def lease_ended(self, instance: Instance, generation: int) -> None: ...
+    def lease_ended(self, instance: Instance, generation: int, keep_s: float | None = None) -> None: ...
 
     def token_came(self, instance: Instance, generation: int) -> None: ...
 
@@ -25,8 +30,8 @@ class Lease:
     """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
 
     __slots__ = (
-        "_awaits_token", "_instance", "_pool", "client", "found", "generation", "instance_id", "model", "queue_s",
-        "wake",
+        "_awaits_token", "_instance", "_pool", "client", "found", "generation", "instance_id", "keep_s", "model",
+        "queue_s", "wake",
     )  # fmt: skip
 
     def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
@@ -44,6 +49,13 @@ class Lease:
         """How long it waited, beside the wake."""
         self.wake = wake
         """The wake it waited for, if it did."""
+        self.keep_s: float | None = None
+        """For how long its client wants the instance to stay ready afterwards, if it said so."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the instance's requests stand still."""
+        return self._instance.state in _STANDING
 
     def await_token(self) -> None:
         """It is for a stream: its engine should not be paused before that has a token."""
@@ -62,7 +74,7 @@ class Lease:
         self.token_came()
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.lease_ended(self._instance, self.generation)
+            pool.lease_ended(self._instance, self.generation, self.keep_s)
 
     async def suspect(self) -> None:
         """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""

@@ -84,12 +84,16 @@ class Model(Observed):
     last_failure: WakeFailure | None = None
     reseed_gap: str | None = None
     """Why its engines repeat random numbers after a restore, if they do."""
+    max_model_len: int | None = None
+    """How many tokens a prompt with its answer may have, as an engine of it said; kept with its checkpoint."""
     draining: bool = False
     """An operator drained it: it takes no new requests."""
     discarding: bool = False
     """Its golden checkpoint goes with its last instance."""
     leaving: bool = False
     """The configuration has it no more, or with other engines: its instances go after their last request."""
+    evictable: bool = True
+    """Its instances may make room for other models now."""
     coming: bool = False
     """Its one instance is made ready to take over from a model of the same key; nobody else may touch it."""
     outdated: Outdated | None = None
@@ -104,6 +108,10 @@ class Model(Observed):
         if not missing:
             return tiers
         return Tiers(tiers.offered - missing.keys(), {**missing, **tiers.missing})
+
+    def learn(self, details: Mapping[str, Any]) -> None:
+        """Take over what is known of its engines with a checkpoint."""
+        self.max_model_len = details.get("max_model_len") or self.max_model_len
 
     @property
     def timetable(self) -> Mapping[Tier, float]:
@@ -134,7 +142,7 @@ class Model(Observed):
             wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
             head_start_s=first.head_start_s if first is not None else 0.0,
             max_wait_s=min(self.settings.max_wait, self.settings.queue_timeout),
-            pin=self.settings.pin,
+            evictable=self.evictable,
             wake_s=self.costs.by_tier(self.key),
             pause_s=self.costs.pause_s(self.key),
             unpause_s=self.costs.unpause_s(self.key),

@@ -61,6 +61,8 @@ class InstanceView:
     paused_since: float | None = None
     on_hold: bool = False
     """An operator had it paused, and it stays so until he says otherwise."""
+    keep_until: float = -math.inf
+    unwanted: bool = False
 
     @property
     def tier(self) -> Tier:
@@ -88,6 +90,8 @@ def view_of(instance: Instance) -> InstanceView:
         can_pause=instance.can_pause,
         paused_since=instance.paused_since,
         on_hold=instance.on_hold,
+        keep_until=instance.keep_until,
+        unwanted=instance.unwanted,
     )
 
 
@@ -124,8 +128,8 @@ class ModelView:
     """How much earlier than it came the one to be served next counts, for its priority."""
     max_wait_s: float = math.inf
     """How long a request for it should wait at most for its turn."""
-    pin: bool = False
-    """An instance that is up does not step down, and is not paused, for another model."""
+    evictable: bool = True
+    """An instance that is up may step down, or be paused, for another model."""
     wake_s: Mapping[Tier, float] = field(default_factory=dict)
     """What a wake from each tier takes, as measured."""
     pause_s: float = 0.0
@@ -248,11 +252,13 @@ def next_step(
             since = _shared_image_idle_since(model) if shared else instance.idle_since
             if since is None:
                 return None
-            behind = instance.evicted and tier is Tier.SUSPENDED and not hurried
-            after_s = 0.0 if behind else model.timetable[tier]
-            if rules.policy == "lru" and not behind:
+            behind = (instance.evicted or instance.unwanted) and tier is Tier.SUSPENDED and not hurried
+            at_once = behind or (instance.unwanted and here is Tier.READY)
+            after_s = 0.0 if at_once else model.timetable[tier]
+            if rules.policy == "lru" and not at_once:
                 after_s = rules.ttl_s if here is Tier.READY else max(after_s, rules.ttl_s)
-            return tier, max(since + after_s, instance.postponed.get(tier, -math.inf))
+            kept = instance.keep_until if here is Tier.READY else -math.inf
+            return tier, max(since + after_s, kept, instance.postponed.get(tier, -math.inf))
     return None
 
 

@@ -55,7 +55,8 @@ _CLOSE_S = 60.0
 class Pool:
     """All instances of all models on this host.
 
-    `runtimes` by name; `clock` is monotonic, in seconds, and may be a test's; `connect` makes the client of an engine.
+    `runtimes` by name; `clock` is monotonic, in seconds, and may be a test's, as `unix_s`, the time of the day;
+    `connect` makes the client of an engine.
     `gpus`: whose memory is kept account of; opened by the runtimes. Without, it plays no part in any decision.
     `memory` reads the host's; likewise.
     """
@@ -67,6 +68,7 @@ class Pool:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
+        unix_s: Callable[[], float] = time.time,
         connect: Callable[[EngineProcess, str, ModelSettings], EngineClient] | None = None,
         usage: Usage | None = None,
         probes: LadderProbes | None = None,
@@ -74,7 +76,13 @@ class Pool:
         memory: Callable[[], Memory] | None = None,
     ) -> None:
         self._state = state = PoolState(
-            settings, runtimes, metrics, clock=clock, usage=usage or Usage(), probes=probes or LadderProbes()
+            settings,
+            runtimes,
+            metrics,
+            clock=clock,
+            unix_s=unix_s,
+            usage=usage or Usage(),
+            probes=probes or LadderProbes(),
         )
         self._moves = Moves(
             state,
@@ -96,6 +104,7 @@ class Pool:
         # What the parts do for others is theirs to say.
         self.resolve, self.estimate_s, self.listen = state.resolve, state.estimate_s, state.listen
         self.lease, self.try_lease = self._admission.lease, self._admission.try_lease
+        self.fallback = self._admission.fallback
         commands = self._commands = Commands(state, self._moves, self._admission)
         self.find, self.unused, self.until_unused = commands.find, commands.unused, commands.until_unused
         self.wake, self.step_down = commands.wake, commands.step_down
@@ -203,6 +212,7 @@ class Pool:
                 self._admission.dispatch(model)
                 for instance in model.instances.values():
                     instance.note_command()
+            minute_s = self._state.note_time_of_day()
             plan = policy.decide(self._state.view(), self._state.clock())
             if self._state.coming and plan.presses():
                 self._moves.give_way("a request needed its place")
@@ -210,6 +220,8 @@ class Pool:
             for action in plan.actions:
                 if not self._state.stopping or self._is_waited_for(action):
                     self._moves.begin(action)
+            if minute_s is not None:
+                plan.not_later_than(self._state.clock() + minute_s)
             self._set_timer(plan.deadline)
         finally:
             self._ticking = False
@@ -255,6 +267,10 @@ class Pool:
     def tier(self, key: str) -> Tier:
         """The tier that a request for the model would find."""
         return tier_found(self._state.models[key].instances.values())
+
+    def listed(self, key: str) -> dict[str, Any]:
+        """What `/v1/models` says of a model beside its names."""
+        return status.listed(self._state, key)
 
     def status(self) -> dict[str, Any]:
         """For `/admin/status`: models with tier and queue, instances with state, leases, last use and wake."""

@@ -108,6 +108,7 @@ class Reconfiguration:
             self._state.send_away(before[key])
         for key, facts in images.items():
             self._state.gpu_accounting.learn(key, facts.details.get("gpu"))
+            self._state.models[key].learn(facts.details)
         self._state.configure_accounts()
         self._state.metrics.expect(changes.added, [tier.label for tier in Tier])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
+import time
 from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -65,6 +66,7 @@ class PoolState:
         metrics: Metrics,
         *,
         clock: Callable[[], float],
+        unix_s: Callable[[], float] = time.time,
         usage: Usage,
         probes: LadderProbes,
     ) -> None:
@@ -72,6 +74,11 @@ class PoolState:
         """The configuration in force."""
         self.metrics = metrics
         self.clock = clock
+        self._unix_s = unix_s
+        self._evictable_by: Settings | None = None
+        """The configuration by which is known which models may make room."""
+        self._timed: list[str] = []
+        """Those of them for which it depends on the time of the day."""
         self.usage = usage
         self.probes = probes
         self.overdue = Overdue(metrics)
@@ -195,6 +202,21 @@ class PoolState:
     def resolve(self, name: str) -> str:
         """The key of the model that clients call `name`. Raises ModelNotFoundError."""
         return self.settings.key_of(name)
+
+    def note_time_of_day(self) -> float | None:
+        """Note which models' instances may make room now; how many seconds later that may change, if it may."""
+        at = time.localtime(self._unix_s())
+        if self.settings is not self._evictable_by:
+            self._evictable_by = self.settings
+            self._timed = [key for key, model in self.settings.models.items() if not isinstance(model.evictable, bool)]
+            changed = [*self.models]
+        else:
+            changed = self._timed
+        for key in changed:
+            evictable = self.settings.models[key].evictable_at(at.tm_hour * 60 + at.tm_min)
+            if self.models[key].evictable != evictable:
+                self.models[key].evictable = evictable
+        return max(1.0, 60.0 - at.tm_sec) if self._timed else None
 
     def view(self) -> View:
         """What the policy decides by, as of now."""

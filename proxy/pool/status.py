@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.pool.instance import Instance, State
 from proxy.pool.model import tier_found
 from proxy.pool.model_view import next_step, view_of
 from proxy.pool.state import Phase
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from proxy.pool.model import Model
     from proxy.pool.model_view import Rules
     from proxy.pool.state import PoolState
+
+_COMING_UP: Final = frozenset({State.WAKING, State.UNPAUSING})
 
 
 def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "backs_off_s": round(max(0.0, model.start_at - now), 3),
         "last_failure": None if model.last_failure is None else model.last_failure.status(),
         "estimate_s": round(state.estimate_s(key), 3),
+        "max_model_len": model.max_model_len,
         "runtime": model.runtime.name,
         "shares_checkpoint": model.runtime.shares_images,
         "tiers": sorted(t.label for t in tiers.offered),
@@ -82,6 +86,24 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "outdated": _outdated(model),
         "instances": [instance_status(model, instance, now, state.rules) for instance in model.instances.values()],
     }
+
+
+def listed(state: PoolState, key: str) -> dict[str, Any]:
+    """What clients are told of a model beside its names: tier, expected wait, and what user interfaces show."""
+    model = state.models[key]
+    tier = tier_found(model.instances.values())
+    waking = any(i.state in _COMING_UP for i in model.instances.values())
+    value = "loaded" if tier is Tier.READY else "loading" if waking else "unloaded"
+    said: dict[str, Any] = {
+        "tier": tier.label,
+        "expected_wait_s": round(state.estimate_s(key), 3),
+        "status": {"value": value},  # in llama.cpp's words, which its and other user interfaces read
+    }
+    if model.max_model_len is not None:
+        said["max_model_len"] = model.max_model_len
+    if model.settings.info:
+        said["meta"] = model.settings.info
+    return said
 
 
 def _outdated(model: Model) -> dict[str, Any] | None:

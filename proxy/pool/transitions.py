@@ -133,6 +133,7 @@ class Steps:
             await unless_it_ends(instance.watcher, client.wait_healthy(settings.health.path, settings.health.interval))
         instance.end_load()
         with stages.measure("warmup"):
+            model.max_model_len = await unless_it_ends(instance.watcher, client.max_model_len()) or model.max_model_len
             instance.warmed_up(await unless_it_ends(instance.watcher, client.warm_up(settings.warmup)))
         if await client.is_sleeping() is None:
             instance.bar(Tier.SLEEPING)
@@ -362,6 +363,8 @@ class Steps:
             details: dict[str, Any] = {"warmup": instance.warmup, "weights_copy_bytes": copied, "making_s": making_s}
             if self._is_checkpointed(model) or model.reseed_gap is not None:
                 details["repeats_randomness"] = model.reseed_gap
+            if model.max_model_len is not None:
+                details["max_model_len"] = model.max_model_len
             if figures := model.gpu_accounting.figures(model.key):
                 details["gpu"] = figures
             facts = ImageFacts(instance.sleep_level, instance.canary, details)

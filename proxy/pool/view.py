@@ -264,7 +264,7 @@ class View:
         self.quick_wakes += known.quick_wakes
 
     def _index_of(self, instance: InstanceView, model: ModelView, spare: set[str]) -> Index | None:
-        if model.pin:
+        if not model.evictable:
             return None
         if instance.id in spare:
             return self.busy if instance.leases else self.spare
@@ -288,7 +288,8 @@ class View:
             _add(sums[NOW], now)
             _add(sums[SOON], after)
             moving += max(0, now.get(HOST, 0) - after.get(HOST, 0))
-            if instance.id in busy or instance.state in (State.WAKING, State.UNPAUSING):
+            stays = not known.model.evictable and instance.state is State.READY  # until a time of the day, or a reload
+            if stays or instance.id in busy or instance.state in (State.WAKING, State.UNPAUSING):
                 _add(sums[BUSY], after)
             if instance.id in idle:
                 _add(sums[IDLE], self._most_freed(instance, known.model))

@@ -74,6 +74,8 @@ class Waiter:
     """What it found when it came."""
     preferred: str | None
     """The only instance that it is to have, as long as that holds its engine."""
+    near: bytes | None = None
+    """What it has in common with others; see `instance.pick`."""
     head_start_s: float = 0.0
     """How much earlier than it came it counts, for its priority."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.pool.memory_report import MemoryReport
-from proxy.server.admin.routes import attach
+from proxy.server.admin.routes import attach, attach_requests
 from proxy.server.admin.status import Admin
 from proxy.server.aiohttp_server import AiohttpServer
 from proxy.server.auth.authorization import Auth
@@ -47,7 +47,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
             application.router.add_route(route.method, route.path, realtime.relay)
     application.router.add_get("/metrics", admin.metrics)
     attach(application, pool, admin)
-    return Service(
+    service = Service(
         pool,
         settings,
         metrics,
@@ -60,3 +60,5 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         cors=Cors(settings.server.cors) if settings.server.cors.origins else None,
         traces=traces,
     )
+    attach_requests(application, service.history)
+    return service

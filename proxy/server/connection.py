@@ -89,6 +89,11 @@ class ClientConnection(asyncio.Protocol):
         """The client takes less than there is for it."""
         self._stall: WriteStall | None = None
 
+    @property
+    def cycle(self) -> RequestCycle | None:
+        """The request that it has now."""
+        return self._cycle
+
     # --- coming and going ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -78,9 +78,9 @@ class RequestHead:
 
     __slots__ = (
         "closes", "coding", "content_type", "cors", "engine_fields", "expects", "fields", "headers", "http11",
-        "is_for_aiohttp", "is_preflight", "keys", "kind", "known", "known_of", "length", "match", "max_wait_s",
-        "method", "only_looks", "path", "path_for_log", "prepared", "query", "request_id", "request_line", "route",
-        "target",
+        "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length", "match",
+        "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query", "request_id", "request_line",
+        "route", "session", "target",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +119,8 @@ class RequestHead:
         """The engine's route that it is for, once everything about it is found good."""
         self.coding: str | None = None
         self.max_wait_s: float | None = None
+        self.keep_s: float | None = None
+        self.session: str | None = None
         self.content_type = ""
         self.request_line = b""
         self.engine_fields = b""

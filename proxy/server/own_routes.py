@@ -81,7 +81,7 @@ class OwnRoutes:
     def _models(self, caller: Caller | None) -> Answer:
         """Every name that the client may use."""
         settings = self._pool.settings
-        models = {key: self._state(key) for key in settings.models if caller is None or caller.may_use(key)}
+        models = {key: self._pool.listed(key) for key in settings.models if caller is None or caller.may_use(key)}
         names = settings.names().items()
         return _json(
             {"object": "list", "data": [self._model(n, key, models[key]) for n, key in names if key in models]}
@@ -92,10 +92,7 @@ class OwnRoutes:
         key = self._pool.settings.key_of(name)
         if caller is not None and not caller.may_use(key):
             raise ModelNotFoundError(name)
-        return _json(self._model(name, key, self._state(key)))
-
-    def _state(self, key: str) -> dict[str, Any]:
-        return {"tier": self._pool.tier(key).label, "expected_wait_s": round(self._pool.estimate_s(key), 3)}
+        return _json(self._model(name, key, self._pool.listed(key)))
 
     def _model(self, name: str, key: str, state: dict[str, Any]) -> dict[str, Any]:
         settings = self._pool.settings

@@ -9,6 +9,7 @@ from proxy.server.connection import ClientConnection
 from proxy.server.connection_limits import ConnectionLimits
 from proxy.server.forward.answer import AnswerHeads
 from proxy.server.inflight import Traffic
+from proxy.server.request_history import RequestHistory
 from proxy.telemetry.loop_stalls import LoopStalls
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Service:
         self.limits = ConnectionLimits(settings.server.limits)
         self.traffic = Traffic()
         self.connections: set[ClientConnection] = set()
+        self.history = RequestHistory(self.connections)
         self._none_left = asyncio.Event()
         self.sites: list[Site] = []
         """Where connections are accepted."""

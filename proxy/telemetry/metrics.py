@@ -224,6 +224,10 @@ class Metrics:
         self.refused = Counter(
             "warmpool_refused", "Requests and connections refused at the edge, by reason.", ["reason"], registry=r
         )
+        self.fallbacks = Counter(
+            "warmpool_fallbacks", "Requests that another model answered, by the model that was asked for.", ["model"],
+            registry=r,
+        )  # fmt: skip
         for reason in REFUSALS:
             self.refused.labels(reason)
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)

@@ -208,15 +208,15 @@ def test_any_text_has_positions_or_is_no_toml(text: str) -> None:
         (
             '[pool]\nmax_awake = 1\n[models.b]\nmin_ready = 1\nprocess.command = ["{port}"]',
             (
-                "pool.max_awake: models.demo could never run: 1 may be awake, and so many stay so by min_ready or pin: "
-                "models.b (1)"
+                "pool.max_awake: models.demo could never run: 1 may be awake, and so many stay so by min_ready or "
+                "evictable: models.b (1)"
             ),
         ),
         (
-            '[pool]\nmax_awake = 2\n[models.b]\npin = true\nmax_instances = 2\nprocess.command = ["{port}"]',
+            '[pool]\nmax_awake = 2\n[models.b]\nevictable = false\nmax_instances = 2\nprocess.command = ["{port}"]',
             (
-                "pool.max_awake: models.demo could never run: 2 may be awake, and so many stay so by min_ready or pin: "
-                "models.b (2)"
+                "pool.max_awake: models.demo could never run: 2 may be awake, and so many stay so by min_ready or "
+                "evictable: models.b (2)"
             ),
         ),
         ('[models.demo.idle]\narchived = "1h"', "models.demo.idle.archived: there is no archive: set pool.archive_dir"),

@@ -133,7 +133,7 @@ def test_demand_fades() -> None:
 
 def test_a_pinned_model_keeps_its_place() -> None:
     for one in (instance("a"), instance("a", leases=3)):
-        assert plan(model(one, pin=True), waiting("b", 0.0), now=1000.0).actions == []
+        assert plan(model(one, evictable=False), waiting("b", 0.0), now=1000.0).actions == []
 
 
 def test_fifo_retires_the_running_one_at_once_and_never_pauses() -> None:

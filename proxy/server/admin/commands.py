@@ -14,6 +14,7 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from proxy.config.fields import Duration
 from proxy.errors import InvalidRequestError, MediaTypeError, RouteNotFoundError, WarmpoolError
 from proxy.tiers import Tier
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmpool.admin")
 
-B = TypeVar("B", bound="_Body")
+B = TypeVar("B", bound=BaseModel)
 
 DOWN: Final[Mapping[str, Tier]] = {
     "suspend": Tier.SUSPENDED,
@@ -42,6 +43,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     wait: bool = True
+
+
+class _Nothing(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Wake(_Body):
+    keep_alive: Duration | None = None
 
 
 class _Down(_Body):
@@ -69,9 +78,10 @@ class CommandHandlers:
         key = self._pool.find(request.match_info["model"])
         if command in DOWN:
             return await self._down(request, key, command)
-        body = await _body(request, _Body)
         if command == "wake":
-            return await self._wake(key, wait=body.wait)
+            wake = await _body(request, _Wake)
+            return await self._wake(key, wait=wake.wait, keep_s=wake.keep_alive)
+        body = await _body(request, _Body)
         return await self._drain_or_undrain(key, command, wait=body.wait)
 
     async def drain(self, request: web.Request) -> web.StreamResponse:
@@ -82,12 +92,12 @@ class CommandHandlers:
         """Take that back."""
         return await self._drain_or_undrain(None, "undrain", wait=(await _body(request, _Body)).wait)
 
-    async def _wake(self, key: str, *, wait: bool) -> web.Response:
+    async def _wake(self, key: str, *, wait: bool, keep_s: float | None) -> web.Response:
         if not wait:
-            self._spawn(f"wake {key}", self._pool.wake(key))
+            self._spawn(f"wake {key}", self._pool.wake(key, keep_s=keep_s))
             await asyncio.sleep(0)  # it has begun, so that a status asked for now says so
             return _answer({"model": key, "command": "wake", "done": False})
-        instance, found, record = await self._pool.wake(key)
+        instance, found, record = await self._pool.wake(key, keep_s=keep_s)
         wake = None if record is None else {"seconds": record.seconds, "stages": dict(record.stages)}
         facts = {"instance": instance, "found": found.label, "wake": wake}
         return _answer({"model": key, "command": "wake", "done": True, **facts})
@@ -147,6 +157,11 @@ def _command_status(command: Command) -> dict[str, Any]:
 def _answer(facts: dict[str, Any]) -> web.Response:
     status = 200 if facts["done"] else 202
     return web.Response(body=orjson.dumps(facts), status=status, content_type="application/json")
+
+
+async def read_body(request: web.Request) -> None:
+    """The body of a command that has no fields. Raises as `_body` does."""
+    await _body(request, _Nothing)
 
 
 async def _body(request: web.Request, shape: type[B]) -> B:

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 from proxy.server.admin.commands import CommandHandlers
 from proxy.server.admin.events import Events
 from proxy.server.admin.page import page, to_page
+from proxy.server.admin.requests import RequestHandlers
 
 if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.pool.pool import Pool
     from proxy.server.admin.status import Admin
+    from proxy.server.request_history import RequestHistory
+
+
+def attach_requests(app: web.Application, history: RequestHistory) -> None:
+    """Add the routes to the requests of a service, which has this application."""
+    requests = RequestHandlers(history)
+    app.router.add_get("/admin/requests", requests.show)
+    app.router.add_post("/admin/requests/{id:.+}/cancel", requests.cancel)
 
 
 def attach(app: web.Application, pool: Pool, admin: Admin) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy.config.values import is_loopback
 from proxy.errors import ForbiddenError
+from proxy.server.auth.origins import Origins
 
 if TYPE_CHECKING:
     import asyncio
@@ -50,7 +51,7 @@ class Pages:
     """What pages may do with models, by the settings of the server."""
 
     def __init__(self, server: ServerSettings) -> None:
-        self._origins = frozenset(origin.lower() for origin in server.cors.origins)
+        self._origins = Origins(server.cors.origins)
         self._hosts = frozenset(host.lower() for host in server.hosts)
         self._needs_keys = server.keys_file is not None
         self._open = not server.authenticates_clients and not server.allow_anyone
@@ -81,7 +82,7 @@ class Pages:
 
         CORS is not enough: it lets every page send simple requests, and open WebSockets and read what comes.
         """
-        if "*" in self._origins or origin in self._origins:
+        if self._origins.allow(origin):
             return
         if self._needs_keys:
             if request.headers.get("Upgrade", "").lower() == "websocket":

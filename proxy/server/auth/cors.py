@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from proxy.server.auth.origins import Origins
+
 if TYPE_CHECKING:
     from proxy.config.server import CorsSettings
     from proxy.server.http_request import Headers
@@ -24,8 +26,8 @@ class Cors:
     """What is said to the pages of the settings."""
 
     def __init__(self, settings: CorsSettings) -> None:
-        self._origins = frozenset(origin.lower() for origin in settings.origins)
-        self._any = "*" in self._origins
+        self._origins = Origins(settings.origins)
+        self._any = self._origins.any
         self._max_age = str(int(settings.max_age))
 
     def _allows(self, headers: Headers, *, admin: bool) -> str | None:
@@ -35,7 +37,7 @@ class Cors:
             return None
         if self._any:
             return "*"
-        return origin if origin.lower() in self._origins else None
+        return origin if self._origins.allow(origin) else None
 
     def preflight(self, headers: Headers, *, admin: bool) -> dict[str, str]:
         """The answer to a preflight, which brings no key."""

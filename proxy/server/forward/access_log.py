@@ -28,6 +28,8 @@ def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
             service.metrics.observe_first_byte(request.model, lease.found.label, first_byte_s)
             if answer.first_token_at is not None:
                 service.metrics.observe_ttft(request.model, lease.found.label, answer.first_token_at - request.began)
+    now = time.perf_counter()
+    service.history.ended(request, lease, status, now)
     trace = request.trace
     if trace is None and (not log.isEnabledFor(logging.INFO) or _is_summed_up(request, lease, status)):
         return
@@ -39,7 +41,7 @@ def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
         "status": status,
         "instance": lease.instance_id if lease is not None else None,
         "first_byte_s": first_byte_s,
-        "total_s": time.perf_counter() - request.began,
+        "total_s": now - request.began,
         "size": answer.size if answer is not None else 0,
         "broken": request.broken,
     }

@@ -37,6 +37,10 @@ _STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
 """What a Python stack looks like, in JSON or as text."""
 _READY: Final = b"ready\r\nx-warmpool-instance: "
 _NO_QUEUE: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
+_USAGE: Final = b'"usage"'
+_USAGE_BYTES: Final = 400
+_USAGE_AT_END: Final = 1024
+_EVENT: Final = b"data: {"
 _ZERO: Final = ord("0")
 
 
@@ -98,9 +102,9 @@ class EngineAnswer:
     """The answer to one request, of one engine or of the next; a `proxy.engine.connection.Receiver`."""
 
     __slots__ = (
-        "_body", "_client", "_cycle", "_early", "_flows", "_framed", "_head", "_held", "_length", "_skipped", "_stream",
-        "_transport", "_unframed", "_unsent", "_watchers", "begun", "first_byte_at", "first_token_at", "heartbeat",
-        "status", "upstream",
+        "_before", "_body", "_client", "_cycle", "_early", "_flows", "_framed", "_head", "_held", "_last", "_length",
+        "_opening", "_skipped", "_stream", "_transport", "_unframed", "_unsent", "_watchers", "begun", "events",
+        "first_byte_at", "first_token_at", "heartbeat", "status", "upstream",
     )  # fmt: skip
 
     def __init__(self, cycle: RequestCycle) -> None:
@@ -130,6 +134,10 @@ class EngineAnswer:
         self._unframed: http1.ChunkedBody | None = None
         self._flows = False
         """The first bytes of the body are out, and nobody looks at the rest."""
+        self._opening = self._before = self._last = b""
+        """The first piece of the body, and the last two."""
+        self.events = 0
+        """Of a stream, as far as they are JSON: nearly one for each token."""
 
     @property
     def size(self) -> int:
@@ -137,6 +145,15 @@ class EngineAnswer:
         if self._body is not None:
             return self._body.payload_bytes
         return self._length if self.begun and not self._stream else 0
+
+    @property
+    def usage(self) -> bytes:
+        """What it says of tokens, at its beginning or its end; nothing else of it."""
+        first = self._opening.find(_USAGE)
+        end = self._before[-_USAGE_AT_END:] + self._last[-_USAGE_AT_END:]
+        last = end.rfind(_USAGE)
+        opening = self._opening[first : first + _USAGE_BYTES] if first >= 0 and self._opening is not self._last else b""
+        return opening + end[last : last + _USAGE_BYTES] if last >= 0 else opening
 
     def expect_from(self, upstream: Connection) -> None:
         """An engine is asked, for the first time or anew."""
@@ -194,6 +211,8 @@ class EngineAnswer:
             self._not_http(error)
             return
         if out and self._flows:
+            self._before, self._last = self._last, out
+            self.events += out.count(_EVENT)
             self._write(out)
         elif out or self._unsent or body.done:
             self._take(out)
@@ -238,6 +257,7 @@ class EngineAnswer:
             self._stop_heartbeat()
             self.begun = True
             self.first_byte_at = time.perf_counter()
+            self._last = data
             self._write(self._head_for(head, length, framed=False) + data)
             self._give_back(reusable=True)
             cycle.answered()
@@ -345,7 +365,9 @@ class EngineAnswer:
             return
         if out:
             if self.first_byte_at is None:
-                self.first_byte_at = time.perf_counter()
+                self.first_byte_at, self._opening = time.perf_counter(), out
+            self._before, self._last = self._last, out
+            self.events += out.count(_EVENT)
             if self._watchers:
                 payload = self._unframed.feed(out) if self._unframed is not None else out
                 self._watchers = [watch for watch in self._watchers if watch(payload) is not True]

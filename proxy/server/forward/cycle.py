@@ -13,10 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.engine.connection import ExchangeError, SilenceError
-from proxy.errors import BodyTooLargeError, RequestError, UpstreamError
+from proxy.errors import NoMemoryError, RequestCancelledError, RequestError, UpstreamError, WakeFailedError
 from proxy.server import request_id
-from proxy.server.auth.authorization import Kind, refuse_expired
-from proxy.server.forward import access_log, preparation, routes
+from proxy.server.auth.authorization import Kind
+from proxy.server.forward import access_log, fallback, near, preparation, routes
 from proxy.server.forward.answer import EngineAnswer
 from proxy.server.forward.scanner import LARGE
 from proxy.server.http_answer import JSON, fields_of, whole_answer
@@ -50,9 +50,9 @@ class RequestCycle:
     """A request, from its head to the last byte of its answer."""
 
     __slots__ = (
-        "_address", "_attempts", "_counts", "_status", "_task", "admission", "answer", "began", "broken", "caller",
-        "closes", "connection", "done", "first_lease", "head", "lease", "length", "refused_as", "request_id", "service",
-        "trace",
+        "_address", "_attempts", "_counts", "_stands_in", "_status", "_task", "admission", "answer", "began", "broken",
+        "caller", "closes", "connection", "done", "first_lease", "head", "lease", "length", "refused_as", "request_id",
+        "service", "trace", "waited_s",
     )  # fmt: skip
 
     def __init__(self, service: Service, connection: ClientConnection, head: RequestHead, length: int) -> None:
@@ -74,6 +74,10 @@ class RequestCycle:
         self._counts = False
         """It was let in: it has a line in the log, and is counted by its model."""
         self._address: Address | None = None
+        self.waited_s = 0.0
+        """For an instance, where it had to."""
+        self._stands_in = False
+        """Another model than the one that was asked for answers."""
         self._attempts = 0
         self._status = 0
         self.refused_as: str | None = None
@@ -119,6 +123,16 @@ class RequestCycle:
         return self.answer is not None and self.answer.begun
 
     @property
+    def is_listed(self) -> bool:
+        """Whether operators see it: it was let in, and has not ended."""
+        return self._counts and not self.done
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether its body is still to come."""
+        return self._address is None
+
+    @property
     def makes_response(self) -> bool:
         """Later requests may refer to its answer."""
         return self.head.match is not None and self.head.match.route.path == "/v1/responses"
@@ -145,7 +159,7 @@ class RequestCycle:
             if head.is_preflight:
                 self._answer(204, preparation.preflight(head, service), b"")
                 return False
-            self._check_caller()
+            preparation.check_caller(self, service)
             if head.match is None and not head.is_for_aiohttp:
                 found = service.own_routes.answer(head, self.caller)
                 if found is not None:
@@ -160,30 +174,6 @@ class RequestCycle:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             self._fail(error)
         return False
-
-    def _check_caller(self) -> None:
-        """Who asks, and whether he may. Raises RequestError."""
-        head, auth = self.head, self.service.auth
-        if head.kind is Kind.ADMIN or head.kind is Kind.PAGE:
-            auth.check_admin(self, head.path, page=head.kind is Kind.PAGE)
-        elif head.kind is Kind.CLIENT and auth.keys is not None:
-            if head.known is None or head.known_of is not auth.keys:
-                head.known, head.known_of = auth.identify(head.keys), auth.keys
-            refuse_expired(head.known.entry)
-            self._check_length()
-            if head.only_looks:
-                self.caller = auth.holder(head.known)
-            else:
-                self.admission = auth.admit(head.known)
-                self.caller = self.admission.holder
-            return
-        self._check_length()
-
-    def _check_length(self) -> None:
-        # Before any of it is read; what has no length is counted while it is read.
-        limit = self.service.pool.settings.server.body_limit
-        if self.length > limit:
-            raise BodyTooLargeError(f"The body has {self.length} bytes; the limit is {limit}.")
 
     def _find_route(self) -> None:
         try:
@@ -236,15 +226,19 @@ class RequestCycle:
         if self.caller is not None:
             self.caller.check_model(address.model)
             self.caller.expect(address.asked)
-        address.asked = None
         service = self.service
+        settings = service.pool.settings.models.get(address.model)
+        if settings is not None and settings.max_instances > 1:
+            address.near = near.key_of(self.head.session, address.asked, address.body)
+        address.asked = None
         every_s = service.pool.settings.server.heartbeat if address.streams else None
-        if every_s is not None:
+        if every_s is not None and self.answer is None:
             self.answer = EngineAnswer(self)
             self.answer.keep_alive(every_s)
-        lease = service.pool.try_lease(address.model) if address.instance is None else None
+        lease = service.pool.try_lease(address.model, address.near) if address.instance is None else None
         if lease is None:
-            self._spawn(self._wait_for_engine())
+            may_fall_back = settings is not None and settings.fallback is not None and not self._stands_in
+            self._spawn(self._wait_or_fall_back() if may_fall_back else self._wait_for_engine())
             return
         self._hold(lease)
         connection = lease.client.upstream.kept()
@@ -255,9 +249,27 @@ class RequestCycle:
 
     def _hold(self, lease: Lease) -> None:
         self.lease = lease
+        lease.keep_s = self.head.keep_s
         self.first_lease = self.first_lease or lease
         if self._address is not None and self._address.streams:
             lease.await_token()
+
+    async def _wait_or_fall_back(self) -> None:
+        """Wait for the model that was asked for, unless another one is to answer instead."""
+        asked = self._address
+        assert asked is not None  # noqa: S101 - it was read
+        found = await fallback.address(self.service, self.head, asked, self.caller)
+        if found is None:
+            try:
+                await self._wait_for_engine()
+                return
+            except (WakeFailedError, NoMemoryError):
+                found = await fallback.address(self.service, self.head, asked, self.caller, failed=True)
+                if found is None:
+                    raise
+        self._stands_in = True
+        self._task = None  # what follows may wait in another one
+        self._addressed(found)
 
     async def _wait_for_engine(self) -> None:
         address, pool = self._address, self.service.pool
@@ -267,7 +279,9 @@ class RequestCycle:
             priority=self.caller.priority if self.caller is not None else 0,
             max_wait_s=self.head.max_wait_s,
             preferred=address.instance,
+            near=address.near,
         )
+        self.waited_s = time.perf_counter() - self.began
         self._hold(lease)
         await self._connect(lease.client.upstream)
 
@@ -334,7 +348,9 @@ class RequestCycle:
 
     def own_fields(self) -> Sequence[tuple[bytes, bytes]]:
         """What every answer to it has, and counts more than an engine's field of the same name."""
-        own = self.head.cors
+        own: Sequence[tuple[bytes, bytes]] = self.head.cors
+        if self._stands_in:
+            own = [*own, (fallback.FIELD, self.model.encode("ascii"))]
         if self.caller is not None and (limits := self.service.auth.limits(self.caller)):
             return [*fields_of(limits), *own]
         return own
@@ -389,6 +405,15 @@ class RequestCycle:
             self.service.spawn(_give_up(lease), "suspect")
         self._end()
         self.connection.break_off(with_reset=not self.head.http11)
+
+    def cancel(self) -> None:
+        """An operator ends it."""
+        if not self.has_begun_to_answer:
+            self.refuse(RequestCancelledError("An operator has ended this request."))
+        elif not self.done:
+            self.broken = "cancelled by an operator"
+            self._end()
+            self.connection.break_off(with_reset=not self.head.http11)
 
     def _finish(self) -> None:
         self._end()

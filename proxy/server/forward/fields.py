@@ -24,7 +24,8 @@ _HOP_BY_HOP: Final = frozenset(
 # Credentials are for this proxy. The body was decoded while it was read, and its length may change.
 NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     b"authorization", b"proxy-authorization", b"cookie", b"x-api-key", b"api-key",
-    b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-request-id",
+    b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-warmpool-keep-alive",
+    b"x-request-id",
     # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
     b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",
     b"x-forwarded-port", b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-by", b"origin", b"referer",
@@ -91,3 +92,14 @@ def max_wait_s(headers: Mapping[str, str]) -> float | None:
         return float(text) if _NUMBER.fullmatch(text) else parse_duration(text)
     except ValueError:
         raise InvalidRequestError('x-warmpool-max-wait is seconds ("2.5") or a duration ("500ms", "1m30s").') from None
+
+
+def keep_alive_s(headers: Mapping[str, str]) -> float | None:
+    """`x-warmpool-keep-alive`: seconds, or a duration as in the configuration. Raises InvalidRequestError."""
+    text = headers.get("x-warmpool-keep-alive")
+    if text is None:
+        return None
+    try:
+        return float(text) if _NUMBER.fullmatch(text) else parse_duration(text)
+    except ValueError:
+        raise InvalidRequestError('x-warmpool-keep-alive is seconds ("0") or a duration ("30m").') from None

@@ -41,6 +41,8 @@ class Address:
     """The client asked for server-sent events."""
     instance: str | None = None
     """The instance that should answer, if it can: it has what the request refers to."""
+    near: bytes | None = None
+    """What it has in common with others, where its model may have several instances."""
     asked: object = None
     """What is asked, as JSON has it; of a form its recording only. For who counts it, and let go of then."""
 
@@ -125,22 +127,23 @@ class Addressing:
     ) -> tuple[str | None, str, dict[str, Any], list[str], list[str]]:
         """The name asked for, the model's key; and for `shaped` values, removed, unified."""
         name = fields.get("model")
-        if name is not None and (not isinstance(name, str) or not name):
+        asked = match.deployment or name
+        if asked is not None and (not isinstance(asked, str) or not asked):
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
-        key, engine_name, parameters = self._resolve(match, name)
+        key, engine_name, parameters = self._resolve(match, asked)
         changes: dict[str, Any] = {} if name == engine_name else {"model": engine_name}
         removed, checked = list[str](), ["model"]
         if parameters is not None and match.route.generates:
             limited, removed = _limited(fields, parameters)
             changes |= limited
             checked += parameters.names()
-        return name, key, changes, removed, checked
+        return name if isinstance(name, str) else None, key, changes, removed, checked
 
     def _address(self, match: Match, key: str, body: bytes, fields: dict[str, Any], asked: object) -> Address:
         route, instance = match.route, None
         if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
             instance = self._instance(earlier, key)
-        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, asked)
+        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, asked=asked)
 
     def _form(self, match: Match, content_type: str, body: bytes) -> Address:
         form = Form(content_type, body)
@@ -151,9 +154,9 @@ class Addressing:
         return _form_address(match, key, body, form.text("stream"))
 
     def _form_plan(self, match: Match, name: str | None) -> tuple[str, str]:
-        if name == "":
+        if name == "" and match.deployment is None:
             raise InvalidRequestError("`model` must not be empty.", param="model")
-        key, engine_name, _ = self._resolve(match, name)
+        key, engine_name, _ = self._resolve(match, match.deployment or name)
         return key, engine_name
 
     def _query(self, match: Match, body: bytes) -> Address:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from proxy.server.auth.authorization import Kind
+from proxy.errors import BodyTooLargeError
+from proxy.server.auth.authorization import Kind, refuse_expired
 from proxy.server.forward import routes
-from proxy.server.forward.fields import NOT_TO_ENGINE, max_wait_s, passed_on
+from proxy.server.forward.fields import NOT_TO_ENGINE, keep_alive_s, max_wait_s, passed_on
 from proxy.server.forward.tracing import CONTEXT_FIELDS
 from proxy.server.request_body import coding_of
 
@@ -39,16 +40,44 @@ def prepare(request: RequestCycle, service: Service) -> None:
     head.prepared = True
 
 
+def check_caller(request: RequestCycle, service: Service) -> None:
+    """Find out who asks, whether he may, and whether that much. Raises RequestError."""
+    head, auth = request.head, service.auth
+    if head.kind is Kind.ADMIN or head.kind is Kind.PAGE:
+        auth.check_admin(request, head.path, page=head.kind is Kind.PAGE)
+    elif head.kind is Kind.CLIENT and auth.keys is not None:
+        if head.known is None or head.known_of is not auth.keys:
+            head.known, head.known_of = auth.identify(head.keys), auth.keys
+        refuse_expired(head.known.entry)
+        _check_length(request, service)
+        if head.only_looks:
+            request.caller = auth.holder(head.known)
+        else:
+            request.admission = auth.admit(head.known)
+            request.caller = request.admission.holder
+        return
+    _check_length(request, service)
+
+
+def _check_length(request: RequestCycle, service: Service) -> None:
+    # Before any of it is read; what has no length is counted while it is read.
+    limit = service.pool.settings.server.body_limit
+    if request.length > limit:
+        raise BodyTooLargeError(f"The body has {request.length} bytes; the limit is {limit}.")
+
+
 def find_route(head: RequestHead, service: Service) -> None:
     """The engine's route that it asks for. Raises RequestError."""
-    match = routes.find(head.method, head.path, head.query)
+    azure = service.pool.settings.server.azure_paths
+    match = routes.find(head.method, head.path, head.query, azure=azure)
     head.path_for_log = match.route.path
     if match.route.websocket:
         head.is_for_aiohttp = True
         return
     head.route = match.route
     head.coding = coding_of(head.headers.getall("Content-Encoding"))
-    head.max_wait_s = max_wait_s(head.headers)
+    head.max_wait_s, head.keep_s = max_wait_s(head.headers), keep_alive_s(head.headers)
+    head.session = head.headers.get("x-session-id")
     head.content_type = head.headers.get("Content-Type", "")
     head.request_line = f"{head.method} {match.target} HTTP/1.1\r\n".encode("ascii")
     left_out = NOT_TO_ENGINE if service.traces is None else NOT_TO_ENGINE | CONTEXT_FIELDS

@@ -13,6 +13,7 @@ import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
 
@@ -101,6 +102,10 @@ ROUTES: Final = tuple(_table())
 `/scale_elastic_ep`), its `/metrics` and `/load`; `proxy.cli.routes` names them and says why."""
 
 _ID: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}"
+_DEPLOYMENT: Final = re.compile(
+    r"/openai/deployments/([^/]{1,600})/(chat/completions|completions|embeddings|audio/transcriptions|audio/translations)"
+)
+"""Azure OpenAI's paths (learn.microsoft.com, azure/ai-services/openai/reference)."""
 _QUERY: Final = re.compile(r"[!-~]*")
 
 
@@ -150,15 +155,23 @@ class Match:
     target: str
     """Path and query to ask the engine for."""
     id: str | None = None
+    deployment: str | None = None
+    """The model's name, where the path has it: whatever the body says."""
 
 
-def find(method: str, path: str, query: str = "") -> Match:
-    """The route that `method`, the path as the client spelled it and the raw query name.
+def find(method: str, path: str, query: str = "", *, azure: bool = False) -> Match:
+    """The route that `method`, the path as the client spelled it and the raw query name; `azure`: by its paths too.
 
     Raises RouteNotFoundError, MethodNotAllowedError, or InvalidRequestError for a query with odd characters.
     """
     if not _QUERY.fullmatch(query) or "#" in query:
         raise InvalidRequestError("The query has characters that must be percent-encoded.")
+    if azure and (found := _DEPLOYMENT.fullmatch(path)) is not None:
+        known = _EXACT.get(("POST", f"/v1/{found[2]}"))
+        if known is not None and method != "POST":
+            raise MethodNotAllowedError(path, ["POST"])
+        if known is not None:
+            return Match(known, known.path, deployment=unquote(found[1]))  # api-version is Azure's own
     route, id_ = _EXACT.get((method, path)), None
     if route is None:
         route, id_ = next(

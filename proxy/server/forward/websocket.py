@@ -22,7 +22,7 @@ from proxy.errors import InvalidRequestError, RouteNotFoundError, UpgradeRequire
 from proxy.server import request_id
 from proxy.server.auth.caller import KEY_PROTOCOL, caller_of
 from proxy.server.forward import routes
-from proxy.server.forward.fields import max_wait_s
+from proxy.server.forward.fields import keep_alive_s, max_wait_s
 from proxy.server.forward.json_edit import edited
 from proxy.server.safe_logging import path_of
 
@@ -97,6 +97,7 @@ class Realtime:
                 max_wait_s=max_wait_s(request.headers),
                 preferred=address.instance,
             ) as lease:
+                lease.keep_s = keep_alive_s(request.headers)
                 try:
                     engine = await self._connect(request, address, lease)
                 except (aiohttp.ClientError, TimeoutError) as error:

@@ -577,6 +577,16 @@ async def test_any_page_may_where_it_says_so(front_of: Any) -> None:
         assert response.headers["Access-Control-Allow-Origin"] == "*"
 
 
+async def test_all_origins_of_a_scheme_may_where_it_is_named(front_of: Any) -> None:
+    front: Front = await front_of(server={"cors": {"origins": ["vscode-webview://*", "app://*"]}})
+    for origin in ("vscode-webview://0a1b2c", "app://obsidian.md", "APP://x"):
+        response, _ = await front.post("/v1/completions", ASK, headers={"Origin": origin})
+        assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (200, origin)
+    for origin in ("https://evil.example", "vscode-webview", "app://", "xapp://obsidian.md", "null", "*"):
+        response, _ = await front.post("/v1/completions", ASK, headers={"Origin": origin})
+        assert (response.status, "Access-Control-Allow-Origin" in response.headers) == (403, False), origin
+
+
 def test_every_reason_begins_at_0_and_is_explained() -> None:
     registry = Metrics().registry
     explained = (ROOT / "docs" / "api.md").read_text()

@@ -1,0 +1,144 @@
+"""The requests of clients: those that wait or run, and the last that have ended. Never what was asked or answered.
+
+Nothing is done here while a request runs: what runs is found on the connections when somebody looks, and one that ends
+leaves a tuple, which is read then.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from proxy.errors import RequestNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from proxy.pool.lease import Lease
+    from proxy.server.connection import ClientConnection
+    from proxy.server.forward.cycle import RequestCycle
+
+KEPT: Final = 500
+_ASKED: Final = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
+_ANSWERED: Final = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
+
+LIVE: Final = ("uploading", "waiting", "running", "paused")
+STATES: Final = (*LIVE, "ended")
+
+
+class RequestHistory:
+    """What `/admin/requests` shows."""
+
+    def __init__(self, connections: Iterable[ClientConnection]) -> None:
+        self._connections = connections
+        self._ended: deque[tuple[Any, ...]] = deque(maxlen=KEPT)
+
+    def ended(self, request: RequestCycle, lease: Lease | None, status: int, ended: float) -> None:
+        """One more has ended, at this reading of `time.perf_counter`."""
+        answer, caller = request.answer, request.caller
+        if answer is not None:
+            at, first_token, usage, events = answer.first_byte_at, answer.first_token_at, answer.usage, answer.events
+        else:
+            at, first_token, usage, events = None, None, b"", 0
+        self._ended.append((
+            request.began, ended, request.request_id, request.head.path_for_log, request.model,
+            caller.name if caller is not None else None, request.connection.host, status,
+            lease.found.label if lease is not None else None, lease.instance_id if lease is not None else None,
+            request.waited_s, at, first_token, usage, events, request.broken,
+        ))  # fmt: skip
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All of them: those that are there, the newest first, and then those that have ended, likewise."""
+        now = time.perf_counter()
+        offset_s = time.time() - now
+        there = [c.cycle for c in self._connections if c.cycle is not None and c.cycle.is_listed]
+        for cycle in sorted(there, key=lambda c: -c.began):
+            yield _live(cycle, now, offset_s)
+        for entry in reversed(self._ended):
+            yield _past(entry, offset_s)
+
+    def cancel(self, request_id: str) -> None:
+        """End one that waits or runs. Raises RequestNotFoundError."""
+        found = [c.cycle for c in self._connections if c.cycle is not None and c.cycle.request_id == request_id]
+        if not any(cycle.is_listed for cycle in found):
+            raise RequestNotFoundError(f"No request {request_id!r} waits or runs.")
+        for cycle in found:
+            cycle.cancel()
+
+
+def _live(cycle: RequestCycle, now: float, offset_s: float) -> dict[str, Any]:
+    lease, answer, caller = cycle.first_lease, cycle.answer, cycle.caller
+    held = cycle.lease
+    if held is not None:
+        state = "paused" if held.paused else "running"
+    else:
+        state = "uploading" if cycle.is_uploading else "waiting"
+    events = answer.events if answer is not None else 0
+    first_at = answer.first_token_at or answer.first_byte_at if answer is not None else None
+    waited_s = cycle.waited_s if held is not None else now - cycle.began
+    return {
+        "id": cycle.request_id,
+        "state": state,
+        "at_unix_s": round(cycle.began + offset_s, 3),
+        "path": cycle.head.path_for_log,
+        "model": cycle.model,
+        "key": caller.name if caller is not None else None,
+        "host": cycle.connection.host,
+        "status": None,
+        "tier": lease.found.label if lease is not None else None,
+        "instance": held.instance_id if held is not None else None,
+        "wait_s": round(waited_s, 4),
+        "ttft_s": None if first_at is None else round(first_at - cycle.began, 4),
+        "total_s": round(now - cycle.began, 4),
+        "prompt_tokens": None,
+        "completion_tokens": events or None,
+        "tokens_per_s": _rate(events, first_at, now),
+        "broken": None,
+    }
+
+
+def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
+    (
+        began, ended, id_, path, model, key, host, status, tier, instance, waited_s, first_byte, first_token, usage,
+        events, broken,
+    ) = entry  # fmt: skip
+    asked, answered = tokens_of(usage)
+    answered = answered if answered is not None else events or None
+    return {
+        "id": id_,
+        "state": "ended",
+        "at_unix_s": round(began + offset_s, 3),
+        "path": path,
+        "model": model,
+        "key": key,
+        "host": host,
+        "status": status,
+        "tier": tier,
+        "instance": instance,
+        "wait_s": round(waited_s, 4),
+        "ttft_s": _since(began, first_token or first_byte),
+        "total_s": round(ended - began, 4),
+        "prompt_tokens": asked,
+        "completion_tokens": answered,
+        "tokens_per_s": _rate(answered, first_token, ended),
+        "broken": broken,
+    }
+
+
+def tokens_of(usage: bytes) -> tuple[int | None, int | None]:
+    """What the engine says that a request and its answer had; None where it does not."""
+    asked, answered = _ASKED.findall(usage), _ANSWERED.findall(usage)
+    return max(map(int, asked), default=None), max(map(int, answered), default=None)
+
+
+def _since(began: float, at: float | None) -> float | None:
+    return None if at is None else round(at - began, 4)
+
+
+def _rate(tokens: int | None, first: float | None, last: float) -> float | None:
+    """Tokens a second behind the first one, of a stream."""
+    if tokens is None or tokens < 2 or first is None or last <= first:
+        return None
+    return round((tokens - 1) / (last - first), 2)
