@@ -260,6 +260,8 @@ class Engine:
         """`POST /resume`: they go on."""
         if self.take_fault("fail_resume"):
             raise ApiError(500, "InternalServerError", "told to fail")
+        if self.worker is not None:
+            self.weights_valid = self.worker.valid()
         self.unpaused.set()
         return answer({"status": "resumed"})
 
@@ -286,7 +288,8 @@ class Engine:
                 result = await asyncio.to_thread(self.worker.call, method)
             except AttributeError as error:
                 raise bad(str(error)) from error
-            self.weights_valid = self.worker.valid()
+            if self.unpaused.is_set():  # else nobody reads them before `resume`
+                self.weights_valid = self.worker.valid()
             return answer({"results": [result]})
         if method != "reload_weights":
             raise bad("the only method here is reload_weights")

@@ -213,6 +213,7 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     _show_environment(environment)
     random.seed()
     program = importlib.import_module(module)

@@ -28,14 +28,20 @@ class Front:
     """A proxy on a port, with a session to talk to it."""
 
     def __init__(
-        self, folder: Path, models: dict[str, Any], *, tracing: dict[str, Any] | None = None, **server: Any
+        self,
+        folder: Path,
+        models: dict[str, Any],
+        *,
+        tracing: dict[str, Any] | None = None,
+        pool: dict[str, Any] | None = None,
+        **server: Any,
     ) -> None:
         settings = Settings(
             tracing=tracing or {},
             models=models,
             server={"port": 0, "body_limit": "1MiB", "hosts": ["a", "proxy", "x"], **server},
             runtime={"process": {"ports": ENGINE_PORTS}},
-            pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images")},
+            pool={"state_dir": str(folder / "state"), "checkpoint_dir": str(folder / "images"), **(pool or {})},
         )
         self.metrics = Metrics()
         runtime = ForkingRuntime(

@@ -1,4 +1,4 @@
-"""`warmpool status`, `wake`, `suspend`, `stop`, `drain`, `undrain`, `checkpoint now` and `logs`.
+"""`warmpool status`, `wake`, `pause`, `unpause`, `suspend`, `stop`, `drain`, `undrain`, `checkpoint now` and `logs`.
 
 They talk to a running server, which the configuration, `--url` or the environment names.
 """
@@ -63,6 +63,30 @@ def wake(model: str, server: ServerChoice, no_wait: bool, keep_alive: str | None
     from proxy.cli import control_commands
 
     control_commands.wake(server, model, wait=not no_wait, keep_alive=keep_alive)
+
+
+@click.command()
+@MODEL
+@server_options
+@_INSTANCE
+@_NO_WAIT
+def pause(model: str, server: ServerChoice, instance: str | None, no_wait: bool) -> None:
+    """Have the running answers of MODEL stand still until `unpause`: its weights leave the GPU, no stream breaks."""
+    from proxy.cli import control_commands
+
+    control_commands.pause(server, model, "pause", instance, wait=not no_wait)
+
+
+@click.command()
+@MODEL
+@server_options
+@_INSTANCE
+@_NO_WAIT
+def unpause(model: str, server: ServerChoice, instance: str | None, no_wait: bool) -> None:
+    """Have the paused answers of MODEL go on as soon as there is room."""
+    from proxy.cli import control_commands
+
+    control_commands.pause(server, model, "unpause", instance, wait=not no_wait)
 
 
 @click.command()
@@ -172,4 +196,4 @@ def logs(model: str, server: ServerChoice, follow: bool, lines: int, instance: s
     control_commands.logs(server, model, instance, lines, follow=follow)
 
 
-COMMANDS: Final = (status, requests, wake, suspend, stop, drain, undrain, logs)
+COMMANDS: Final = (status, requests, wake, pause, unpause, suspend, stop, drain, undrain, logs)

@@ -151,6 +151,16 @@ def wake(server: ServerChoice, model: str, *, wait: bool, keep_alive: str | None
         click.echo(f"{answer['instance']}: ready from {answer['found']} in {took['seconds']:.3f} s ({stages})")
 
 
+def pause(server: ServerChoice, model: str, command: str, instance: str | None, *, wait: bool) -> None:
+    """Pause or unpause, and say where each instance is."""
+    body = {"wait": wait} if instance is None else {"wait": wait, "instance": instance}
+    answer = _give(server, model, command, body)
+    if not answer["instances"]:
+        click.echo(f"{answer['model']}: nothing is paused")
+    for one in answer["instances"]:
+        click.echo(f"{one['id']}: {one['state'].replace('_', ' ')}")
+
+
 def step_down(server: ServerChoice, model: str, command: str, body: dict[str, Any]) -> None:
     """Have instances step down, and say from where to where each did."""
     answer = _give(server, model, command, body)

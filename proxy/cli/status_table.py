@@ -24,6 +24,7 @@ _COLOURS: Final[Mapping[str, str]] = {
     "ready": "green",
     "sleeping": "cyan",
     "suspended": "blue",
+    "paused": "blue",
     "checkpointed": "magenta",
     "archived": "magenta",
     "broken": "red",

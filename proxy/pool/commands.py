@@ -50,6 +50,7 @@ class Commands:
         for instance in model.instances.values() if not surplus else ():
             if instance.command is not None and instance.state in (State.RETIRING, State.WAKING):
                 instance.end_command("a command to wake came after it")
+            instance.let_go()
         self._moves.tick()
         ready = next((i for i in model.instances.values() if i.state is State.READY), None)
         if ready is not None and self._state.ready:
@@ -161,12 +162,13 @@ class Commands:
         Nobody's answer is cut off; new requests wait, or get another instance. Raises InstanceNotFoundError,
         ConflictError (nothing runs, or an engine cannot pause), CommandFailedError or DrainingError.
         """
-        busy = self._chosen(key, instance_id, (State.READY, State.RETIRING, *STANDING_STILL))
+        await self._until_settled(self._chosen(key, instance_id, (State.PAUSING, State.UNPAUSING)))
+        busy = self._chosen(key, instance_id, (State.READY, State.RETIRING, State.PAUSED))
         model = self._state.models[key]
-        busy = [i for i in busy if i.leases or i.state in STANDING_STILL]
+        busy = [i for i in busy if i.leases or i.state is State.PAUSED]
         if not busy:
             raise ConflictError(f"No request runs on {instance_id or model.served_name!r}: there is nothing to pause.")
-        cannot = [i.id for i in busy if i.state not in STANDING_STILL and not i.can_pause]
+        cannot = [i.id for i in busy if i.state is not State.PAUSED and not i.can_pause]
         if cannot:
             raise ConflictError(
                 f"{', '.join(cannot)} cannot be paused: that takes vLLM 0.20 or later in its development mode with "
@@ -186,14 +188,17 @@ class Commands:
     async def unpause(self, key: str, *, instance_id: str | None = None, wait: bool = True) -> list[Instance]:
         """Have the requests of paused instances go on, as soon as there is room; those instances.
 
-        Raises InstanceNotFoundError or DrainingError.
+        Raises InstanceNotFoundError, CommandFailedError (one did not come back) or DrainingError.
         """
         paused = self._chosen(key, instance_id, tuple(STANDING_STILL))
+        before = {instance.id: instance.generation for instance in paused}
         for instance in paused:
             instance.let_go()
         self._moves.tick()
         if wait:
             await self._until_settled(paused, (*STANDING_STILL,))
+            if broken := [i.id for i in paused if i.generation != before[i.id]]:
+                raise CommandFailedError(f"{', '.join(broken)} did not go on, and is replaced; the log says why.")
         return paused
 
     def let_go(self) -> None:

@@ -85,7 +85,7 @@ class GpuMonitor:
         settled = [s for _, s in self._live()] == [s for _, s, _, _ in seen]
         for (model, instance, state, generation), count in zip(seen, held, strict=True):
             same = instance.state is state and instance.generation == generation and instance.id in model.instances
-            settled = settled and same and (state in RESTING or state is State.RETIRING)
+            settled = settled and same and (state in RESTING or state in (State.RETIRING, State.PAUSED))
             if same:
                 self._accounting.record(instance, count, outgoing=model.leaving)
                 self._tell_if_grown(instance)

@@ -154,7 +154,7 @@ class Maker:
         environment = {processes.MARK: self._mark(engine.instance_id)}
         mounts: list[tuple[str, str, bool]] = []
         arguments: tuple[str, ...] = ()
-        if it.model.is_vllm and self._images.usable:
+        if it.model.is_vllm and (self._images.usable or it.model.weights_copy):
             copies = _WEIGHTS if it.model.weights_copy else None
             environment |= vllm_extension.environment(_EXTENSION, copies, python_path)
             mounts.append((str(vllm_extension.folder(claim.folder)), _EXTENSION, False))

@@ -100,7 +100,7 @@ class ProcessEngine(LocalEngine[Record]):
         values = {"host": host, "port": str(port), "model": model.name or self.key, "python": sys.executable}
         words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
-        if model.is_vllm and self._images.usable:
+        if model.is_vllm and (self._images.usable or model.weights_copy):
             words += vllm_extension.arguments(model)
             copies = str(self._images.store.weights(self.image)) if model.weights_copy else None
             given |= vllm_extension.environment(

@@ -1,4 +1,4 @@
-"""Commands of operators: wake, suspend, checkpoint, stop, drain, undrain.
+"""Commands of operators: wake, pause, unpause, suspend, checkpoint, stop, drain, undrain.
 
 Each is decided at once and carried out behind; the answer waits for the end unless told otherwise. No command but
 `stop` with `force` cuts off an answer that is being given, and a client that leaves does not take its command back.
@@ -34,7 +34,7 @@ DOWN: Final[Mapping[str, Tier]] = {
     "stop": Tier.STOPPED,
 }
 """The commands that send instances down, and how far."""
-FOR_MODELS: Final = ("wake", *DOWN, "drain", "undrain")
+FOR_MODELS: Final = ("wake", "pause", "unpause", *DOWN, "drain", "undrain")
 
 
 class _Body(BaseModel):
@@ -53,8 +53,11 @@ class _Wake(_Body):
     keep_alive: Duration | None = None
 
 
-class _Down(_Body):
+class _Pause(_Body):
     instance: str | None = None
+
+
+class _Down(_Pause):
     when_busy: Literal["refuse", "wait"] = "refuse"
 
 
@@ -78,6 +81,8 @@ class CommandHandlers:
         key = self._pool.find(request.match_info["model"])
         if command in DOWN:
             return await self._down(request, key, command)
+        if command in ("pause", "unpause"):
+            return await self._pause(request, key, command)
         if command == "wake":
             wake = await _body(request, _Wake)
             return await self._wake(key, wait=wake.wait, keep_s=wake.keep_alive)
@@ -101,6 +106,17 @@ class CommandHandlers:
         wake = None if record is None else {"seconds": record.seconds, "stages": dict(record.stages)}
         facts = {"instance": instance, "found": found.label, "wake": wake}
         return _answer({"model": key, "command": "wake", "done": True, **facts})
+
+    async def _pause(self, request: web.Request, key: str, command: str) -> web.Response:
+        body = await _body(request, _Pause)
+        ask = self._pool.pause if command == "pause" else self._pool.unpause
+        instances = [
+            {"id": instance.id, "state": instance.state.value}
+            for instance in await ask(key, instance_id=body.instance, wait=body.wait)
+        ]
+        moving = {"pausing", "unpausing", "paused" if command == "unpause" else "pausing"}
+        done = not any(instance["state"] in moving for instance in instances)
+        return _answer({"model": key, "command": command, "done": done, "instances": instances})
 
     async def _down(self, request: web.Request, key: str, command: str) -> web.Response:
         body = await _body(request, _Stop if command == "stop" else _Down)

@@ -19,6 +19,7 @@ import importlib
 import mmap
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import transfer
@@ -26,6 +27,8 @@ from .weights import TAG, Weights
 
 _PART_BYTES = 2 << 20
 """So much of the KV cache is looked at together: a page of the GPU's."""
+_MOST_OF_FREE = 0.8
+"""No more of the host's free memory is taken: the OOM killer would choose any process."""
 
 
 class Pauses(Weights):
@@ -70,6 +73,7 @@ class Pauses(Weights):
         parts, blank = _parts(torch)
         needed = sum(size for _, size in parts)
         if self._warmpool_room is None or len(self._warmpool_room) < needed:
+            self._warmpool_room = None
             self._warmpool_room = _room(needed)
         base = _address(self._warmpool_room)
         chunks = transfer.chunks(parts, base)
@@ -168,10 +172,23 @@ class _Words:
 
 
 def _room(size: int) -> mmap.mmap:
-    room = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+    if size > _MOST_OF_FREE * (free := _free_bytes()):
+        raise MemoryError(f"{size >> 20} MiB are to be kept, and {free >> 20} MiB of host memory are free")
+    room = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         room.madvise(mmap.MADV_HUGEPAGE)
     return room
+
+
+def _free_bytes() -> int:
+    """Of the host's memory, and of what this process' control group may take."""
+    words = Path("/proc/meminfo").read_text().split()
+    free = int(words[words.index("MemAvailable:") + 1]) << 10
+    with contextlib.suppress(OSError, ValueError):  # no limit is "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def _address(room: mmap.mmap) -> int:

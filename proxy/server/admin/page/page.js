@@ -3,6 +3,8 @@
 const TIERS = ["ready", "sleeping", "suspended", "checkpointed", "archived", "stopped"];
 const COMMANDS = {
   wake: { key: "w", label: "Wake", text: "An instance is brought to ready, as for a request. Where there is too little room, an idle instance of another model steps down." },
+  pause: { key: "p", label: "Pause", text: "Running answers stand still until that is taken back; no stream breaks. The GPU's memory is free meanwhile, and new requests wait." },
+  unpause: { key: "p", label: "Unpause", text: "Answers that stand still go on as soon as there is room." },
   suspend: { key: "s", label: "Suspend", text: "The GPU is freed; processes and host memory stay. The next request wakes it." },
   checkpoint: { key: "c", label: "Checkpoint", text: "An image on tmpfs takes the place of the processes. The next request restores it." },
   stop: { key: "x", label: "Stop", text: "The instances end, and so do the checkpoints that are theirs alone." },
@@ -80,7 +82,7 @@ function toast(text, bad) {
   setTimeout(() => note.remove(), bad ? 12000 : 5000);
 }
 const words = (state) => state.replaceAll("_", " ");
-const tierOf = (state) => (TIERS.includes(state) ? state : state === "broken" ? "broken" : "moving");
+const tierOf = (state) => (TIERS.includes(state) ? state : state === "broken" ? "broken" : state === "paused" ? "suspended" : "moving");
 const plural = (n, one) => `${n} ${one}${n === 1 ? "" : "s"}`;
 
 // --- talking to the server ---
@@ -231,6 +233,7 @@ function show() {
 function modelCard(key) {
   const title = h("div", { class: "title" }), ladder = h("ol", { class: "ladder", "aria-label": "Tiers" }), facts = h("p", { class: "facts" });
   const list = h("ul", { class: "instances" }), drain = h("button", { type: "button", onclick: () => command(key, drain.dataset.command) });
+  const pause = h("button", { type: "button", onclick: () => command(key, pause.dataset.command) });
   const buttons = ["wake", "suspend", "checkpoint", "stop"].map((name) =>
     h("button", { type: "button", "data-command": name, onclick: () => command(key, name) }, COMMANDS[name].label));
   const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, facts, list, h("div", { class: "buttons" }, ...buttons, drain));
@@ -246,6 +249,12 @@ function modelCard(key) {
     list.hidden = !entry.instances.length;
     drain.dataset.command = entry.draining ? "undrain" : "drain";
     drain.textContent = COMMANDS[drain.dataset.command].label;
+    const paused = entry.instances.some((i) => i.state === "paused");
+    pause.dataset.command = paused ? "unpause" : "pause";
+    pause.textContent = COMMANDS[pause.dataset.command].label;
+    if (!paused && !entry.instances.some((i) => i.can_pause)) pause.remove();
+    else if (!pause.isConnected) drain.before(pause);
+    pause.disabled = !paused && !entry.instances.some((i) => i.can_pause && i.leases && i.state === "ready");
     const any = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
     const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping"), checkpoint: any("ready", "sleeping", "suspended"), stop: entry.instances.length > 0 };
     for (const button of buttons) button.disabled = !enabled[button.dataset.command];
@@ -263,6 +272,7 @@ function instanceRow() {
       h("code", null, i.id), h("span", { class: `state${row.dataset.tier === "moving" ? " moving" : ""}` }, words(i.state)),
       i.leases ? h("span", { class: "muted" }, plural(i.leases, "request")) : i.last_used_unix_s ? h("span", { class: "muted" }, "used ", ago(i.last_used_unix_s)) : null,
       i.commanded ? h("span", { class: "muted" }, `${i.commanded} as commanded`) : i.next_step ? h("span", { class: "muted" }, `${i.next_step.to} in `, until(i.next_step.at_unix_s)) : null,
+      i.state === "paused" ? h("span", { class: "muted" }, i.on_hold ? "as commanded" : "for another model") : null,
       gpus ? h("span", { class: "muted" }, gpus) : null,
       i.has_checkpoint ? h("span", { class: "muted" }, "has a checkpoint") : null,
       i.last_wake ? h("span", { class: "muted" }, `woken from ${i.last_wake.from} in ${seconds(i.last_wake.seconds)}`) : null);
