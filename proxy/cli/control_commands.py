@@ -15,14 +15,14 @@ from rich.live import Live
 
 from proxy.cli import status_table
 from proxy.cli.control_client import Address, Control, ControlError, address_of
-from proxy.cli.engine_logs import EngineLogs
 from proxy.config.load import load
 from proxy.config.server import ServerSettings
 from proxy.errors import ConfigError, HostError
+from proxy.runtime.log_files import LogFiles
 from proxy.systemd import units
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
 
     from proxy.cli.options import ServerChoice
 
@@ -196,17 +196,28 @@ def logs(server: ServerChoice, model: str, instance: str | None, lines: int, *, 
 
     async def read() -> None:
         folder, key = await _log_folder(address, server.path, model)
-        async with EngineLogs(folder, key, instance) as reader:
-            printed = await reader.begin(lines)
-            if not printed and not follow:
+        last = ""
+        async with LogFiles(folder, key, instance) as files:
+            last = _print(await files.begin(lines), last)
+            if not files.found and not follow:
                 what = instance or f"any instance of {key}"
                 raise click.ClickException(f"no log of {what} in {folder}")
             while follow:
                 await asyncio.sleep(_FOLLOW_S)
-                await reader.go_on()
+                last = _print(await files.go_on(), last)
 
     with contextlib.suppress(KeyboardInterrupt):
         finished(read())
+
+
+def _print(pieces: Iterable[tuple[str, bytes]], last: str) -> str:
+    """Print lines, and a heading wherever another file goes on than the `last` one; the last one now."""
+    for name, text in pieces:
+        if name != last:
+            click.echo(click.style(f"==> {name} <==", bold=True), err=True)
+            last = name
+        click.echo(text.decode("utf-8", "replace"), nl=False)
+    return last
 
 
 async def _log_folder(address: Address, path: Path | None, model: str) -> tuple[Path, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proxy.server.admin.commands import CommandHandlers
+from proxy.server.admin.engine_logs import EngineLogHandlers
 from proxy.server.admin.events import Events
 from proxy.server.admin.page import page, to_page
 from proxy.server.admin.requests import RequestHandlers
@@ -32,6 +33,7 @@ def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
     app.router.add_get("/admin/", page)
     app.router.add_get("/admin/status", admin.status)
     app.router.add_get("/admin/events", events.stream)
+    app.router.add_get("/admin/models/{model:.+}/logs", EngineLogHandlers(pool).show)
     app.router.add_post("/admin/models/{model:.+}/{command}", handlers.for_model)
     app.router.add_post("/admin/drain", handlers.drain)
     app.router.add_post("/admin/undrain", handlers.undrain)

@@ -1,4 +1,4 @@
-"""The log files of a model's engines, printed as they grow; those that are yet to come too."""
+"""The log files of a model's engines, read as they grow; those that are yet to come too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, Self
 
 import aiofiles
 import aiofiles.os
-import click
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,19 +16,23 @@ if TYPE_CHECKING:
 
     from aiofiles.threadpool.binary import AsyncBufferedReader
 
+    Piece = tuple[str, bytes]
+    """The instance, and whole lines of its."""
+
 _TAIL_BYTES_A_LINE: Final = 400
+_MOST_BYTES: Final = 1 << 20
+"""Of one file at once."""
 
 
-class EngineLogs:
+class LogFiles:
     """The files of one model, or of one instance of it; `async with` it."""
 
-    def __init__(self, folder: Path, key: str, instance: str | None) -> None:
+    def __init__(self, folder: Path, key: str, instance: str | None = None) -> None:
         self._folder = folder
         self._key = key
         self._instance = instance
         self._open: dict[str, AsyncBufferedReader] = {}
         self._rest: dict[str, bytes] = {}
-        self._last = ""
 
     async def __aenter__(self) -> Self:
         return self
@@ -39,24 +42,31 @@ class EngineLogs:
             for file in self._open.values():
                 closing.push_async_callback(file.close)
 
+    @property
+    def found(self) -> bool:
+        """Whether there was a file."""
+        return bool(self._open)
+
     def _files(self) -> Iterator[tuple[str, Path]]:
         for path in sorted(self._folder.glob(f"{self._key}-*.log")):
             name = path.stem
             if name.rpartition("-")[0] == self._key and self._instance in (None, name):
                 yield name, path
 
-    async def begin(self, lines: int) -> bool:
-        """Print the last `lines` of each; whether there was a file."""
+    async def begin(self, lines: int) -> list[Piece]:
+        """The last `lines` of each."""
+        pieces: list[Piece] = []
         for name, path in self._files():
             file = self._open[name] = await aiofiles.open(path, "rb")
             size = await file.seek(0, os.SEEK_END)
-            await file.seek(max(0, size - lines * _TAIL_BYTES_A_LINE - 1))
-            ends = (await file.read()).splitlines(keepends=True)
-            self._print(name, b"".join(ends[-lines:]) if lines else b"")
-        return bool(self._open)
+            await file.seek(max(0, size - min(lines * _TAIL_BYTES_A_LINE + 1, _MOST_BYTES)))
+            ends = (await file.read(_MOST_BYTES)).splitlines(keepends=True)
+            pieces += self._whole(name, b"".join(ends[-lines:]) if lines else b"")
+        return pieces
 
-    async def go_on(self) -> None:
-        """Print what was added since, from the start where a file was begun anew."""
+    async def go_on(self) -> list[Piece]:
+        """What was added since, from the start where a file was begun anew."""
+        pieces: list[Piece] = []
         for name, path in self._files():
             file = self._open.get(name)
             with contextlib.suppress(OSError):
@@ -69,17 +79,16 @@ class EngineLogs:
                 elif there.st_size < await file.tell():
                     await file.seek(0)
             if file is not None:
-                self._print(name, await file.read())
+                pieces += self._whole(name, await file.read(_MOST_BYTES))
+        return pieces
 
-    def _print(self, name: str, text: bytes) -> None:
-        """Whole lines, and a heading wherever another file goes on."""
+    def _whole(self, name: str, text: bytes) -> Iterator[Piece]:
+        """Whole lines; a part of one is kept until the rest of it is there."""
         text = self._rest.pop(name, b"") + text
         whole, newline, rest = text.rpartition(b"\n")
+        if len(rest) >= _MOST_BYTES:
+            whole, newline, rest = text, b"\n", b""
         if rest:
             self._rest[name] = rest
-        if not newline:
-            return
-        if name != self._last:
-            click.echo(click.style(f"==> {name} <==", bold=True), err=True)
-            self._last = name
-        click.echo(whole.decode("utf-8", "replace"))
+        if newline:
+            yield name, whole + newline
