@@ -12,7 +12,7 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test fuzz lint format reference install dist host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test test-model fuzz lint format reference install dist host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \
 		DIFFERENTIAL_SECONDS=$${DIFFERENTIAL_SECONDS:-300} $(BIN)/pytest -s tests/server/test_fuzz.py tests/server/test_differential.py
+
+test-model: $(VENV)/.dev ## scheduling against random events in virtual time: SCHEDULING_EXAMPLES (1000) runs of 60 steps
+	SCHEDULING_EXAMPLES=$${SCHEDULING_EXAMPLES:-1000} SCHEDULING_STEPS=60 $(BIN)/pytest -s --timeout 0 --hypothesis-show-statistics tests/pool/test_scheduling_model.py
 
 lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .

@@ -477,6 +477,8 @@ class SimulatedPool:
             if engine.instance.generation != generation:
                 return  # it broke
             engine.instance.paused(self.now)
+            self._accounting.paused(engine.instance)
+            self._accounting.paused(engine.instance)
             self._changed(model)
             self._decide()
 
@@ -494,6 +496,7 @@ class SimulatedPool:
             if engine.instance.generation != generation:
                 return  # it broke
             engine.instance.runs_on(self.now)
+            self._accounting.runs_on(engine.instance)
             engine.batch.stand_still(self.now, still=False)
             self.gaps_s.extend([self.now - engine.stopped_at] * engine.instance.leases)
             self._await_engine(model, engine)

@@ -235,7 +235,7 @@ def _may_go(instance: InstanceView, model: ModelView, used: Container[str]) -> b
 
 def _busy_bytes(view: View, needy: ModelView, draft: Draft) -> Bytes:
     """What those hold that cannot step down now, but may some day."""
-    total: Bytes = view.sums[BUSY]
+    total: Bytes = gpu_accounting.plus(view.sums[BUSY], draft.given)
     spare = {i.id for i in spare_of(needy)}
     for instance in needy.instances:
         # One's own do not make room, but those who wait are served by them.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from proxy.pool.model_view import InstanceView
     from proxy.tiers import Tier
 
@@ -101,3 +103,10 @@ class Draft:
     plan: Plan = field(default_factory=Plan)
     used: set[str] = field(default_factory=set)
     """The ids of those that play a part in it."""
+    given: dict[str, int] = field(default_factory=dict)
+    """The memory, by place, that those get who are woken in it, or wait for what comes free."""
+
+    def give(self, extra: Mapping[str, int]) -> None:
+        """Count what somebody gets."""
+        for place, count in extra.items():
+            self.given[place] = self.given.get(place, 0) + count

@@ -108,6 +108,7 @@ class _Wakes:
             return False
         if not full and room.comes_free(extra):
             room.promise(extra)
+            draft.give(extra)
             return False
         choice = choose(view, model, candidate, room.balance(extra), self._now, draft, full=full)
         if not choice.enough and (choice.may_come or model.since is None):
@@ -120,6 +121,7 @@ class _Wakes:
             draft.plan.actions.append(Refuse(model.key, extra[HOST], choice.missing[HOST]))
             return False
         draft.used.update(victim.instance.id for victim in choice.victims)
+        draft.give(extra)
         if candidate is not None and candidate.state is State.PAUSED:
             return self._unpause(candidate, extra, choice.victims, full=full)
         room.take(extra, choice.freed)

@@ -17,6 +17,7 @@ from proxy.pool import gpu_accounting
 from proxy.pool.gpu_accounting import HOST
 from proxy.pool.instance import AWAKE, DESCENDING, State
 from proxy.pool.model_view import (
+    STANDING_STILL,
     STEPS,
     InstanceView,
     ModelView,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from proxy.pool.gpu_accounting import Bytes, GpuLoad
 
+_HOLDING: Final = frozenset({State.WAKING, *STANDING_STILL})
+"""Beside those with requests: they hold what others may get some day."""
 _GOING: Final = DESCENDING | {State.PAUSING}
 """Awake still, and about to give its place up."""
 
@@ -289,7 +292,7 @@ class View:
             _add(sums[SOON], after)
             moving += max(0, now.get(HOST, 0) - after.get(HOST, 0))
             stays = not known.model.evictable and instance.state is State.READY  # until a time of the day, or a reload
-            if stays or instance.id in busy or instance.state in (State.WAKING, State.UNPAUSING):
+            if stays or instance.id in busy or instance.state in _HOLDING:
                 _add(sums[BUSY], after)
             if instance.id in idle:
                 _add(sums[IDLE], self._most_freed(instance, known.model))

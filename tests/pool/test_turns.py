@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.pool.demand import FADES_S, Demand
+from proxy.pool.gpu_accounting import GpuLoad
 from proxy.pool.instance import State
 from proxy.pool.model_view import InstanceView, ModelView, PolicyName, Rules
 from proxy.pool.plan import Pause, Plan, Readmit, Retire, StepDown, Unpause, Wake
@@ -152,3 +153,19 @@ def test_lru_never_asks_a_busy_one_and_keeps_an_idle_one_for_its_time_to_live() 
     assert plan(kept, now=299.0, policy="lru").actions == []
     assert plan(kept, now=300.0, policy="lru").actions == [StepDown(idle, Tier.SLEEPING, "idle")]
     assert plan(kept, now=5.0).actions == [StepDown(idle, Tier.SLEEPING, "idle")]
+
+
+def test_what_a_paused_one_holds_is_waited_for_and_not_taken_for_never() -> None:
+    paused = instance("a", State.PAUSED, leases=1, paused_since=1.5)
+    needy = waiting("b", 0.2)
+    held = {"a-1": {"gpu": 90}, "b-1": {}}
+    load = GpuLoad({"gpu": 100}, held, held, {"a": {"gpu": 90}, "b": {"gpu": 90}}, {})
+    view = View([model(paused), needy], rules=Rules("turns", 0, quantum_s=1.0), gpus=load)
+    assert decide(view, 2.0).actions == [Unpause(paused)]
+
+
+def test_what_one_is_given_in_a_plan_is_not_free_for_the_next() -> None:
+    load = GpuLoad({"gpu": 130}, {}, {}, {"a": {"gpu": 100}, "b": {"gpu": 100}}, {})
+    first, second = waiting("a", 0.0), waiting("b", 1.0)
+    view = View([first, second], rules=Rules("turns", 0, quantum_s=1.0), gpus=load)
+    assert decide(view, 2.0).actions == [Wake("a", first.instances[0])]
