@@ -60,7 +60,7 @@ class LiveView:
         frees = self._gpus.suspending_frees
         if places != view.gpus.capacity.keys() or rules != view.rules or frees != view.gpus.suspending_frees:
             self.changed |= dict.fromkeys(self._shares)
-            view.use(rules, GpuLoad(capacity=dict.fromkeys(places, 0), suspending_frees=frees))
+            view.use(rules, GpuLoad(suspending_frees=frees))  # all are put anew below, with what they hold
         changed = [*self.changed]
         self.changed.clear()
         for model in changed:

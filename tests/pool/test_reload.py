@@ -17,7 +17,7 @@ from proxy.config.load import load
 from proxy.config.model import ModelSettings
 from proxy.config.settings import Settings
 from proxy.errors import ConfigError, HostError, ModelNotFoundError, RuntimeFailure
-from proxy.host import daemon_thread
+from proxy.host import daemon_thread, facts
 from proxy.tiers import Tier
 from tests.fakes import Rig, model_settings, settle
 from tests.served import ASK, Proxy, ServiceManager
@@ -339,3 +339,15 @@ def test_what_config_load_raises_names_the_key(tmp_path: Path) -> None:
     path.write_text("[models.a]\nnonsense = 1\n")
     with pytest.raises(ConfigError, match="nonsense"):
         load(path)
+
+
+async def test_rules_change_where_host_memory_is_kept_account_of() -> None:
+    rig = Rig({"demo": {}}, memory=facts.memory)
+    await rig.pool.open()
+    (await rig.pool.lease("demo")).release()
+    await settle()
+    pool = rig.settings.pool.model_copy(update={"quantum": 7.0})
+    wanted = rig.settings.model_copy(update={"pool": pool})
+    assert str(await rig.pool.reconfigure(wanted)) == "changed pool.quantum"
+    (await rig.pool.lease("demo")).release()
+    await rig.pool.close()
