@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 
+from proxy.pool.wake_failure import WakeFailure
 from proxy.server.admin.page import POLICY
+from proxy.tiers import Tier
 from tests.server.admin.test_control_api import NEVER
 from tests.server.test_http import ASK, HELD
 from tests.support import PATIENCE_S, ROOT
@@ -257,3 +261,36 @@ async def test_it_says_when_the_server_is_gone(browser: Browser, front: Front) -
     there = await visit(browser, front)
     front.pool.begin_stop()
     await there.page.locator("#connection", has_text="not connected").wait_for()
+
+
+@needs_chromium
+async def test_on_a_phone_it_shows_who_asks_the_logs_and_why_an_engine_did_not_start(
+    browser: Browser, front_of: Any
+) -> None:
+    front: Front = await front_of(idle=NEVER)
+    await front.post("/v1/completions", ASK)
+    running = asyncio.create_task(front.post("/v1/completions", HELD))
+    there = await visit(browser, front, viewport=PHONE)
+    page = there.page
+    await page.locator("#requests-open > summary").click()
+    await page.locator("#requests td", has_text="200").wait_for()
+    await page.locator("#requests-state").select_option("live")
+    await page.locator("#requests td", has_text="200").wait_for(state="detached")
+    await page.locator("#requests").get_by_role("button", name="Cancel").click()
+    with pytest.raises(aiohttp.ClientError):
+        await running
+    await page.locator(".model").first.get_by_role("button", name="Logs").click()
+    await page.locator("#logs-text", has_text="listening on").wait_for()
+    await page.locator("#logs").get_by_role("button", name="Close").click()
+    front.pool._state.models["demo"].last_failure = WakeFailure(
+        "demo-1", Tier.STOPPED, 1.0, ("start: the engine ended",), ("CUDA out of memory",)
+    )
+    front.pool._state.tell()
+    await page.locator(".failure summary", has_text="the engine ended").click()
+    assert "CUDA out of memory" in await page.locator(".failure .log").inner_text()
+    front.pool._state.models["demo"].draining = True
+    front.pool._state.tell()
+    await page.locator(".model .pill", has_text="draining").wait_for()
+    assert await page.locator(".failure details[open]").count() == 1, "what was opened stays open"
+    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the phone"
+    assert there.errors == []

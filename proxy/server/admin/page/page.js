@@ -29,7 +29,7 @@ function h(tag, attributes, ...children) {
 /** Replace what is in an element, but only if it became different: focus and open details stay. */
 function put(parent, ...children) {
   const fresh = h("div", null, ...children);
-  if (fresh.innerHTML !== parent.innerHTML) parent.replaceChildren(...fresh.childNodes);
+  if (fresh.innerHTML !== parent.innerHTML.replaceAll('<details open="">', "<details>")) parent.replaceChildren(...fresh.childNodes);
 }
 
 /** Keep one child for each item, in order; `make` gives an element with a method `show`. */
@@ -236,7 +236,9 @@ function modelCard(key) {
   const pause = h("button", { type: "button", onclick: () => command(key, pause.dataset.command) });
   const buttons = ["wake", "suspend", "checkpoint", "stop"].map((name) =>
     h("button", { type: "button", "data-command": name, onclick: () => command(key, name) }, COMMANDS[name].label));
-  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, facts, list, h("div", { class: "buttons" }, ...buttons, drain));
+  const why = h("div", { class: "why-missing" }), failure = h("div", { class: "failure" });
+  const logs = h("button", { type: "button", onclick: () => showLogs(key) }, "Logs");
+  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, why, facts, failure, list, h("div", { class: "buttons" }, ...buttons, logs, drain));
   card.show = ([, entry]) => {
     card.dataset.tier = entry.tier;
     put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "draining") : null);
@@ -245,6 +247,10 @@ function modelCard(key) {
       return h("li", { class: tier === entry.tier ? "here" : missing ? "missing" : null, title: missing || null, "aria-current": tier === entry.tier ? "step" : null }, h("span", null, tier));
     }));
     put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
+    // A title shows on no phone, so the reasons are text too.
+    const missing = Object.entries(entry.missing_tiers);
+    put(why, missing.length ? h("details", null, h("summary", null, plural(missing.length, "tier"), " missing"), h("ul", { class: "reasons" }, ...missing.map(([tier, reason]) => h("li", null, h("b", null, tier), `: ${reason}`)))) : null);
+    put(failure, failureOf(entry.last_failure));
     keyed(list, entry.instances, (i) => i.id, instanceRow);
     list.hidden = !entry.instances.length;
     drain.dataset.command = entry.draining ? "undrain" : "drain";
@@ -256,11 +262,87 @@ function modelCard(key) {
     else if (!pause.isConnected) drain.before(pause);
     pause.disabled = !paused && !entry.instances.some((i) => i.can_pause && i.leases && i.state === "ready");
     const any = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
-    const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping"), checkpoint: any("ready", "sleeping", "suspended"), stop: entry.instances.length > 0 };
+    const has = (...tiers) => tiers.some((t) => entry.tiers.includes(t));
+    const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping") && has("suspended", "checkpointed"), checkpoint: any("ready", "sleeping", "suspended") && has("checkpointed"), stop: entry.instances.length > 0 };
     for (const button of buttons) button.disabled = !enabled[button.dataset.command];
   };
   return card;
 }
+
+/** Why the last wake gave no engine, and what the engine wrote last. */
+function failureOf(failed) {
+  if (!failed) return null;
+  return h("details", null, h("summary", null, h("b", null, "did not start"), ": ", failed.reasons[failed.reasons.length - 1] ?? ""),
+    h("ul", { class: "reasons" }, ...failed.reasons.map((text) => h("li", null, text))),
+    failed.log_lines.length ? h("pre", { class: "log", tabindex: "0" }, failed.log_lines.join("\n")) : null);
+}
+
+const LOG_CHARACTERS = 200000;
+async function showLogs(key) {
+  const dialog = byId("logs"), text = byId("logs-text"), leave = new AbortController(), focused = document.activeElement;
+  byId("logs-title").textContent = `What the engines of ${key} wrote`;
+  text.textContent = "";
+  dialog.showModal();
+  dialog.addEventListener("close", () => { leave.abort(); focused?.focus(); }, { once: true });
+  try {
+    const response = await ask(`models/${encodeURIComponent(key)}/logs?lines=300&follow=1`, { signal: leave.signal });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+      text.append(value);
+      if (text.textContent.length > LOG_CHARACTERS) text.textContent = text.textContent.slice(-LOG_CHARACTERS / 2);
+      if (atEnd) text.scrollTop = text.scrollHeight;
+    }
+  } catch (error) {
+    if (!leave.signal.aborted) text.append(`\n${error.message}`);
+  }
+}
+
+// --- requests ---
+
+const REQUESTS_EVERY_MS = 2000;
+async function showRequests() {
+  if (!byId("requests-open").open || document.hidden || !status) return;
+  const query = new URLSearchParams({ limit: "500" });
+  for (const name of ["state", "model", "key"]) if (byId(`requests-${name}`).value) query.set(name, byId(`requests-${name}`).value);
+  let rows;
+  try { rows = (await (await ask(`requests?${query}`)).json()).requests; } catch (error) { return put(byId("requests"), h("p", { class: "muted" }, error.message)); }
+  if (!rows.length) return put(byId("requests"), h("p", { class: "muted" }, "No request."));
+  const table = byId("requests").querySelector("tbody") ?? (() => {
+    const body = h("tbody");
+    byId("requests").replaceChildren(h("div", { class: "card scroll" }, h("table", null, h("thead", null, h("tr", null,
+      ...["state", "model", "key", "host", "found", "waited", "first token", "total", "tokens", "tokens/s", "came", ""].map((name) => h("th", { scope: "col" }, name)))), body)));
+    return body;
+  })();
+  keyed(table, rows, (r) => `${r.id} ${r.at_unix_s}`, requestRow);
+}
+function requestRow() {
+  const row = h("tr");
+  row.show = (r) => {
+    const tokens = r.completion_tokens === null && r.prompt_tokens === null ? "" : r.prompt_tokens === null ? String(r.completion_tokens) : `${r.prompt_tokens} + ${r.completion_tokens ?? 0}`;
+    const cells = [r.state === "ended" ? String(r.status) : r.state, r.model, r.key ?? "", r.host ?? "", r.tier ?? "", seconds(r.wait_s), r.ttft_s === null ? "" : seconds(r.ttft_s), seconds(r.total_s), tokens, r.tokens_per_s === null ? "" : String(Math.round(r.tokens_per_s))];
+    row.title = `${r.path} ${r.id}${r.broken ? `: ${r.broken}` : ""}`;
+    put(row, ...cells.map((text) => h("td", null, text)), h("td", null, ago(r.at_unix_s)), h("td", null, r.state === "ended" ? null : h("button", { type: "button", "data-cancel": r.id }, "Cancel")));
+  };
+  return row;
+}
+byId("requests").addEventListener("click", async (event) => {
+  const id = event.target.dataset?.cancel;
+  if (!id) return;
+  event.target.disabled = true;
+  try {
+    await ask(`requests/${encodeURIComponent(id)}/cancel`, { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
+    toast(`Request ${id}: cancelled`);
+  } catch (error) {
+    toast(error.message, true);
+  }
+  showRequests();
+});
+for (const name of ["state", "model", "key"]) byId(`requests-${name}`).addEventListener("change", showRequests);
+byId("requests-open").addEventListener("toggle", showRequests);
+setInterval(showRequests, REQUESTS_EVERY_MS);
 
 function instanceRow() {
   const row = h("li", { class: "instance" });
@@ -371,7 +453,7 @@ function nextTheme() {
   setTheme(names[(names.indexOf(localStorage.getItem("warmpool-theme") || "") + 1) % names.length]);
 }
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || event.target.matches("input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || event.target.matches("input, select, pre, summary")) return;
   const cards = [...document.querySelectorAll(".model")], here = document.activeElement.closest?.(".model"), index = cards.indexOf(here);
   const step = { j: 1, k: -1 }[event.key];
   if (event.key === "?") byId("keys").showModal();
