@@ -15,7 +15,8 @@ class Tier(enum.IntEnum):
     ARCHIVED = 4
     STOPPED = 5
 
-    @property
-    def label(self) -> str:
-        """The word for headers, metrics and JSON: `ready`, `sleeping`, …"""
-        return self.name.lower()
+    label: str
+    """The word for headers, metrics and JSON: `ready`, `sleeping`, …"""
+
+    def __init__(self, _: int) -> None:
+        self.label = self.name.lower()

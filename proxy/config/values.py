@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 
@@ -116,6 +117,7 @@ def short_size(count: int) -> str:
     return f"{count} B"
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether only processes of this host reach an address; names other than localhost are not looked up."""
     if host == "localhost":

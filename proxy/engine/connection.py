@@ -23,6 +23,8 @@ _LOOKS: Final = 8
 """An engine's silence is noticed by looking this often in the time that it may take."""
 _CLOSE_S: Final = 5.0
 """How long `disconnect` waits for transports that were aborted, which takes a turn or two of the event loop."""
+_STEP: Final = 256 << 10
+"""How much of a large body is written in one turn of the event loop: what the kernel takes at once holds it up."""
 _DISCONNECTED: Final = "the engine was disconnected"
 
 
@@ -194,8 +196,8 @@ class Connection(asyncio.Protocol):
     """One connection, with who has it."""
 
     __slots__ = (
-        "_generation", "_heard", "_quiet_s", "_reading", "_receiver", "_sending", "_spoke", "_transport", "_upstream",
-        "closed", "keep",
+        "_generation", "_heard", "_quiet_s", "_reading", "_receiver", "_rest", "_sending", "_spoke", "_transport",
+        "_upstream", "closed", "keep",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream) -> None:
@@ -208,6 +210,8 @@ class Connection(asyncio.Protocol):
         self._quiet_s = 0.0
         self._reading = True
         self._sending = False
+        self._rest: memoryview | None = None
+        """Of a large body, what is still to be written."""
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.keep = True
         """It may serve another exchange after this one."""
@@ -239,6 +243,17 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._sending = False
+        if self._rest is not None:
+            asyncio.get_running_loop().call_soon(self._write_rest, self._rest)
+
+    def _write_rest(self, rest: memoryview) -> None:
+        """Write a step of it, unless that was done already."""
+        if rest is not self._rest or self._sending or self._transport.is_closing():
+            return
+        self._rest = rest[_STEP:] if len(rest) > _STEP else None
+        self._transport.write(rest[:_STEP])
+        if self._rest is not None and not self._sending:
+            asyncio.get_running_loop().call_soon(self._write_rest, self._rest)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.closed.done():
@@ -259,16 +274,18 @@ class Connection(asyncio.Protocol):
         self._heard, self._quiet_s = True, 0.0
         self._transport.write(message)
         if body:
-            self._transport.write(body)
+            self._rest = memoryview(body)
+            self._write_rest(self._rest)
 
     def finished(self, *, reusable: bool) -> None:
         """The exchange is over; everything belonging to it has come, or it was given up."""
         self._receiver = None
+        sent, self._rest = self._rest is None and not self._sending, None
         if not self._reading:
             self.resume()
         self._quiet_s = 0.0
         # An answer that came before its request was sent leaves a rest that would be read as the next request.
-        if reusable and self.keep and not self._sending and not self._transport.is_closing():
+        if reusable and self.keep and sent and not self._transport.is_closing():
             self._upstream.returned(self)
         else:
             self.abort()
@@ -282,7 +299,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it now."""
-        self.keep = False
+        self.keep, self._rest = False, None
         self._transport.abort()
 
     def pause(self) -> None:

@@ -19,7 +19,7 @@ class Demand:
 
     def note(self, now: float) -> None:
         """One more request."""
-        self._count = self.count(now) + 1.0
+        self._count = self._count * math.exp((self._at - now) / FADES_S) + 1.0
         self._at = now
 
     def count(self, now: float) -> float:

@@ -71,7 +71,8 @@ class Lease:
 
     def release(self) -> None:
         """Give the instance back."""
-        self.token_came()
+        if self._awaits_token:
+            self.token_came()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.lease_ended(self._instance, self.generation, self.keep_s)

@@ -122,7 +122,7 @@ class Model(Observed):
         # Some may have been cancelled in this moment; among many they make no difference.
         many = len(self.queue) > _COUNTED
         from_tier = max(Tier.SUSPENDED, best_tier(self.instances.values()))
-        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
+        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue.members())
         return ModelView(
             key=self.key,
             instances=[view_of(i) for i in self.instances.values()],

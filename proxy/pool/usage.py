@@ -21,6 +21,8 @@ log = logging.getLogger("warmpool.usage")
 _LIMIT_BYTES: Final = 16 << 20
 HALF_LIFE_S: Final = 7 * 86400.0
 SAVE_EVERY_S: Final = 60.0
+_AT_ONCE_S: Final = 1.0
+"""Requests within so short a time count as if they had come together: they differ by a millionth."""
 
 
 class Usage:
@@ -41,7 +43,11 @@ class Usage:
         known = self._counts.get(model)
         if known is None:
             self.news.set()
-        self._counts[model] = (_decayed(*known, now) if known is not None else 0.0) + 1.0, now
+            self._counts[model] = 1.0, now
+        elif 0.0 <= now - known[1] < _AT_ONCE_S:
+            self._counts[model] = known[0] + 1.0, known[1]
+        else:
+            self._counts[model] = _decayed(*known, now) + 1.0, now
 
     def count(self, model: str) -> float:
         """As of now."""

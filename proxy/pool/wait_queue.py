@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 from operator import itemgetter
@@ -41,6 +42,10 @@ class WaitQueue(Generic[T]):
         """In order; nobody may come or leave meanwhile."""
         members = [members.items() for members in self._classes.values()]
         return (member for member, _ in heapq.merge(*members, key=itemgetter(1)))
+
+    def members(self) -> Iterator[T]:
+        """In any order, which is quicker; nobody may come or leave meanwhile."""
+        return itertools.chain.from_iterable(self._classes.values())
 
     def add(self, member: T, class_: int, rank: float) -> None:
         """At the end of its class."""

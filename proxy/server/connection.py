@@ -18,17 +18,17 @@ from proxy.errors import BodyTooLargeError, InvalidRequestError, SlowUploadError
 from proxy.server.aiohttp_server import as_one_request
 from proxy.server.auth.authorization import Kind
 from proxy.server.connection_limits import counted_by
-from proxy.server.connection_timers import HalfClosed, IdleTimer, WriteStall
+from proxy.server.connection_timers import HalfClosed, IdleTimer, Late, WriteStall, missed
+from proxy.server.flow_control import STEP, ReadFlow
 from proxy.server.forward.cycle import RequestCycle
 from proxy.server.http_answer import CONTINUE, JSON, whole_answer
 from proxy.server.http_request import BadRequestError, HeadReader, RequestHead, too_large_together, usual_parts
 from proxy.server.request_body import NOT_AS_SAID, RequestBody
 
 if TYPE_CHECKING:
+    from proxy.errors import RequestError
     from proxy.server.service import Service
 
-_LINGER_S: Final = 5.0
-"""How long the rest of a refused body is read, so that the client sees the answer before the connection ends."""
 _READ_AHEAD: Final = 64 << 10
 """How much of the next requests is read while one is served."""
 _REQUESTS_A_TURN: Final = 16
@@ -48,13 +48,18 @@ class _Reading(enum.Enum):
     """A request is served; what comes has to wait."""
 
 
+_HEAD: Final = _Reading.HEAD
+_NOTHING: Final = _Reading.NOTHING
+"""By these names for every request: Python 3.11 takes longer for a member of an enumeration than for a call."""
+
+
 class ClientConnection(asyncio.Protocol):
     """One connection, from its first byte to its last."""
 
     __slots__ = (
-        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_half_closed",
-        "_head_began", "_head_reader", "_idle", "_known", "_known_key", "_loop", "_reading", "_reading_paused",
-        "_refused", "_stall", "host", "service", "transport", "write_paused",
+        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_flow", "_half_closed",
+        "_head_began", "_head_reader", "_idle", "_known", "_known_key", "_loop", "_reading", "_refused",
+        "_stall", "host", "service", "transport", "write_paused",
     )  # fmt: skip
 
     def __init__(self, service: Service) -> None:
@@ -73,7 +78,6 @@ class ClientConnection(asyncio.Protocol):
         """How much of the buffer is read."""
         self._advancing = False
         self._reading = _Reading.HEAD
-        self._reading_paused = False
         self._head_reader: HeadReader | None = None
         self._head_began: float | None = None
         self._known_key = b""
@@ -99,6 +103,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count it in, or turn it away."""
         self.transport = cast("asyncio.Transport", transport)
+        self._flow = ReadFlow(self.transport)
         service = self.service
         peer = transport.get_extra_info("peername")
         self.host = peer[0] if isinstance(peer, tuple) else None
@@ -160,19 +165,12 @@ class ClientConnection(asyncio.Protocol):
             self.service.traffic.leave()
         self._buffer, self._body, self._reading = b"", None, _Reading.NOTHING
         if with_reset and self.transport is not None:
-            connected = self.transport.get_extra_info("socket")
-            if connected is not None and connected.fileno() >= 0:  # -1: the client has left
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self.transport.abort()
+            _reset(self.transport)
         else:
             self.close()
 
-    def _restart_idleness(self) -> None:
-        if self._idle is not None:
-            self._idle.restart()
-
     def _is_idle(self) -> bool:
-        return self._cycle is None and self._reading is _Reading.HEAD and self._head_began is None
+        return self._cycle is None and self._reading is _HEAD and self._head_began is None
 
     # --- what comes in ---
 
@@ -185,6 +183,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self._buffer = self._buffer[self._at :] + data if self._buffer else data
         self._at = 0
+        if len(data) >= STEP:
+            self._flow.give_way()
         if not self._advancing:
             self._advance()
 
@@ -193,7 +193,12 @@ class ClientConnection(asyncio.Protocol):
         self._advancing = True
         try:
             for _ in range(_REQUESTS_A_TURN):
-                if not self._buffer or not self._step():
+                transport = self.transport
+                if not self._buffer or self._reading is _NOTHING or transport is None or transport.is_closing():
+                    break
+                if self._reading is not _HEAD:
+                    self._read_body()
+                elif not self._read_head():
                     break
             else:
                 self._loop.call_soon(self._go_on)
@@ -210,33 +215,18 @@ class ClientConnection(asyncio.Protocol):
         """Nothing more can be read for now."""
         if self._at and self._at == len(self._buffer):
             self._buffer, self._at = b"", 0
-        transport = self.transport
-        if transport is None:
+        if self.transport is None:
             return
-        if self._reading is _Reading.NOTHING and len(self._buffer) - self._at > _READ_AHEAD:
-            if not self._reading_paused:
-                self._reading_paused = True
-                transport.pause_reading()
-        elif self._reading_paused:
-            self._reading_paused = False
-            if not transport.is_closing():
-                transport.resume_reading()
+        if self._reading is _NOTHING and len(self._buffer) - self._at > _READ_AHEAD:
+            self._flow.hold()
+        elif self._flow.is_held:
+            self._flow.release()
         if self._half_closed and self._cycle is None and self._aiohttp is None and not self._buffer:
             self.close()
 
-    def _step(self) -> bool:
-        """Read one thing; whether the next may follow."""
-        if self.transport is None or self.transport.is_closing():
-            return False
-        if self._reading is _Reading.HEAD:
-            return self._read_head()
-        if self._reading is _Reading.NOTHING:
-            return False
-        self._read_body()
-        return True
-
     def _read_head(self) -> bool:
-        limits = self.service.limits.limits
+        """Read one and have its request served; whether more can be read then."""
+        most = self.service.limits.most_head
         data, at = self._buffer, self._at
         if self._head_reader is None:
             while data.startswith(b"\r\n", at):  # RFC 9112, 2.2
@@ -244,16 +234,16 @@ class ClientConnection(asyncio.Protocol):
             self._at = at
             if at == len(data):
                 return True
-        parts = usual_parts(data, at, limits.head + 4)
+        parts = usual_parts(data, at, most + 4)
         try:
             if parts is None:
-                self._read_part_of_head(data, at, limits.head)
+                self._read_part_of_head(data, at, most)
                 return False
             key, begin, length = parts
             head = self._known
             if head is None or key != self._known_key:
-                reader = self._head_reader or HeadReader(self.service.limits.limits)
-                head = reader.head(data[at:begin])
+                place = self.transport.get_extra_info("sockname") if self.transport is not None else None
+                head = self.service.request_heads.read(place, key, self._head_reader, data[at:begin])
                 self._known, self._known_key = head, key
         except BadRequestError as error:
             self._note(error.reason, f"a malformed request ({error.status} {error.code}, {error.message})")
@@ -280,7 +270,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_reader = None
         data = self._buffer
         cycle = self._cycle = RequestCycle(self.service, self, head, length)
-        self._reading = _Reading.NOTHING
+        self._reading = _NOTHING
         self.service.traffic.enter()
         end = begin + length
         if length >= 0 and end <= len(data):
@@ -309,7 +299,8 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._buffer, self._at = body.feed(self._buffer[self._at :]), 0
         except http1.ProtocolError:
-            self._end_broken_body()
+            text = "a request whose body is not framed as its fields say"
+            self._end_body(InvalidRequestError(NOT_AS_SAID), "malformed", text)
             return
         cycle = self._cycle
         if self._reading is _Reading.BODY and cycle is not None:
@@ -318,22 +309,23 @@ class ClientConnection(asyncio.Protocol):
                 cycle.refuse(BodyTooLargeError(f"The body is over the limit of {limit} bytes."))
             elif body.done:
                 self._body, self._reading = None, _Reading.NOTHING
-                cycle.body_came(body.whole())
+                cycle.pieces_came(body.pieces(), body.size)
         elif body.done:
             self._body, self._reading = None, _Reading.HEAD
             if self._ends:
                 self.close()
-            self._restart_idleness()
+            if self._idle is not None:
+                self._idle.restart()
 
-    def _end_broken_body(self) -> None:
-        """A body is not framed as its fields say; what still comes is no request."""
+    def _end_body(self, error: RequestError, reason: str, text: str) -> None:
+        """Refuse a body within it; what still comes is no request."""
         cycle = self._cycle
         self._buffer, self._body = b"", None
         if cycle is None:  # answered already
             self.close()
             return
-        self._note("malformed", "a request whose body is not framed as its fields say")
-        cycle.refuse(InvalidRequestError(NOT_AS_SAID), closes=True)
+        self._note(reason, text)
+        cycle.refuse(error, closes=True)
 
     # --- what goes out ---
 
@@ -344,11 +336,11 @@ class ClientConnection(asyncio.Protocol):
 
     def finished(self, *, close: bool) -> None:
         """The request is answered; `close`: it was the last one."""
-        at_once = self._body is None or self.must_end
+        answered_early = self._body is not None and not self.must_end
         self._cycle = None
         self.service.traffic.leave()
         self._ends = self._ends or close
-        if self._ends and at_once:
+        if self._ends and not answered_early:
             self._buffer, self._body, self._reading = b"", None, _Reading.NOTHING
             self.close()
             return
@@ -357,8 +349,9 @@ class ClientConnection(asyncio.Protocol):
             self._body.drop(self._loop.time())
             self.service.limits.watch(self)
         else:
-            self._reading = _Reading.HEAD
-            self._restart_idleness()
+            self._reading = _HEAD
+            if self._idle is not None:
+                self._idle.restart()
         if not self._advancing and (self._buffer or self._half_closed):
             self._advance()
 
@@ -425,33 +418,25 @@ class ClientConnection(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """End what took too long."""
-        limits = self.service.limits.limits
-        transport, body = self.transport, self._body
-        if transport is None:
-            self.service.limits.unwatch(self)
-        elif self._head_began is not None:
-            if now - self._head_began > limits.head_timeout:
-                self._note("slow_headers", "The request's headers took too long.")
-                self._end_with(408, "The request's headers took too long.", "request_timeout")
-        elif body is not None and self._reading is _Reading.UNWANTED:
-            if now - body.began > _LINGER_S:
-                self.close()
-        elif body is not None and self._reading is _Reading.BODY:
-            if now - body.began > limits.upload_timeout + body.size / limits.upload_rate:
-                self._end_slow_body()
-        elif self._stall is not None and limits.stall_timeout is not None:
-            if self._stall.lasts_longer(limits.stall_timeout, now):
-                self._note("stalled", "a connection that takes nothing of its answer")
-                self.service.limits.unwatch(self)
-                transport.abort()
-        else:
-            self.service.limits.unwatch(self)
-
-    def _end_slow_body(self) -> None:
-        self._note("slow_body", "a request whose body came too slowly")
-        self._buffer, self._body = b"", None  # what still comes is no request
-        if self._cycle is not None:
-            self._cycle.refuse(SlowUploadError("The request's body took too long."), closes=True)
+        limits = self.service.limits
+        body = self._body if self._reading is not _NOTHING else None
+        head_began, stall, wanted = self._head_began, self._stall, self._reading is _Reading.BODY
+        if self.transport is None or (head_began is None and body is None and stall is None):
+            limits.unwatch(self)
+            return
+        late = missed(limits.limits, now, head_began=head_began, body=body, wanted=wanted, stall=stall)
+        if late is Late.HEAD:
+            self._note("slow_headers", "The request's headers took too long.")
+            self._end_with(408, "The request's headers took too long.", "request_timeout")
+        elif late is Late.BODY:
+            error = SlowUploadError("The request's body took too long.")
+            self._end_body(error, "slow_body", "a request whose body came too slowly")
+        elif late is Late.REST:
+            self.close()
+        elif late is Late.STALL:
+            self._note("stalled", "a connection that takes nothing of its answer")
+            limits.unwatch(self)
+            self.abort()
 
     # --- refusing ---
 
@@ -468,3 +453,11 @@ class ClientConnection(asyncio.Protocol):
         retry = {"Retry-After": "1"} if status == 503 else {}
         self.write(whole_answer(status, {**JSON, **retry}, envelope(message, type_=kind, code=code)))
         self.close()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection so that its client sees a failure."""
+    connected = transport.get_extra_info("socket")
+    if connected is not None and connected.fileno() >= 0:  # -1: the client has left
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()

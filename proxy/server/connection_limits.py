@@ -31,6 +31,8 @@ class ConnectionLimits:
     def __init__(self, limits: LimitSettings) -> None:
         self.limits = limits
         self.most = limits.connections
+        self.most_head = limits.head
+        """Bytes of a request's head."""
         self.open = 0
         self._by_address: Counter[str] = Counter()
         self._watched: set[ClientConnection] = set()

@@ -1,8 +1,9 @@
-"""What a connection looks at by the clock, beside the deadlines of its requests."""
+"""What a connection looks at by the clock, the deadlines of its requests among it."""
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -11,8 +12,13 @@ from proxy.server.http_answer import CONTINUE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from proxy.config.server import LimitSettings
+    from proxy.server.request_body import RequestBody
+
 _LOOKS_S: Final = (0.1, 0.05, 0.1, 0.2, 0.5, 1.0)
 """When to look whether a client is still there that sends no more; then every second."""
+_LINGER_S: Final = 5.0
+"""How long the rest of a refused body is read, so that the client sees the answer before the connection ends."""
 _TCP_CLOSE: Final = 7
 """`tcpi_state` of a connection that was reset (linux/tcp_states.h)."""
 
@@ -67,6 +73,39 @@ class WriteStall:
             return False
         self._unsent = unsent
         return now - self._since > limit_s
+
+
+class Late(enum.Enum):
+    """What a client takes too long for."""
+
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    REST = enum.auto()
+    """Of a body whose request was answered."""
+    STALL = enum.auto()
+    """Taking its answer."""
+
+
+def missed(
+    limits: LimitSettings,
+    now: float,
+    *,
+    head_began: float | None,
+    body: RequestBody | None,
+    wanted: bool,
+    stall: WriteStall | None,
+) -> Late | None:
+    """The deadline that has passed, if one has. `wanted`: the body's request is not answered yet."""
+    if head_began is not None:
+        return Late.HEAD if now - head_began > limits.head_timeout else None
+    if body is not None and wanted:
+        allowed_s = limits.upload_timeout + body.size / limits.upload_rate
+        return Late.BODY if now - body.began > allowed_s else None
+    if body is not None:
+        return Late.REST if now - body.began > _LINGER_S else None
+    if stall is not None and limits.stall_timeout is not None and stall.lasts_longer(limits.stall_timeout, now):
+        return Late.STALL
+    return None
 
 
 class HalfClosed:

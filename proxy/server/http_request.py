@@ -32,6 +32,9 @@ _ONCE: Final = frozenset(
 )
 """Fields with one value by nature (RFC 9110, 5.3)."""
 _ZERO: Final = ord("0")
+_KNOWN: Final = 256
+_KNOWN_BYTES: Final = 4 << 10
+"""Heads that are remembered, and how long each may be."""
 
 
 class BadRequestError(Exception):
@@ -74,13 +77,16 @@ class Headers(Mapping[str, str]):
 
 
 class RequestHead:
-    """What the head of a request says, the usual length left out; shared by requests that differ in nothing else."""
+    """What the head of a request says, the usual length left out; shared by requests that differ in nothing else.
+
+    They came to the same address of this host, too: what a web page may do depends on that.
+    """
 
     __slots__ = (
         "closes", "coding", "content_type", "cors", "engine_fields", "expects", "fields", "headers", "http11",
-        "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length", "match",
-        "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query", "request_id", "request_line",
-        "route", "session", "target",
+        "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length", "makes_response",
+        "match", "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query", "request_id",
+        "request_line", "route", "session", "target",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +123,8 @@ class RequestHead:
         self.route: Route | None = None
         self.match: Match | None = None
         """The engine's route that it is for, once everything about it is found good."""
+        self.makes_response = False
+        """Later requests may refer to its answer."""
         self.coding: str | None = None
         self.max_wait_s: float | None = None
         self.keep_s: float | None = None
@@ -238,6 +246,28 @@ class HeadReader:
         if not _LENGTH.fullmatch(length):
             raise _bad("a Content-Length that is no number")
         return int(length)
+
+
+class RequestHeads:
+    """Reads the heads of requests; those that come again, on whatever connection, once."""
+
+    def __init__(self, limits: LimitSettings) -> None:
+        self._limits = limits
+        self._known: dict[tuple[object, bytes], RequestHead] = {}
+
+    def read(self, place: object, key: bytes, reader: HeadReader | None, whole: bytes) -> RequestHead:
+        """What a head says of the `key` that `usual_parts` found, which came to the address `place`.
+
+        `reader` is that of a head which came in pieces. Raises BadRequestError.
+        """
+        head = self._known.get((place, key))
+        if head is None:
+            head = (reader or HeadReader(self._limits)).head(whole)
+            if len(key) <= _KNOWN_BYTES:
+                if len(self._known) >= _KNOWN:
+                    self._known.clear()
+                self._known[place, key] = head
+        return head
 
 
 def too_large_together() -> BadRequestError:

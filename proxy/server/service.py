@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.server.connection import ClientConnection
 from proxy.server.connection_limits import ConnectionLimits
 from proxy.server.forward.answer import AnswerHeads
+from proxy.server.http_request import RequestHeads
 from proxy.server.inflight import Traffic
 from proxy.server.request_history import RequestHistory
 from proxy.telemetry.loop_stalls import LoopStalls
@@ -56,7 +57,8 @@ class Service:
         self.aiohttp = aiohttp
         self.cors = cors
         self.traces = traces
-        self.heads = AnswerHeads()
+        self.request_heads = RequestHeads(settings.server.limits)
+        self.answer_heads = AnswerHeads()
         self.limits = ConnectionLimits(settings.server.limits)
         self.traffic = Traffic()
         self.connections: set[ClientConnection] = set()

@@ -72,3 +72,28 @@ async def test_ten_times_as_many_models_do_not_slow_a_decision_down() -> None:
     async with crowd(1000, 1000) as many:
         of_many = statistics.median(decisions_s(many))
     assert of_many < 2.5 * of_few + 50e-6, f"{of_few * 1e6:.0f} and {of_many * 1e6:.0f} microseconds"
+
+
+async def test_those_who_join_a_queue_at_once_are_one_reason_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    decisions = list[float]()
+    decide = policy.decide
+
+    def noted(view: Any, now: float) -> Any:
+        decisions.append(now)
+        return decide(view, now)
+
+    rig = Rig({"demo": {"max_concurrency": 200, "max_instances": 2}})
+    rig.runtime.gates["start"] = asyncio.Event()
+    await rig.pool.open()
+    first = asyncio.create_task(rig.pool.lease("demo"))
+    await settle()
+    monkeypatch.setattr(policy, "decide", noted)
+    others = [asyncio.create_task(rig.pool.lease("demo")) for _ in range(300)]
+    await settle()
+    assert len(decisions) <= 3
+    assert rig.states() == {"demo-1": "waking", "demo-2": "waking"}, "one is not enough for so many"
+    rig.runtime.gates["start"].set()
+    leases = await asyncio.gather(first, *others)
+    for lease in leases:
+        lease.release()
+    await rig.pool.close()

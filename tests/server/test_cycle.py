@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from proxy.config.server import LimitSettings
 from proxy.engine.http1 import ProtocolError
 from proxy.server.auth import api_keys
-from proxy.server.http_request import BadRequestError, HeadReader, usual_parts
+from proxy.server.http_request import BadRequestError, HeadReader, RequestHead, RequestHeads, usual_parts
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.server.test_fuzz import REQUESTS, mutated
 from tests.support import PATIENCE_S
@@ -376,6 +376,29 @@ def test_a_head_is_remembered_by_all_but_its_length() -> None:
     without = post(b"").replace(b"Content-Length: 0\r\n", b"")
     for other in (without, post(b"", "Content-Length: 0"), post(b"", "X-A: 1"), post(b"").replace(b": 0", b": 00")):
         assert key(other) != key(post(b""))
+
+
+def test_heads_are_read_once_for_all_connections_that_came_to_the_same_address() -> None:
+    heads = RequestHeads(LimitSettings())
+
+    def read(whole: bytes, place: object = ("127.0.0.1", 80)) -> RequestHead:
+        parts = usual_parts(whole, 0, 1 << 16)
+        assert parts is not None
+        return heads.read(place, parts[0], None, whole[: parts[1]])
+
+    first = read(post(b"{}"))
+    assert read(post(b'{"a": 1}')) is first
+    assert read(post(b"{}"), ("127.0.0.2", 80)) is not first
+    assert read(post(b"{}", "Authorization: Bearer other")) is not first
+    large = post(b"{}", "X-A: " + "a" * 5000)
+    assert read(large) is not read(large), "none that takes much memory is kept"
+    for number in range(1000):
+        read(post(b"{}", f"X-Request-Id: {number}"))
+    assert len(heads._known) < 300
+    with pytest.raises(BadRequestError):
+        read(post(b"{}", "Host: second"))
+    with pytest.raises(BadRequestError):
+        read(post(b"{}", "Host: second"))
 
 
 async def test_a_body_that_comes_behind_its_head_is_waited_for() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from proxy.engine.connection import Upstream
+from proxy.engine.connection import Connection, Upstream
 from tests.fakes import Rig
 from tests.served import Proxy
 from tests.support import PATIENCE_S, engine_model
@@ -97,3 +97,71 @@ def test_a_request_may_end_just_before_the_pools_next_deadline() -> None:
         await rig.pool.close()
 
     uvloop.run(end_a_lease_before_the_deadline())
+
+
+class _Recorded(asyncio.Transport):
+    """A transport that takes whatever is written, and says when it has enough."""
+
+    def __init__(self) -> None:
+        super().__init__({"socket": socket.socket()})
+        self.writes: list[bytes] = []
+        self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class _Nobody:
+    """A receiver that gets nothing."""
+
+    def received(self, data: bytes) -> None:
+        raise AssertionError(data)
+
+    def lost(self, error: Exception | None) -> None:
+        raise AssertionError(error)
+
+    failed = lost
+
+
+async def test_a_large_body_is_written_in_steps_and_not_while_the_engine_takes_none() -> None:
+    connection, transport = Connection(Upstream("http://127.0.0.1:1", None)), _Recorded()
+    connection.connection_made(transport)
+    body = bytes(range(256)) * (10 << 10)
+    connection.begin(_Nobody(), b"head", body)
+    assert len(b"".join(transport.writes)) < 1 << 20, "not all of it at once"
+    connection.pause_writing()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    held = len(transport.writes)
+    for _ in range(3):
+        connection.resume_writing()
+        connection.pause_writing()
+    assert len(transport.writes) == held
+    connection.resume_writing()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert b"".join(transport.writes) == b"head" + body
+    connection.finished(reusable=True)
+    assert not transport.aborted
+    connection.connection_lost(None)
+    transport.get_extra_info("socket").close()
+
+
+async def test_a_connection_whose_request_was_not_sent_whole_serves_no_other() -> None:
+    connection, transport = Connection(Upstream("http://127.0.0.1:1", None)), _Recorded()
+    connection.connection_made(transport)
+    connection.begin(_Nobody(), b"head", bytes(4 << 20))
+    connection.finished(reusable=True)
+    assert transport.aborted
+    sent = len(transport.writes)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(transport.writes) == sent
+    connection.connection_lost(None)
+    transport.get_extra_info("socket").close()

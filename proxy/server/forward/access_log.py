@@ -19,17 +19,17 @@ log: Final = logging.getLogger("warmpool.request")
 
 def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
     """Count a request that has ended, and write its line; `lease`: its first one."""
-    service, answer = request.service, request.answer
-    service.metrics.count_request(request.model, status)
+    metrics, answer, model = request.service.metrics, request.answer, request.model
+    metrics.count_request(model, status)
     first_byte_s = None
     if answer is not None and answer.first_byte_at is not None:
         first_byte_s = answer.first_byte_at - request.began
         if lease is not None and status < 400:
-            service.metrics.observe_first_byte(request.model, lease.found.label, first_byte_s)
+            metrics.observe_first_byte(model, lease.found.label, first_byte_s)
             if answer.first_token_at is not None:
-                service.metrics.observe_ttft(request.model, lease.found.label, answer.first_token_at - request.began)
+                metrics.observe_ttft(model, lease.found.label, answer.first_token_at - request.began)
     now = time.perf_counter()
-    service.history.ended(request, lease, status, now)
+    request.service.history.ended(request, lease, status, now)
     trace = request.trace
     if trace is None and (not log.isEnabledFor(logging.INFO) or _is_summed_up(request, lease, status)):
         return
@@ -37,7 +37,7 @@ def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
         "request_id": request.request_id,
         "path": request.head.path_for_log,
         "key": request.caller.name if request.caller is not None else None,
-        "model": request.model,
+        "model": model,
         "status": status,
         "instance": lease.instance_id if lease is not None else None,
         "first_byte_s": first_byte_s,

@@ -35,7 +35,8 @@ _INFORMATIONAL: Final = 8
 """Answers 1xx that may come before the final one."""
 _STACK: Final = (b"Traceback (most recent call last)", b'File \\"/', b'File "/')
 """What a Python stack looks like, in JSON or as text."""
-_READY: Final = b"ready\r\nx-warmpool-instance: "
+_READY: Final = Tier.READY
+_INSTANCE: Final = b"\r\nx-warmpool-instance: "
 _NO_QUEUE: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-request-id: "
 _USAGE: Final = b'"usage"'
 _USAGE_BYTES: Final = 400
@@ -47,7 +48,9 @@ _ZERO: Final = ord("0")
 class _Head:
     """What the head of an engine's answer says; shared by answers that differ in nothing but their length."""
 
-    __slots__ = ("bodiless", "fields", "head", "is_stream", "keeps_alive", "length", "status", "status_line")
+    __slots__ = (
+        "bodiless", "fields", "head", "is_plain", "is_stream", "keeps_alive", "length", "status", "status_line",
+    )  # fmt: skip
 
     def __init__(self, parsed: http1.Head) -> None:
         self.status = parsed.status
@@ -59,6 +62,8 @@ class _Head:
         if parsed.status == 304:  # says what a 200 would have
             self.fields += [field for field in parsed.fields if field[0].lower() == b"content-length"]
         self.is_stream = parsed.status == 200 and is_event_stream(parsed.fields)
+        self.is_plain = parsed.status < 500 and not self.is_stream
+        """Nobody here has to look at what follows, unless the request asks for it."""
         self.head = self.without(frozenset())
 
     def without(self, names: frozenset[bytes]) -> bytes:
@@ -130,7 +135,7 @@ class EngineAnswer:
         """An engine's error, which is looked at before it goes on."""
         self._stream = False
         """Comments are out: what comes goes into their stream."""
-        self._watchers: list[Callable[[bytes], object]] = []
+        self._watchers: Sequence[Callable[[bytes], object]] = ()
         self._unframed: http1.ChunkedBody | None = None
         self._flows = False
         """The first bytes of the body are out, and nobody looks at the rest."""
@@ -156,7 +161,7 @@ class EngineAnswer:
         return opening + end[last : last + _USAGE_BYTES] if last >= 0 else opening
 
     def expect_from(self, upstream: Connection) -> None:
-        """An engine is asked, for the first time or anew."""
+        """Another engine is asked, or the first one after comments."""
         self.upstream = upstream
         self._early, self._skipped, self._held, self._body = b"", 0, None, None
 
@@ -184,7 +189,7 @@ class EngineAnswer:
         fields = [*HEADERS, (b"x-warmpool-tier", cycle.tier_found())]
         begin = b" 200 OK\r\n%bserver: warmpool\r\nx-request-id: " % b"".join([b"%b: %b\r\n" % f for f in fields])
         framed = self._framed
-        return self._completed(begin, cycle.own_fields(), length=http1.UNTIL_CLOSE, framed=framed, ends=framed)
+        return self._completed((begin,), cycle.own_fields(), length=http1.UNTIL_CLOSE, framed=framed, ends=framed)
 
     def end_with(self, error: bytes) -> None:
         """End a stream of comments with an error envelope, as an event."""
@@ -230,7 +235,7 @@ class EngineAnswer:
                         raise http1.ProtocolError(f"no end of the header within {http1.HEAD_LIMIT} bytes")
                     self._early = data
                     return
-                head, length = self._cycle.service.heads.read(data, end)
+                head, length = self._cycle.service.answer_heads.read(data, end)
                 data = data[end + 4 :] if head.status < 200 else data
                 if head.status >= 200:
                     break
@@ -246,15 +251,11 @@ class EngineAnswer:
     def _begin(self, head: _Head, length: int, data: bytes) -> None:
         self._head, self._length, self.status = head, length, head.status
         cycle = self._cycle
-        if (
-            len(data) == length > 0
-            and cycle.admission is None
-            and head.status < 500
-            and not head.is_stream
-            and not cycle.makes_response
-            and not self.begun
-        ):  # nearly every answer
-            self._stop_heartbeat()
+        whole = len(data) == length > 0
+        if whole and head.is_plain and cycle.admission is None and not cycle.head.makes_response and not self.begun:
+            # Nearly every answer.
+            if self.heartbeat is not None:
+                self._stop_heartbeat()
             self.begun = True
             self.first_byte_at = time.perf_counter()
             self._last = data
@@ -293,21 +294,21 @@ class EngineAnswer:
         cycle = self._cycle
         lease, first = cycle.lease, cycle.first_lease
         assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
-        own = cycle.own_fields()
+        own = cycle.own_fields() if cycle.caller is not None else cycle.head.cors
         start = head.head if not own else head.without(frozenset(name.lower() for name, _ in own))
-        if lease.wake is None and not lease.queue_s and first.found is Tier.READY:
-            begin = b"".join((start, _READY, lease.instance_id.encode(), _NO_QUEUE))
+        if lease.wake is None and not lease.queue_s and first.found is _READY:
+            begin = start, b"ready", _INSTANCE, lease.instance_id.encode(), _NO_QUEUE
         else:
-            begin = b"".join((
-                start, first.found.label.encode("ascii"), b"\r\nx-warmpool-instance: ", lease.instance_id.encode(),
-                b"\r\nserver-timing: ", server_timing(lease), b"\r\nserver: warmpool\r\nx-request-id: ",
-            ))  # fmt: skip
+            begin = (
+                start, first.found.label.encode("ascii"), _INSTANCE, lease.instance_id.encode(),
+                b"\r\nserver-timing: %b\r\nserver: warmpool\r\nx-request-id: " % server_timing(lease),
+            )  # fmt: skip
         ends = head.bodiless or framed or length >= 0
         length = http1.UNTIL_CLOSE if head.bodiless else length
         return self._completed(begin, own, length=length, framed=framed, ends=ends)
 
     def _completed(
-        self, begin: bytes, own: Sequence[tuple[bytes, bytes]], *, length: int, framed: bool, ends: bool
+        self, begin: tuple[bytes, ...], own: Sequence[tuple[bytes, bytes]], *, length: int, framed: bool, ends: bool
     ) -> bytes:
         """The head of an answer whose status and fields `begin` with, behind the version, up to the request's id.
 
@@ -324,7 +325,7 @@ class EngineAnswer:
         if closes is http11:  # each version has its default
             framing += b"\r\nconnection: close" if http11 else b"\r\nconnection: keep-alive"
         return b"".join((
-            b"HTTP/1.1" if http11 else b"HTTP/1.0", begin, cycle.request_id.encode("ascii"),
+            b"HTTP/1.1" if http11 else b"HTTP/1.0", *begin, cycle.request_id.encode("ascii"),
             b"".join([b"\r\n%b: %b" % field for field in own]) if own else b"",
             b"\r\ndate: ", date(), framing, b"\r\n\r\n",
         ))  # fmt: skip
@@ -332,8 +333,8 @@ class EngineAnswer:
     def _watch(self, head: _Head) -> None:
         """Who wants to see the answer."""
         cycle = self._cycle
-        watchers = self._watchers
-        if cycle.makes_response and cycle.lease is not None:
+        watchers = [*self._watchers]
+        if cycle.head.makes_response and cycle.lease is not None:
             ids = cycle.service.response_ids.reader(cycle.served_name(), cycle.lease.instance_id)
             watchers.append(ids.feed)
         if self.heartbeat is not None:
@@ -342,6 +343,7 @@ class EngineAnswer:
             watchers.append(cycle.caller.meter.feed)
         if head.is_stream:
             watchers.append(self._look_for_token(cycle.group))
+        self._watchers = watchers
         if watchers and self._framed:
             self._unframed = http1.ChunkedBody(http1.CHUNKED, framed=False)
 

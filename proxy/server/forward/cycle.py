@@ -20,7 +20,7 @@ from proxy.server.forward import access_log, fallback, near, preparation, routes
 from proxy.server.forward.answer import EngineAnswer
 from proxy.server.forward.scanner import LARGE
 from proxy.server.http_answer import JSON, fields_of, whole_answer
-from proxy.server.request_body import decoded
+from proxy.server.request_body import decoded, joined
 from proxy.server.safe_logging import method_of, stack_of
 from proxy.telemetry.metrics import UNKNOWN_MODEL
 
@@ -132,11 +132,6 @@ class RequestCycle:
         """Whether its body is still to come."""
         return self._address is None
 
-    @property
-    def makes_response(self) -> bool:
-        """Later requests may refer to its answer."""
-        return self.head.match is not None and self.head.match.route.path == "/v1/responses"
-
     def served_name(self) -> str:
         """What engines call its model. Raises ModelNotFoundError where that was removed meanwhile."""
         assert self._address is not None  # noqa: S101 - it was read
@@ -167,7 +162,9 @@ class RequestCycle:
                     return False
                 self._find_route()
             if head.match is not None:
-                self._let_in()
+                self._counts = True
+                if service.traces is not None:
+                    self.trace = service.traces.request(head.method, head.match.route.path, head.headers)
             return True
         except RequestError as error:
             self.refuse(error)
@@ -183,22 +180,23 @@ class RequestCycle:
             self._counts = self.head.route is not None
             raise
 
-    def _let_in(self) -> None:
-        self._counts = True
-        head, traces = self.head, self.service.traces
-        if traces is not None and head.match is not None:
-            self.trace = traces.request(head.method, head.match.route.path, head.headers)
+    def pieces_came(self, pieces: list[bytes], size: int) -> None:
+        """All of its body is there, in pieces of this size together."""
+        if size > LARGE:
+            self._spawn(self._read_slowly(pieces))
+        else:
+            self.body_came(b"".join(pieces))
 
     def body_came(self, body: bytes) -> None:
-        """All of it is there."""
+        """All of its body is there."""
         head, service = self.head, self.service
         try:
             if head.coding is not None and body:
-                self._spawn(self._read_slowly(body))
+                self._spawn(self._read_slowly([body]))
             elif head.match is None:
                 self.connection.hand_over(self, body)
             elif len(body) > LARGE:
-                self._spawn(self._read_slowly(body))
+                self._spawn(self._read_slowly([body]))
             else:
                 self._addressed(service.addressing.find(head.match, head.content_type, body))
         except RequestError as error:
@@ -206,9 +204,11 @@ class RequestCycle:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             self._fail(error)
 
-    async def _read_slowly(self, body: bytes) -> None:
+    async def _read_slowly(self, pieces: list[bytes]) -> None:
         """Read a body that would let others wait."""
         head, service = self.head, self.service
+        body = await joined(pieces)
+        del pieces
         if head.coding is not None:
             body = await decoded(body, head.coding, service.pool.settings.server.body_limit)
         if head.match is None:
@@ -241,11 +241,12 @@ class RequestCycle:
             self._spawn(self._wait_or_fall_back() if may_fall_back else self._wait_for_engine())
             return
         self._hold(lease)
-        connection = lease.client.upstream.kept()
+        upstream = lease.client.upstream
+        connection = upstream.kept()
         if connection is None:
-            self._spawn(self._connect(lease.client.upstream))
+            self._spawn(self._connect(upstream))
         else:
-            self._ask(lease.client.upstream, connection)
+            self._ask(upstream, connection)
 
     def _hold(self, lease: Lease) -> None:
         self.lease = lease
@@ -299,7 +300,9 @@ class RequestCycle:
         assert address is not None  # noqa: S101 - it was read
         if answer is None:
             answer = self.answer = EngineAnswer(self)
-        answer.expect_from(connection)
+            answer.upstream = connection
+        else:
+            answer.expect_from(connection)
         body, traced = address.body, b""
         if self.trace is not None and self.lease is not None:
             traced = b"".join([b"\r\n%b: %b" % field for field in self.trace.asks(self.lease)])
@@ -368,7 +371,7 @@ class RequestCycle:
         body = error.body(for_operator=operator, anthropic=self.speaks_anthropic)
         if self.answer is not None and self.answer.begun:
             self.answer.end_with(body)
-            self._finish()
+            self.answered()
         else:
             self.closes = self.closes or closes
             self._answer(error.status, {**JSON, **error.headers()}, body)
@@ -391,11 +394,12 @@ class RequestCycle:
                 head_only=self.method == "HEAD",
             )
         )  # fmt: skip
-        self._finish()
+        self.answered()
 
     def answered(self) -> None:
-        """The engine's whole answer is out."""
-        self._finish()
+        """The whole answer is out."""
+        self._end()
+        self.connection.finished(close=self.closes)
 
     def broke_off(self, reason: str) -> None:
         """The engine broke within its answer: the client must not take what it has for the whole."""
@@ -414,10 +418,6 @@ class RequestCycle:
             self.broken = "cancelled by an operator"
             self._end()
             self.connection.break_off(with_reset=not self.head.http11)
-
-    def _finish(self) -> None:
-        self._end()
-        self.connection.finished(close=self.closes)
 
     def left(self) -> None:
         """The client has left."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from proxy.server.service import Service
 
 _LOOKS: Final = ("GET", "HEAD")
+_CLIENT: Final = Kind.CLIENT
 
 
 def prepare(request: RequestCycle, service: Service) -> None:
@@ -43,9 +44,10 @@ def prepare(request: RequestCycle, service: Service) -> None:
 def check_caller(request: RequestCycle, service: Service) -> None:
     """Find out who asks, whether he may, and whether that much. Raises RequestError."""
     head, auth = request.head, service.auth
-    if head.kind is Kind.ADMIN or head.kind is Kind.PAGE:
-        auth.check_admin(request, head.path, page=head.kind is Kind.PAGE)
-    elif head.kind is Kind.CLIENT and auth.keys is not None:
+    if head.kind is not _CLIENT:
+        if head.kind is not Kind.PUBLIC:
+            auth.check_admin(request, head.path, page=head.kind is Kind.PAGE)
+    elif auth.keys is not None:
         if head.known is None or head.known_of is not auth.keys:
             head.known, head.known_of = auth.identify(head.keys), auth.keys
         refuse_expired(head.known.entry)
@@ -78,6 +80,7 @@ def find_route(head: RequestHead, service: Service) -> None:
     head.coding = coding_of(head.headers.getall("Content-Encoding"))
     head.max_wait_s, head.keep_s = max_wait_s(head.headers), keep_alive_s(head.headers)
     head.session = head.headers.get("x-session-id")
+    head.makes_response = match.route.path == "/v1/responses"
     head.content_type = head.headers.get("Content-Type", "")
     head.request_line = f"{head.method} {match.target} HTTP/1.1\r\n".encode("ascii")
     left_out = NOT_TO_ENGINE if service.traces is None else NOT_TO_ENGINE | CONTEXT_FIELDS
