@@ -152,7 +152,11 @@ def undrain(model: str | None, server: ServerChoice) -> None:
 @click.command()
 @ANY_MODEL
 @server_options
-@click.option("--state", type=click.Choice(["live", "uploading", "waiting", "running", "paused", "ended"]))
+@click.option(
+    "--state",
+    type=click.Choice(["live", "uploading", "waiting", "running", "paused", "ended"]),
+    help="In this state only; live: all that have not ended.",
+)
 @click.option("--key", metavar="NAME", help="Of this API key only.")
 @click.option("--host", metavar="ADDRESS", help="Of clients at this address only.")
 @click.option("--status", "status_", metavar="CODE", type=click.IntRange(100, 599), help="Answered with this only.")

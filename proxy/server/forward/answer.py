@@ -294,7 +294,7 @@ class EngineAnswer:
         cycle = self._cycle
         lease, first = cycle.lease, cycle.first_lease
         assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
-        own = cycle.own_fields() if cycle.caller is not None else cycle.head.cors
+        own = cycle.own_fields()
         start = head.head if not own else head.without(frozenset(name.lower() for name, _ in own))
         if lease.wake is None and not lease.queue_s and first.found is _READY:
             begin = start, b"ready", _INSTANCE, lease.instance_id.encode(), _NO_QUEUE

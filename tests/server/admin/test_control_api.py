@@ -118,7 +118,13 @@ async def test_drain_and_admit(front: Front) -> None:
     ("path", "body", "status", "code", "said"),
     [
         ("models/none/wake", {}, 404, "model_not_found", "none"),
-        ("models/demo/explode", {}, 404, "not_found", "wake, suspend, checkpoint, stop, drain, undrain"),
+        (
+            "models/demo/explode",
+            {},
+            404,
+            "not_found",
+            "wake, pause, unpause, suspend, checkpoint, stop, drain, undrain",
+        ),
         ("models/demo/suspend", {"instance": "demo-9"}, 404, "instance_not_found", "there are: none"),
         ("models/demo/suspend", {"instances": 3}, 400, "invalid_request", "Fields: wait, instance, when_busy"),
         ("models/demo/suspend", {"when_busy": "cut"}, 400, "invalid_request", "when_busy"),
