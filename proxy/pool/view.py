@@ -108,6 +108,8 @@ class _Known:
     quick_wakes: int = 0
     retiring: list[InstanceView] = field(default_factory=list)
     sums: dict[str, dict[str, int]] = field(default_factory=dict)
+    moving: int = 0
+    """The host memory that those of its instances give back who are on their way."""
 
 
 NOW: Final = "now"
@@ -212,7 +214,7 @@ class View:
         self.quick_wakes -= known.quick_wakes
         for name, places in known.sums.items():
             self.sums[name].subtract(places)
-        self.host_moving -= known.sums.get("moving", {}).get(HOST, 0)
+        self.host_moving -= known.moving
 
     def _enter(self, known: _Known, index: Index, *key: Any, instance: Any = None) -> None:
         entry = (*key, next(self._serial), instance, known.model)
@@ -282,7 +284,6 @@ class View:
         if not load.capacity:
             return
         sums = known.sums = {NOW: {}, SOON: {}, BUSY: {}, IDLE: {}}
-        moving = 0
         busy = {entry[-2].id for index, entry in known.entries if index is self.busy}
         idle = {entry[-2].id for index, entry in known.entries if index in (self.spare, self.sleeping, self.colder)}
         for instance in known.model.instances:
@@ -290,7 +291,7 @@ class View:
             after = load.after.get(instance.id, gpu_accounting.NOTHING)
             _add(sums[NOW], now)
             _add(sums[SOON], after)
-            moving += max(0, now.get(HOST, 0) - after.get(HOST, 0))
+            known.moving += max(0, now.get(HOST, 0) - after.get(HOST, 0))
             stays = not known.model.evictable and instance.state is State.READY  # until a time of the day, or a reload
             if stays or instance.id in busy or instance.state in _HOLDING:
                 _add(sums[BUSY], after)
@@ -298,9 +299,7 @@ class View:
                 _add(sums[IDLE], self._most_freed(instance, known.model))
         for name, places in sums.items():
             self.sums[name].update(places)
-        if moving:
-            sums["moving"] = {HOST: moving}
-            self.host_moving += moving
+        self.host_moving += known.moving
 
     def _most_freed(self, instance: InstanceView, model: ModelView) -> Bytes:
         """No more than this can come free when it steps down, to whatever tier."""

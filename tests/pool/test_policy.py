@@ -755,3 +755,23 @@ def test_costs_begin_typical_and_follow_measurements() -> None:
         costs.record("a", Tier.CHECKPOINTED, 3.0)
     assert math.isclose(costs.estimate_s("a", Tier.CHECKPOINTED), 3.0, rel_tol=0.01)
     assert costs.estimate_s("b", Tier.CHECKPOINTED) == TYPICAL_S[Tier.CHECKPOINTED]
+
+
+def counted(view: View) -> dict[str, Any]:
+    """All that a view keeps count of."""
+    sums = {name: {place: count for place, count in total.items() if count} for name, total in view.sums.items()}
+    orders = (view.needy, view.due, view.spare, view.sleeping, view.colder, view.busy)
+    tables = (view.lacking, view.commanded, view.grown, view.retiring)
+    counts = (view.waiting_models, view.awake, view.going, view.quick_wakes, view.host_moving)
+    return {"sums": sums, "orders": [*map(len, orders)], "tables": [*map(len, tables)], "counts": counts}
+
+
+@given(views())
+def test_what_a_model_adds_to_a_view_goes_with_it(view: View) -> None:
+    before = counted(view)
+    for number, one in enumerate(view.models):
+        view.put(number, one)
+    assert counted(view) == before, "each is there once"
+    for number in range(len(view.models)):
+        view.drop(number)
+    assert counted(view) == counted(View())
