@@ -760,10 +760,10 @@ def test_costs_begin_typical_and_follow_measurements() -> None:
 def counted(view: View) -> dict[str, Any]:
     """All that a view keeps count of."""
     sums = {name: {place: count for place, count in total.items() if count} for name, total in view.sums.items()}
-    orders = (view.needy, view.due, view.spare, view.sleeping, view.colder, view.busy)
-    tables = (view.lacking, view.commanded, view.grown, view.retiring)
+    orders = [view.needy, view.due, view.spare, view.sleeping, view.colder, view.busy]
+    tables = [len(view.lacking), len(view.commanded), len(view.grown), len(view.retiring)]
     counts = (view.waiting_models, view.awake, view.going, view.quick_wakes, view.host_moving)
-    return {"sums": sums, "orders": [*map(len, orders)], "tables": [*map(len, tables)], "counts": counts}
+    return {"sums": sums, "orders": [len(o) for o in orders], "tables": tables, "counts": counts}
 
 
 @given(views())
