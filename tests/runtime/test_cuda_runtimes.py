@@ -167,6 +167,8 @@ async def test_an_image_is_restored_onto_another_gpu(bench: Bench, checkpoints: 
     bench.nvml.held = dict.fromkeys(await _cuda_pids(bench, engine), 1 << 20)
     for suspended in (False, True):
         if suspended:
+            await engine.restore(Stages())
+            bench.nvml.held = dict.fromkeys(await _cuda_pids(bench, engine), 1 << 20)
             await engine.suspend()
             bench.nvml.held.clear()
         await engine.checkpoint(FACTS, Stages())
@@ -178,11 +180,11 @@ async def test_an_image_is_restored_onto_another_gpu(bench: Bench, checkpoints: 
         ]
         for gpus, told in (({"GPU-1": "GPU-2"}, {"GPU-1": "GPU-2", "GPU-2": "GPU-1"}), ({}, {})):
             bench.driver.states.clear()
+            bench.driver.moves.clear()
             await engine.restore(Stages(), gpus)
             await bench.healthy(engine)
             assert set(map(str, bench.driver.moves.values())) == {str(told)}
             await engine.kill()
-            bench.driver.moves.clear()
         bench.driver.states.clear()
         with pytest.raises(RuntimeFailure, match="cannot go from GPU GPU-1"):
             await engine.restore(Stages(), {"GPU-1": "GPU-9"})

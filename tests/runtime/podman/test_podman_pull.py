@@ -124,12 +124,16 @@ async def test_the_command_fetches_the_image_of_a_model(
 
 
 async def test_a_podman_that_says_nothing_more_is_given_up(tmp_path: Path) -> None:
+    left = asyncio.Event()
+
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{}\n")
         if b"_ping" not in asked:
             await reader.read()  # until we are left
+            left.set()
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_unix_server(silent, tmp_path / "silent.sock")
     podman = Podman(tmp_path / "silent.sock", tmp_path / "own.sock", timeout_s=PATIENCE_S)
@@ -139,4 +143,7 @@ async def test_a_podman_that_says_nothing_more_is_given_up(tmp_path: Path) -> No
     with pytest.raises(PodmanSilentError):
         await anext(lines)
     await podman.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await left.wait()
     server.close()
+    await asyncio.sleep(0)  # its connections' ends

@@ -240,7 +240,7 @@ async def test_commands_that_change_images_wait_for_the_proxy_to_end(host: Host)
     assert "another warmpool uses" in host.command("create", "demo", settings=settings).stderr
     assert "another warmpool uses" in host.command("rm", "demo", settings=settings).stderr
     assert host.command("verify", "demo", "--digests-only", settings=settings).returncode == 0
-    assert "not checked against this host" in host.command("ls", "--json", settings=settings).stdout
+    assert "used by a running warmpool" in host.command("ls", "--json", settings=settings).stdout
     assert (await proxy.ask())[0] == "checkpointed"
 
 
