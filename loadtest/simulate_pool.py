@@ -403,7 +403,8 @@ class SimulatedPool:
             case Unpause(seen):
                 self._unpause(self.models[seen.model], seen.id)
             case _:
-                raise NotImplementedError(action)
+                # Each model has one instance, and only places and GPU memory are scarce: no clones, no refusals.
+                raise TypeError(f"not an action of a simulation: {action}")
 
     def _apply(self, key: str, id_: str, event: Event) -> None:
         model = self.models[key]

@@ -1,7 +1,7 @@
 """Every documented way to install, command by command, on an empty Debian: ``python -m tests.fresh_machine``.
 
-Root; needs debootstrap, podman and a Debian mirror. A new system is made by debootstrap and booted with its own systemd
-in a container. What runs in there are the commands of README and docs/installation.md, as they stand, in their order,
+Root; needs podman, debootstrap and the mirror it takes by itself. A new system is made by debootstrap and booted with
+its own systemd in a container. What runs in there are the commands of README and docs/installation.md, as they stand, in their order,
 and one question at the end of each way whose answer has to be streamed to its last event.
 """
 
@@ -26,7 +26,6 @@ from tests.test_docs import FENCE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = "systemd,systemd-sysv,dbus"
 SOURCES: Final = "/srv/warmpool.git"
 """What REPOSITORY is, in there."""
@@ -121,7 +120,7 @@ def make(release: str, root: Path) -> None:
     if not (root / "etc" / "debian_version").exists():
         say(f"debootstrap {release} into {root}")
         subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(root), MIRROR],
+            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(root)],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
     repository = root / SOURCES.lstrip("/")
