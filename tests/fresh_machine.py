@@ -1,8 +1,8 @@
 """Every documented way to install, command by command, on an empty Debian: ``python -m tests.fresh_machine``.
 
 Root; needs podman, debootstrap and the mirror it takes by itself. A new system is made by debootstrap and booted with
-its own systemd in a container. What runs in there are the commands of README and docs/installation.md, as they stand, in their order,
-and one question at the end of each way whose answer has to be streamed to its last event.
+its own systemd in a container. What runs in there are the commands of README and docs/installation.md, as they stand,
+in their order, and one question at the end of each way whose answer has to be streamed to its last event.
 """
 
 from __future__ import annotations
