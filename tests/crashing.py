@@ -22,14 +22,14 @@ import psutil
 from proxy.checkpoint import archive, store
 from proxy.checkpoint.store import CheckpointStore
 from proxy.cli import main as cli
-from proxy.engine.client import EngineClient
+from proxy.engine.kinds.vllm import VllmClient
 from proxy.runtime.podman import abandoned, bundle
 from proxy.runtime.podman.engine import PodmanEngine
 from proxy.runtime.podman.maker import Maker
 from proxy.runtime.podman.runtime import PodmanRuntime
 
 POINTS = {
-    "sleep": (EngineClient, "sleep"),
+    "sleep": (VllmClient, "sleep"),
     "begin": (CheckpointStore, "begin"),
     "dump": (PodmanEngine, "_dump"),
     "collect": (PodmanEngine, "_collect"),
@@ -38,7 +38,7 @@ POINTS = {
     "clone": (PodmanRuntime, "clone"),
     "link": (bundle, "link_image"),
     "restore": (PodmanEngine, "_bring_up"),
-    "wake_up": (EngineClient, "wake_up"),
+    "wake_up": (VllmClient, "wake_up"),
     "export": (CheckpointStore, "export"),
     "import": (CheckpointStore, "import_"),
     "pack": (archive, "Stoppable"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from proxy.config.settings import Settings
-from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
+from proxy.engine import kinds
 from proxy.errors import EngineError, RuntimeFailure
 from proxy.host import facts
 from proxy.pool.pool import Pool
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.engine import WarmupSettings
     from proxy.config.model import ModelSettings
-    from proxy.engine.client import EngineClient
+    from proxy.engine.client import EngineClient, Place
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
     from proxy.runtime.ladder_probes import LadderProbes
@@ -413,8 +414,9 @@ def _command(model: ModelSettings) -> list[str]:
 class FakeEngine:
     """What EngineClient is to a real engine, to a process of the fake runtime."""
 
-    def __init__(self, runtime: FakeRuntime, engine: EngineProcess) -> None:
+    def __init__(self, runtime: FakeRuntime, engine: EngineProcess, model: ModelSettings | None = None) -> None:
         self.runtime = runtime
+        self.model = model
         self.engine = engine
         self.base_url = engine.base_url
         self.connected = False
@@ -464,14 +466,16 @@ class FakeEngine:
             await self.complete("warmup", settings.prompt, settings.max_tokens)
         return [{"ttft_s": 0.1, "total_s": 0.2, "tokens": 8.0}] * settings.requests
 
-    async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-        process = self._process(stage)
-        if path != PATH:
-            return 404, None
-        if method == "POST":
-            await self.runtime._enter("reseed")
-            process.entropy = body
-        return 200, {"reason": self.runtime.reseed_gap}
+    async def reseed_gap(self) -> str | None:
+        self._process("reseed")
+        gap = kinds.of(self.model).reseed_gap(self.model) if self.model is not None else None
+        return gap or self.runtime.reseed_gap
+
+    async def reseed(self, place: Place) -> str | None:
+        process = self._process("reseed")
+        await self.runtime._enter("reseed")
+        process.entropy = os.urandom(32).hex().encode()
+        return await self.reseed_gap()
 
     async def sleep(self, level: int) -> None:
         process = self._process("sleep")
@@ -582,7 +586,7 @@ class Rig:
         )
 
     def _connect(self, process: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:
-        engine = FakeEngine(self.runtime, process)
+        engine = FakeEngine(self.runtime, process, model)
         self.engines[process.instance_id] = engine
         return cast("EngineClient", engine)
 

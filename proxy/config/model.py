@@ -337,11 +337,11 @@ class ModelSettings(Section):
         return self.evictable is False or self.evictable == []
 
     @property
-    def is_vllm(self) -> bool:
-        """Whether its engines are vLLM."""
+    def engine_kind(self) -> Literal["vllm", "generic", "unstated"]:
+        """What its engines are, by what is said or seen; `proxy.engine.kinds` has one of each."""
         if self.engine is not None:
-            return self.engine == "vllm"
-        return self.weights_copy or (not self.reseed.present and self._looks_like_vllm())
+            return self.engine
+        return "vllm" if self.weights_copy or (not self.reseed.present and self._looks_like_vllm()) else "unstated"
 
     def _names_vllm(self) -> bool:
         return any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())

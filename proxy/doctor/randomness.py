@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proxy.doctor.report import Check
-from proxy.runtime import reseed
+from proxy.engine import kinds
 
 if TYPE_CHECKING:
     from proxy.doctor.needs import Situation
@@ -17,7 +17,8 @@ async def randomness(it: Situation) -> list[Check]:
     keys = [key for key in it.needs.models if it.needs.is_checkpointed(key)]
     if not keys:
         return [Check(name, "skip", "no model is ever checkpointed")]
-    gaps = {key: gap for key in keys if (gap := reseed.gap(it.needs.models[key])) is not None}
+    models = [(key, it.needs.models[key]) for key in keys]
+    gaps = {key: gap for key, model in models if (gap := kinds.of(model).reseed_gap(model)) is not None}
     if not gaps:
         return [Check(name, "ok", "engines draw new random numbers after a restore")]
     text = "; ".join(f"models.{key}: {gap}" for key, gap in gaps.items())

@@ -1,49 +1,62 @@
-"""What is said to an engine: health, warm-up, canary, sleep, wake_up, and the requests of clients.
+"""What is said to an engine of any kind: health, warm-up, canary, and the requests of clients; what else there may be.
 
-The protocol is vLLM's: `/health`, `/v1/completions`, and in its development mode `/sleep?level=`, `/wake_up?tags=`,
-`/is_sleeping`, `/collective_rpc`, `/pause?mode=`, `/resume` and `/is_paused` (vllm/entrypoints/serve). Each
-`EngineClient` has connections of its own, because every one of them must be closed before the engine is checkpointed.
+Each `EngineClient` has connections of its own, because every one of them must be closed before the engine is
+checkpointed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import re
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 import orjson
 
 from proxy.engine.connection import SilenceError, Upstream
-from proxy.errors import EngineError, Fault
+from proxy.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import AsyncIterator, Iterable, Mapping
 
     from proxy.config.engine import WarmupSettings
     from proxy.telemetry.stages import Stages
 
-log = logging.getLogger("warmpool.engine")
-
 CANARY_PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three,"
 CANARY_TOKENS = 16
+DIGITS = 32
+"""Bytes of randomness that an engine is given, in hexadecimal digits."""
 MAX_MODEL_LEN = 1 << 40
 """What an engine says beyond this is no length."""
 
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEEPALIVE_S = 4.0
 _CONNECT_S = 5.0
-_AGAIN_S = 0.1
 _ANSWER_BYTES = 64 << 10
 _JSON = {"Content-Type": "application/json"}
 # vLLM's and SGLang's counters of tokens and requests in Prometheus' text format; what was aborted is no progress.
 _PROGRESS = re.compile(rb"^(\w+:\w*(?:tokens|request)\w*_total(?:\{[^}\n]*\})?) +(\S+)", re.MULTILINE)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is, and whose it is: for commands of the user's that are run for it."""
+
+    host: str
+    port: int
+    model: str
+    """What clients call the model."""
+    instance: str
+
+
 class EngineClient:
-    """A client of one engine. Methods raise EngineError with the stage and the reason."""
+    """A client of one engine with OpenAI's API; each kind of engine adds what it has beside that.
+
+    Methods raise EngineError with the stage and the reason.
+    """
 
     def __init__(
         self, base_url: str, served_name: str, *, response_timeout_s: float | None = None, api_key: str | None = None
@@ -141,27 +154,19 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def is_sleeping(self) -> bool | None:
-        """Whether the engine sleeps; None when it has no sleep mode (its development endpoints are closed)."""
-        status, body = await self._call("probe", "GET", "/is_sleeping")
-        answer = _json(body)
-        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("is_sleeping"), bool):
-            return None
-        return bool(answer["is_sleeping"])
-
     async def complete(self, stage: str, prompt: str, max_tokens: int) -> str | None:
         """The text of a completion at temperature 0, or None where the engine offers no completions (4xx)."""
         request = self._completion(prompt, max_tokens)
         status, body = await self._call(stage, "POST", "/v1/completions", json=request)
         if 400 <= status < 500:
             return None
-        answer = _json(body)
+        answer = as_json(body)
         try:
             text = answer["choices"][0]["text"]
         except (TypeError, KeyError, IndexError):
             text = None
         if status != 200 or not isinstance(text, str):
-            raise EngineError(stage, f"POST /v1/completions answered {status} {_excerpt(body)}")
+            raise EngineError(stage, f"POST /v1/completions answered {status} {excerpt(body)}")
         return text
 
     async def generates(self) -> bool:
@@ -200,7 +205,7 @@ class EngineClient:
         Raises EngineError for a missing key too, of which nothing else may ask (a warm-up may have no requests).
         """
         status, body = await self._call("warmup", "GET", "/v1/models")
-        answer = _json(body) if status == 200 else None
+        answer = as_json(body) if status == 200 else None
         listed = answer.get("data") if isinstance(answer, dict) else None
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         own = next((entry for entry in entries if entry.get("id") == self.served_name), {})
@@ -233,9 +238,9 @@ class EngineClient:
                     return None
                 if response.status != 200:
                     body = await response.read()
-                    raise EngineError(stage, f"POST /v1/completions answered {response.status} {_excerpt(body)}")
+                    raise EngineError(stage, f"POST /v1/completions answered {response.status} {excerpt(body)}")
                 async for line in response.content:
-                    event = _json(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
+                    event = as_json(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
                     if not isinstance(event, dict):
                         continue
                     if ttft_s is None and event.get("choices"):
@@ -259,130 +264,77 @@ class EngineClient:
         """The engine's answer to a fixed prompt; a restored engine must give the same one."""
         return await self.complete("canary", CANARY_PROMPT, CANARY_TOKENS)
 
+    # --- what an engine may have: nothing here, and each kind of engine says what it has (proxy/engine/kinds) ---
+
+    async def is_sleeping(self) -> bool | None:
+        """Whether the engine sleeps; None when it has no sleep mode."""
+        return None
+
     async def sleep(self, level: int) -> None:
-        """Put the engine to sleep: level 1 keeps the weights in host RAM, level 2 drops them."""
-        await self._command("sleep", f"/sleep?level={level}")
+        """Put the engine to sleep: level 1 keeps the weights in host memory, level 2 drops them."""
+        raise EngineError("sleep", f"this engine has no sleep mode (level {level})")
+
+    async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:  # noqa: ARG002 - a contract
+        """Wake an engine that sleeps at `level`; `copied`: with the weights from the copy of `save_weights`.
+
+        False says that the copy could not be used, and that the engine has loaded its weights itself.
+        """
+        raise EngineError("wake_up", f"this engine has no sleep mode (level {level})")
 
     async def save_weights(self) -> int:
-        """Have vLLM's workers keep a copy of their weights; its bytes. See proxy/engine/vllm_extension."""
-        return await self._bytes("save_weights", "warmpool_save_weights")
+        """Have it keep a copy of its weights; its bytes."""
+        raise EngineError("save_weights", "this engine makes no copies of its weights")
 
     async def can_pause(self) -> Literal["never", "without a copy of its weights", "yes"]:
-        """Whether its requests can stand still with nothing of them on the GPU, as far as the engine says.
-
-        Only for an engine with warmpool's extension. "without a copy…": there is none that fits; with one it can.
-        """
-        if await self.is_paused() is None:
-            return "never"
-        try:
-            results = await self._workers("probe", "warmpool_can_pause")
-        except EngineError as error:
-            log.info("%s cannot pause: %s", self.base_url, error)
-            return "never"
-        return "yes" if all(result.get("copy") is True for result in results) else "without a copy of its weights"
+        """Whether its requests can stand still with nothing of them on the GPU, as far as the engine says."""
+        return "never"
 
     async def is_paused(self) -> bool | None:
-        """Whether its scheduler is paused; None where the engine knows no pauses."""
-        status, body = await self._call("probe", "GET", "/is_paused")
-        answer = _json(body)
-        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("is_paused"), bool):
-            return None
-        return bool(answer["is_paused"])
+        """Whether its requests stand still; None where the engine knows no pauses."""
+        return None
 
-    async def pause(self, stages: Stages) -> int:
+    async def pause(self, stages: Stages) -> int:  # noqa: ARG002 - a contract
         """Have its requests stand still, and take their state and the weights off the GPU; bytes in host memory.
 
         When that fails, `unpause` is the way back.
         """
-        with stages.measure("pause"):
-            await self._command("pause", "/pause?mode=keep&clear_cache=false")
-        self.upstream.stand_still()
-        with stages.measure("save_cache"):
-            return await self._bytes("pause", "warmpool_pause")
+        raise EngineError("pause", "this engine cannot be paused")
 
-    async def unpause(self, stages: Stages) -> bool:
-        """Bring all that back, and let its requests go on; False where the copy of the weights did not fit.
-
-        Right in whatever state a pause left it. Without room on the GPU it is tried again: bounded by the caller.
-        """
-        with stages.measure("load_cache"):
-            while any(result.get("again") for result in await self._workers("unpause", "warmpool_unpause", again=True)):
-                await asyncio.sleep(_AGAIN_S)
-        good = await self._load_copy(stages)
-        if not good:
-            with stages.measure("reload_weights"):
-                await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
-        with stages.measure("unpause"):
-            await self._command("unpause", "/resume")
-        self.upstream.go_on()
-        return good
+    async def unpause(self, stages: Stages) -> bool:  # noqa: ARG002 - a contract
+        """Bring all that back, and let its requests go on; False where the copy of the weights did not fit."""
+        raise EngineError("unpause", "this engine cannot be paused")
 
     async def end_pauses(self) -> None:
-        """Have its workers give back what they keep for the next pause."""
-        await self._workers("end_pauses", "warmpool_end_pauses")
+        """Have it give back what it keeps for the next pause."""
 
-    async def _bytes(self, stage: str, method: str) -> int:
-        return sum(result["bytes"] for result in await self._workers(stage, method, must_have="bytes"))
+    async def reseed_gap(self) -> str | None:
+        """Why it repeats random numbers after a restore, asked of an engine that runs."""
+        return "nothing is known of how to reseed this engine: set engine or reseed"
 
-    async def _workers(
-        self, stage: str, method: str, *, must_have: str | None = None, again: bool = False
-    ) -> list[dict[str, Any]]:
-        """What a method of the extension answers, of each worker. Raises EngineError.
+    async def reseed(self, place: Place) -> str | None:  # noqa: ARG002 - a contract
+        """Begin the generators anew; why that could not be had, or not of all, where that is so.
 
-        `again`: an error that may not be one if it is asked again is returned.
+        Raises EngineError when it should have worked and did not.
         """
-        status, body = await self._call(stage, "POST", "/collective_rpc", json={"method": method})
-        answer = _json(body)
-        results = answer.get("results") if isinstance(answer, dict) else None
-        if status != 200 or not isinstance(results, list) or not results:
-            raise EngineError(stage, f"POST /collective_rpc answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
-        for result in results:
-            missing = must_have is not None and isinstance(result, dict) and not isinstance(result.get(must_have), int)
-            failed = not isinstance(result, dict) or "error" in result or missing
-            if failed and not (again and isinstance(result, dict) and result.get("again")):
-                reason = result.get("error") if isinstance(result, dict) else result
-                raise EngineError(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
-        return results
+        return await self.reseed_gap()
 
-    async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:
-        """Wake an engine that sleeps at `level`; after level 2 the weights are loaded again.
+    # --- asking ---
 
-        `copied`: from the copy of `save_weights`; where that fails, as the engine does it. False says that it failed.
-        """
-        if level < 2:
-            with stages.measure("wake_up"):
-                await self._command("wake_up", "/wake_up")
-            return True
-        with stages.measure("wake_up"):
-            await self._command("wake_up", "/wake_up?tags=weights")
-        good = not copied or await self._load_copy(stages)
-        if not copied or not good:
-            with stages.measure("reload_weights"):
-                await self._command("reload_weights", "/collective_rpc", json={"method": "reload_weights"})
-        with stages.measure("wake_up"):
-            await self._command("wake_up", "/wake_up?tags=kv_cache")
-        return good
-
-    async def _load_copy(self, stages: Stages) -> bool:
+    @contextlib.asynccontextmanager
+    async def limit(self, stage: str, seconds: float) -> AsyncIterator[None]:
+        """Raises EngineError when the time is over."""
         try:
-            with stages.measure("load_weights"):
-                await self._bytes("load_weights", "warmpool_load_weights")
-        except EngineError as error:
-            log.warning("%s: the copy of the weights cannot be used, they are loaded again: %s", self.base_url, error)
-            return False
-        return True
-
-    async def _command(self, stage: str, path: str, json: Mapping[str, Any] | None = None) -> None:
-        status, body = await self._call(stage, "POST", path, json=json)
-        if status != 200:
-            raise EngineError(stage, f"POST {path} answered {status} {_excerpt(body)}", fault=Fault.IMAGE)
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise EngineError(stage, f"no answer within {seconds:g} s") from error
 
     async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
         """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""
         try:
             async with self._connected().request(method, self.base_url + path, data=body) as response:
                 self._check_key(stage, f"{method} {path}", response.status)
-                return response.status, _json(await response.content.read(_ANSWER_BYTES))
+                return response.status, as_json(await response.content.read(_ANSWER_BYTES))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
 
@@ -399,12 +351,12 @@ class EngineClient:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
 
 
-def _json(body: bytes) -> Any:
+def as_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
 
 
-def _excerpt(body: bytes) -> str:
+def excerpt(body: bytes) -> str:
     return body[:200].decode("utf-8", "replace")

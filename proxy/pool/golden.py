@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from proxy.config.values import short_size
+from proxy.engine import kinds
 from proxy.engine.api_key import key_of
-from proxy.engine.client import EngineClient
 from proxy.errors import EngineError, PortTakenError, RuntimeFailure, WarmpoolError
 from proxy.pool.gpu_accounting import GpuAccounting
 from proxy.pool.image import Image, Place
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.store import CheckpointStore
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
+    from proxy.engine.client import EngineClient
     from proxy.runtime.base import EngineProcess, Runtime
 
 _MIB: Final = 1 << 20
@@ -96,7 +97,9 @@ class CheckpointContext:
     def client(self, engine: EngineProcess) -> EngineClient:
         """A client of a running instance."""
         key = key_of(self.key, self.model)
-        return EngineClient(engine.base_url, self.settings.served_name(self.key), api_key=key)
+        return kinds.of(self.model).connect(
+            engine.base_url, self.settings.served_name(self.key), self.model, api_key=key
+        )
 
 
 @dataclass(frozen=True, slots=True)

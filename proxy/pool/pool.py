@@ -12,8 +12,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from proxy.engine import kinds
 from proxy.engine.api_key import key_of
-from proxy.engine.client import EngineClient
 from proxy.errors import DrainingError, ModelNotFoundError
 from proxy.host.turns import in_turns
 from proxy.pool import policy, status
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings
     from proxy.config.settings import Settings
+    from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
     from proxy.pool.instance import Instance
@@ -305,4 +306,6 @@ async def _ended_within(limit_s: float, tasks: Sequence[asyncio.Task[None]]) -> 
 
 def _connect(engine: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:
     key = key_of(engine.key, model)
-    return EngineClient(engine.base_url, served_name, response_timeout_s=model.response_timeout, api_key=key)
+    return kinds.of(model).connect(
+        engine.base_url, served_name, model, api_key=key, response_timeout_s=model.response_timeout
+    )

@@ -10,13 +10,13 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from proxy.engine import weights
+from proxy.engine import kinds, weights
+from proxy.engine.client import Place as EnginePlace
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.pool import gpu_accounting
 from proxy.pool.image import Image, Place
 from proxy.pool.ladder_probe import LadderProbe
 from proxy.pool.model import client_of, engine_of, limit_s, unless_it_ends, until_it_listens
-from proxy.runtime import reseed
 from proxy.runtime.base import ImageFacts
 from proxy.telemetry.overdue import GIVE_UP_S
 from proxy.telemetry.stages import Stages
@@ -138,7 +138,7 @@ class Steps:
         if await client.is_sleeping() is None:
             instance.bar(Tier.SLEEPING)
         if self._is_checkpointed(model):
-            note_gap(model, instance.id, await unless_it_ends(instance.watcher, reseed.asked_gap(client, settings)))
+            note_gap(model, instance.id, await unless_it_ends(instance.watcher, client.reseed_gap()))
         if settings.canary != "never" and Tier.CHECKPOINTED in model.tiers().offered:
             with stages.measure("canary"):
                 instance.answers(await unless_it_ends(instance.watcher, client.canary()))
@@ -212,9 +212,11 @@ class Steps:
 
     async def _prove(self, model: Model, instance: Instance, stages: Stages) -> None:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
-        if instance.unproven and reseed.possible(model.settings):
-            with stages.measure(reseed.STAGE):
-                work = reseed.reseed(client_of(instance), engine_of(instance), model.settings, model.served_name)
+        if instance.unproven and self._reseeds(model):
+            with stages.measure("reseed"):
+                engine = engine_of(instance)
+                place = EnginePlace(engine.host, engine.port, model.served_name, engine.instance_id)
+                work = client_of(instance).reseed(place)
                 note_gap(model, instance.id, await unless_it_ends(instance.watcher, work))
         if self.needs_canary(model, instance):
             with stages.measure("canary"):
@@ -228,9 +230,12 @@ class Steps:
             instance.image.canary_repeated()
         instance.proven()
 
+    def _reseeds(self, model: Model) -> bool:
+        return kinds.of(model.settings).reseeds(model.settings)
+
     def needs_proof(self, model: Model, instance: Instance) -> bool:
         """Whether something is to be asked of it before it serves."""
-        return self.needs_canary(model, instance) or (instance.unproven and reseed.possible(model.settings))
+        return self.needs_canary(model, instance) or (instance.unproven and self._reseeds(model))
 
     def needs_canary(self, model: Model, instance: Instance) -> bool:
         """Whether it has to answer before it serves."""

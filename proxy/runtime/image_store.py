@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 from proxy.checkpoint.errors import DamagedError, OtherVersionError, StoreError
 from proxy.checkpoint.inputs import Reader
 from proxy.checkpoint.manifest import Inputs
+from proxy.engine import kinds
 from proxy.errors import Fault, RuntimeFailure
 from proxy.host import cpu
-from proxy.runtime import vllm_extension
 from proxy.runtime.base import Footprint, ImageFacts, Outdated, Tiers
 from proxy.tiers import Tier
 
@@ -221,7 +221,7 @@ class ImageStore(abc.ABC):
         edited = await self._edited(origin)
         if edited is not None:
             return Outdated(edited.reason, usable=not (edited.weights and reloads))
-        reason = await self._moved(model, origin.image_id) or vllm_extension.upgraded(model, origin.extension)
+        reason = await self._moved(model, origin.image_id) or kinds.upgraded(model, origin.extension)
         return None if reason is None else Outdated(reason)
 
     async def learn(self, origin: Origin, model: ModelSettings) -> Inputs:

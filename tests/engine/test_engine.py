@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from loadtest import engine_text as text
-from proxy.engine.client import EngineClient
 from proxy.engine.connection import ExchangeError
+from proxy.engine.kinds.vllm import VllmClient
 from proxy.errors import EngineError
 from proxy.telemetry.stages import Stages
 from tests.asking import ask
@@ -70,8 +70,8 @@ async def start() -> AsyncIterator[Callable[..., Coroutine[Any, Any, Running]]]:
         engine.end()
 
 
-def client_of(engine: Running, name: str = "demo") -> EngineClient:
-    return EngineClient(engine.url, name)
+def client_of(engine: Running, name: str = "demo") -> VllmClient:
+    return VllmClient(engine.url, name)
 
 
 # --- the engine ---
@@ -256,7 +256,7 @@ async def test_the_client_has_weights_saved_and_brought_back(
 ) -> None:
     monkeypatch.setenv("WARMPOOL_WEIGHTS", str(tmp_path))
     engine = await start("--sleep-mode", "--worker-extension-cls", "proxy.engine.vllm_extension.warmpool_vllm.Worker")
-    client = EngineClient(engine.url, "demo")
+    client = VllmClient(engine.url, "demo")
     before = await client.canary()
     stages = Stages()
     await client.sleep(2)
@@ -278,7 +278,7 @@ async def test_an_engine_without_the_extension_says_so(
     start: Any,
 ) -> None:
     engine = await start("--sleep-mode")
-    client = EngineClient(engine.url, "demo")
+    client = VllmClient(engine.url, "demo")
     with pytest.raises(EngineError, match="save_weights: POST /collective_rpc answered 400"):
         await client.save_weights()
     await client.sleep(2)

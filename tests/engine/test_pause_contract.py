@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from proxy.engine.client import EngineClient
+from proxy.engine.kinds.vllm import VllmClient
 from proxy.errors import EngineError
 from proxy.telemetry.stages import Stages
 from tests.engine.test_engine import start
@@ -16,6 +16,8 @@ from tests.support import engine_settings
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from proxy.engine.client import EngineClient
 
 __all__ = ["start"]
 
@@ -33,7 +35,7 @@ async def client(
         yield cast("EngineClient", FakeEngine(runtime, await runtime.start("demo-1", "demo", engine_settings())))
         return
     monkeypatch.setenv("WARMPOOL_WEIGHTS", str(tmp_path))
-    made = EngineClient((await start("--sleep-mode", *EXTENSION)).url, "demo")
+    made = VllmClient((await start("--sleep-mode", *EXTENSION)).url, "demo")
     yield made
     await made.disconnect()
 
@@ -68,7 +70,7 @@ async def test_both_ways_may_be_asked_for_again(client: EngineClient) -> None:
 
 async def test_an_engine_that_knows_no_pauses_says_so(start: Any) -> None:
     for options, paused in (((), None), (("--sleep-mode",), False)):
-        client = EngineClient((await start(*options)).url, "demo")
+        client = VllmClient((await start(*options)).url, "demo")
         assert await client.is_paused() is paused
         assert await client.can_pause() == "never"
         with pytest.raises(EngineError):

@@ -12,14 +12,15 @@ import pytest
 
 from loadtest.engine_weights import Worker
 from proxy.config.model import ModelSettings
+from proxy.engine.kinds.vllm_inside import VllmInside
 from proxy.errors import EngineError
-from proxy.runtime import vllm_extension
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+INSIDE = VllmInside()
 EXTENSION = "proxy.engine.vllm_extension.warmpool_vllm.Worker"
 
 
@@ -119,7 +120,7 @@ def test_a_failing_copy_to_the_gpu_is_an_error(worker: Worker) -> None:
 
 
 def test_what_runs_inside_vllm_stands_on_its_own(tmp_path: Path) -> None:
-    folder = vllm_extension.folder(tmp_path)
+    folder = INSIDE.folder(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["warmpool_vllm"]
     program = "import sys, warmpool_vllm as w; print(w.Worker, w.Frontend, {m.split('.')[0] for m in sys.modules})"
     done = subprocess.run(
@@ -127,12 +128,12 @@ def test_what_runs_inside_vllm_stands_on_its_own(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert not {"proxy", "vllm", "torch", "numpy"} & set(re.findall(r"'(\w+)'", done.stdout.partition("{")[2]))
-    assert vllm_extension.folder(tmp_path) == folder
-    assert vllm_extension.environment("/ext", "/copies", {"PYTHONPATH": "/site"}) == {
+    assert INSIDE.folder(tmp_path) == folder
+    assert INSIDE.environment("/ext", "/copies", {"PYTHONPATH": "/site"}) == {
         "PYTHONPATH": "/ext:/site",
         "WARMPOOL_WEIGHTS": "/copies",
     }
-    assert vllm_extension.environment("/ext", None, {}) == {"PYTHONPATH": "/ext"}
+    assert INSIDE.environment("/ext", None, {}) == {"PYTHONPATH": "/ext"}
 
 
 # --- the pool ---

@@ -11,8 +11,9 @@ import pytest
 
 from loadtest.engine_weights import Worker
 from proxy.config.model import ModelSettings
+from proxy.engine import kinds
+from proxy.engine.kinds.vllm_inside import VllmInside
 from proxy.errors import RuntimeFailure
-from proxy.runtime import vllm_extension
 from proxy.runtime.podman import container
 from proxy.runtime.process import engine as process
 from proxy.tiers import Tier
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from pathlib import Path
 
+INSIDE = VllmInside()
 EXTENSION = "proxy.engine.vllm_extension.warmpool_vllm.Worker"
 IDLE = {"sleeping": "10s", "suspended": "20s", "checkpointed": "30s"}
 QUICK = {"sleeping": "200ms", "suspended": "400ms", "checkpointed": "600ms"}
@@ -126,7 +128,7 @@ def _process(*words: str) -> dict[str, Any]:
     ],
 )
 def test_an_engine_is_vllm_where_the_configuration_says_or_shows_it(entry: dict[str, Any], vllm: bool) -> None:
-    assert ModelSettings(**entry).is_vllm is vllm
+    assert ModelSettings(**entry).engine_kind == ("vllm" if vllm else entry.get("engine", "unstated"))
 
 
 @pytest.mark.parametrize(
@@ -150,16 +152,16 @@ def test_settings_that_make_no_sense_are_refused(entry: dict[str, Any], reason: 
 @pytest.mark.parametrize("option", ["--worker-extension-cls", "--worker_extension_cls=mine.Extension"])
 def test_a_worker_extension_of_the_users_own_stays_the_only_one(option: str) -> None:
     model = ModelSettings(**_process("vllm", "serve", option, "--port"))
-    assert vllm_extension.arguments(model) == ("--middleware", "warmpool_vllm.Frontend")
+    assert INSIDE.arguments(model) == ("--middleware", "warmpool_vllm.Frontend")
     with pytest.raises(ValueError, match="weights_copy needs warmpool's own worker extension"):
         ModelSettings(**_process("vllm", "serve", option, "--port"), weights_copy=True)
 
 
 def test_an_engine_with_the_code_of_another_version_in_it_is_outdated() -> None:
     vllm, other = ModelSettings(**_process("vllm")), ModelSettings(**_process("x"))
-    assert vllm_extension.upgraded(vllm, vllm_extension.extension(vllm)) is None
-    assert vllm_extension.upgraded(other, None) is None
-    assert all(vllm_extension.upgraded(vllm, has) is not None for has in ("0" * 64, None))
+    assert kinds.upgraded(vllm, kinds.extension(vllm)) is None
+    assert kinds.upgraded(other, None) is None
+    assert all(kinds.upgraded(vllm, has) is not None for has in ("0" * 64, None))
     generic = ModelSettings(**_process("vllm"), engine="generic")
     assert process.spec_digest("a", vllm) != process.spec_digest("a", generic)
     contained = [ModelSettings(**_podman(), engine=engine) for engine in ("vllm", "generic")]

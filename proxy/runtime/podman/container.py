@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from proxy.engine import kinds
 from proxy.host import capabilities
 from proxy.host.files import write_if_other
 from proxy.runtime.ports import LOOPBACK
@@ -62,7 +63,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
             del volume["options"]  # images are older than the key
     environment = {name: value.get_secret_value() for name, value in engine.env.items()}
     parts = [key, model.name, plain, environment, *(["weights_copy"] * model.weights_copy)]
-    parts += ["vllm"] * model.is_vllm
+    parts += kinds.of(model).spec
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

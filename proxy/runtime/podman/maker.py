@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from proxy.engine import kinds
 from proxy.errors import RuntimeFailure
 from proxy.host import owned, processes
 from proxy.host.files import write_if_other
-from proxy.runtime import ports, vllm_extension
+from proxy.runtime import ports
 from proxy.runtime.image_store import CONTAINER_IMAGE, Origin
 from proxy.runtime.podman import bundle, container
 from proxy.runtime.podman.api import PodmanError, PodmanSilentError
@@ -63,7 +64,7 @@ class Maker:
         image_id = golden.facts.get(CONTAINER_IMAGE) if golden is not None else None
         try:
             it = await self._to_be_made(engine, model, image_id)
-            it.origin.extension = golden.extension if golden is not None else vllm_extension.extension(model)
+            it.origin.extension = golden.extension if golden is not None else kinds.extension(model)
             answer = await self._made(engine, it)
         except PodmanError as error:
             hint = await self._hint(engine.key, container.engine_of(model).image, image_id, error)
@@ -141,7 +142,7 @@ class Maker:
     async def _python_path(self, it: ContainerRecord) -> dict[str, str]:
         """The variable PYTHONPATH that the engine would have without us, where something is added to it."""
         table = container.engine_of(it.model)
-        if not it.model.is_vllm or "PYTHONPATH" in table.env:
+        if kinds.of(it.model).inside is None or "PYTHONPATH" in table.env:
             return {name: value.get_secret_value() for name, value in table.env.items() if name == "PYTHONPATH"}
         image = await self._host.podman.get(f"/images/{it.origin.image_id}/json")
         pairs = (entry.partition("=") for entry in (image.get("Config") or {}).get("Env") or ())
@@ -154,13 +155,14 @@ class Maker:
         environment = {processes.MARK: self._mark(engine.instance_id)}
         mounts: list[tuple[str, str, bool]] = []
         arguments: tuple[str, ...] = ()
-        if it.model.is_vllm and (self._images.usable or it.model.weights_copy):
+        inside = kinds.of(it.model).inside
+        if inside is not None and (self._images.usable or it.model.weights_copy):
             copies = _WEIGHTS if it.model.weights_copy else None
-            environment |= vllm_extension.environment(_EXTENSION, copies, python_path)
-            mounts.append((str(vllm_extension.folder(claim.folder)), _EXTENSION, False))
+            environment |= inside.environment(_EXTENSION, copies, python_path)
+            mounts.append((str(inside.folder(claim.folder)), _EXTENSION, False))
             if copies is not None:
                 mounts.append((str(self._images.store.weights(engine.image)), copies, True))
-            arguments = vllm_extension.arguments(it.model)
+            arguments = inside.arguments(it.model)
         return container.specification(
             name=it.name,
             image=it.origin.image_id,
@@ -200,8 +202,8 @@ class Maker:
             dispatcher = write_if_other(folder / f"{key}.actions", text.encode(), mode=0o700)
         options = container.criu_options(settings, dispatcher)
         self._host.configure_criu(options)
-        if model.is_vllm and self._images.usable:
-            vllm_extension.folder(claim.folder)  # mounted
+        if (inside := kinds.of(model).inside) is not None and self._images.usable:
+            inside.folder(claim.folder)  # mounted
         return write_if_other(folder / f"{key}.criu.conf", options.encode())
 
     async def _host_port(self, engine: PodmanEngine, *, its_own: bool) -> int:

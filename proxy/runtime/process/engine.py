@@ -21,9 +21,10 @@ import orjson
 
 from proxy.checkpoint.errors import StoreError
 from proxy.checkpoint.store import CRIU_FOLDER
+from proxy.engine import kinds
 from proxy.errors import HostError, PortTakenError, RuntimeFailure
 from proxy.host import command, processes
-from proxy.runtime import criu, port_owner, ports, vllm_extension
+from proxy.runtime import criu, port_owner, ports
 from proxy.runtime.base import Vitals
 from proxy.runtime.engine import Activity, LocalEngine, Noted, Record
 from proxy.runtime.image_store import ImageStore, Origin, failure
@@ -100,12 +101,11 @@ class ProcessEngine(LocalEngine[Record]):
         values = {"host": host, "port": str(port), "model": model.name or self.key, "python": sys.executable}
         words = [_fill(argument, values) for argument in model.process.command]
         given = {name: value.get_secret_value() for name, value in model.process.env.items()}
-        if model.is_vllm and (self._images.usable or model.weights_copy):
-            words += vllm_extension.arguments(model)
+        inside = kinds.of(model).inside
+        if inside is not None and (self._images.usable or model.weights_copy):
+            words += inside.arguments(model)
             copies = str(self._images.store.weights(self.image)) if model.weights_copy else None
-            given |= vllm_extension.environment(
-                str(vllm_extension.folder(parts.claim.folder)), copies, {**os.environ, **given}
-            )
+            given |= inside.environment(str(inside.folder(parts.claim.folder)), copies, {**os.environ, **given})
         environment = {**os.environ, **given, processes.MARK: self._mark}
         if shutil.which(words[0], path=environment.get("PATH")) is None:
             raise RuntimeFailure("start", f"no program {words[0]!r}; correct models.{self.key}.process.command")
@@ -113,7 +113,7 @@ class ProcessEngine(LocalEngine[Record]):
             self.it = Record(model, spec_digest(self.key, model))
         it = self.it
         it.host, it.port, it.model = host, port, model
-        it.origin = Origin(extension=vllm_extension.extension(model))
+        it.origin = Origin(extension=kinds.extension(model))
         self._tails.begin(self.instance_id)
         self._runs_as(it, self._spawned(str(model.process.cwd or Path.cwd()), words, environment))
 
@@ -276,7 +276,7 @@ def spec_digest(key: str, model: ModelSettings) -> str:
     assert model.process is not None  # noqa: S101 - the configuration says which runtime a model has
     environment = {name: value.get_secret_value() for name, value in model.process.env.items()}
     parts = [key, model.name, model.process.command, environment, str(model.process.cwd), sys.executable]
-    parts += ["weights_copy"] * model.weights_copy + ["vllm"] * model.is_vllm
+    parts += ["weights_copy"] * model.weights_copy + [*kinds.of(model).spec]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from proxy.runtime import vllm_extension
+from proxy.engine.kinds.vllm_inside import VllmInside
 from tests.podman_bench import podman, why_no_podman
 from tests.podman_host import AWAKE, Host
 from tests.support import PATIENCE_S, get_json
@@ -144,7 +144,7 @@ async def test_an_upgrade_that_changes_what_runs_inside_vllm_costs_no_client_a_c
     await asyncio.to_thread(proxy.process.wait, PATIENCE_S)
     manifest = host.images / "demo" / "manifest.json"
     written = orjson.loads(manifest.read_bytes())
-    assert written["extension"] == vllm_extension.digest()
+    assert written["extension"] == VllmInside().digest()
     manifest.write_bytes(orjson.dumps({**written, "extension": "0" * 64}))
     proxy = await host.serve(engine="vllm")
     async with busy(proxy) as found:
@@ -155,7 +155,7 @@ async def test_an_upgrade_that_changes_what_runs_inside_vllm_costs_no_client_a_c
     assert "stopped" not in found
     assert "demo is outdated: it has in it what another version of warmpool runs inside vLLM" in proxy.log.read_text()
     await proxy.until("checkpointed")
-    assert orjson.loads(manifest.read_bytes())["extension"] == vllm_extension.digest()
+    assert orjson.loads(manifest.read_bytes())["extension"] == VllmInside().digest()
     assert (await proxy.ask())[0] == "checkpointed"
 
 
