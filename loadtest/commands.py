@@ -28,6 +28,7 @@ from loadtest import (
     results,
     serving,
     simulate_command,
+    simulate_fleet_command,
     soak,
     tables,
     trace,
@@ -524,6 +525,7 @@ def proxy(arguments: tuple[str, ...]) -> None:
 
 
 cli.add_command(simulate_command.command, "simulate")
+cli.add_command(simulate_fleet_command.command, "fleet")
 
 
 def _pair(text: str) -> tuple[str, str]:
