@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import sys
@@ -60,7 +61,7 @@ def test_no_private_name_of_another_library_is_used(path: Path) -> None:
             used |= {a.name for a in node.names if any(map(_is_private, a.name.split(".")))}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):
-            ours = node.attr in OUR_PRIVATE_NAMES and _root_of(node.value) not in foreign
+            ours = node.attr in _our_names() and _root_of(node.value) not in foreign
             used |= set() if ours else {node.attr}
     assert used <= ALLOWED.get(path.name, set())
 
@@ -80,7 +81,8 @@ def _root_of(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _private_names() -> set[str]:
+@functools.cache
+def _our_names() -> set[str]:
     """Those that are ours: methods, attributes, slots, functions and constants of our modules."""
     found: set[str] = set()
     for path in [*MODULES, *(ROOT.parent / "loadtest").rglob("*.py")]:
@@ -90,9 +92,6 @@ def _private_names() -> set[str]:
             elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
                 found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
     return found
-
-
-OUR_PRIVATE_NAMES = _private_names()
 
 
 def _name(requirement: str) -> str:

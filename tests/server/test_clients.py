@@ -1,7 +1,8 @@
 """Clients of other makers, none of which may notice anything but the model's answers.
 
 `openai` for Node, `anthropic`, LangChain, and `hey` as a public load generator. `openai` for Python is in
-test_openai.py, vLLM's own `vllm bench serve` in vllm/test_bench_serve.py.
+test_openai.py, vLLM's own `vllm bench serve` in vllm/test_bench_serve.py. What takes seconds to import is imported by
+the tests themselves, so that only the worker that runs them waits for it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import openai
 import orjson
 import pytest
-from langchain_core.messages import HumanMessage
-from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import SecretStr
 
 from tests.server.test_http import until_engine
@@ -27,6 +25,8 @@ from tests.support import PATIENCE_S, ROOT
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    import anthropic
 
     from tests.front import Front
 
@@ -87,6 +87,8 @@ async def test_openai_for_node(front: Front) -> None:
 
 @pytest.fixture
 async def claude(front: Front) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    import anthropic
+
     async with anthropic.AsyncAnthropic(base_url=front.url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -97,7 +99,7 @@ async def test_anthropic_messages_and_streams(claude: anthropic.AsyncAnthropic) 
     )
     assert (whole.role, whole.model) == ("assistant", "demo")
     block = whole.content[0]
-    assert isinstance(block, anthropic.types.TextBlock)
+    assert block.type == "text"
     async with claude.messages.stream(
         model="demo", messages=HELLO, max_tokens=12, system="Brief.", extra_body={"temperature": 0}
     ) as stream:
@@ -110,6 +112,8 @@ async def test_anthropic_messages_and_streams(claude: anthropic.AsyncAnthropic) 
 
 
 async def test_anthropic_errors(front_of: Any, tmp_path: Path) -> None:
+    import anthropic
+
     marker = tmp_path / "fail"
     marker.touch()
     front: Front = await front_of("--fail-file", str(marker), "--load-seconds", "1", server={"heartbeat": "100ms"})
@@ -131,6 +135,9 @@ async def test_anthropic_errors(front_of: Any, tmp_path: Path) -> None:
 
 
 async def test_langchain(front: Front) -> None:
+    from langchain_core.messages import HumanMessage
+    from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+
     with openai.DefaultHttpxClient() as blocking:
         async with openai.DefaultAsyncHttpxClient() as http:
             chat = ChatOpenAI(

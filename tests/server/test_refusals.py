@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import orjson
 import pytest
 
@@ -145,6 +144,8 @@ async def test_errors_on_anthropics_routes_have_its_envelope(front: Front, path:
 
 
 async def test_an_error_within_a_stream_of_anthropics_is_its_event(front_of: Any, tmp_path: Path) -> None:
+    import anthropic
+
     marker = tmp_path / "fail"
     marker.touch()
     front: Front = await front_of("--fail-file", str(marker), "--load-seconds", "1", server={"heartbeat": "100ms"})

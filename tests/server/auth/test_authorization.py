@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import anthropic
 import openai
 import orjson
 import pytest
@@ -183,6 +182,8 @@ async def test_the_clients_raise_their_own_errors(keyed: Keyed) -> None:
 
 
 async def test_anthropics_client_uses_the_same_keys(keyed: Keyed) -> None:
+    import anthropic
+
     ask: dict[str, Any] = {"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
     async with anthropic.AsyncAnthropic(base_url=keyed.front.url, api_key="wrong", max_retries=0) as client:
         with pytest.raises(anthropic.AuthenticationError, match="Incorrect API key"):
