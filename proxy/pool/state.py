@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from proxy.pool.model_view import InstanceView
     from proxy.pool.usage import Usage
     from proxy.pool.view import View
+    from proxy.pool.wake_progress import WakeProgress
     from proxy.runtime.base import Runtime
     from proxy.runtime.ladder_probes import LadderProbes
     from proxy.telemetry.metrics import Metrics
@@ -110,6 +111,8 @@ class PoolState:
         self.waiting = 0
         """Those in a queue, and those who have just left one."""
         self.wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
+        self.wakes_under_way: dict[str, WakeProgress] = {}
+        """By the instance's id."""
         self.listeners: set[Callable[[], None]] = set()
         self.configure_accounts()
 

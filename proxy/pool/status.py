@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from proxy.pool.instance import WakeRecord
     from proxy.pool.model import Model
-    from proxy.pool.model_view import Rules
     from proxy.pool.state import PoolState
 
 _COMING_UP: Final = frozenset({State.WAKING, State.UNPAUSING})
@@ -32,12 +31,10 @@ def pool_status(state: PoolState, models: dict[str, Any]) -> dict[str, Any]:
         "leases": state.open_leases,
         "models": models,
         "coming": [
-            instance_status(m, instance, now, state.rules)
-            for m in state.coming.values()
-            for instance in m.instances.values()
+            instance_status(state, m, instance, now) for m in state.coming.values() for instance in m.instances.values()
         ],
         "leaving": [
-            instance_status(m, instance, now, state.rules) for m in state.leaving for instance in m.instances.values()
+            instance_status(state, m, instance, now) for m in state.leaving for instance in m.instances.values()
         ],
         "wakes": [*state.wakes],
         "strays": [line for runtime in state.runtimes.values() for line in runtime.strays()],
@@ -77,6 +74,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "estimate_s": round(state.estimate_s(key), 3),
         "max_model_len": model.max_model_len,
         "runtime": model.runtime.name,
+        "chats": model.settings.routes.chat,
         "shares_checkpoint": model.runtime.shares_images,
         "tiers": sorted(t.label for t in tiers.offered),
         "missing_tiers": {t.label: reason for t, reason in tiers.missing.items()},
@@ -84,7 +82,7 @@ def model_status(state: PoolState, key: str) -> dict[str, Any]:
         "gpu_need_bytes": model.gpu_accounting.need(model.key),
         "host_need_bytes": model.memory_accounting.need(model.key),
         "outdated": _outdated(model),
-        "instances": [instance_status(model, instance, now, state.rules) for instance in model.instances.values()],
+        "instances": [instance_status(state, model, instance, now) for instance in model.instances.values()],
     }
 
 
@@ -112,10 +110,11 @@ def _outdated(model: Model) -> dict[str, Any] | None:
     return {"reason": model.outdated.reason, "renewal": model.renewal or "waits for its turn"}
 
 
-def instance_status(model: Model, instance: Instance, now: float, rules: Rules) -> dict[str, Any]:
+def instance_status(state: PoolState, model: Model, instance: Instance, now: float) -> dict[str, Any]:
     """One instance."""
     wake = instance.last_wake
-    step = next_step(view_of(instance), model.view(), rules)
+    waking = state.wakes_under_way.get(instance.id) if instance.state is State.WAKING else None
+    step = next_step(view_of(instance), model.view(), state.rules)
     due = None if step is None else round(time.time() + max(0.0, step[1] - now))
     return {
         "id": instance.id,
@@ -134,6 +133,7 @@ def instance_status(model: Model, instance: Instance, now: float, rules: Rules) 
         "commanded": instance.commanded.label if instance.commanded is not None else None,
         "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
         "last_used_unix_s": instance.last_used_unix_s,
+        "waking": None if waking is None else waking.status(),
         "last_wake": None if wake is None else wake_status(wake),
     }
 

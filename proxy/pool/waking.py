@@ -14,6 +14,7 @@ from proxy.pool import status
 from proxy.pool.instance import Event, Instance, State, WakeRecord
 from proxy.pool.model import note_unexpected, tiers_from, too_slow
 from proxy.pool.wake_failure import WakeFailure
+from proxy.pool.wake_progress import WakeProgress
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 
@@ -70,9 +71,19 @@ class Waking:
     ) -> None:
         """Bring an instance to ready from the warmest tier that works."""
         found = instance.waking_from or Tier.STOPPED
-        stages = Stages()
-        began = self._state.clock()
-        failures: list[str] = []
+        stages = Stages(on_begin=self._state.tell)
+        progress = WakeProgress(found, self._state.clock(), stages)
+        self._state.wakes_under_way[instance.id] = progress
+        try:
+            await self._wake(model, instance, generation, evictions, progress)
+        finally:
+            if self._state.wakes_under_way.get(instance.id) is progress:
+                del self._state.wakes_under_way[instance.id]
+
+    async def _wake(
+        self, model: Model, instance: Instance, generation: int, evictions: Evictions, progress: WakeProgress
+    ) -> None:
+        found, stages, failures = progress.found, progress.stages, progress.failures
         log_lines: list[str] = []
         if evictions.tasks:
             with stages.measure("evict"):
@@ -97,7 +108,7 @@ class Waking:
                 continue
             if instance.generation != generation or instance.state is not State.WAKING:
                 return
-            self.woken(model, instance, found, tier, began, stages)
+            self.woken(model, instance, found, tier, progress.began, stages)
             return
         self.fail(model, instance, failures, log_lines)
         await self._downs.mend(model, instance)

@@ -40,7 +40,8 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
     scanner = Scanner()
     addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner)
     realtime = Realtime(pool, metrics, addressing)
-    admin = Admin(pool, metrics, MemoryReport(settings.pool))
+    auth = auth or Auth(settings, metrics)
+    admin = Admin(pool, metrics, MemoryReport(settings.pool), auth.chat_refusal)
     application = web.Application(client_max_size=settings.server.body_limit)
     for route in ROUTES:
         if route.websocket:
@@ -51,7 +52,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         pool,
         settings,
         metrics,
-        auth=auth or Auth(settings, metrics),
+        auth=auth,
         own_routes=OwnRoutes(pool),
         addressing=addressing,
         scanner=scanner,

@@ -50,7 +50,7 @@ class Many:
 
     @property
     def admin(self) -> Admin:
-        return Admin(self.pool, self.metrics, MemoryReport(self.settings.pool))
+        return Admin(self.pool, self.metrics, MemoryReport(self.settings.pool), lambda: None)
 
 
 async def listed(many: Many) -> None:

@@ -10,6 +10,8 @@ from proxy import __version__
 from proxy.server.admin import pieces
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp import web
 
     from proxy.pool.memory_report import MemoryReport
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
 class Admin:
     """`/metrics` and `/admin/status`."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, memory: MemoryReport) -> None:
+    def __init__(
+        self, pool: Pool, metrics: Metrics, memory: MemoryReport, chat_refusal: Callable[[], str | None]
+    ) -> None:
         self._pool = pool
+        self._chat_refusal = chat_refusal
         self._metrics = metrics
         self._memory = memory
 
@@ -44,6 +49,7 @@ class Admin:
             memory["host"] = {"total_bytes": host.total_bytes, "available_bytes": host.available_bytes}
         return {
             "version": __version__,
+            "chat_refusal": self._chat_refusal(),
             "log_dir": str(self._pool.settings.pool.state_dir.absolute() / "logs"),
             **await self._pool.status_in_turns(),
             "ttft": await self._metrics.ttft_summary(),

@@ -52,6 +52,8 @@ PUBLIC: Final = frozenset({"/health", "/ready"})
 PAGE: Final = frozenset({"/admin", "/admin/"})
 """The status page, which holds no data; its script asks for the token."""
 ADMIN: Final = re.compile(r"/(metrics|admin)(/|$)")
+CHAT: Final = "/admin/chat/completions"
+"""An engine's route for administrators, who need no key there."""
 
 _REFUSED_AS: Final = {
     AuthenticationError: "key",
@@ -283,6 +285,20 @@ class Auth:
             )
         refuse_borrowed_loopback(request)
         refuse_other_sites(request, page=page)
+
+    def chat_refusal(self) -> str | None:
+        """Why administrators cannot ask models by `CHAT`; None: they can.
+
+        By loopback alone anybody on this host would be spared a key.
+        """
+        if self.keys is None or self._token is not None or self._admin.socket is not None:
+            return None
+        return "There are API keys, so asking a model takes a key, or an admin token: server.admin.token_file."
+
+    def check_chat(self) -> None:
+        """Raises ForbiddenError where administrators cannot ask models, after `check_admin`."""
+        if (reason := self.chat_refusal()) is not None:
+            raise ForbiddenError(reason)
 
     # --- what is said of it ---
 

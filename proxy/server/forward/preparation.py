@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from proxy.errors import BodyTooLargeError
-from proxy.server.auth.authorization import Kind, refuse_expired
+from proxy.errors import BodyTooLargeError, MediaTypeError
+from proxy.server.auth.administrator import ADMINISTRATOR
+from proxy.server.auth.authorization import CHAT, Kind, refuse_expired
 from proxy.server.forward import routes
 from proxy.server.forward.fields import NOT_TO_ENGINE, keep_alive_s, max_wait_s, passed_on
 from proxy.server.forward.tracing import CONTEXT_FIELDS
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _LOOKS: Final = ("GET", "HEAD")
 _CLIENT: Final = Kind.CLIENT
+_CHAT_OF_ENGINE: Final = "/v1/chat/completions"
 
 
 def prepare(request: RequestCycle, service: Service) -> None:
@@ -33,7 +35,7 @@ def prepare(request: RequestCycle, service: Service) -> None:
     if not head.is_preflight:
         head.keys = auth.keys_shown_by(headers)
         head.only_looks = head.method in _LOOKS and "Upgrade" not in headers
-        head.is_for_aiohttp = _is_admin(head)
+        head.is_for_aiohttp = _is_admin(head) and head.path != CHAT
         if head.is_for_aiohttp:
             head.coding = coding_of(headers.getall("Content-Encoding"))
         if head.kind is Kind.CLIENT:
@@ -47,6 +49,9 @@ def check_caller(request: RequestCycle, service: Service) -> None:
     if head.kind is not _CLIENT:
         if head.kind is not Kind.PUBLIC:
             auth.check_admin(request, head.path, page=head.kind is Kind.PAGE)
+        if head.path == CHAT:
+            auth.check_chat()
+            request.caller = ADMINISTRATOR
     elif auth.keys is not None:
         if head.known is None or head.known_of is not auth.keys:
             head.known, head.known_of = auth.identify(head.keys), auth.keys
@@ -71,7 +76,12 @@ def _check_length(request: RequestCycle, service: Service) -> None:
 def find_route(head: RequestHead, service: Service) -> None:
     """The engine's route that it asks for. Raises RequestError."""
     azure = service.pool.settings.server.azure_paths
-    match = routes.find(head.method, head.path, head.query, azure=azure)
+    asks_as_admin = head.path == CHAT
+    path = _CHAT_OF_ENGINE if asks_as_admin else head.path
+    match = routes.find(head.method, path, head.query, azure=azure)
+    if asks_as_admin and head.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        # As for a command: a form of another site's page cannot have this type.
+        raise MediaTypeError("This needs the header `Content-Type: application/json`.")
     head.path_for_log = match.route.path
     if match.route.websocket:
         head.is_for_aiohttp = True
