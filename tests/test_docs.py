@@ -21,6 +21,7 @@ from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 from proxy.errors import MethodNotAllowedError, ModelNotFoundError, RouteNotFoundError
 from proxy.pool.instance import State
 from proxy.server import app
+from proxy.server.auth.authorization import CHAT
 from proxy.server.forward import routes
 from proxy.server.http_request import RequestHead
 from proxy.telemetry.metrics import Metrics
@@ -250,7 +251,7 @@ async def test_routes_exist(page: Path) -> None:
 async def is_route(service: Service, method: str, path: str) -> bool:
     """Of an engine, of warmpool's own, or of aiohttp's server."""
     with contextlib.suppress(RouteNotFoundError, MethodNotAllowedError):
-        routes.find(method, path)
+        routes.find(method, "/v1/chat/completions" if path == CHAT else path)
         return True
     with contextlib.suppress(MethodNotAllowedError, ModelNotFoundError):
         if service.own_routes.answer(RequestHead(method, path, [], http11=True, length=0), None) is not None:
