@@ -204,6 +204,12 @@ class RateLimitError(RequestError):
         return {**super().headers(), **self.extra}
 
 
+class BudgetError(RateLimitError):
+    """The client's key has used up what it may in a day."""
+
+    code = "insufficient_quota"  # OpenAI's, by which clients know that asking again soon is of no use
+
+
 class SlowUploadError(RequestError):
     """The body did not come in time; the connection ends."""
 

@@ -119,6 +119,12 @@ class Control:
         async with self._request("GET", "/admin/requests", params=dict(filters)) as response:
             return await _object(response)
 
+    async def usage(self, days: int, key: str | None) -> dict[str, Any]:
+        """What `/admin/usage` says."""
+        query = {"days": str(days)} | ({} if key is None else {"key": key})
+        async with self._request("GET", "/admin/usage", params=query) as response:
+            return await _object(response)
+
     async def cancel(self, request_id: str) -> None:
         """End a request."""
         await self.command(f"requests/{quote(request_id, safe='')}/cancel", {})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from proxy.cli.failures import Commands
-from proxy.cli.options import config_option
+from proxy.cli.options import JSON, ServerChoice, config_option, server_options
 from proxy.config.values import parse_duration
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def key() -> None:
 @click.option(
     "--tokens-per-minute", type=click.IntRange(1), help="The limit of tokens in a minute, in prompts and answers."
 )
+@click.option("--tokens-per-day", type=click.IntRange(1), help="The budget of tokens for a day (UTC).")
+@click.option("--gpu-seconds-per-day", type=click.IntRange(1), help="The budget of time on GPUs for a day (UTC).")
 @click.option("--concurrency", type=click.IntRange(1), help="The limit of requests at the same time.")
 @click.option(
     "--priority", type=click.Choice(PRIORITIES), default="normal", show_default=True,
@@ -117,6 +119,8 @@ def _row(id_: str, entry: Entry) -> tuple[str, ...]:
         for limit, what in (
             (entry.requests_per_minute, "requests/min"),
             (entry.tokens_per_minute, "tokens/min"),
+            (entry.tokens_per_day, "tokens/day"),
+            (entry.gpu_seconds_per_day, "GPU s/day"),
             (entry.concurrency, "at once"),
         )
         if limit is not None
@@ -141,6 +145,21 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
         for id_ in found:
             del entries[id_]
     click.echo(f"{id_or_name} is revoked. {_RELOAD}")
+
+
+@key.command()
+@click.argument("name", required=False)
+@server_options
+@click.option(
+    "--days", type=click.IntRange(1, 3660), default=1, show_default=True, help="Of the last so many days (UTC)."
+)
+@click.option("--by-day", is_flag=True, help="A line for each day.")
+@JSON
+def usage(name: str | None, server: ServerChoice, days: int, by_day: bool, as_json: bool) -> None:
+    """Show what the key NAME, or every key, has used of each model: requests, tokens, GPU time."""
+    from proxy.cli import usage_commands
+
+    usage_commands.show(server, name, days, by_day=by_day, as_json=as_json)
 
 
 @key.command("admin-token")

@@ -182,6 +182,11 @@ class ServerSettings(Section):
         description="Serve Azure OpenAI's paths too: /openai/deployments/MODEL/chat/completions and such, where MODEL "
         "is a model's name and api-version is not looked at.",
     )
+    usage_days: Annotated[int, Field(ge=0, le=3660)] = Field(
+        default=92,
+        description="How many days usage by key and model is kept for, in pool.state_dir (`warmpool key usage`); "
+        "0: not over a restart.",
+    )
     heartbeat: OptionalDuration = Field(
         default=None,
         description="While a streaming request waits for an engine: how often it is sent a comment, so that its client "

@@ -204,14 +204,21 @@ class Admission:
         if instance.can_pause and not instance.unanswered and self._state.live_view.is_contended:
             self._effects.tick_soon()
 
-    def lease_ended(self, instance: Instance, generation: int, keep_s: float | None = None) -> None:
-        """Take a lease back; `keep_s`: for how long its client wants the instance to stay ready."""
+    def lease_charged(self, instance: Instance, generation: int, key: str) -> None:
+        """The time on the GPU of a lease is that of a key."""
+        if instance.generation == generation:
+            instance.gpu_time.charge(key)
+
+    def lease_ended(
+        self, instance: Instance, generation: int, keep_s: float | None = None, key: str | None = None
+    ) -> None:
+        """Take a lease back; `keep_s`: how long its client wants the instance to stay ready; `key`: whose it was."""
         state = self._state
         state.open_leases -= 1
         if instance.generation == generation:
             if keep_s is not None:
                 keep_s = self._allowed_keep_s(instance, keep_s)
-            instance.end_lease(state.clock(), time.time(), keep_s)
+            instance.end_lease(state.clock(), time.time(), keep_s, key)
             goes_on = instance.state is _READY and instance.command is None
             if instance.leases and not state.waiting and goes_on:
                 # It goes on, and nobody waits: there is nothing to decide.

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Literal
 
 from proxy.errors import IllegalTransitionError
+from proxy.pool.gpu_time import GpuTime
 from proxy.pool.image import Image
 from proxy.pool.observed import Observed
 from proxy.tiers import Tier
@@ -182,6 +183,10 @@ AWAKE: Final = frozenset(
 )  # fmt: skip
 """Holding, or about to hold, what an awake engine holds."""
 
+_ON_GPU: Final = frozenset({State.WAKING, State.READY, State.RETIRING, State.PAUSING, State.UNPAUSING})
+_LEAVING_GPU: Final = frozenset({State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING})
+"""For `GpuTime`: it has the GPU; it has it if it had it before, as one that sleeps has not."""
+
 
 @dataclass(slots=True, frozen=True)
 class WakeRecord:
@@ -219,6 +224,7 @@ class Instance(Observed):
         "evicted",
         "failed_steps",
         "generation",
+        "gpu_time",
         "id",
         "idle_since",
         "image",
@@ -247,8 +253,10 @@ class Instance(Observed):
         "weights_copy",
     )  # fmt: skip
 
-    def __init__(self, id_: str, model: str, image: Image | None = None) -> None:
+    def __init__(self, id_: str, model: str, image: Image | None = None, gpu_time: GpuTime | None = None) -> None:
         self.on_change = None
+        self.gpu_time = GpuTime() if gpu_time is None else gpu_time
+        """Who had the GPU of what it held it for."""
         self.id = id_
         self.model = model
         self.state = State.NEW
@@ -323,14 +331,21 @@ class Instance(Observed):
         if self.leases and event in _NEEDS_NO_LEASES:
             raise IllegalTransitionError(f"{self.id}: {event.value!r} with {self.leases} leases in use")
         self.state = target
+        self._note_gpu_time()
         if event in (Event.WAKE, Event.BROKE):
             self.generation += 1
             self.evicted = self.unwanted = False
         if event is Event.BROKE:
             self.paused_since, self.on_hold = None, False
             self.unanswered = 0
+            self.gpu_time.clear()
             self.leases = 0  # whoever holds one finds its generation over
         return target
+
+    def _note_gpu_time(self) -> None:
+        if self.state not in _LEAVING_GPU:
+            self.gpu_time.hold(holds=self.state in _ON_GPU)
+        self.gpu_time.ended = self.state is State.GONE
 
     def begin_wake(self, origin: Tier, began: float) -> None:
         """It is woken from a tier since `began`."""
@@ -396,6 +411,7 @@ class Instance(Observed):
         if self.state is not State.NEW:
             raise IllegalTransitionError(f"{self.id}: adopted in state {self.state.value!r}")
         self.state, self.idle_since = state, now
+        self._note_gpu_time()
         if state is State.PAUSED:
             self.paused_since = now
 
@@ -551,6 +567,7 @@ class Instance(Observed):
             raise IllegalTransitionError(f"{self.id}: lease in state {self.state.value!r}")
         # Told of once: this is done for every request.
         _store(self, "leases", self.leases + 1)
+        self.gpu_time.begin()
         if self.unwanted:
             _store(self, "unwanted", False)
         _store(self, "idle_since", None)
@@ -571,14 +588,16 @@ class Instance(Observed):
         """Somebody wants it to stay ready till then, though it is idle; the longest wish counts."""
         self.keep_until = max(self.keep_until, until)
 
-    def end_lease(self, now: float, now_unix_s: float, keep_s: float | None = None) -> None:
+    def end_lease(self, now: float, now_unix_s: float, keep_s: float | None = None, key: str | None = None) -> None:
         """Count one request less; with the last one the instance is idle from `now`.
 
         `keep_s`: for how long it is wanted after that; 0: no longer, unless somebody else wants it.
+        `key`: whose time it was, where that was said.
         """
         if self.leases <= 0:
             raise IllegalTransitionError(f"{self.id}: a lease ended twice")
         _store(self, "leases", self.leases - 1)
+        self.gpu_time.end(now, key)
         _store(self, "last_used_unix_s", now_unix_s)
         if keep_s:
             self.keep_ready(now + keep_s)

@@ -19,7 +19,11 @@ _STANDING: Final = frozenset({State.PAUSING, State.PAUSED, State.UNPAUSING})
 class _Lender(Protocol):
     """Who gives leases."""
 
-    def lease_ended(self, instance: Instance, generation: int, keep_s: float | None = None) -> None: ...
+    def lease_ended(
+        self, instance: Instance, generation: int, keep_s: float | None = None, key: str | None = None
+    ) -> None: ...
+
+    def lease_charged(self, instance: Instance, generation: int, key: str) -> None: ...
 
     def token_came(self, instance: Instance, generation: int) -> None: ...
 
@@ -30,8 +34,8 @@ class Lease:
     """One request's hold on an instance. `async with` it, or call `release` in `finally`; further calls do nothing."""
 
     __slots__ = (
-        "_awaits_token", "_instance", "_pool", "client", "found", "generation", "instance_id", "keep_s", "model",
-        "queue_s", "wake",
+        "_awaits_token", "_instance", "_key", "_pool", "client", "found", "generation", "instance_id", "keep_s",
+        "model", "queue_s", "wake",
     )  # fmt: skip
 
     def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
@@ -39,6 +43,7 @@ class Lease:
         self._pool: _Lender | None = pool
         self._instance = instance
         self._awaits_token = False
+        self._key: str | None = None
         self.client = instance.client
         self.model = instance.model
         self.instance_id = instance.id
@@ -56,6 +61,12 @@ class Lease:
     def paused(self) -> bool:
         """Whether the instance's requests stand still."""
         return self._instance.state in _STANDING
+
+    def charge(self, key: str) -> None:
+        """Its time on the GPU is that of a key, by its name; once."""
+        if self._pool is not None and self._key is None:
+            self._pool.lease_charged(self._instance, self.generation, key)
+            self._key = key
 
     def await_token(self) -> None:
         """It is for a stream: its engine should not be paused before that has a token."""
@@ -75,7 +86,7 @@ class Lease:
             self.token_came()
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.lease_ended(self._instance, self.generation, self.keep_s)
+            pool.lease_ended(self._instance, self.generation, self.keep_s, self._key)
 
     async def suspect(self) -> None:
         """Say that the engine failed the request; the pool looks, and breaks the instance if it does not serve."""

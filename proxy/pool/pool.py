@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
+    from proxy.pool.gpu_time import Taken
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
     from proxy.runtime.base import EngineProcess, Runtime
@@ -252,6 +253,12 @@ class Pool:
             self._timer = None
 
     # --- seeing ---
+
+    def take_gpu_time(self) -> Iterator[tuple[str, Taken]]:
+        """By model's key, an instance each: who had the GPU since this was last asked."""
+        times = self._state.gpu_times
+        self._state.gpu_times = [entry for entry in times if not entry[1].ended]
+        return ((key, time.take()) for key, time in times)
 
     def served_name(self, key: str) -> str:
         """What the engines of a model call it."""

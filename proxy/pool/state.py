@@ -14,6 +14,7 @@ from proxy.errors import ModelNotFoundError
 from proxy.pool.command import Command
 from proxy.pool.costs import Costs
 from proxy.pool.gpu_accounting import GpuAccounting
+from proxy.pool.gpu_time import GpuTime
 from proxy.pool.image import Image
 from proxy.pool.instance import Instance, State
 from proxy.pool.live_view import LiveView
@@ -114,6 +115,8 @@ class PoolState:
         self.wakes_under_way: dict[str, WakeProgress] = {}
         """By the instance's id."""
         self.listeners: set[Callable[[], None]] = set()
+        self.gpu_times: list[tuple[str, GpuTime]] = []
+        """Of every instance, with its model's key; of one that is gone until it was read."""
         self.configure_accounts()
 
     @property
@@ -188,7 +191,10 @@ class PoolState:
 
     def new_instance(self, model: Model, instance_id: str) -> Instance:
         """Another instance of a model."""
-        instance = Instance(instance_id, model.key, model.image if model.runtime.shares_images else None)
+        gpu_time = GpuTime(model.settings.gpus_an_engine, self.clock)
+        self.gpu_times.append((model.key, gpu_time))
+        image = model.image if model.runtime.shares_images else None
+        instance = Instance(instance_id, model.key, image, gpu_time)
         changed = partial(self.live_view.changed.setdefault, model)
         instance.observed_by(changed)
         instance.image.observed_by(changed)

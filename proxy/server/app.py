@@ -61,5 +61,6 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         cors=Cors(settings.server.cors) if settings.server.cors.origins else None,
         traces=traces,
     )
-    attach_requests(application, service.history)
+    service.auth.keep_budgets(service.usage)
+    attach_requests(application, service.history, service.usage, service.auth)
     return service

@@ -6,12 +6,12 @@ leaves a tuple, which is read then.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from proxy.errors import RequestNotFoundError
+from proxy.server.key_usage.token_figures import said
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,11 +21,24 @@ if TYPE_CHECKING:
     from proxy.server.forward.cycle import RequestCycle
 
 KEPT: Final = 500
-_ASKED: Final = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
-_ANSWERED: Final = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
-
+_MOST_UNCOUNTED: Final = 200_000
+"""They are counted every second."""
 LIVE: Final = ("uploading", "waiting", "running", "paused")
 STATES: Final = (*LIVE, "ended")
+
+
+class Ended(NamedTuple):
+    """What usage is counted from, of one that has ended."""
+
+    model: str
+    key: str | None
+    status: int
+    usage: bytes
+    """What the engine said of tokens, as it came."""
+    events: int
+    """Of a stream."""
+    metered: tuple[int, int] | None
+    """Where the key's tokens are limited: what was expected of the prompt, and what all of it cost by that count."""
 
 
 class RequestHistory:
@@ -34,6 +47,7 @@ class RequestHistory:
     def __init__(self, connections: Iterable[ClientConnection]) -> None:
         self._connections = connections
         self._ended: deque[tuple[Any, ...]] = deque(maxlen=KEPT)
+        self._uncounted: deque[tuple[Any, ...]] = deque(maxlen=_MOST_UNCOUNTED)
 
     def ended(self, request: RequestCycle, lease: Lease | None, status: int, ended: float) -> None:
         """One more has ended, at this reading of `time.perf_counter`."""
@@ -42,12 +56,21 @@ class RequestHistory:
             at, first_token, usage, events = answer.first_byte_at, answer.first_token_at, answer.usage, answer.events
         else:
             at, first_token, usage, events = None, None, b"", 0
-        self._ended.append((
+        entry = (
             request.began, ended, request.request_id, request.head.path_for_log, request.model,
             caller.name if caller is not None else None, request.connection.host, status,
             lease.found.label if lease is not None else None, lease.instance_id if lease is not None else None,
             request.waited_s, at, first_token, usage, events, request.broken,
-        ))  # fmt: skip
+            caller.metered if caller is not None and answer is not None else None,
+        )  # fmt: skip
+        self._ended.append(entry)
+        if not request.head.only_looks:  # who reads a stored answer again uses nothing
+            self._uncounted.append(entry)
+
+    def uncounted(self, most: int) -> list[Ended]:
+        """The next of those that have ended, each once; empty when there are no more."""
+        entries = [self._uncounted.popleft() for _ in range(min(most, len(self._uncounted)))]
+        return [Ended(entry[4], entry[5], entry[7], entry[13], entry[14], entry[16]) for entry in entries]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All of them: those that are there, the newest first, and then those that have ended, likewise."""
@@ -102,9 +125,9 @@ def _live(cycle: RequestCycle, now: float, offset_s: float) -> dict[str, Any]:
 def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
     (
         began, ended, id_, path, model, key, host, status, tier, instance, waited_s, first_byte, first_token, usage,
-        events, broken,
+        events, broken, _,
     ) = entry  # fmt: skip
-    asked, answered = tokens_of(usage)
+    asked, answered, _ = said(usage)
     answered = answered if answered is not None else events or None
     return {
         "id": id_,
@@ -125,12 +148,6 @@ def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
         "tokens_per_s": _rate(answered, first_token, ended),
         "broken": broken,
     }
-
-
-def tokens_of(usage: bytes) -> tuple[int | None, int | None]:
-    """What the engine says that a request and its answer had; None where it does not."""
-    asked, answered = _ASKED.findall(usage), _ANSWERED.findall(usage)
-    return max(map(int, asked), default=None), max(map(int, answered), default=None)
 
 
 def _since(began: float, at: float | None) -> float | None:

@@ -10,6 +10,8 @@ from proxy.server.connection_limits import ConnectionLimits
 from proxy.server.forward.answer import AnswerHeads
 from proxy.server.http_request import RequestHeads
 from proxy.server.inflight import Traffic
+from proxy.server.key_usage.files import UsageFiles
+from proxy.server.key_usage.recorder import KeyUsage
 from proxy.server.request_history import RequestHistory
 from proxy.telemetry.loop_stalls import LoopStalls
 
@@ -63,6 +65,8 @@ class Service:
         self.traffic = Traffic()
         self.connections: set[ClientConnection] = set()
         self.history = RequestHistory(self.connections)
+        files = UsageFiles(settings.pool.state_dir.absolute() / "usage")
+        self.usage = KeyUsage(metrics, self.history.uncounted, pool.take_gpu_time, files, settings.server.usage_days)
         self._none_left = asyncio.Event()
         self.sites: list[Site] = []
         """Where connections are accepted."""
@@ -97,6 +101,7 @@ class Service:
         """Make everything ready for connections."""
         self.limits.fit_to_host(self._engine_connections)
         await self.aiohttp.open()
+        await self.usage.open()
         self._stalls.start()
 
     async def close(self, limit_s: float) -> None:
@@ -117,6 +122,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.usage.close()
         self.limits.close()
         self._stalls.stop()
         self._scanner.close()

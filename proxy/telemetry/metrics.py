@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 UNKNOWN_MODEL = "unknown"
 REFUSALS = (
-    "key", "model", "limit", "forbidden", "body", "malformed", "head", "slow_headers", "slow_body", "stalled",
+    "key", "model", "limit", "budget", "forbidden", "body", "malformed", "head", "slow_headers", "slow_body", "stalled",
     "connections", "connections_per_address",
 )  # fmt: skip
 """Why a request or a connection is refused at the edge; docs/api.md explains them."""
@@ -230,6 +230,18 @@ class Metrics:
         )  # fmt: skip
         for reason in REFUSALS:
             self.refused.labels(reason)
+        self.tokens = Counter(
+            "warmpool_tokens",
+            "Tokens by model, kind (prompt, completion; cached: of the prompt's) and key's name.",
+            ["model", "kind", "key"],
+            registry=r,
+        )
+        self.gpu_seconds = Counter(
+            "warmpool_gpu_seconds",
+            "Who had GPUs, for how long: busy, divided among the requests that ran, by key's name; or idle.",
+            ["model", "kind", "key"],
+            registry=r,
+        )
         self.instances = Gauge("warmpool_instances", "Instances by state.", ["model", "state"], registry=r)
         self.queue_depth = Gauge("warmpool_queue_depth", "Requests waiting for an instance.", ["model"], registry=r)
         self.running_requests = Gauge(

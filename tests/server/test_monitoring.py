@@ -120,7 +120,7 @@ async def test_names_and_labels_follow_the_conventions(front: Front) -> None:
                     assert re.fullmatch(r"[1-5]\d\d", value)
 
 
-ALSO_BOUNDED = {"gpu", "kind"}
+ALSO_BOUNDED = {"gpu", "kind", "key"}
 """Further labels, whose values are words of this project or things that the configuration or the host has."""
 
 

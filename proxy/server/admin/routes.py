@@ -9,17 +9,21 @@ from proxy.server.admin.engine_logs import EngineLogHandlers
 from proxy.server.admin.events import Events
 from proxy.server.admin.page import page, to_page
 from proxy.server.admin.requests import RequestHandlers
+from proxy.server.admin.usage import UsageHandlers
 
 if TYPE_CHECKING:
     from aiohttp import web
 
     from proxy.pool.pool import Pool
     from proxy.server.admin.status import Admin
+    from proxy.server.auth.authorization import Auth
+    from proxy.server.key_usage.recorder import KeyUsage
     from proxy.server.request_history import RequestHistory
 
 
-def attach_requests(app: web.Application, history: RequestHistory) -> None:
-    """Add the routes to the requests of a service, which has this application."""
+def attach_requests(app: web.Application, history: RequestHistory, usage: KeyUsage, auth: Auth) -> None:
+    """Add the routes to the requests of a service, which has this application, and to what was used by them."""
+    app.router.add_get("/admin/usage", UsageHandlers(usage, auth).show)
     requests = RequestHandlers(history)
     app.router.add_get("/admin/requests", requests.show)
     app.router.add_post("/admin/requests/{id:.+}/cancel", requests.cancel)

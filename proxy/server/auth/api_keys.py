@@ -38,6 +38,7 @@ _KEY = re.compile(r"wp_([a-z2-7]{8})_[A-Za-z0-9_-]{43}")
 _HEAD = "# Written by `warmpool key`. Limits may be edited; they are in force after SIGHUP.\n\n"
 
 PerMinute = Annotated[int, Field(ge=1)]
+PerDay = Annotated[int, Field(ge=1, le=10**15)]
 
 
 class Entry(BaseModel):
@@ -54,8 +55,15 @@ class Entry(BaseModel):
     """Names of models; None: all."""
     requests_per_minute: PerMinute | None = None
     tokens_per_minute: PerMinute | None = None
+    tokens_per_day: PerDay | None = None
+    gpu_seconds_per_day: PerDay | None = None
     concurrency: Annotated[int, Field(ge=1)] | None = None
     priority: Literal["low", "normal", "high"] = "normal"
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether what it may use in a day is limited."""
+        return self.tokens_per_day is not None or self.gpu_seconds_per_day is not None
 
     def matches(self, key: str) -> bool:
         """Whether this is the entry of `key`; in constant time."""

@@ -21,6 +21,7 @@ from proxy.config.values import is_loopback
 from proxy.errors import (
     AuthenticationError,
     BodyTooLargeError,
+    BudgetError,
     ForbiddenError,
     ModelNotAllowedError,
     RateLimitError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from proxy.server.auth.browser_origin import WebRequest
     from proxy.server.auth.caller import Caller
     from proxy.server.http_request import Headers
+    from proxy.server.key_usage.recorder import KeyUsage
     from proxy.telemetry.metrics import Metrics
 
 log = logging.getLogger("warmpool.auth")
@@ -60,6 +62,7 @@ _REFUSED_AS: Final = {
     BodyTooLargeError: "body",
     ModelNotAllowedError: "model",
     RateLimitError: "limit",
+    BudgetError: "budget",
     ForbiddenError: "forbidden",
 }
 
@@ -82,7 +85,8 @@ class Holder:
         self._allowed = known.models
         self._clock = clock
         self.account = known.account
-        self.meter = Meter() if known.account.tokens is not None else None
+        metered = known.account.tokens is not None or known.entry.tokens_per_day is not None
+        self.meter = Meter() if metered else None
         self.name = known.entry.name
         self.priority = api_keys.PRIORITIES[known.entry.priority]
 
@@ -91,6 +95,11 @@ class Holder:
         if self.meter is not None and not self.meter.prompt_tokens:
             self.meter.prompt_tokens = prompt_tokens(request)
             self.account.expect(self.meter.prompt_tokens, self._clock())
+
+    @property
+    def metered(self) -> tuple[int, int] | None:
+        """Where the key's tokens are limited: what was expected of the prompt, and what all of it cost."""
+        return None if self.meter is None else (self.meter.prompt_tokens, self.meter.tokens())
 
     def may_use(self, model: str) -> bool:
         """Whether the key is good for a model, by the model's key."""
@@ -170,6 +179,7 @@ class Auth:
         self._token: bytes | None = None
         self.keys: Keys | None = None
         """Another object whenever they were read anew; None where none are needed."""
+        self._usage: KeyUsage | None = None
         self._known: dict[str, Known] = {}
         self.reload()
 
@@ -203,6 +213,21 @@ class Auth:
         self.keys, self._known = found, known
         log.info("%d API keys in force", len(known))
 
+    def keep_budgets(self, usage: KeyUsage) -> None:
+        """Refuse those who have used up their day by this count."""
+        self._usage = usage
+
+    def budgets(self) -> dict[str, dict[str, int | None]]:
+        """By the key's name: what it may use in a day, of those that are limited."""
+        return {
+            known.entry.name: {
+                "tokens_per_day": known.entry.tokens_per_day,
+                "gpu_seconds_per_day": known.entry.gpu_seconds_per_day,
+            }
+            for known in self._known.values()
+            if known.entry.has_budget
+        }
+
     def _models_of(self, entry: Entry) -> frozenset[str] | None:
         if entry.models is None:
             return None
@@ -234,6 +259,8 @@ class Auth:
 
     def admit(self, known: Known) -> Admission:
         """Let in a request of a key's holder that is not only a look. Raises RateLimitError."""
+        if self._usage is not None and known.entry.has_budget:
+            _refuse_over_budget(known.entry, self._usage)
         now = self._clock()
         refusal = known.account.begin(now)
         if refusal is not None:
@@ -319,6 +346,21 @@ def refuse_expired(entry: Entry) -> None:
     """Raises AuthenticationError where a key's time is over."""
     if entry.expires is not None and entry.expires <= dt.datetime.now(dt.UTC):
         raise AuthenticationError("This API key has expired.")
+
+
+def _refuse_over_budget(entry: Entry, usage: KeyUsage) -> None:
+    """Raises BudgetError. As long as something is left a request may begin, and is finished."""
+    used = usage.today(entry.name)
+    for limit, amount, what in (
+        (entry.tokens_per_day, used.tokens, "tokens"),
+        (entry.gpu_seconds_per_day, used.gpu_seconds, "seconds of GPU time"),
+    ):
+        if limit is not None and amount >= limit:
+            raise BudgetError(
+                f"This API key has used up its {limit} {what} of today; a new day begins at midnight UTC.",
+                retry_after_s=usage.seconds_to_midnight(),
+                extra={},
+            )
 
 
 def _shows(request: WebRequest, token: bytes) -> bool:

@@ -39,6 +39,10 @@ class Caller(Protocol):
     def meter(self) -> Feed | None:
         """Counts the answer, where the key's tokens are limited."""
 
+    @property
+    def metered(self) -> tuple[int, int] | None:
+        """Where the key's tokens are limited: what was expected of the prompt, and what all of it cost."""
+
     def expect(self, request: object) -> None:
         """Count what a request, as JSON has it, may cost, where the key's tokens are limited; once."""
 

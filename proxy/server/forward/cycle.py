@@ -251,6 +251,8 @@ class RequestCycle:
     def _hold(self, lease: Lease) -> None:
         self.lease = lease
         lease.keep_s = self.head.keep_s
+        if self.caller is not None:
+            lease.charge(self.caller.name)
         self.first_lease = self.first_lease or lease
         if self._address is not None and self._address.streams:
             lease.await_token()

@@ -98,6 +98,8 @@ class Realtime:
                 preferred=address.instance,
             ) as lease:
                 lease.keep_s = keep_alive_s(request.headers)
+                if caller is not None:
+                    lease.charge(caller.name)
                 try:
                     engine = await self._connect(request, address, lease)
                 except (aiohttp.ClientError, TimeoutError) as error:

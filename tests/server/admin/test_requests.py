@@ -9,7 +9,8 @@ import aiohttp
 import orjson
 import pytest
 
-from proxy.server.request_history import KEPT, tokens_of
+from proxy.server.key_usage.token_figures import said
+from proxy.server.request_history import KEPT
 from tests.server.auth.test_authorization import Keyed, keyed_of
 from tests.server.test_http import ASK, error_of
 from tests.support import PATIENCE_S, get_json
@@ -145,8 +146,15 @@ async def test_a_cancel_needs_the_content_type_of_commands(front: Front) -> None
 
 
 def test_tokens_are_those_that_the_engine_says() -> None:
-    assert tokens_of(b"") == (None, None)
-    said = orjson.dumps({"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}})
-    assert tokens_of(said) == (3, 5)
+    assert said(b"") == (None, None, None)
+    openai = {
+        "prompt_tokens": 3,
+        "total_tokens": 8,
+        "completion_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert said(orjson.dumps({"usage": openai})) == (3, 5, 2)
     anthropic = b'"usage":{"input_tokens":9,"output_tokens":1}}}' + b'"usage":{"output_tokens":44}}'
-    assert tokens_of(anthropic) == (9, 44)
+    assert said(anthropic) == (9, 44, None)
+    responses = {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 6}
+    assert said(orjson.dumps({"usage": responses})) == (7, 6, 0)
