@@ -15,6 +15,7 @@ class Administrator:
     name = NAME
     priority = 0
     meter = None
+    metered = None
 
     def expect(self, request: object) -> None:
         """Nothing is limited."""
