@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.engine import WarmupSettings
     from proxy.config.model import ModelSettings
-    from proxy.engine.client import EngineClient, Place
+    from proxy.engine.client import EngineClient
     from proxy.gpu.cuda import Gpus
     from proxy.host.facts import Memory
     from proxy.runtime.ladder_probes import LadderProbes
@@ -471,7 +471,7 @@ class FakeEngine:
         gap = kinds.of(self.model).reseed_gap(self.model) if self.model is not None else None
         return gap or self.runtime.reseed_gap
 
-    async def reseed(self, place: Place) -> str | None:
+    async def reseed(self) -> str | None:
         process = self._process("reseed")
         await self.runtime._enter("reseed")
         process.entropy = os.urandom(32).hex().encode()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
+from proxy.config.calls import Command, check_command
 from proxy.config.fields import AbsolutePath, ArgumentList, Count, Duration, Memory, Port, PositiveInt, Section
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ MountOption = Literal[
 ]  # fmt: skip
 MOUNT_OPTIONS: Final[tuple[str, ...]] = get_args(MountOption)
 """What podman takes for a volume beside `ro` and `rw`."""
-RESEED_FIELDS: Final = ("host", "port", "model", "instance")
-"""What is replaced in `reseed.command`."""
 ActionName = Literal[
     "pre-dump", "post-dump", "pre-restore", "post-restore", "pre-resume", "post-resume", "network-lock",
     "network-unlock", "setup-namespaces", "post-setup-namespaces",
@@ -33,7 +32,18 @@ class HealthSettings(Section):
     path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = Field(
         default="/health", description="Answers 200 when the engine serves."
     )
+    command: Command | None = Field(
+        default=None,
+        description="Engines that are not vLLM: a command that is run on this host instead, with status 0 when the "
+        "engine serves. {host} and {port} are the engine's, {model} and {instance} its names.",
+        examples=[["/usr/local/bin/engine-health", "{host}", "{port}"]],
+    )
     interval: Duration = Field(default=0.1, description="Time between two questions while it starts.")
+
+    @model_validator(mode="after")
+    def _fields_exist(self) -> HealthSettings:
+        check_command(self.command)
+        return self
 
 
 class WarmupSettings(Section):
@@ -236,11 +246,7 @@ class ReseedSettings(Section):
 
     @model_validator(mode="after")
     def _fields_exist(self) -> ReseedSettings:
-        for argument in self.command or ():
-            for name in re.findall(r"\{(\w*)\}", argument):
-                if name not in RESEED_FIELDS:
-                    known = ", ".join(f"{{{k}}}" for k in RESEED_FIELDS)
-                    raise ValueError(f"command: {{{name}}} is not one of {known}")
+        check_command(self.command)
         return self
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
+from proxy.config.calls import AsleepSettings, CanaryRequestSettings, OrderSettings, TokensSettings
 from proxy.config.document import ENGINE_TABLES
 from proxy.config.engine import (
     HealthSettings,
@@ -265,7 +266,8 @@ class ModelSettings(Section):
         description="What the engine is. vLLM is given a worker extension and a middleware of warmpool's (arguments "
         "added to its command), by which it gets fresh randomness after a restore. Without: vllm where a word of the "
         "command or entry point is `vllm` (or a module of it), or the container image with its own entry point is "
-        "called so; else generic.",
+        "called so; else it is asked for vLLM's sleep mode, and nothing is added to its command. A "
+        "generic engine has what `sleep`, `wake_up`, `reseed`, `canary_request` and `tokens` name, and nothing else.",
         examples=["generic"],
     )
     api_key: SecretStr | None = Field(
@@ -281,6 +283,11 @@ class ModelSettings(Section):
         examples=["/etc/warmpool/engine-key"],
     )
     reseed: ReseedSettings = ReseedSettings()
+    sleep: OrderSettings = OrderSettings()
+    wake_up: OrderSettings = OrderSettings()
+    asleep: AsleepSettings = AsleepSettings()
+    canary_request: CanaryRequestSettings = CanaryRequestSettings()
+    tokens: TokensSettings = TokensSettings()
     routes: RouteSettings = RouteSettings()
     parameters: ParameterSettings = ParameterSettings()
     idle: IdleSettings = IdleSettings()
@@ -310,9 +317,14 @@ class ModelSettings(Section):
     def _check_engine(self) -> None:
         if self.api_key is not None and not re.fullmatch(r"[!-~]{1,4096}", self.api_key.get_secret_value()):
             raise ValueError("api_key must be one word of printable ASCII, at most 4096 characters")
-        if self.engine == "vllm" and self.reseed.present:
-            raise ValueError('reseed is for engines that are not vLLM: remove it, or set engine = "generic"')
-        if self.weights_copy and self.engine == "generic":
+        if self.engine == "vllm" and (given := [*self._own_calls(), *["reseed"] * self.reseed.present]):
+            raise ValueError(f'{given[0]} is for engines that are not vLLM: remove it, or set engine = "generic"')
+        if self.sleep.present != self.wake_up.present:
+            lacks, has = ("wake_up", "sleep") if self.sleep.present else ("sleep", "wake_up")
+            raise ValueError(f"{has} needs {lacks}: an engine that sleeps has to be woken")
+        if self.asleep.present and not self.sleep.present:
+            raise ValueError("asleep needs sleep and wake_up: without, the engine has no sleep mode")
+        if self.weights_copy and self.engine_kind == "generic":
             raise ValueError('weights_copy needs vLLM: remove it, or set engine = "vllm"')
         if self.weights_copy and self.own_worker_extension:
             raise ValueError(f"weights_copy needs warmpool's own worker extension: remove {_WORKER_EXTENSION}")
@@ -341,7 +353,21 @@ class ModelSettings(Section):
         """What its engines are, by what is said or seen; `proxy.engine.kinds` has one of each."""
         if self.engine is not None:
             return self.engine
+        if self._own_calls():
+            return "generic"
         return "vllm" if self.weights_copy or (not self.reseed.present and self._looks_like_vllm()) else "unstated"
+
+    def _own_calls(self) -> list[str]:
+        """The keys by which it says itself how its engine is asked for what others have in a way that is known."""
+        calls = {
+            "sleep": self.sleep.present,
+            "wake_up": self.wake_up.present,
+            "asleep": self.asleep.present,
+            "canary_request": self.canary_request.present,
+            "tokens": self.tokens.present,
+            "health.command": self.health.command is not None,
+        }
+        return [name for name, present in calls.items() if present]
 
     def _names_vllm(self) -> bool:
         return any(PurePath(word).name == "vllm" or word.startswith("vllm.entrypoints.") for word in self._words())

@@ -64,8 +64,10 @@ def _named(where: str, model: ModelSettings) -> Iterator[tuple[str, Path | str, 
         yield f"{where}.api_key_file", model.api_key_file, False
     for path in model.weights:
         yield f"{where}.weights", path, False
-    if model.reseed.command is not None and model.reseed.command[0].startswith("/"):
-        yield f"{where}.reseed.command", model.reseed.command[0], True
+    for name in ("reseed", "health", "sleep", "wake_up", "asleep", "canary_request", "tokens"):
+        words = getattr(model, name).command
+        if words is not None and words[0].startswith("/"):
+            yield f"{where}.{name}.command", words[0], True
     engine = model.podman
     if engine is None:
         return

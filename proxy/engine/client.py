@@ -12,6 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -59,9 +60,16 @@ class EngineClient:
     """
 
     def __init__(
-        self, base_url: str, served_name: str, *, response_timeout_s: float | None = None, api_key: str | None = None
+        self,
+        base_url: str,
+        served_name: str,
+        *,
+        instance: str = "",
+        response_timeout_s: float | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.served_name = served_name
+        self._instance = instance
         self._api_key = api_key
         self.upstream = Upstream(base_url, response_timeout_s, api_key)
         """The connections that clients' requests go over."""
@@ -76,6 +84,12 @@ class EngineClient:
     @base_url.setter
     def base_url(self, base_url: str) -> None:
         self.upstream.move(base_url)
+
+    @property
+    def place(self) -> Place:
+        """Where the engine is now."""
+        url = urlsplit(self.base_url)
+        return Place(url.hostname or "", url.port or 80, self.served_name, self._instance)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -311,7 +325,7 @@ class EngineClient:
         """Why it repeats random numbers after a restore, asked of an engine that runs."""
         return "nothing is known of how to reseed this engine: set engine or reseed"
 
-    async def reseed(self, place: Place) -> str | None:  # noqa: ARG002 - a contract
+    async def reseed(self) -> str | None:
         """Begin the generators anew; why that could not be had, or not of all, where that is so.
 
         Raises EngineError when it should have worked and did not.

@@ -98,7 +98,7 @@ class CheckpointContext:
         """A client of a running instance."""
         key = key_of(self.key, self.model)
         return kinds.of(self.model).connect(
-            engine.base_url, self.settings.served_name(self.key), self.model, api_key=key
+            engine.base_url, self.settings.served_name(self.key), self.model, instance=engine.instance_id, api_key=key
         )
 
 

@@ -314,5 +314,10 @@ async def _ended_within(limit_s: float, tasks: Sequence[asyncio.Task[None]]) -> 
 def _connect(engine: EngineProcess, served_name: str, model: ModelSettings) -> EngineClient:
     key = key_of(engine.key, model)
     return kinds.of(model).connect(
-        engine.base_url, served_name, model, api_key=key, response_timeout_s=model.response_timeout
+        engine.base_url,
+        served_name,
+        model,
+        instance=engine.instance_id,
+        api_key=key,
+        response_timeout_s=model.response_timeout,
     )

@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proxy.engine import kinds, weights
-from proxy.engine.client import Place as EnginePlace
 from proxy.errors import EngineError, Fault, OverdueError, PortTakenError, RuntimeFailure
 from proxy.pool import gpu_accounting
 from proxy.pool.image import Image, Place
@@ -214,9 +213,7 @@ class Steps:
         """Give a restored engine fresh randomness, and have it repeat its canary, if that is due."""
         if instance.unproven and self._reseeds(model):
             with stages.measure("reseed"):
-                engine = engine_of(instance)
-                place = EnginePlace(engine.host, engine.port, model.served_name, engine.instance_id)
-                work = client_of(instance).reseed(place)
+                work = client_of(instance).reseed()
                 note_gap(model, instance.id, await unless_it_ends(instance.watcher, work))
         if self.needs_canary(model, instance):
             with stages.measure("canary"):

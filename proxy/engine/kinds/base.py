@@ -49,10 +49,11 @@ class EngineKind(Protocol):
         served_name: str,
         model: ModelSettings,
         *,
+        instance: str,
         api_key: str | None,
         response_timeout_s: float | None = None,
     ) -> EngineClient:
-        """A client of one engine."""
+        """A client of one engine, that of an instance."""
 
     def reseed_gap(self, model: ModelSettings) -> str | None:
         """Why engines repeat random numbers after a restore, as far as the configuration says it."""

@@ -13,7 +13,6 @@ from proxy.engine.kinds.vllm import VllmClient
 
 if TYPE_CHECKING:
     from proxy.config.model import ModelSettings
-    from proxy.engine.client import Place
 
 
 class Unstated:
@@ -29,11 +28,14 @@ class Unstated:
         served_name: str,
         model: ModelSettings,
         *,
+        instance: str,
         api_key: str | None,
         response_timeout_s: float | None = None,
     ) -> UnstatedClient:
         """A client of one engine."""
-        return UnstatedClient(base_url, served_name, model, response_timeout_s=response_timeout_s, api_key=api_key)
+        return UnstatedClient(
+            base_url, served_name, model, instance=instance, response_timeout_s=response_timeout_s, api_key=api_key
+        )
 
     def reseed_gap(self, model: ModelSettings) -> str | None:
         """None where `reseed` names a way."""
@@ -55,6 +57,6 @@ class UnstatedClient(VllmClient):
         """As far as the configuration says it."""
         return generic.reseed_gap(self._way)
 
-    async def reseed(self, place: Place) -> str | None:
+    async def reseed(self) -> str | None:
         """Begin its generators anew, in the way that `reseed` names."""
-        return await generic.reseed(self, self._way, place)
+        return await generic.reseed(self, self._way)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from proxy.config.model import ModelSettings
-    from proxy.engine.client import Place
     from proxy.telemetry.stages import Stages
 
 log = logging.getLogger("warmpool.engine")
@@ -43,12 +42,13 @@ class Vllm:
         served_name: str,
         model: ModelSettings,
         *,
+        instance: str,
         api_key: str | None,
         response_timeout_s: float | None = None,
     ) -> VllmClient:
         """A client of one engine."""
         return VllmClient(
-            base_url, served_name, response_timeout_s=response_timeout_s, api_key=api_key,
+            base_url, served_name, instance=instance, response_timeout_s=response_timeout_s, api_key=api_key,
             own_worker_extension=model.own_worker_extension,
         )  # fmt: skip
 
@@ -204,7 +204,7 @@ class VllmClient(EngineClient):
             status, answer = await self.ask_json("reseed", "GET", PATH)
         return _reason(status, answer)
 
-    async def reseed(self, place: Place) -> str | None:  # noqa: ARG002 - a contract
+    async def reseed(self) -> str | None:
         """Begin the generators of its API server and its workers anew."""
         digits = secrets.token_hex(DIGITS)
         async with self.limit("reseed", _RESEED_S):
