@@ -29,8 +29,9 @@ fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \
 		DIFFERENTIAL_SECONDS=$${DIFFERENTIAL_SECONDS:-300} $(BIN)/pytest -s tests/server/test_fuzz.py tests/server/test_differential.py
 
-test-model: $(VENV)/.dev ## scheduling against random events in virtual time: SCHEDULING_EXAMPLES (1000) runs of 60 steps
-	SCHEDULING_EXAMPLES=$${SCHEDULING_EXAMPLES:-1000} SCHEDULING_STEPS=60 $(BIN)/pytest -s --timeout 0 --hypothesis-show-statistics tests/pool/test_scheduling_model.py
+test-model: $(VENV)/.dev ## scheduling and the pool against random events and faults in virtual time: SCHEDULING_EXAMPLES (1000) runs of 60 steps, POOL_EXAMPLES (1000) of 40
+	SCHEDULING_EXAMPLES=$${SCHEDULING_EXAMPLES:-1000} SCHEDULING_STEPS=60 POOL_EXAMPLES=$${POOL_EXAMPLES:-1000} POOL_STEPS=40 \
+		$(BIN)/pytest -s --timeout 0 --hypothesis-show-statistics tests/pool/test_scheduling_model.py tests/pool/test_pool_model.py
 
 lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .

@@ -124,6 +124,8 @@ class FakeRuntime:
         """What engines say of it."""
         self.log_lines: dict[str, list[str]] = {}
         """Instance → what its engine wrote last."""
+        self.takes_s: dict[str, float] = {}
+        """Operation → how long it takes, by the event loop's clock."""
         self.gates: dict[str, asyncio.Event] = {}
         self.failures: dict[str, list[Exception]] = {}
         self.hanging: set[str] = set()
@@ -137,10 +139,13 @@ class FakeRuntime:
 
     async def _enter(self, operation: str) -> None:
         self.calls[operation] += 1
+        if seconds := self.takes_s.get(operation):
+            await asyncio.sleep(seconds)
         if operation in self.hanging:
-            while not self.answers.is_set():
+            answers = self.answers
+            while not answers.is_set():
                 with contextlib.suppress(asyncio.CancelledError):
-                    await self.answers.wait()
+                    await answers.wait()
             raise RuntimeFailure(operation, "it answered at last")
         if gate := self.gates.get(operation):
             await gate.wait()
@@ -154,6 +159,7 @@ class FakeRuntime:
 
     def inherit(self, before: FakeRuntime, *, keep: bool) -> None:
         """Take over what a predecessor left."""
+        self.boots, self.ports = before.boots, before.ports
         if keep:
             self.images.there, self.processes = before.images.there, before.processes
             for left in before.engines.values():
@@ -178,6 +184,10 @@ class FakeRuntime:
     async def recover(self, models: Mapping[str, ModelSettings]) -> Recovered:
         await self._enter("recover")
         found = []
+        for engine in [e for e in self.engines.values() if e.key not in models]:
+            engine.forget()
+        for owner in [o for o, image in self.images.there.items() if image.model not in models]:
+            del self.images.there[owner]
         for engine in self.engines.values():
             image = self.images.there.get(engine.image)
             if process := self.processes.get(engine.instance_id):
@@ -335,6 +345,10 @@ class FakeProcess:
 
     async def remove(self) -> None:
         await self.runtime._enter("remove")
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing of it is left, but an image that it shares."""
         self._end()
         if not self.runtime.shares_images:
             self.runtime.images.there.pop(self.instance_id, None)
@@ -434,7 +448,7 @@ class FakeEngine:
     async def wait_healthy(self, path: str, interval_s: float) -> None:
         await self.runtime._enter("health")
         while not await self.healthy(path):
-            await asyncio.sleep(0)
+            await asyncio.sleep(interval_s if self.runtime.takes_s else 0)
 
     async def healthy(self, path: str) -> bool:
         process = self.runtime.processes.get(self.engine.instance_id)
@@ -544,6 +558,7 @@ class Rig:
 
     `takes`: there is a GPU, and this is what the models' engines hold of it (`FakeRuntime.takes`).
     `places`: there are two, and these are whose (`FakeRuntime.places`).
+    `clock`: the pool's instead of `rig.clock`.
     """
 
     def __init__(
@@ -556,6 +571,7 @@ class Rig:
         places: dict[str, tuple[int, ...]] | None = None,
         probes: LadderProbes | None = None,
         unix_s: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         **pool: Any,
     ) -> None:
         entries = models or {"demo": {}}
@@ -577,7 +593,7 @@ class Rig:
             self.settings,
             {"process": self.runtime},
             self.metrics,
-            clock=self.clock,
+            clock=clock or self.clock,
             unix_s=unix_s,
             connect=self._connect,
             gpus=self.gpus if takes is not None else None,

@@ -79,8 +79,9 @@ class Admission:
         head_start_s = priority * self._state.settings.pool.priority_head_start
         waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred, near, head_start_s)
         self._state.waiting += 1
-        joins = bool(model.queue)
-        model.queue.add(waiter, priority, since - head_start_s)
+        queue = model.queue  # a reload hands it to the model that takes over
+        joins = bool(queue)
+        queue.add(waiter, priority, since - head_start_s)
         if preferred is not None:
             model.wanted[preferred] += 1
         try:
@@ -102,7 +103,7 @@ class Admission:
             raise
         finally:
             # One that was granted or failed has left the queue already.
-            model.queue.discard(waiter)
+            queue.discard(waiter)
             self._state.waiting -= 1
             if preferred is not None:
                 model.wanted[preferred] -= 1

@@ -145,6 +145,22 @@ async def test_those_who_wait_get_the_new_engine() -> None:
     await rig.pool.close()
 
 
+async def test_one_that_leaves_after_a_reload_waits_no_longer() -> None:
+    rig = await rig_with({"a": {"idle": SECONDS}})
+    rig.runtime.gates["health"] = asyncio.Event()
+    waiting = asyncio.create_task(use(rig, "a"))
+    await settle()
+    await rig.pool.reconfigure(settings({"a": {"idle": SECONDS, **OTHER_ENGINE}}))
+    await settle()
+    waiting.cancel()
+    await settle()
+    assert rig.pool.status()["models"]["a"]["queue"] == 0
+    assert rig.pool.unused("a")
+    rig.runtime.gates["health"].set()
+    await settle()
+    await rig.pool.close()
+
+
 async def test_a_removed_model_drains_and_goes() -> None:
     rig = await rig_with({"a": {"idle": SECONDS, "max_concurrency": 1}, "b": {}})
     held = await rig.pool.lease("a")
