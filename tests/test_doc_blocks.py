@@ -238,6 +238,9 @@ async def _one(page: Path, command: str, server: Proxy, home: Path) -> None:
     line = line.replace("/etc/warmpool", str(home / "etc" / "warmpool")).replace(ADDRESS, server.url)
     line = line.replace("http://127.0.0.1:18100", server.url)
     path = f"{BIN}:{os.environ['PATH']}"
-    status, out = await run(["bash", "-c", line], home, PATH=path, WARMPOOL_URL=server.url, HOME=str(home))
+    installed = str(home / "etc" / "warmpool" / "warmpool.toml")
+    status, out = await run(
+        ["bash", "-c", line], home, PATH=path, WARMPOOL_URL=server.url, WARMPOOL_CONFIG=installed, HOME=str(home)
+    )
     assert status == 0, f"{name_of(page)}: {command}\n{out}"
     assert '"error"' not in out, f"{name_of(page)}: {command}\n{out}"

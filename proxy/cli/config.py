@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from proxy.cli.failures import Commands
-from proxy.cli.options import CONFIG
+from proxy.cli.options import CONFIG, FILE_VARIABLE, chosen_file
 
 
 @click.group(cls=Commands)
@@ -16,11 +16,12 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("file", type=click.Path(path_type=Path))
-def check(file: Path) -> None:
+@click.argument("file", type=click.Path(path_type=Path), required=False, envvar=FILE_VARIABLE)
+def check(file: Path | None) -> None:
     """Check whether FILE can be used here, and list every problem if not (exit status 78).
 
-    Programs, files and container images that it names and that are missing are warnings.
+    Without FILE, the installed one. Programs, files and container images that it names and that are missing are
+    warnings.
     """
     import asyncio
 
@@ -29,6 +30,8 @@ def check(file: Path) -> None:
     from proxy.doctor.view import Host
     from proxy.server import server
 
+    if (file := chosen_file(file)) is None:
+        raise click.UsageError("which file? None is installed")
     settings = load(file)
     server.check_files(settings.server)
     for missing in asyncio.run(preflight.missing(settings, Host())):

@@ -19,7 +19,6 @@ from proxy.config.load import load
 from proxy.config.server import ServerSettings
 from proxy.errors import ConfigError, HostError
 from proxy.runtime.log_files import LogFiles
-from proxy.systemd import units
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
@@ -45,9 +44,7 @@ def address_of_choice(server: ServerChoice) -> Address:
 
 
 def _configured(path: Path | None) -> Address:
-    """Of the given configuration, else the installed one, else that of the environment alone."""
-    if path is None and units.CONFIG.is_file():
-        path = units.CONFIG
+    """Of the configuration, or of the environment alone."""
     try:
         return address_of(load(path).server)
     except ConfigError:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Final
 
-from proxy.config.settings import ENV_DELIMITER, ENV_PREFIX
 from proxy.errors import HostError
-from proxy.systemd import units
 
 log = logging.getLogger("warmpool")
 
@@ -17,12 +14,6 @@ _NAME: Final = "embedded.toml"
 _PACKAGED: Final = Path(__file__).parent.parent / "config" / _NAME
 """In a wheel; in the sources it is in their folder config."""
 _SOURCES: Final = Path(__file__).parent.parent.parent / "config" / _NAME
-
-
-def is_wanted() -> bool:
-    """Whether the environment names no model either."""
-    prefix = f"{ENV_PREFIX}MODELS"
-    return not any(name.upper() == prefix or name.upper().startswith(prefix + ENV_DELIMITER) for name in os.environ)
 
 
 def path() -> Path:
@@ -38,8 +29,7 @@ def say_what_to_do() -> None:
     log.warning(
         "no configuration was named: this serves demo, an engine for trying warmpool out that answers at random"
     )
-    for there in (Path("warmpool.toml"), units.CONFIG):
-        if there.exists():
-            log.warning("there is a %s: warmpool serve --config %s", there, there)
+    if (there := Path("warmpool.toml")).exists():
+        log.warning("there is a %s in this folder: warmpool serve --config %s", there, there)
     log.info("your own model: warmpool model add -c warmpool.toml -- vllm serve MODEL")
     log.info("then: warmpool serve --config warmpool.toml (all keys: warmpool config reference)")

@@ -20,7 +20,7 @@ def model() -> None:
 
 @model.command(context_settings={"allow_interspersed_args": False})
 @click.argument("line", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
-@config_option("The TOML file to add it to; created if there is none. Default: the installed one.")
+@config_option("The TOML file to add it to; made if there is none.")
 @click.option(
     "--key", metavar="KEY", help="What configuration, metrics and logs call it; default: by the model's name."
 )

@@ -20,7 +20,6 @@ from proxy.doctor import preflight
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError
 from proxy.host import private_files
-from proxy.systemd import units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,10 +32,13 @@ _LONGEST_LINE: Final = 100
 _KEY: Final = re.compile(r"[a-z][a-z0-9_]{0,47}")
 
 
-def add(line: Sequence[str], path: Path | None, key: str | None, *, checkpoint: bool) -> None:
+def add(line: Sequence[str], file: Path | None, key: str | None, *, checkpoint: bool) -> None:
     """Write a model's entry, check it, make its golden checkpoint."""
+    if file is None:
+        raise click.UsageError(
+            "which file is it to be added to? Name it with --config FILE; it is made if there is none"
+        )
     words = shlex.split(line[0]) if len(line) == 1 else line
-    file = _file(path)
     try:
         found = engine_line.parse(words, environment=os.environ, folder=Path.cwd(), gpu=_NVIDIA.exists())
     except engine_line.LineError as error:
@@ -61,14 +63,6 @@ def add(line: Sequence[str], path: Path | None, key: str | None, *, checkpoint: 
             f"its golden checkpoint was not made: {reason}. The entry is in {file}; a running warmpool takes it on "
             f"when it reloads, and `warmpool checkpoint create {name} -c {file}` tries again"
         ) from None
-
-
-def _file(path: Path | None) -> Path:
-    if path is not None:
-        return path
-    if units.CONFIG.is_file():
-        return units.CONFIG
-    raise click.UsageError("which file is it to be added to? Name it with --config FILE; it is made if there is none")
 
 
 def _write(file: Path, key: str, table: Mapping[str, Any]) -> Settings:

@@ -13,17 +13,51 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from proxy.systemd import units
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_MODEL_OF_ENVIRONMENT: Final = re.compile(r"WARMPOOL_MODELS__([A-Z][A-Z0-9_]*?)__.+", re.IGNORECASE)
+FILE_VARIABLE: Final = "WARMPOOL_CONFIG"
+MODELS_VARIABLE: Final = "WARMPOOL_MODELS"
+_MODEL_OF_ENVIRONMENT: Final = re.compile(rf"{MODELS_VARIABLE}__([A-Z][A-Z0-9_]*?)__.+", re.IGNORECASE)
+
+
+def environment_has_models() -> bool:
+    """Whether models are configured by the environment alone."""
+    names = [name.upper() for name in os.environ]
+    return any(name == MODELS_VARIABLE or name.startswith(f"{MODELS_VARIABLE}__") for name in names)
+
+
+def chosen_file(named: Path | None) -> Path | None:
+    """The configuration to use: the named one, else the installed one.
+
+    None where there is neither, where the environment has the models, and where WARMPOOL_CONFIG is set to nothing.
+    """
+    if named is not None or FILE_VARIABLE in os.environ or environment_has_models():
+        return named
+    try:
+        units.CONFIG.stat()
+    except PermissionError:
+        pass  # reading it says so
+    except OSError:
+        return None
+    return units.CONFIG
 
 
 def config_option(text: str) -> Callable[[F], F]:
     """`--config`, as `path`."""
-    return click.option("--config", "-c", "path", type=click.Path(path_type=Path), envvar="WARMPOOL_CONFIG", help=text)
+    return click.option(
+        "--config",
+        "-c",
+        "path",
+        type=click.Path(path_type=Path),
+        envvar=FILE_VARIABLE,
+        callback=lambda _context, _option, named: chosen_file(named),
+        help=f"{text}  [default: {units.CONFIG}]",
+    )
 
 
 CONFIG: Final = config_option("The TOML file to use.")
@@ -62,7 +96,7 @@ def complete_models(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
 
     Read without validating it: that costs the shell half a second, and more than the keys is not needed.
     """
-    path = ctx.params.get("path") or os.environ.get("WARMPOOL_CONFIG")
+    path = ctx.params.get("path") or chosen_file(Path(named) if (named := os.environ.get(FILE_VARIABLE)) else None)
     keys = {match[1].lower() for name in os.environ if (match := _MODEL_OF_ENVIRONMENT.fullmatch(name))}
     try:
         models = tomllib.loads(Path(path).read_text()).get("models", {}) if path else {}

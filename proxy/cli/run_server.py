@@ -11,6 +11,7 @@ import uvloop
 
 from proxy.cli import embedded, wiring
 from proxy.cli.failures import EXIT_HOST
+from proxy.cli.options import environment_has_models
 from proxy.config.load import load
 from proxy.errors import HostError
 from proxy.gpu.cuda import Gpus
@@ -30,13 +31,15 @@ _EXIT_S: Final = 5.0
 
 def run(path: Path | None, log_format: str, log_level: str) -> None:
     """Serve until a signal: what is configured, or where nothing is, a model to try. Raises ConfigError, HostError."""
-    unnamed = path is None and embedded.is_wanted()
+    unnamed = path is None and not environment_has_models()
     if unnamed:
         path = embedded.path()
     settings = load(path)
     logs.to_stderr(log_format, log_level)
     if unnamed:
         embedded.say_what_to_do()
+    elif path is not None:
+        logging.getLogger("warmpool").info("configuration: %s", path)
     if earlier := of_earlier_version(settings.pool.state_dir.absolute(), Path.cwd()):
         logging.getLogger("warmpool").warning(earlier)
     metrics = Metrics()

@@ -35,7 +35,8 @@ FORMATS: Final = ("text", "json", "journal")
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C.
 
-    Without --config, WARMPOOL_CONFIG or models in the environment it serves `demo`, an engine for trying warmpool out.
+    Where there is no configuration it serves `demo`, an engine for trying warmpool out; so it does, whatever is
+    installed, with WARMPOOL_CONFIG set to nothing: WARMPOOL_CONFIG= warmpool serve.
     """
     from proxy.cli import run_server
 

@@ -22,6 +22,7 @@ from proxy.cli.failures import EXIT_CONFIG, EXIT_HOST
 from proxy.cli.main import cli
 from proxy.config.load import load
 from proxy.server.auth import api_keys
+from proxy.systemd import units
 from proxy.telemetry import logs
 from tests.support import ROOT
 
@@ -274,6 +275,42 @@ def test_the_choices_of_options_are_those_of_what_takes_them() -> None:
     assert serve.FORMATS == logs.FORMATS
     assert tuple(api_keys.PRIORITIES) == key.PRIORITIES
     assert tuple(SUFFIX) == checkpoint.COMPRESSIONS
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed configuration, with the model `theirs`."""
+    path = tmp_path / "etc" / "warmpool.toml"
+    path.parent.mkdir()
+    path.write_text('[server]\nport = 1\n[models.theirs.process]\ncommand = ["x", "{port}"]\n')
+    monkeypatch.setattr(units, "CONFIG", path)
+    for name in [name for name in os.environ if name.startswith("WARMPOOL_")]:
+        monkeypatch.delenv(name)
+    return path
+
+
+def test_commands_use_the_installed_configuration_where_none_is_named(installed: Path) -> None:
+    assert "theirs" in run("config", "show")[1]
+    assert run("config", "check")[1].startswith(f"{installed}: good; models: theirs")
+    assert "127.0.0.1:1" in run("status")[2]
+    assert [i.value for i in ShellComplete(cli, {}, "warmpool", "_X").get_completions(["wake"], "th")] == ["theirs"]
+    installed.write_text("[models.theirs]\n")
+    for command in (["serve"], ["doctor"], ["checkpoint", "ls"], ["pull", "theirs"], ["key", "list"]):
+        status, _, err = run(*command)
+        assert (status, str(installed) in err) == (EXIT_CONFIG, True), err
+
+
+def test_a_named_configuration_models_of_the_environment_or_none_at_all_come_before_the_installed_one(
+    installed: Path,
+) -> None:
+    assert "theirs" not in run("config", "show", "-c", EMBEDDED)[1]
+    assert "theirs" not in run("config", "show", WARMPOOL_CONFIG=EMBEDDED)[1]
+    by_environment = run("config", "show", WARMPOOL_MODELS__OURS__PROCESS__COMMAND='["x", "{port}"]')[1]
+    assert "models.ours" in by_environment
+    assert "theirs" not in by_environment
+    status, _, err = run("config", "show", WARMPOOL_CONFIG="")
+    assert (status, "models: is required" in err) == (EXIT_CONFIG, True)
+    assert run("config", "check", WARMPOOL_CONFIG="")[0] == 2
 
 
 def test_models_are_completed_from_what_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
