@@ -36,6 +36,11 @@ TRUSTED: Final = "/etc/host-certificates.crt"
 NOT_IN_THE_BASE: Final = (
     "proc", "sys", "srv", "root", "opt", "usr/local/src", "var/lib/containers", "var/lib/warmpool", "tmp", "var/tmp",
 )  # fmt: skip
+LIMITS: Final = ("nofile", "nproc")
+LEFT: Final = (
+    "root/warmpool", "usr/local/src/warmpool", "opt/warmpool", "srv/warmpool", "etc/warmpool", "var/lib/warmpool",
+    "var/lib/containers", SOURCES.lstrip("/"),
+)  # fmt: skip
 CURL: Final = re.compile(r"\A(?:LANG=\S+ )?curl -sN ")
 
 
@@ -70,7 +75,13 @@ class Machine:
         cgroups = (
             ["--cgroupns=private"] if unified else ["--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw"]
         )
-        limits = [f"--ulimit={name}={_limit(name)}" for name in ("nofile", "nproc")]
+        limits = [f"--ulimit={name}={_limit(name)}" for name in LIMITS]
+        if not _may_raise_limits():
+            # The podman inside would set its own, which are higher, and fail.
+            conf = self.root / "etc" / "containers" / "containers.conf.d" / "10-limits.conf"
+            conf.parent.mkdir(parents=True, exist_ok=True)
+            pairs = ", ".join(f'"{name}={_limit(name)}:{_limit(name)}"' for name in LIMITS)
+            conf.write_text(f"[containers]\ndefault_ulimits = [{pairs}]\n")
         # Not podman's own addresses, which the podman inside takes.
         network = ["podman", "network", "create", "--disable-dns", "--subnet", SUBNET, self.name]
         subprocess.run(network, check=True, stdout=subprocess.DEVNULL)
@@ -113,6 +124,12 @@ def _limit(name: str) -> int:
     return os.sysconf("SC_OPEN_MAX") if name == "nofile" else 4096
 
 
+def _may_raise_limits() -> bool:
+    """Whether this process has CAP_SYS_RESOURCE."""
+    (effective,) = re.findall(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(effective, 16) >> 24 & 1)
+
+
 def _environment() -> list[str]:
     """pip trusts what it trusts on this host, where that is set."""
     return [f"--env=PIP_CERT={TRUSTED}"] if "PIP_CERT" in os.environ else []
@@ -128,7 +145,7 @@ def make(release: str, root: Path) -> None:
         )  # fmt: skip
     repository = root / SOURCES.lstrip("/")
     # Of an earlier run in the same folder.
-    for left in ("root/warmpool", "usr/local/src/warmpool", "opt/warmpool", "srv/warmpool", SOURCES.lstrip("/")):
+    for left in LEFT:
         shutil.rmtree(root / left, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", "--bare", "--no-hardlinks", str(ROOT), str(repository)], check=True)
     if "PIP_CERT" in os.environ:
@@ -191,7 +208,9 @@ def as_a_service(machine: Machine) -> None:
     streamed(machine)
     steps(machine, [c for c in section("docs/installation.md", "Upgrading") if "ln -sfn" not in c])
     streamed(machine)
-    machine.run("/opt/warmpool/current/bin/warmpool uninstall --yes")
+    steps(machine, [*section("docs/installation.md", "Removing it")])
+    if left := machine.run("podman ps --all --quiet").split():
+        sys.exit(f"containers are left: {left}")
 
 
 def from_a_wheel(machine: Machine) -> None:

