@@ -23,6 +23,9 @@ say "making $target"
 "$python" -m venv "$target"
 "$target/bin/pip" install --quiet --disable-pip-version-check "$source${extras:+[$extras]}"
 "$target/bin/warmpool" --version
+# `man` looks beside the folders of PATH.
+mkdir -p "$target/share/man/man1"
+"$target/bin/warmpool" man >"$target/share/man/man1/warmpool.1"
 before=$(readlink "$prefix/current" || true)
 ln -sfn "versions/$(basename "$target")" "$prefix/current.new"
 mv -T "$prefix/current.new" "$prefix/current"

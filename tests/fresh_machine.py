@@ -206,6 +206,8 @@ def as_a_service(machine: Machine) -> None:
     if tiers[-1:] != ["checkpointed"]:
         sys.exit(f"it was to come from a checkpoint:\n{out[-4000:]}")
     streamed(machine)
+    manual = machine.run("apt-get install -y man-db >/dev/null; PATH=/opt/warmpool/current/bin:$PATH man -w warmpool")
+    say(f"  man warmpool: {manual.strip()}")
     steps(machine, [c for c in section("docs/installation.md", "Upgrading") if "ln -sfn" not in c])
     streamed(machine)
     steps(machine, [*section("docs/installation.md", "Removing it")])

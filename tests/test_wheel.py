@@ -19,7 +19,7 @@ from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-BUILD_S = 300.0
+BUILD_S = 600.0
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:

@@ -57,7 +57,7 @@ def ls(path: Path | None, as_json: bool) -> None:
 @_IMAGE
 @CONFIG
 def inspect(image: str, path: Path | None) -> None:
-    """Print the manifest of IMAGE as JSON; secrets are not in it, the canary's text is left out."""
+    """Print the manifest of IMAGE as JSON, without secrets and without the canary's text."""
     from proxy.cli import checkpoint_commands
 
     checkpoint_commands.inspect(path, image)
@@ -89,7 +89,7 @@ def analyze(image: str, path: Path | None, as_json: bool) -> None:
 @_IMAGE
 @CONFIG
 def rm(image: str, path: Path | None) -> None:
-    """Delete IMAGE: from tmpfs, from the archive, and what was set aside."""
+    """Delete IMAGE from tmpfs and from the archive, with what was set aside of it."""
     from proxy.cli import checkpoint_commands
 
     checkpoint_commands.rm(path, image)
@@ -105,7 +105,7 @@ def rm(image: str, path: Path | None) -> None:
     help="Default: criu.compression of the model, or by FILE's name.",
 )
 def export(image: str, file: Path | None, path: Path | None, compression: Compression | None) -> None:
-    """Write IMAGE to FILE (default: its name here), for another machine of the same kind."""
+    """Write IMAGE to FILE (default: its name, in this folder), for another machine of the same kind."""
     from proxy.cli import checkpoint_commands
 
     checkpoint_commands.export(path, image, file, compression)

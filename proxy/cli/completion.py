@@ -9,7 +9,7 @@ from click.shell_completion import get_completion_class
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands, options and models.
+    """Print the completion script for SHELL: commands, options and models.
 
     \b
     bash:  warmpool completion bash > /etc/bash_completion.d/warmpool

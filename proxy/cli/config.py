@@ -59,7 +59,7 @@ def show(path: Path | None) -> None:
     "--output", "-o", type=click.Path(path_type=Path), help="Write this new file, mode 0600, instead of printing."
 )
 def import_env(file: Path, output: Path | None) -> None:
-    """Turn FILE, the .env of the scripts, into a configuration."""
+    """Convert FILE, the .env of the checkpoint scripts that came before warmpool, to a configuration."""
     from proxy.config import import_env as importenv
 
     converted = importenv.convert(file)
@@ -92,7 +92,7 @@ def reference_(form: str) -> None:
 
 @config.command()
 def schema() -> None:
-    """Print the JSON Schema, by which editors complete and check the file.
+    """Print the JSON Schema with which editors complete and check the file.
 
     \b
     warmpool config schema > warmpool.schema.json

@@ -34,7 +34,7 @@ def _step_down_options(command: F) -> F:
         type=click.Choice(["refuse", "wait"]),
         default="refuse",
         show_default=True,
-        help="While requests run or wait: refuse, or take no new ones and go after the last.",
+        help="While requests run or wait: refuse the command, or admit no new ones and carry it out after the last.",
     )
     return _INSTANCE(when_busy(_NO_WAIT(with_body)))  # type: ignore[return-value]
 
@@ -45,7 +45,7 @@ def _step_down_options(command: F) -> F:
 @click.option("--watch", "-w", is_flag=True, help="Keep running, and show every change.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line for each change.")
 def status(model: str | None, server: ServerChoice, watch: bool, as_json: bool) -> None:
-    """Show models, instances, queues, last wakes and memory; of MODEL or of all."""
+    """Show models, instances, queues, last wakes and memory, of MODEL or of all models."""
     from proxy.cli import control_commands
 
     control_commands.status(server, model, watch=watch, as_json=as_json)
@@ -55,7 +55,9 @@ def status(model: str | None, server: ServerChoice, watch: bool, as_json: bool) 
 @MODEL
 @server_options
 @click.option(
-    "--keep-alive", metavar="TIME", help="How long it stays ready though nobody uses it, as 30m; unless others need it."
+    "--keep-alive",
+    metavar="TIME",
+    help="Keep it ready for this long (30m), used or not, unless another model needs the room.",
 )
 @_NO_WAIT
 def wake(model: str, server: ServerChoice, no_wait: bool, keep_alive: str | None) -> None:
@@ -71,7 +73,7 @@ def wake(model: str, server: ServerChoice, no_wait: bool, keep_alive: str | None
 @_INSTANCE
 @_NO_WAIT
 def pause(model: str, server: ServerChoice, instance: str | None, no_wait: bool) -> None:
-    """Have the running answers of MODEL stand still until `unpause`: its weights leave the GPU, no stream breaks."""
+    """Pause the running answers of MODEL until `unpause`: its weights leave the GPU, streams stay open."""
     from proxy.cli import control_commands
 
     control_commands.pause(server, model, "pause", instance, wait=not no_wait)
@@ -83,7 +85,7 @@ def pause(model: str, server: ServerChoice, instance: str | None, no_wait: bool)
 @_INSTANCE
 @_NO_WAIT
 def unpause(model: str, server: ServerChoice, instance: str | None, no_wait: bool) -> None:
-    """Have the paused answers of MODEL go on as soon as there is room."""
+    """Let the paused answers of MODEL continue as soon as there is room."""
     from proxy.cli import control_commands
 
     control_commands.pause(server, model, "unpause", instance, wait=not no_wait)
@@ -94,7 +96,7 @@ def unpause(model: str, server: ServerChoice, instance: str | None, no_wait: boo
 @server_options
 @_step_down_options
 def suspend(model: str, server: ServerChoice, body: dict[str, Any]) -> None:
-    """Suspend the instances of MODEL: processes and memory stay, the GPU is free."""
+    """Suspend the instances of MODEL: they leave the GPU, their processes and host memory stay."""
     from proxy.cli import control_commands
 
     control_commands.step_down(server, model, "suspend", body)
@@ -105,7 +107,7 @@ def suspend(model: str, server: ServerChoice, body: dict[str, Any]) -> None:
 @server_options
 @_step_down_options
 def checkpoint_now(model: str, server: ServerChoice, body: dict[str, Any]) -> None:
-    """Tell the running server to checkpoint the instances of MODEL, as if they had been idle for a long time."""
+    """Have the running server checkpoint the instances of MODEL now instead of when they have been idle."""
     from proxy.cli import control_commands
 
     control_commands.step_down(server, model, "checkpoint", body)
@@ -115,8 +117,8 @@ def checkpoint_now(model: str, server: ServerChoice, body: dict[str, Any]) -> No
 @MODEL
 @server_options
 @_step_down_options
-@click.option("--discard-golden-checkpoint", is_flag=True, help="Delete the checkpoint that its instances share, too.")
-@click.option("--force", is_flag=True, help="End them at once, whatever they are doing: answers under way break off.")
+@click.option("--discard-golden-checkpoint", is_flag=True, help="Also delete the checkpoint that its instances share.")
+@click.option("--force", is_flag=True, help="End them at once; answers under way break off.")
 def stop(model: str, server: ServerChoice, body: dict[str, Any], discard_golden_checkpoint: bool, force: bool) -> None:
     """End the instances of MODEL, and their own checkpoints."""
     from proxy.cli import control_commands
@@ -133,7 +135,7 @@ def stop(model: str, server: ServerChoice, body: dict[str, Any], discard_golden_
 @server_options
 @_NO_WAIT
 def drain(model: str | None, server: ServerChoice, no_wait: bool) -> None:
-    """Refuse new requests for MODEL, or for all models, until `undrain`; finish those that run or wait."""
+    """Refuse new requests for MODEL, or for all models, until `undrain`; requests that run or wait are finished."""
     from proxy.cli import control_commands
 
     control_commands.drain(server, model, wait=not no_wait)
@@ -143,7 +145,7 @@ def drain(model: str | None, server: ServerChoice, no_wait: bool) -> None:
 @ANY_MODEL
 @server_options
 def undrain(model: str | None, server: ServerChoice) -> None:
-    """Let MODEL, or the whole server, take requests again."""
+    """Admit requests for MODEL, or for all models, again."""
     from proxy.cli import control_commands
 
     control_commands.undrain(server, model)
@@ -155,14 +157,18 @@ def undrain(model: str | None, server: ServerChoice) -> None:
 @click.option(
     "--state",
     type=click.Choice(["live", "uploading", "waiting", "running", "paused", "ended"]),
-    help="In this state only; live: all that have not ended.",
+    help="Only those in this state; live: all that have not ended.",
 )
-@click.option("--key", metavar="NAME", help="Of this API key only.")
-@click.option("--host", metavar="ADDRESS", help="Of clients at this address only.")
-@click.option("--status", "status_", metavar="CODE", type=click.IntRange(100, 599), help="Answered with this only.")
-@click.option("--limit", "-n", type=click.IntRange(min=1), default=50, show_default=True, help="So many at most.")
+@click.option("--key", metavar="NAME", help="Only those of this API key.")
+@click.option("--host", metavar="ADDRESS", help="Only those from this address.")
+@click.option(
+    "--status", "status_", metavar="CODE", type=click.IntRange(100, 599), help="Only those answered with this status."
+)
+@click.option(
+    "--limit", "-n", type=click.IntRange(min=1), default=50, show_default=True, help="How many to show at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--cancel", metavar="ID", help="End the request of this id instead.")
+@click.option("--cancel", metavar="ID", help="End the request with this id instead.")
 def requests(
     model: str | None,
     server: ServerChoice,
@@ -174,7 +180,7 @@ def requests(
     as_json: bool,
     cancel: str | None,
 ) -> None:
-    """Show the requests that wait or run, and the last 500 that have ended; of MODEL or of all."""
+    """Show waiting and running requests, and the last 500 that ended, of MODEL or of all models."""
     from proxy.cli import request_commands
 
     if cancel is not None:
@@ -188,13 +194,18 @@ def requests(
 @click.command()
 @MODEL
 @server_options
-@click.option("--follow", "-f", is_flag=True, help="Keep printing what is added.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing new lines.")
 @click.option(
-    "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="How many lines to begin with."
+    "--lines",
+    "-n",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many of the last lines to print first.",
 )
 @_INSTANCE
 def logs(model: str, server: ServerChoice, follow: bool, lines: int, instance: str | None) -> None:
-    """Print what the engines of MODEL wrote; run it on the server's host."""
+    """Print the logs of MODEL's engines; run it on the server's host."""
     from proxy.cli import control_commands
 
     control_commands.logs(server, model, instance, lines, follow=follow)

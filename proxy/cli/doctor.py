@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @CONFIG
-@click.option("--fix", is_flag=True, help="Make the safe fixes, and say each one before.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.option("--fix", is_flag=True, help="Make the fixes that are safe; each is announced first.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
 def doctor(ctx: click.Context, path: Path | None, fix: bool, as_json: bool) -> None:
-    """Say what this host lacks for checkpoints and how to fix it; exit status 1 when they cannot work."""
+    """Check whether this host can make checkpoints, and say how to fix what is missing (exit status 1)."""
     import asyncio
 
     from proxy.cli import wiring

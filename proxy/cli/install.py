@@ -44,7 +44,7 @@ _YES = click.option("--yes", is_flag=True, help="Do it; otherwise only show what
 @_YES
 @_ROOT
 def install(path: Path, start: bool, yes: bool, root: Path) -> None:
-    """Run warmpool under systemd with this configuration. Run it again after an upgrade or a change of the address."""
+    """Run warmpool under systemd with this configuration. Repeat it after an upgrade or a change of the address."""
     from proxy.config.load import load
 
     settings = load(root / path.relative_to("/") if path.is_absolute() else path)

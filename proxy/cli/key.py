@@ -62,11 +62,11 @@ def key() -> None:
     "--priority", type=click.Choice(PRIORITIES), default="normal", show_default=True,
     help="Whose waiting requests are served first.",
 )  # fmt: skip
-@click.option("--expires", metavar="DURATION", help='How long it is valid, from now: "90d".')
+@click.option("--expires", metavar="DURATION", help="How long it is valid from now, such as 90d; default: for ever.")
 def new(
     name: str, file: Path | None, path: Path | None, models: tuple[str, ...], expires: str | None, **rest: Any
 ) -> None:
-    """Make a key for NAME and print it, once: the file has only a salted hash of it."""
+    """Make a key for NAME and print it. It cannot be shown again: the file has only a salted hash of it."""
     from pydantic import ValidationError
 
     from proxy.config.explain import sentence

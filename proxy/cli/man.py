@@ -59,6 +59,8 @@ Its state: logs of engines, and records.
 def man(ctx: click.Context) -> None:
     """Show the manual page, or print its source where the output is not a terminal.
 
+    After `make install`, `man warmpool` shows it too, where PATH has the folder of the command.
+
     \b
     warmpool man > /usr/local/share/man/man1/warmpool.1
     """

@@ -22,7 +22,7 @@ def model() -> None:
 @click.argument("line", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @config_option("The TOML file to add it to; made if there is none.")
 @click.option(
-    "--key", metavar="KEY", help="What configuration, metrics and logs call it; default: by the model's name."
+    "--key", metavar="KEY", help="Its key in configuration, metrics and logs; default: made from the model's name."
 )
 @click.option("--no-checkpoint", is_flag=True, help="Do not start the engine to make its golden checkpoint.")
 def add(line: tuple[str, ...], path: Path | None, key: str | None, no_checkpoint: bool) -> None:

@@ -113,7 +113,7 @@ async def _described_by(engine: str) -> Any:
 @click.argument("engine", required=False)
 @click.pass_context
 def routes(ctx: click.Context, engine: str | None) -> None:
-    """Say which routes of an engine clients may use.
+    """List the routes of engines that clients may use.
 
     With ENGINE, the URL of a running engine (http://127.0.0.1:18100), compare them with its /openapi.json; exit status
     1 where it serves some that warmpool does not know.
