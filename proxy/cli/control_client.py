@@ -119,6 +119,11 @@ class Control:
         async with self._request("GET", "/admin/requests", params=dict(filters)) as response:
             return await _object(response)
 
+    async def fleet(self) -> dict[str, Any]:
+        """What `/admin/fleet` says."""
+        async with self._request("GET", "/admin/fleet") as response:
+            return await _object(response)
+
     async def usage(self, days: int, key: str | None) -> dict[str, Any]:
         """What `/admin/usage` says."""
         query = {"days": str(days)} | ({} if key is None else {"key": key})

@@ -9,7 +9,21 @@ from __future__ import annotations
 import click
 
 from proxy import __version__
-from proxy.cli import checkpoint, completion, config, control, doctor, install, key, man, model, pull, routes, serve
+from proxy.cli import (
+    checkpoint,
+    completion,
+    config,
+    control,
+    doctor,
+    fleet,
+    install,
+    key,
+    man,
+    model,
+    pull,
+    routes,
+    serve,
+)
 from proxy.cli.failures import Commands
 
 
@@ -24,6 +38,7 @@ for _command in (
     pull.pull,
     config.config,
     doctor.doctor,
+    fleet.fleet,
     checkpoint.checkpoint,
     *control.COMMANDS,
     completion.completion,

@@ -61,6 +61,9 @@ PATTERNS: Final[Mapping[str, str]] = {
     r"^(\*|[a-z][a-z0-9+.-]*://[^/ ]+)$": 'must be an origin, such as "https://chat.example.org", or "*"',
     r"^[0-9A-Za-z]([0-9A-Za-z.-]{0,252})$": "must be a host name",
     r"^https?://[!-~]+$": 'must be a URL, such as "http://127.0.0.1:4318/v1/traces"',
+    r"^(nats|tls)://[0-9A-Za-z.:\[\]-]+:[0-9]+$": "must be nats://HOST:PORT or tls://HOST:PORT",
+    r"^[0-9A-Za-z_-]{1,64}$": "must be a word of letters, digits, _ and -, 64 characters at most",
+    r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$": "must be a name of lower-case letters, digits and -, 63 at most",
     r"^[a-z][a-z0-9_]{0,47}$": (
         "a model's key has lower-case letters, digits and _, and begins with a letter (48 at most); set `name` to what "
         "clients say"

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from proxy.config.document import OF_ONE_MODEL, with_defaults
+from proxy.config.fleet import FleetSettings
 from proxy.config.model import ModelSettings
 from proxy.config.pool import PoolSettings
 from proxy.config.runtime import RuntimeSettings
@@ -43,6 +44,7 @@ class Settings(BaseSettings):
     pool: PoolSettings = PoolSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     tracing: TracingSettings = TracingSettings()
+    fleet: FleetSettings = FleetSettings()
     defaults: dict[str, Any] = Field(
         default={},
         exclude=True,

@@ -16,7 +16,7 @@ from proxy.engine import kinds
 from proxy.engine.api_key import key_of
 from proxy.errors import DrainingError, ModelNotFoundError
 from proxy.host.turns import in_turns
-from proxy.pool import policy, status
+from proxy.pool import offering, policy, status
 from proxy.pool.admission import Admission
 from proxy.pool.adoption import Adoption
 from proxy.pool.commands import Commands
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from proxy.pool.gpu_time import Taken
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
+    from proxy.pool.offering import Offered
     from proxy.runtime.base import EngineProcess, Runtime
     from proxy.telemetry.metrics import Metrics
 
@@ -275,6 +276,10 @@ class Pool:
     def tier(self, key: str) -> Tier:
         """The tier that a request for the model would find."""
         return tier_found(self._state.models[key].instances.values())
+
+    def offered(self, key: str) -> Offered | None:
+        """What a request for the model could count on, if it came now; None where nothing is offered."""
+        return offering.offered(self._state, key)
 
     def listed(self, key: str) -> dict[str, Any]:
         """What `/v1/models` says of a model beside its names."""

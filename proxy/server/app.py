@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from proxy.fleet.fleet import Fleet
 from proxy.pool.memory_report import MemoryReport
 from proxy.server.admin.routes import attach, attach_requests
 from proxy.server.admin.status import Admin
@@ -35,6 +36,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
     and HostError where a part that the settings ask for is not installed.
     """
     silence_aiohttp()
+    fleet = Fleet(settings.fleet, pool, metrics) if settings.fleet.host is not None else None
     traces = tracing.start(settings.tracing)
     response_ids = ResponseIds()
     scanner = Scanner()
@@ -47,7 +49,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         if route.websocket:
             application.router.add_route(route.method, route.path, realtime.relay)
     application.router.add_get("/metrics", admin.metrics)
-    attach(application, pool, admin)
+    attach(application, pool, admin, fleet)
     service = Service(
         pool,
         settings,
@@ -60,6 +62,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         aiohttp=AiohttpServer(application, settings, metrics),
         cors=Cors(settings.server.cors) if settings.server.cors.origins else None,
         traces=traces,
+        fleet=fleet,
     )
     service.auth.keep_budgets(service.usage)
     attach_requests(application, service.history, service.usage, service.auth)

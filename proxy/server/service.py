@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from proxy.config.settings import Settings
+    from proxy.fleet.fleet import Fleet
     from proxy.pool.pool import Pool
     from proxy.server.aiohttp_server import AiohttpServer
     from proxy.server.auth.authorization import Auth
@@ -49,6 +50,7 @@ class Service:
         aiohttp: AiohttpServer,
         cors: Cors | None,
         traces: Tracing | None,
+        fleet: Fleet | None = None,
     ) -> None:
         self.pool = pool
         self.metrics = metrics
@@ -59,6 +61,8 @@ class Service:
         self.aiohttp = aiohttp
         self.cors = cors
         self.traces = traces
+        self.fleet = fleet
+        """The other hosts; None where this one stands alone."""
         self.request_heads = RequestHeads(settings.server.limits)
         self.answer_heads = AnswerHeads()
         self.limits = ConnectionLimits(settings.server.limits)
@@ -103,11 +107,15 @@ class Service:
         await self.aiohttp.open()
         await self.usage.open()
         self._stalls.start()
+        if self.fleet is not None:
+            self.fleet.open()
 
     async def close(self, limit_s: float) -> None:
         """Accept no more, and end every connection; what was written goes out within `limit_s`."""
         for site in self.sites:
             site.stop()
+        if self.fleet is not None:
+            await self.fleet.close()
         try:
             async with asyncio.timeout(limit_s):
                 for connection in [*self.connections]:

@@ -254,6 +254,12 @@ class Metrics:
         self.checkpoint_dir_free = Gauge(
             "warmpool_checkpoint_dir_free_bytes", "Free space on it; the reserve is part of it.", registry=r
         )
+        self.fleet_records = Counter(
+            "warmpool_fleet_records",
+            "What became of the records of other hosts: new, old, gap, forged, unreadable, newer_version, twice.",
+            ["result"],
+            registry=r,
+        )
         self.loop_stalls = Histogram(
             "warmpool_event_loop_stall_seconds",
             "By how much a timer of the event loop was late.",

@@ -98,7 +98,7 @@ def test_all_problems_are_reported_at_once_with_key_and_what_is_allowed(write: C
     )
     text = "\n".join(found)
     for expected in (
-        r"^colour: unknown key; allowed here: defaults, models, pool, runtime, server, tracing$",
+        r"^colour: unknown key; allowed here: defaults, fleet, models, pool, runtime, server, tracing$",
         r"^server.port: must be 65535 at most, not 99999$",
         r"^server.hosst: unknown key; did you mean host\?$",
         r"^server.colour: unknown key; allowed here: admin, allow_anyone, azure_paths, body_limit, .*host, .*port",

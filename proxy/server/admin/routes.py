@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from proxy.server.admin.commands import CommandHandlers
 from proxy.server.admin.engine_logs import EngineLogHandlers
 from proxy.server.admin.events import Events
+from proxy.server.admin.fleet import FleetHandlers
 from proxy.server.admin.page import page, to_page
 from proxy.server.admin.requests import RequestHandlers
 from proxy.server.admin.usage import UsageHandlers
@@ -14,6 +15,7 @@ from proxy.server.admin.usage import UsageHandlers
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from proxy.fleet.fleet import Fleet
     from proxy.pool.pool import Pool
     from proxy.server.admin.status import Admin
     from proxy.server.auth.authorization import Auth
@@ -29,7 +31,7 @@ def attach_requests(app: web.Application, history: RequestHistory, usage: KeyUsa
     app.router.add_post("/admin/requests/{id:.+}/cancel", requests.cancel)
 
 
-def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
+def attach(app: web.Application, pool: Pool, admin: Admin, fleet: Fleet | None = None) -> None:
     """Add the routes, and what ends with the application."""
     handlers = CommandHandlers(pool)
     events = Events(admin.read_status, pool.listen, over=lambda: pool.stopping)
@@ -37,6 +39,7 @@ def attach(app: web.Application, pool: Pool, admin: Admin) -> None:
     app.router.add_get("/admin/", page)
     app.router.add_get("/admin/status", admin.status)
     app.router.add_get("/admin/events", events.stream)
+    app.router.add_get("/admin/fleet", FleetHandlers(fleet).show)
     app.router.add_get("/admin/models/{model:.+}/logs", EngineLogHandlers(pool).show)
     app.router.add_post("/admin/models/{model:.+}/{command}", handlers.for_model)
     app.router.add_post("/admin/drain", handlers.drain)
