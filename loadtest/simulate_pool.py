@@ -221,7 +221,7 @@ class SimulatedPool:
         instance = pick((e.instance for e in model.engines.values()), model.speed.streams)
         if instance is None:
             return False
-        instance.begin_lease(self.now)
+        instance.begin_lease()
         instance.await_token()
         ask.granted = self.now
         engine = model.engines[instance.id]

@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             raise ExchangeError("the connection ended")
         self._receiver = receiver
-        self._heard, self._quiet_s = True, 0.0
+        self._heard = True
         self._transport.write(message)
         if body:
             self._rest = memoryview(body)
@@ -280,11 +280,10 @@ class Connection(asyncio.Protocol):
     def finished(self, *, reusable: bool) -> None:
         """The exchange is over; everything belonging to it has come, or it was given up."""
         self._receiver = None
-        sent, self._rest = self._rest is None and not self._sending, None
         if not self._reading:
             self.resume()
-        self._quiet_s = 0.0
         # An answer that came before its request was sent leaves a rest that would be read as the next request.
+        sent = self._rest is None and not self._sending
         if reusable and self.keep and sent and not self._transport.is_closing():
             self._upstream.returned(self)
         else:

@@ -29,6 +29,8 @@ _FIELD: Final = re.compile(
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _SIZES: Final = {b"%x" % size: size for size in range(1, 0x1000)}
 """What the size lines of events say: looked up faster than read."""
+LENGTHS: Final = {b"%d" % length: length for length in range(0x4000)}
+"""What the lengths of small bodies say; likewise."""
 _SIZE_EXTENDED: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?\r\n")
 
 CHUNKED: Final = -1

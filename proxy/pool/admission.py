@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import DrainingError, MaxWaitError, NoCapacityError, QueueFullError
-from proxy.pool.instance import Instance, State, WakeRecord, holding, pick
+from proxy.pool.instance import Instance, State, holding, pick
 from proxy.pool.lease import Lease
 from proxy.pool.model import client_of, tier_found
 from proxy.pool.model_view import is_failing
@@ -65,8 +65,7 @@ class Admission:
             what = "The server" if self._state.draining else f"The model {name!r}"
             raise DrainingError(f"{what} is draining: it takes no new requests for now.", retry_after_s=1.0)
         if counts:
-            self._state.usage.note(model.key)
-            model.demand.note(self._state.clock())
+            self._state.note_use(model.key)
         if (lease := self._at_once(model, preferred, near)) is not None:
             return lease
         held = holding(model.instances.values(), preferred) if preferred is not None else None
@@ -119,8 +118,10 @@ class Admission:
         if model is None or model.draining or state.draining or state.phase not in SERVING_PHASES:
             return None
         if (lease := self._at_once(model, None, near)) is not None:
-            state.usage.note(key)
-            model.demand.note(state.clock())
+            if key in (uses := state.uses):
+                uses[key] += 1
+            else:
+                state.note_use(key)
         return lease
 
     def _at_once(self, model: Model, preferred: str | None, near: bytes | None) -> Lease | None:
@@ -130,10 +131,11 @@ class Admission:
         instance = pick(model.instances.values(), model.settings.max_concurrency, preferred, near)
         if instance is None:
             return None
-        lease = self._grant(instance, _FOUND_READY, 0.0, None)
+        instance.begin_lease()
+        state.open_leases += 1
         if state.listeners:
             state.tell()
-        return lease
+        return Lease(self, instance, _FOUND_READY, 0.0, None)
 
     def fallback(self, key: str, *, failed: bool = False) -> str | None:
         """The key of the model that should answer instead of one that has no instance with room, if there is one.
@@ -191,12 +193,6 @@ class Admission:
     def _expected_wait_s(self, model: Model) -> float:
         return max(1.0, self._state.estimate_s(model.key))
 
-    def _grant(self, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> Lease:
-        instance.begin_lease(time.time())
-        state = self._state
-        state.open_leases += 1
-        return Lease(self, instance, found, queue_s, wake)
-
     def token_came(self, instance: Instance, generation: int) -> None:
         """A stream has its first token; its engine may have been spared a pause until then."""
         if instance.generation != generation:
@@ -219,9 +215,12 @@ class Admission:
         if instance.generation == generation:
             if keep_s is not None:
                 keep_s = self._allowed_keep_s(instance, keep_s)
-            instance.end_lease(state.clock(), time.time(), keep_s, key)
+            if instance.leases > 1 and keep_s is None and key is None:
+                instance.end_one_lease()
+            else:
+                instance.end_lease(state.clock(), time.time(), keep_s, key)
             goes_on = instance.state is _READY and instance.command is None
-            if instance.leases and not state.waiting and goes_on:
+            if goes_on and instance.leases and not state.waiting:
                 # It goes on, and nobody waits: there is nothing to decide.
                 if state.listeners:
                     state.tell()
@@ -270,7 +269,9 @@ class Admission:
         if wake is not None and wake.ended < waiter.since:
             wake = None
         queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
-        waiter.granted.set_result(self._grant(instance, waiter.found, queue_s, wake))
+        instance.begin_lease()
+        self._state.open_leases += 1
+        waiter.granted.set_result(Lease(self, instance, waiter.found, queue_s, wake))
 
     async def examine(self, instance: Instance, generation: int) -> None:
         """Look at an engine that failed a request, and give it up if it does not serve."""

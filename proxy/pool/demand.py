@@ -17,9 +17,9 @@ class Demand:
     def __init__(self) -> None:
         self._count, self._at = 0.0, 0.0
 
-    def note(self, now: float) -> None:
-        """One more request."""
-        self._count = self._count * math.exp((self._at - now) / FADES_S) + 1.0
+    def note(self, now: float, count: int = 1) -> None:
+        """So many requests more."""
+        self._count = self._count * math.exp((self._at - now) / FADES_S) + count
         self._at = now
 
     def count(self, now: float) -> float:

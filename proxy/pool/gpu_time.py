@@ -65,18 +65,10 @@ class GpuTime:
 
     def begin(self) -> None:
         """One more request runs, for nobody until `charge`."""
-        # `_advance` in place, here and in `end`: this is done for every request.
-        now = self._clock()
-        running = self._running
-        if running:
-            if self._holds:
-                passed = now - self._at
-                self._busy_s += passed
-                self._share += passed / running
-        elif self._holds:
-            self._idle_s += now - self._at
-        self._at = now
-        self._running = running + 1
+        # Among others, and with no key, nothing depends on when: this is done for every request.
+        if not self._running or self._keys:
+            self._advance()
+        self._running += 1
 
     def charge(self, key: str) -> None:
         """One of those that run is of this key; that it had until now stays nobody's."""
@@ -87,15 +79,11 @@ class GpuTime:
         entry.settle(self._share)
         entry.running += 1
 
-    def end(self, now: float, key: str | None = None) -> None:
-        """One has ended at this reading of the clock; `key`: whose it was, if it was charged."""
-        running = self._running
-        if self._holds:
-            passed = now - self._at
-            self._busy_s += passed
-            self._share += passed / running
-        self._at = now
-        self._running = running - 1
+    def end(self, key: str | None = None) -> None:
+        """One has ended; `key`: whose it was, if it was charged."""
+        if self._running == 1 or self._keys:
+            self._advance()
+        self._running -= 1
         if key is not None:
             entry = self._keys[key]
             entry.settle(self._share)

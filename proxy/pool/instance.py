@@ -266,6 +266,7 @@ class Instance(Observed):
         """Of those, streams that have got no token yet."""
         self.idle_since: float | None = None
         self.last_used_unix_s: float | None = None
+        """When its last lease ended; it is in use while it has any."""
         self.sleep_level = 0
         """vLLM's sleep level the engine is in: 0 awake, 1 weights in host RAM, 2 weights dropped."""
         self.evicted = False
@@ -561,7 +562,7 @@ class Instance(Observed):
             return self.waking_from if self.waking_from is not None else Tier.STOPPED
         return TIER_OF[self.state]
 
-    def begin_lease(self, now_unix_s: float) -> None:
+    def begin_lease(self) -> None:
         """Count one more request; only a ready instance takes one."""
         if self.state is not _READY:
             raise IllegalTransitionError(f"{self.id}: lease in state {self.state.value!r}")
@@ -570,9 +571,10 @@ class Instance(Observed):
         self.gpu_time.begin()
         if self.unwanted:
             _store(self, "unwanted", False)
-        _store(self, "idle_since", None)
-        _store(self, "last_used_unix_s", now_unix_s)
-        self.note_change()
+        if self.idle_since is not None:
+            _store(self, "idle_since", None)
+        if self.on_change is not None:
+            self.on_change()
 
     def await_token(self) -> None:
         """A lease is for a stream, which has got no token yet."""
@@ -588,6 +590,15 @@ class Instance(Observed):
         """Somebody wants it to stay ready till then, though it is idle; the longest wish counts."""
         self.keep_until = max(self.keep_until, until)
 
+    def end_one_lease(self) -> None:
+        """Count one request less that nobody is charged for, while others go on."""
+        if self.leases <= 1:
+            raise IllegalTransitionError(f"{self.id}: no other lease goes on")
+        _store(self, "leases", self.leases - 1)
+        self.gpu_time.end()
+        if self.on_change is not None:
+            self.on_change()
+
     def end_lease(self, now: float, now_unix_s: float, keep_s: float | None = None, key: str | None = None) -> None:
         """Count one request less; with the last one the instance is idle from `now`.
 
@@ -597,7 +608,7 @@ class Instance(Observed):
         if self.leases <= 0:
             raise IllegalTransitionError(f"{self.id}: a lease ended twice")
         _store(self, "leases", self.leases - 1)
-        self.gpu_time.end(now, key)
+        self.gpu_time.end(key)
         _store(self, "last_used_unix_s", now_unix_s)
         if keep_s:
             self.keep_ready(now + keep_s)

@@ -211,6 +211,7 @@ class Pool:
             return
         self._ticking = True
         try:
+            self._state.count_uses()
             for model in [*self._state.live_view.changed]:
                 self._admission.dispatch(model)
                 for instance in model.instances.values():

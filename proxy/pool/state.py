@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import itertools
 import logging
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("warmpool.pool")
 
 _WAKES_KEPT = 50
+_USES_S: Final = 1.0
+"""How long requests may wait to be counted as uses of their model."""
 
 
 class Phase(enum.IntEnum):
@@ -109,6 +112,9 @@ class PoolState:
         self.draining = False
         """An operator drained it: it takes no new requests."""
         self.open_leases = 0
+        self.uses: dict[str, int] = {}
+        """By model: requests that were let in and not counted yet, by `usage` and as demand (`count_uses`)."""
+        self._counts_uses: asyncio.TimerHandle | None = None
         self.waiting = 0
         """Those in a queue, and those who have just left one."""
         self.wakes: deque[dict[str, Any]] = deque(maxlen=_WAKES_KEPT)
@@ -118,6 +124,23 @@ class PoolState:
         self.gpu_times: list[tuple[str, GpuTime]] = []
         """Of every instance, with its model's key; of one that is gone until it was read."""
         self.configure_accounts()
+
+    def note_use(self, key: str) -> None:
+        """One more request for a model: many within a second are counted together."""
+        if self._counts_uses is None:
+            self._counts_uses = asyncio.get_running_loop().call_later(_USES_S, self.count_uses)
+        self.uses[key] = self.uses.get(key, 0) + 1
+
+    def count_uses(self) -> None:
+        """Count those that were not yet."""
+        if self._counts_uses is not None:
+            self._counts_uses.cancel()
+            self._counts_uses = None
+        uses, self.uses = self.uses, {}
+        for key, count in uses.items():
+            self.usage.note(key, count)
+            if (model := self.models.get(key)) is not None:
+                model.demand.note(self.clock(), count)
 
     @property
     def rules(self) -> Rules:

@@ -132,7 +132,7 @@ def instance_status(state: PoolState, model: Model, instance: Instance, now: flo
         "on_hold": instance.on_hold,
         "commanded": instance.commanded.label if instance.commanded is not None else None,
         "next_step": None if step is None else {"to": step[0].label, "at_unix_s": due},
-        "last_used_unix_s": instance.last_used_unix_s,
+        "last_used_unix_s": time.time() if instance.leases else instance.last_used_unix_s,
         "waking": None if waking is None else waking.status(),
         "last_wake": None if wake is None else wake_status(wake),
     }

@@ -37,17 +37,17 @@ class Usage:
         self.news = asyncio.Event()
         """A model was asked for that never was before: worth saving at once."""
 
-    def note(self, model: str) -> None:
-        """One more request."""
+    def note(self, model: str, count: int = 1) -> None:
+        """So many requests more."""
         now = self._clock()
         known = self._counts.get(model)
         if known is None:
             self.news.set()
-            self._counts[model] = 1.0, now
+            self._counts[model] = float(count), now
         elif 0.0 <= now - known[1] < _AT_ONCE_S:
-            self._counts[model] = known[0] + 1.0, known[1]
+            self._counts[model] = known[0] + count, known[1]
         else:
-            self._counts[model] = _decayed(*known, now) + 1.0, now
+            self._counts[model] = _decayed(*known, now) + count, now
 
     def count(self, model: str) -> float:
         """As of now."""

@@ -193,12 +193,14 @@ class ClientConnection(asyncio.Protocol):
         self._advancing = True
         try:
             for _ in range(_REQUESTS_A_TURN):
-                transport = self.transport
-                if not self._buffer or self._reading is _NOTHING or transport is None or transport.is_closing():
+                if self._reading is _HEAD:
+                    if not self._read_head():
+                        break
+                elif self._reading is _NOTHING:
                     break
-                if self._reading is not _HEAD:
+                else:
                     self._read_body()
-                elif not self._read_head():
+                if self._at >= len(self._buffer) or self._is_closed():
                     break
             else:
                 self._loop.call_soon(self._go_on)
@@ -208,13 +210,22 @@ class ClientConnection(asyncio.Protocol):
         self._settle()
 
     def _go_on(self) -> None:
-        if not self._advancing and self.transport is not None and self._aiohttp is None:
+        if self._advancing or self._aiohttp is not None:
+            return
+        if self._buffer and not self._is_closed():
             self._advance()
+        else:
+            self._settle()
+
+    def _is_closed(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
 
     def _settle(self) -> None:
         """Nothing more can be read for now."""
-        if self._at and self._at == len(self._buffer):
+        if self._at >= len(self._buffer):
             self._buffer, self._at = b"", 0
+            if self._half_closed is None and not self._flow.is_held:
+                return
         if self.transport is None:
             return
         if self._reading is _NOTHING and len(self._buffer) - self._at > _READ_AHEAD:
@@ -227,8 +238,11 @@ class ClientConnection(asyncio.Protocol):
     def _read_head(self) -> bool:
         """Read one and have its request served; whether more can be read then."""
         most = self.service.limits.most_head
-        data, at = self._buffer, self._at
+        data, at, known = self._buffer, self._at, self._known
         if self._head_reader is None:
+            if known is not None and (again := known.again(data, at)) is not None:
+                self._serve(known, again[1], again[0])
+                return True
             while data.startswith(b"\r\n", at):  # RFC 9112, 2.2
                 at += 2
             self._at = at
@@ -336,24 +350,27 @@ class ClientConnection(asyncio.Protocol):
 
     def finished(self, *, close: bool) -> None:
         """The request is answered; `close`: it was the last one."""
-        answered_early = self._body is not None and not self.must_end
+        body = self._body
+        if body is not None and self.must_end:
+            body = None
         self._cycle = None
         self.service.traffic.leave()
-        self._ends = self._ends or close
-        if self._ends and not answered_early:
-            self._buffer, self._body, self._reading = b"", None, _Reading.NOTHING
+        if close:
+            self._ends = True
+        if body is not None:  # answered early
+            self._reading = _Reading.UNWANTED
+            body.drop(self._loop.time())
+            self.service.limits.watch(self)
+        elif self._ends:
+            self._buffer, self._body, self._reading = b"", None, _NOTHING
             self.close()
             return
-        if self._body is not None:
-            self._reading = _Reading.UNWANTED
-            self._body.drop(self._loop.time())
-            self.service.limits.watch(self)
         else:
-            self._reading = _HEAD
+            self._body, self._reading = None, _HEAD
             if self._idle is not None:
                 self._idle.restart()
-        if not self._advancing and (self._buffer or self._half_closed):
-            self._advance()
+        if (self._buffer or self._half_closed) and not self._advancing:
+            self._go_on()
 
     def pause_writing(self) -> None:
         """The client takes less than there is for it: its engine has to wait."""

@@ -32,6 +32,8 @@ _ONCE: Final = frozenset(
 )
 """Fields with one value by nature (RFC 9110, 5.3)."""
 _ZERO: Final = ord("0")
+_DIGITS: Final = 12
+"""A length with more of them is none of the usual ones."""
 _KNOWN: Final = 256
 _KNOWN_BYTES: Final = 4 << 10
 """Heads that are remembered, and how long each may be."""
@@ -83,9 +85,10 @@ class RequestHead:
     """
 
     __slots__ = (
-        "closes", "coding", "content_type", "cors", "engine_fields", "expects", "fields", "headers", "http11",
-        "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length", "makes_response",
-        "match", "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query", "request_id",
+        "before", "behind", "closes", "coding", "content_type", "cors", "engine_fields", "expects", "fields", "headers",
+        "http11", "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length",
+        "makes_response", "match", "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query",
+        "request_id",
         "request_line", "route", "session", "target",
     )  # fmt: skip
 
@@ -107,6 +110,8 @@ class RequestHead:
         given = self.headers.getall(request_id.HEADER)
         self.request_id = given[0] if len(given) == 1 and request_id.usable(given[0]) else None
         """The client's own, where it can be used."""
+        self.before = self.behind = b""
+        """The head as it came, on either side of its length; nothing where that is not said in the usual way."""
         # What is found out about it for the first request that has it (`proxy.server.forward.preparation`):
         self.prepared = False
         self.kind: Kind | None = None
@@ -134,6 +139,18 @@ class RequestHead:
         self.engine_fields = b""
         """Those for the engine, and the beginning of the request's id."""
 
+    def again(self, data: bytes, at: int) -> tuple[int, int] | None:
+        """Where the body begins, and its length, if the head that begins at `at` is this one but for its length."""
+        before, behind = self.before, self.behind
+        if not before or not data.startswith(before, at):
+            return None
+        at += len(before)
+        stop = data.find(b"\r\n", at, at + _DIGITS + 2)
+        length = http1.LENGTHS.get(data[at:stop])
+        if length is None or not data.startswith(behind, stop):
+            return None
+        return stop + len(behind), length
+
 
 def usual_parts(data: bytes, at: int, most: int) -> tuple[bytes, int, int] | None:
     """For a head that begins at `at`: a key that is the same for all heads that differ in `Content-Length` only, where
@@ -144,16 +161,25 @@ def usual_parts(data: bytes, at: int, most: int) -> tuple[bytes, int, int] | Non
     end = data.find(b"\r\n\r\n", at, at + most)
     if end < 0:
         return None
+    found = _usual_length(data, at, end)
+    if found is None:
+        return data[at : end + 4], end + 4, -1
+    begin, stop = found
+    return data[at : begin - 18] + data[stop : end + 2], end + 4, int(data[begin:stop])
+
+
+def _usual_length(data: bytes, at: int, end: int) -> tuple[int, int] | None:
+    """Where the number in `Content-Length` is, in a head from `at` to `end`; None where it is not said like that."""
     begin = data.find(b"\r\nContent-Length: ", at, end)
     if begin < 0:
         begin = data.find(b"\r\ncontent-length: ", at, end)
         if begin < 0:
-            return data[at : end + 4], end + 4, -1
+            return None
     stop = data.find(b"\r\n", begin + 18)
     digits = data[begin + 18 : stop]
-    if not digits.isdigit() or len(digits) > 12 or (digits[0] == _ZERO and len(digits) > 1):
-        return data[at : end + 4], end + 4, -1
-    return data[at:begin] + data[stop : end + 2], end + 4, int(digits)
+    if not digits.isdigit() or len(digits) > _DIGITS or (digits[0] == _ZERO and len(digits) > 1):
+        return None
+    return begin + 18, stop
 
 
 class HeadReader:
@@ -263,7 +289,9 @@ class RequestHeads:
         head = self._known.get((place, key))
         if head is None:
             head = (reader or HeadReader(self._limits)).head(whole)
-            if len(key) <= _KNOWN_BYTES:
+            if len(key) <= min(_KNOWN_BYTES, self._limits.head - _DIGITS):
+                if (length := _usual_length(whole, 0, len(whole) - 4)) is not None:
+                    head.before, head.behind = whole[: length[0]], whole[length[1] :]
                 if len(self._known) >= _KNOWN:
                     self._known.clear()
                 self._known[place, key] = head

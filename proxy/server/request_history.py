@@ -1,7 +1,7 @@
 """The requests of clients: those that wait or run, and the last that have ended. Never what was asked or answered.
 
-Nothing is done here while a request runs: what runs is found on the connections when somebody looks, and one that ends
-leaves a tuple, which is read then.
+Nothing is done here while a request runs: what runs is found on the connections when somebody looks. One that ends
+leaves a tuple; what metrics say of it is counted for many together, at the latest when somebody reads them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from proxy.pool.lease import Lease
     from proxy.server.connection import ClientConnection
     from proxy.server.forward.cycle import RequestCycle
+    from proxy.telemetry.metrics import Metrics
 
 KEPT: Final = 500
 _MOST_UNCOUNTED: Final = 200_000
 """They are counted every second."""
+_NEW: Final = 256
+"""So many are entered together."""
 LIVE: Final = ("uploading", "waiting", "running", "paused")
 STATES: Final = (*LIVE, "ended")
 
@@ -44,36 +47,54 @@ class Ended(NamedTuple):
 class RequestHistory:
     """What `/admin/requests` shows."""
 
-    def __init__(self, connections: Iterable[ClientConnection]) -> None:
+    def __init__(self, connections: Iterable[ClientConnection], metrics: Metrics) -> None:
         self._connections = connections
+        self._metrics = metrics
         self._ended: deque[tuple[Any, ...]] = deque(maxlen=KEPT)
+        self._new: list[tuple[Any, ...]] = []
+        """The last of those, which nobody knows of yet: they are entered when there are many, or somebody looks."""
         self._uncounted: deque[tuple[Any, ...]] = deque(maxlen=_MOST_UNCOUNTED)
+        metrics.before_reading(self._enter)
 
     def ended(self, request: RequestCycle, lease: Lease | None, status: int, ended: float) -> None:
         """One more has ended, at this reading of `time.perf_counter`."""
         answer, caller = request.answer, request.caller
+        found, instance = (None, None) if lease is None else (lease.found, lease.instance_id)
         if answer is not None:
             at, first_token, usage, events = answer.first_byte_at, answer.first_token_at, answer.usage, answer.events
         else:
             at, first_token, usage, events = None, None, b"", 0
-        entry = (
+        self._new.append((
             request.began, ended, request.request_id, request.head.path_for_log, request.model,
             caller.name if caller is not None else None, request.connection.host, status,
-            lease.found.label if lease is not None else None, lease.instance_id if lease is not None else None,
-            request.waited_s, at, first_token, usage, events, request.broken,
-            caller.metered if caller is not None and answer is not None else None,
-        )  # fmt: skip
-        self._ended.append(entry)
-        if not request.head.only_looks:  # who reads a stored answer again uses nothing
-            self._uncounted.append(entry)
+            found, instance, request.waited_s, at, first_token, usage, events, request.broken,
+            caller.metered if caller is not None and answer is not None else None, request.head.only_looks,
+        ))  # fmt: skip
+        if len(self._new) >= _NEW:
+            self._enter()
+
+    def _enter(self) -> None:
+        new, self._new = self._new, []
+        self._ended += new
+        # Who reads a stored answer again uses nothing.
+        self._uncounted += [entry for entry in new if not entry[17]]
+        metrics = self._metrics
+        for began, _, _, _, model, _, _, status, tier, _, _, first_byte, first_token, _, _, _, _, _ in new:
+            metrics.count_request(model, status)
+            if tier is not None and first_byte is not None and status < 400:
+                metrics.observe_first_byte(model, tier.label, first_byte - began)
+                if first_token is not None:
+                    metrics.observe_ttft(model, tier.label, first_token - began)
 
     def uncounted(self, most: int) -> list[Ended]:
         """The next of those that have ended, each once; empty when there are no more."""
+        self._enter()
         entries = [self._uncounted.popleft() for _ in range(min(most, len(self._uncounted)))]
         return [Ended(entry[4], entry[5], entry[7], entry[13], entry[14], entry[16]) for entry in entries]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All of them: those that are there, the newest first, and then those that have ended, likewise."""
+        self._enter()
         now = time.perf_counter()
         offset_s = time.time() - now
         there = [c.cycle for c in self._connections if c.cycle is not None and c.cycle.is_listed]
@@ -125,7 +146,7 @@ def _live(cycle: RequestCycle, now: float, offset_s: float) -> dict[str, Any]:
 def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
     (
         began, ended, id_, path, model, key, host, status, tier, instance, waited_s, first_byte, first_token, usage,
-        events, broken, _,
+        events, broken, _, _,
     ) = entry  # fmt: skip
     asked, answered, _ = said(usage)
     answered = answered if answered is not None else events or None
@@ -138,7 +159,7 @@ def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
         "key": key,
         "host": host,
         "status": status,
-        "tier": tier,
+        "tier": tier.label if tier is not None else None,
         "instance": instance,
         "wait_s": round(waited_s, 4),
         "ttft_s": _since(began, first_token or first_byte),

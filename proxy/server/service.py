@@ -68,7 +68,7 @@ class Service:
         self.limits = ConnectionLimits(settings.server.limits)
         self.traffic = Traffic()
         self.connections: set[ClientConnection] = set()
-        self.history = RequestHistory(self.connections)
+        self.history = RequestHistory(self.connections, metrics)
         files = UsageFiles(settings.pool.state_dir.absolute() / "usage")
         self.usage = KeyUsage(metrics, self.history.uncounted, pool.take_gpu_time, files, settings.server.usage_days)
         self._none_left = asyncio.Event()

@@ -97,6 +97,7 @@ class Metrics:
         self._counted: dict[tuple[str, int], int] = {}
         self._first_tokens: dict[tuple[str, str], _Times] = {}
         self._first_bytes: dict[tuple[str, str], _Times] = {}
+        self._before_reading: list[Callable[[], None]] = []
         self.before_collecting(self._give_counts)
         self.requests = Counter(
             "warmpool_requests",
@@ -283,6 +284,7 @@ class Metrics:
 
     def forget(self, model: str) -> None:
         """Let go of the gauges and recent times of a model that is gone; what was counted stays."""
+        self._bring_up_to_date()
         for (name, _), times in [*self._first_tokens.items(), *self._first_bytes.items()]:
             if name == model:
                 times.forget()
@@ -296,7 +298,16 @@ class Metrics:
         key = model, status
         self._counted[key] = self._counted.get(key, 0) + 1
 
+    def before_reading(self, bring: Callable[[], None]) -> None:
+        """Have `bring` called before anything is read of what is counted: it counts what was not yet."""
+        self._before_reading.append(bring)
+
+    def _bring_up_to_date(self) -> None:
+        for bring in self._before_reading:
+            bring()
+
     def _give_counts(self) -> Iterable[None]:
+        self._bring_up_to_date()
         counted, self._counted = self._counted, {}
         for (model, status), count in counted.items():
             self.requests.labels(model, str(status)).inc(count)
@@ -336,6 +347,7 @@ class Metrics:
 
     async def ttft_summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model → tier found → `count` of all, and `p50_s`, `p95_s` and `max_s` of the last RECENT times."""
+        self._bring_up_to_date()
         summary: dict[str, dict[str, dict[str, Any]]] = {}
         async for (model, tier), times in in_turns([*self._first_tokens.items()], _TURN):
             if not times.recent:

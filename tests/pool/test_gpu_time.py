@@ -60,7 +60,7 @@ def test_the_parts_are_the_whole_and_each_is_fair(steps: Sequence[tuple[float, t
                 time.charge(str(value))
             running.append(None if value is None else str(value))
         elif what == "end" and running:
-            time.end(clock(), running.pop(int(str(value)) % len(running)))
+            time.end(running.pop(int(str(value)) % len(running)))
         elif what == "hold":
             holds = bool(value)
             time.hold(holds=holds)
@@ -99,7 +99,7 @@ def test_requests_that_stand_still_get_nothing_and_those_of_a_broken_engine_what
     clock = Clock()
     instance = Instance("demo-1", "demo", gpu_time=GpuTime(1, clock))
     instance.adopt(State.READY, clock())
-    instance.begin_lease(0.0)
+    instance.begin_lease()
     instance.gpu_time.charge("ann")
     clock.now += 3
     for event in (Event.PAUSE, Event.AT_PAUSED):
@@ -135,6 +135,11 @@ def test_a_request_costs_little() -> None:
         time.begin()
     before = clock_calls
     time.begin()
-    time.end(0.0)
-    assert clock_calls - before == 1
+    time.end()
+    assert clock_calls == before, "nobody is told from another"
+    time.charge("a")
+    before = clock_calls
+    time.begin()
+    time.end()
+    assert clock_calls - before == 2
     assert pytest.approx(0.0) == time.take().unnamed_s

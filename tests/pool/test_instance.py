@@ -63,7 +63,7 @@ def test_every_tier_has_a_way_down_and_an_arrival() -> None:
 @pytest.mark.parametrize("event", [Event.SLEEP, Event.SUSPEND, Event.CHECKPOINT])
 def test_a_leased_instance_cannot_step_down(event: Event) -> None:
     instance = at(State.READY)
-    instance.begin_lease(0.0)
+    instance.begin_lease()
     with pytest.raises(IllegalTransitionError, match="1 leases"):
         instance.apply(event)
     assert instance.state.value == "ready"
@@ -80,7 +80,7 @@ def test_wakes_and_breaks_begin_a_generation() -> None:
 
 def test_a_break_ends_all_leases() -> None:
     instance = at(State.READY)
-    instance.begin_lease(0.0)
+    instance.begin_lease()
     instance.apply(Event.BROKE)
     assert instance.leases == 0
 
@@ -89,14 +89,14 @@ def test_a_break_ends_all_leases() -> None:
 def test_only_a_ready_instance_is_leased(state: State) -> None:
     instance = at(state)
     with pytest.raises(IllegalTransitionError, match="lease"):
-        instance.begin_lease(0.0)
+        instance.begin_lease()
     assert instance.leases == 0
 
 
 def test_idleness_begins_with_the_end_of_the_last_lease() -> None:
     instance = at(State.READY)
-    instance.begin_lease(0.0)
-    instance.begin_lease(0.0)
+    instance.begin_lease()
+    instance.begin_lease()
     idle_since = []
     for now in (10.0, 11.0):
         instance.end_lease(now, 0.0)

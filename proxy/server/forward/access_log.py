@@ -19,28 +19,21 @@ log: Final = logging.getLogger("warmpool.request")
 
 def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
     """Count a request that has ended, and write its line; `lease`: its first one."""
-    metrics, answer, model = request.service.metrics, request.answer, request.model
-    metrics.count_request(model, status)
-    first_byte_s = None
-    if answer is not None and answer.first_byte_at is not None:
-        first_byte_s = answer.first_byte_at - request.began
-        if lease is not None and status < 400:
-            metrics.observe_first_byte(model, lease.found.label, first_byte_s)
-            if answer.first_token_at is not None:
-                metrics.observe_ttft(model, lease.found.label, answer.first_token_at - request.began)
     now = time.perf_counter()
     request.service.history.ended(request, lease, status, now)
     trace = request.trace
     if trace is None and (not log.isEnabledFor(logging.INFO) or _is_summed_up(request, lease, status)):
         return
+    answer = request.answer
+    first_byte_at = answer.first_byte_at if answer is not None else None
     said: dict[str, Any] = {
         "request_id": request.request_id,
         "path": request.head.path_for_log,
         "key": request.caller.name if request.caller is not None else None,
-        "model": model,
+        "model": request.model,
         "status": status,
         "instance": lease.instance_id if lease is not None else None,
-        "first_byte_s": first_byte_s,
+        "first_byte_s": None if first_byte_at is None else first_byte_at - request.began,
         "total_s": now - request.began,
         "size": answer.size if answer is not None else 0,
         "broken": request.broken,

@@ -30,6 +30,8 @@ log = logging.getLogger("warmpool.request")
 
 _REPLIES: Final = 256
 """Different heads of answers that are remembered."""
+_INSTANCES: Final = 64
+"""So many instances' are remembered with each."""
 _ERROR_BYTES: Final = 64 << 10
 _INFORMATIONAL: Final = 8
 """Answers 1xx that may come before the final one."""
@@ -49,7 +51,8 @@ class _Head:
     """What the head of an engine's answer says; shared by answers that differ in nothing but their length."""
 
     __slots__ = (
-        "bodiless", "fields", "head", "is_plain", "is_stream", "keeps_alive", "length", "status", "status_line",
+        "_ready", "before", "behind", "bodiless", "fields", "head", "is_plain", "is_stream", "keeps_alive", "length",
+        "status", "status_line",
     )  # fmt: skip
 
     def __init__(self, parsed: http1.Head) -> None:
@@ -65,6 +68,21 @@ class _Head:
         self.is_plain = parsed.status < 500 and not self.is_stream
         """Nobody here has to look at what follows, unless the request asks for it."""
         self.head = self.without(frozenset())
+        self._ready: dict[str, bytes] = {}
+        """Instance → how an answer of it begins, where nobody waited."""
+        self.before = self.behind = b""
+        """The head as it came, on either side of its length; nothing where that is not said in the usual way."""
+
+    def ready(self, instance_id: str) -> bytes:
+        """The beginning of an answer in HTTP/1.1 of an instance that was ready, up to the request's id."""
+        found = self._ready.get(instance_id)
+        if found is None:
+            if len(self._ready) >= _INSTANCES:
+                self._ready.clear()
+            found = self._ready[instance_id] = b"".join(
+                (b"HTTP/1.1", self.head, b"ready", _INSTANCE, instance_id.encode(), _NO_QUEUE)
+            )
+        return found
 
     def without(self, names: frozenset[bytes]) -> bytes:
         """The beginning of the answer's head, behind the version."""
@@ -77,6 +95,22 @@ class AnswerHeads:
 
     def __init__(self) -> None:
         self._known: dict[bytes, _Head] = {}
+        self._last: _Head | None = None
+
+    def again(self, data: bytes) -> tuple[_Head, int, int] | None:
+        """The head that `data` begins with, its length, and where the body begins, if it is nearly the last one.
+
+        That is one which differs in the number of its length only.
+        """
+        head = self._last
+        if head is None or not data.startswith(head.before):
+            return None
+        at = len(head.before)
+        stop = data.find(b"\r\n", at, at + 20)
+        length = http1.LENGTHS.get(data[at:stop])
+        if length is None or not data.startswith(head.behind, stop):
+            return None
+        return head, length, stop + len(head.behind)
 
     def read(self, data: bytes, end: int) -> tuple[_Head, int]:
         """What a head says whose last line ends at `end`, and its length as in `http1.Head`. Raises ProtocolError."""
@@ -89,6 +123,9 @@ class AnswerHeads:
             if digits.isdigit() and len(digits) <= 18 and (digits[0] != _ZERO or len(digits) == 1):
                 key = data[:at] + data[stop:end]
                 found = self._known.get(key) or self._learn(key, data[: end + 4])
+                if found.status >= 200 and not found.bodiless:
+                    found.before, found.behind = data[: at + 18], data[stop : end + 4]
+                    self._last = found
                 return found, 0 if found.bodiless else int(digits)
         key = data[: end + 4]
         found = self._known.get(key) or self._learn(key, key)
@@ -154,6 +191,9 @@ class EngineAnswer:
     @property
     def usage(self) -> bytes:
         """What it says of tokens, at its beginning or its end; nothing else of it."""
+        if not self._before and not self._opening:  # it came in one piece
+            at = self._last.rfind(_USAGE, -_USAGE_AT_END)
+            return self._last[at : at + _USAGE_BYTES] if at >= 0 else b""
         first = self._opening.find(_USAGE)
         end = self._before[-_USAGE_AT_END:] + self._last[-_USAGE_AT_END:]
         last = end.rfind(_USAGE)
@@ -227,6 +267,10 @@ class EngineAnswer:
             self.upstream.pause()
 
     def _read_head(self, data: bytes) -> None:
+        if (again := self._cycle.service.answer_heads.again(data)) is not None:
+            head, length, begin = again
+            self._begin(head, length, data[begin:])
+            return
         try:
             while True:
                 end = data.find(b"\r\n\r\n", 0, http1.HEAD_LIMIT)
@@ -260,7 +304,9 @@ class EngineAnswer:
             self.first_byte_at = time.perf_counter()
             self._last = data
             self._write(self._head_for(head, length, framed=False) + data)
-            self._give_back(reusable=True)
+            upstream, self.upstream = self.upstream, None
+            if upstream is not None:
+                upstream.finished(reusable=head.keeps_alive)
             cycle.answered()
             return
         self._begin_body(head, length, data)
@@ -295,8 +341,14 @@ class EngineAnswer:
         lease, first = cycle.lease, cycle.first_lease
         assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
         own = cycle.own_fields()
+        waited = lease.wake is not None or lease.queue_s or first.found is not _READY
+        closes = cycle.closes or cycle.service.traffic.stopping
+        if length > 0 and cycle.head.http11 and not (framed or closes or waited or own):  # nearly every answer
+            return b"%b%b\r\ndate: %b\r\ncontent-length: %d\r\n\r\n" % (
+                head.ready(lease.instance_id), cycle.request_id.encode("ascii"), date(), length,
+            )  # fmt: skip
         start = head.head if not own else head.without(frozenset(name.lower() for name, _ in own))
-        if lease.wake is None and not lease.queue_s and first.found is _READY:
+        if not waited:
             begin = start, b"ready", _INSTANCE, lease.instance_id.encode(), _NO_QUEUE
         else:
             begin = (

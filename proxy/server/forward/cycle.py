@@ -51,8 +51,8 @@ class RequestCycle:
 
     __slots__ = (
         "_address", "_attempts", "_counts", "_stands_in", "_status", "_task", "admission", "answer", "began", "broken",
-        "caller", "closes", "connection", "done", "first_lease", "head", "lease", "length", "refused_as", "request_id",
-        "service", "trace", "waited_s",
+        "caller", "closes", "connection", "done", "first_lease", "head", "lease", "length", "model", "refused_as",
+        "request_id", "service", "trace", "waited_s",
     )  # fmt: skip
 
     def __init__(self, service: Service, connection: ClientConnection, head: RequestHead, length: int) -> None:
@@ -73,6 +73,8 @@ class RequestCycle:
         self.done = False
         self._counts = False
         """It was let in: it has a line in the log, and is counted by its model."""
+        self.model = UNKNOWN_MODEL
+        """The key of its model, once it was found."""
         self._address: Address | None = None
         self.waited_s = 0.0
         """For an instance, where it had to."""
@@ -86,11 +88,6 @@ class RequestCycle:
         self.trace: Trace | None = None
 
     # --- for those who look at any request ---
-
-    @property
-    def model(self) -> str:
-        """The key of its model; "unknown" where none was found."""
-        return self._address.model if self._address is not None else UNKNOWN_MODEL
 
     @property
     def method(self) -> str:
@@ -149,18 +146,13 @@ class RequestCycle:
         head, service = self.head, self.service
         try:
             self.request_id = head.request_id or request_id.new()
-            if not head.prepared:
-                preparation.prepare(self, service)
-            if head.is_preflight:
-                self._answer(204, preparation.preflight(head, service), b"")
+            # Of most requests nothing has to be asked: their heads are known, and anybody may ask.
+            if (
+                head.match is None
+                or service.auth.keys is not None
+                or self.length > service.pool.settings.server.body_limit
+            ) and not self._is_wanted():
                 return False
-            preparation.check_caller(self, service)
-            if head.match is None and not head.is_for_aiohttp:
-                found = service.own_routes.answer(head, self.caller)
-                if found is not None:
-                    self._answer(*found)
-                    return False
-                self._find_route()
             if head.match is not None:
                 self._counts = True
                 if service.traces is not None:
@@ -171,6 +163,23 @@ class RequestCycle:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             self._fail(error)
         return False
+
+    def _is_wanted(self) -> bool:
+        """Whose it is and whom it is for; if it is answered here, that is done. Raises RequestError."""
+        head, service = self.head, self.service
+        if not head.prepared:
+            preparation.prepare(self, service)
+        if head.is_preflight:
+            self._answer(204, preparation.preflight(head, service), b"")
+            return False
+        preparation.check_caller(self, service)
+        if head.match is None and not head.is_for_aiohttp:
+            found = service.own_routes.answer(head, self.caller)
+            if found is not None:
+                self._answer(*found)
+                return False
+            self._find_route()
+        return True
 
     def _find_route(self) -> None:
         try:
@@ -223,21 +232,20 @@ class RequestCycle:
 
     def _addressed(self, address: Address) -> None:
         self._address = address
+        self.model = address.model
         if self.caller is not None:
             self.caller.check_model(address.model)
             self.caller.expect(address.asked)
-        service = self.service
-        settings = service.pool.settings.models.get(address.model)
-        if settings is not None and settings.max_instances > 1:
+        pool = self.service.pool
+        if address.settings.max_instances > 1:
             address.near = near.key_of(self.head.session, address.asked, address.body)
         address.asked = None
-        every_s = service.pool.settings.server.heartbeat if address.streams else None
-        if every_s is not None and self.answer is None:
+        if address.streams and self.answer is None and (every_s := pool.settings.server.heartbeat) is not None:
             self.answer = EngineAnswer(self)
             self.answer.keep_alive(every_s)
-        lease = service.pool.try_lease(address.model, address.near) if address.instance is None else None
+        lease = pool.try_lease(address.model, address.near) if address.instance is None else None
         if lease is None:
-            may_fall_back = settings is not None and settings.fallback is not None and not self._stands_in
+            may_fall_back = address.settings.fallback is not None and not self._stands_in
             self._spawn(self._wait_or_fall_back() if may_fall_back else self._wait_for_engine())
             return
         self._hold(lease)
@@ -253,7 +261,8 @@ class RequestCycle:
         lease.keep_s = self.head.keep_s
         if self.caller is not None:
             lease.charge(self.caller.name)
-        self.first_lease = self.first_lease or lease
+        if self.first_lease is None:
+            self.first_lease = lease
         if self._address is not None and self._address.streams:
             lease.await_token()
 
@@ -305,18 +314,16 @@ class RequestCycle:
             answer.upstream = connection
         else:
             answer.expect_from(connection)
-        body, traced = address.body, b""
+        body, size, traced = address.body, len(address.body), b""
         if self.trace is not None and self.lease is not None:
             traced = b"".join([b"\r\n%b: %b" % field for field in self.trace.asks(self.lease)])
-        message = b"".join((
-            head.request_line, upstream.own_fields, head.engine_fields, self.request_id.encode("ascii"),
-            traced, b"\r\nContent-Length: %d\r\n\r\n" % len(body),
-        ))  # fmt: skip
+        apart = size > _COPIED_BYTES
+        message = b"%b%b%b%b%b\r\nContent-Length: %d\r\n\r\n%b" % (
+            head.request_line, upstream.own_fields, head.engine_fields, self.request_id.encode("ascii"), traced, size,
+            b"" if apart else body,
+        )  # fmt: skip
         try:
-            if len(body) > _COPIED_BYTES:
-                connection.begin(answer, message, body)
-            else:
-                connection.begin(answer, message + body)
+            connection.begin(answer, message, body if apart else b"")
         except ExchangeError as error:
             answer.drop()
             self.engine_failed(error)

@@ -40,10 +40,11 @@ class _Pair:
 
 def parsed(body: bytes) -> dict[str, Any]:
     """The object of a body. Raises InvalidRequestError for what is none."""
-    marked = body.startswith(codecs.BOM_UTF8)  # vLLM's server reads over it, as `json.loads` of bytes does
     try:
-        fields = orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :] if marked else body)
+        fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if body.startswith(codecs.BOM_UTF8):  # vLLM's server reads over it, as `json.loads` of bytes does
+            return parsed(body.removeprefix(codecs.BOM_UTF8))
         raise InvalidRequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise InvalidRequestError("The body must be a JSON object.")

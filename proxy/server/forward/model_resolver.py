@@ -9,7 +9,7 @@ refused (forms).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
 from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
@@ -22,10 +22,12 @@ from proxy.server.forward.scanner import LARGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from proxy.config.model import ParameterSettings
+    from proxy.config.model import ModelSettings, ParameterSettings
     from proxy.config.settings import Settings
     from proxy.server.forward.routes import Match
     from proxy.server.forward.scanner import Scanner
+
+    _Found: TypeAlias = tuple[str, str, ParameterSettings | None, ModelSettings]
 
 _JSON: Final = ModelIn.JSON
 """For nearly every request: Python 3.11 takes longer for a member of an enumeration than for a call."""
@@ -40,6 +42,8 @@ class Address:
     target: str
     """Path and query."""
     body: bytes
+    settings: ModelSettings
+    """The model's."""
     streams: bool = False
     """The client asked for server-sent events."""
     instance: str | None = None
@@ -67,7 +71,7 @@ class Addressing:
         self._settings = settings
         self._made_by = made_by or (lambda _: None)
         self._resolved_of: Settings | None = None
-        self._resolved: dict[tuple[str | None, str], tuple[str, str, ParameterSettings | None]] = {}
+        self._resolved: dict[tuple[str, str], _Found] = {}
         """(name, group of routes) → what `_resolve` found, as long as the configuration is `_resolved_of`."""
 
     def find(self, match: Match, content_type: str, body: bytes) -> Address:
@@ -95,11 +99,13 @@ class Addressing:
         """The address of a request whose route has its model in JSON. Raises as `find` does."""
         fields = parsed(body)
         name = fields.get("model")
-        key, engine_name, parameters = self._resolve(match, _asked(match, name))
+        key, engine_name, parameters, settings = self._resolve(match, name)
         if name != engine_name or parameters is not None or not names_one_model(body):
             changes, removed, checked = _changes(match, fields, name, engine_name, parameters)
             body = shaped(body, changes, removed, checked, named=isinstance(name, str))
-        return self._address(match, key, body, fields, fields)
+        streams = match.route.streams and fields.get("stream") is True
+        instance = self._instance(key, fields) if match.route.group == "responses" else None
+        return Address(key, match.target, body, settings, streams, instance, None, fields)
 
     async def _large_json(self, scanner: Scanner, match: Match, body: bytes) -> Address:
         names = self._parameters()
@@ -108,59 +114,57 @@ class Addressing:
         )
         fields: dict[str, Any] = found["fields"]
         name = fields.get("model")
-        key, engine_name, parameters = self._resolve(match, _asked(match, name))
+        key, engine_name, parameters, settings = self._resolve(match, name)
         changes, removed, checked = _changes(match, fields, name, engine_name, parameters)
         if changes or removed or found["repeated"]:
             body = await scanner.changed(
                 "edit_json", body, values=changes, removed=removed, unified=checked, named=isinstance(name, str)
             )
-        return self._address(match, key, body, fields, Tokens(found["tokens"]))
+        streams = match.route.streams and fields.get("stream") is True
+        instance = self._instance(key, fields) if match.route.group == "responses" else None
+        return Address(key, match.target, body, settings, streams, instance, asked=Tokens(found["tokens"]))
 
     async def _large_form(self, scanner: Scanner, match: Match, content_type: str, body: bytes) -> Address:
         fields: dict[str, str] = (await scanner.facts("read_form", body, content_type=content_type))["fields"]
-        key, engine_name = self._form_plan(match, fields.get("model"))
+        key, engine_name, settings = self._form_plan(match, fields.get("model"))
         if fields.get("model") != engine_name:
             body = await scanner.changed("edit_form", body, content_type=content_type, name="model", value=engine_name)
-        return _form_address(match, key, body, fields.get("stream"))
+        return _form_address(match, key, body, settings, fields.get("stream"))
 
     def _parameters(self) -> list[str]:
         """The names of all parameters that some model shapes."""
         return sorted({name for model in self._settings().models.values() for name in model.parameters.names()})
 
-    def _address(self, match: Match, key: str, body: bytes, fields: dict[str, Any], asked: object) -> Address:
-        route, instance = match.route, None
-        if route.group == "responses" and isinstance(earlier := fields.get("previous_response_id"), str):
-            instance = self._instance(earlier, key)
-        return Address(key, match.target, body, route.streams and fields.get("stream") is True, instance, asked=asked)
-
     def _form(self, match: Match, content_type: str, body: bytes) -> Address:
         form = Form(content_type, body)
         name = form.text("model")
-        key, engine_name = self._form_plan(match, name)
+        key, engine_name, settings = self._form_plan(match, name)
         if name != engine_name:
             body = form.with_text("model", engine_name)
-        return _form_address(match, key, body, form.text("stream"))
+        return _form_address(match, key, body, settings, form.text("stream"))
 
-    def _form_plan(self, match: Match, name: str | None) -> tuple[str, str]:
+    def _form_plan(self, match: Match, name: str | None) -> tuple[str, str, ModelSettings]:
         if name == "" and match.deployment is None:
             raise InvalidRequestError("`model` must not be empty.", param="model")
-        key, engine_name, _ = self._resolve(match, match.deployment or name)
-        return key, engine_name
+        key, engine_name, _, settings = self._resolve(match, name)
+        return key, engine_name, settings
 
     def _query(self, match: Match, body: bytes) -> Address:
-        key, _, _ = self._resolve(match, _model_of_query(match.target))
-        return Address(key, match.target, body)
+        key, _, _, settings = self._resolve(match, _model_of_query(match.target))
+        return Address(key, match.target, body, settings)
 
     def _response(self, match: Match, body: bytes) -> Address:
         made_by = self._made_by(match.id or "")
         name = made_by[0] if made_by is not None else _model_of_query(match.target)
         if name is None and self._only(match) is None:
             raise ResponseNotFoundError(match.id or "")
-        key, _, _ = self._resolve(match, name)
-        return Address(key, match.target, body, instance=made_by[1] if made_by is not None else None)
+        key, _, _, settings = self._resolve(match, name)
+        return Address(key, match.target, body, settings, instance=made_by[1] if made_by is not None else None)
 
-    def _instance(self, response_id: str, key: str) -> str | None:
-        made_by = self._made_by(response_id)
+    def _instance(self, key: str, fields: dict[str, Any]) -> str | None:
+        """The one that made the response which a request refers to."""
+        earlier = fields.get("previous_response_id")
+        made_by = self._made_by(earlier) if isinstance(earlier, str) else None
         return made_by[1] if made_by is not None and self._settings().names().get(made_by[0]) == key else None
 
     def _only(self, match: Match) -> str | None:
@@ -170,16 +174,23 @@ class Addressing:
             return settings.served_name(next(iter(settings.models)))
         return settings.server.default_model
 
-    def _resolve(self, match: Match, name: str | None) -> tuple[str, str, ParameterSettings | None]:
-        """Key, the name that the engine knows, and what is to be done to parameters, of the model called `name`."""
+    def _resolve(self, match: Match, name: object) -> _Found:
+        """What there is of the model that a request names, in its path or as `name`.
+
+        Key, the name that the engine knows, what is to be done to parameters, the model's settings.
+        """
         settings = self._settings()
         if settings is not self._resolved_of:
             self._resolved_of, self._resolved = settings, {}
-        if name is None:
-            name = self._only(match)
-        asked = name, match.route.group
-        if (found := self._resolved.get(asked)) is not None:
+        name = match.deployment or name
+        if type(name) is str and (found := self._resolved.get((name, match.route.group))) is not None:
             return found
+        return self._learn(match, name, settings)
+
+    def _learn(self, match: Match, name: object, settings: Settings) -> _Found:
+        if name is not None and (not isinstance(name, str) or not name):
+            raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
+        name = self._only(match) if name is None else name
         if name is None:
             raise InvalidRequestError(f"The request must name a model: {match.route.model_in.value}.", param="model")
         key = settings.key_of(name)
@@ -189,17 +200,9 @@ class Addressing:
                 f"The model {name!r} does not offer {match.route.method} {match.route.path} here.", param="model"
             )
         engine_name = name if name in model.adapters else settings.served_name(key)
-        found = key, engine_name, model.parameters if model.parameters.present else None
-        self._resolved[asked] = found  # not what anybody may call it: what the configuration has
+        found = key, engine_name, model.parameters if model.parameters.present else None, model
+        self._resolved[name, match.route.group] = found  # not what anybody may call it: what the configuration has
         return found
-
-
-def _asked(match: Match, name: object) -> str | None:
-    """The model that is asked for, where the body names `name`."""
-    asked = match.deployment or name
-    if asked is None or (isinstance(asked, str) and asked):
-        return asked
-    raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
 
 
 def _changes(
@@ -215,9 +218,9 @@ def _changes(
     return changes, removed, checked
 
 
-def _form_address(match: Match, key: str, body: bytes, stream: str | None) -> Address:
+def _form_address(match: Match, key: str, body: bytes, settings: ModelSettings, stream: str | None) -> Address:
     streams = (stream or "").lower() in {"true", "1", "on", "yes", "y", "t"}
-    return Address(key, match.target, body, streams=match.route.streams and streams, asked={"type": "audio"})
+    return Address(key, match.target, body, settings, match.route.streams and streams, asked={"type": "audio"})
 
 
 def _model_of_query(target: str) -> str | None:
