@@ -211,7 +211,7 @@ def as_a_service(machine: Machine) -> None:
     steps(machine, [c for c in section("docs/installation.md", "Upgrading") if "ln -sfn" not in c])
     streamed(machine)
     steps(machine, [*section("docs/installation.md", "Removing it")])
-    if left := machine.run("podman ps --all --quiet").split():
+    if left := machine.run("podman ps --all --quiet 2>/dev/null").split():
         sys.exit(f"containers are left: {left}")
 
 
