@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As of a job in the background. What is started from here would ignore it too, and some tests interrupt it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Commands without a configuration use none, whatever is installed on this machine.
+os.environ["WARMPOOL_CONFIG"] = ""
 
 # How long an example takes is the machine's business.
 hypothesis.settings.register_profile("warmpool", deadline=None)

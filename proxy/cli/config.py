@@ -31,7 +31,7 @@ def check(file: Path | None) -> None:
     from proxy.server import server
 
     if (file := chosen_file(file)) is None:
-        raise click.UsageError("which file? None is installed")
+        raise click.UsageError("which file? There is no /etc/warmpool/warmpool.toml")
     settings = load(file)
     server.check_files(settings.server)
     for missing in asyncio.run(preflight.missing(settings, Host())):

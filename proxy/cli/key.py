@@ -175,6 +175,6 @@ def admin_token(file: Path, yes: bool) -> None:
     if not yes and file.exists() and file.stat().st_size:
         if not sys.stdin.isatty():
             raise click.ClickException(f"{file} has a token; --yes replaces it")
-        click.confirm(f"{file} has a token. Replace it, so that it is good no more?", abort=True, err=True)
+        click.confirm(f"{file} has a token. Replace it? The old one stops working.", abort=True, err=True)
     private_files.write(file, secrets.token_urlsafe(32) + os.linesep)
     click.echo(f"{file} has a new admin token. {_RELOAD}")

@@ -171,7 +171,7 @@ def _tcp_close(it: Situation, where: str, fix: str) -> list[_Problem]:
     keeping = [key for key, engine in it.needs.podman.items() if engine.criu.tcp_established]
     if not keeping:
         return []
-    return [_Problem("warn", f"{where}: against tcp_established of models.{keeping[0]}.podman.criu", fix)]
+    return [_Problem("warn", f"{where}: contradicts tcp_established of models.{keeping[0]}.podman.criu", fix)]
 
 
 def _lacking(it: Situation, path: Path, text: str) -> list[_Problem]:

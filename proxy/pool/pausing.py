@@ -80,7 +80,7 @@ class Pausing:
                     instance.weights_lost()
         except Exception as error:  # noqa: BLE001 - as above
             note_unexpected(instance, error)
-            log.error("%s does not go on after a pause, and is replaced: %s", instance.id, _reason(model, error))
+            log.error("%s does not continue after its pause, and is replaced: %s", instance.id, _reason(model, error))
             instance.apply(Event.BROKE)
             self._state.memory_accounting.broke(model.key)
             await self._downs.mend(model, instance)
@@ -90,7 +90,7 @@ class Pausing:
         self._state.gpu_accounting.runs_on(instance)
         self._effects.note_moved()
         log.info(
-            "%s goes on after %.3f s with %d requests: %s", instance.id, now - began, instance.leases, _told(stages)
+            "%s continues after %.3f s with %d requests: %s", instance.id, now - began, instance.leases, _told(stages)
         )
         return True
 

@@ -257,7 +257,7 @@ async def serve(
         await in_the_way.close()
         await _ended(background)
         limit_s = pool.settings.server.drain_timeout
-        log.info("stopping: up to %g s for running requests, once more to stop at once", limit_s)
+        log.info("stopping: running requests have up to %g s; a second signal stops at once", limit_s)
         manager.stopping(limit_s + _STOP_RESERVE_S)
         for site in sites:
             site.stop()

@@ -91,6 +91,6 @@ def _socket(fd: int) -> socket.socket:
     except OSError as error:
         raise HostError(f"descriptor {fd} of the service manager is no socket: {error.strerror}") from error
     if not listens or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        raise HostError(f"descriptor {fd} of the service manager is no listening TCP socket; mend the .socket unit")
+        raise HostError(f"descriptor {fd} of the service manager is no listening TCP socket; fix the .socket unit")
     sock.setblocking(False)
     return sock

@@ -154,7 +154,7 @@ async def test_sigterm_during_a_start_leaves_no_process(serve: Any) -> None:
     await proxy.until("waking")
     proxy.process.terminate()
     async with asyncio.timeout(PATIENCE_S):
-        while "once more to stop at once" not in proxy.log.read_text():
+        while "a second signal stops at once" not in proxy.log.read_text():
             await asyncio.sleep(0.01)
     proxy.process.terminate()
     with contextlib.suppress(aiohttp.ClientError, AssertionError):

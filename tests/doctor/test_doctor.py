@@ -372,7 +372,7 @@ CASES: list[tuple[Callable[[FakeHost], object], dict[str, Any], str, str, str, s
     (text(CRIU_CONF, "auto-dedup\n"), podman_model(), "CRIU configuration", "ok", "nothing in the way", ""),
     (text(CRIU_CONF, "auto-dedup\n"), process_model(), "CRIU configuration", "fail", "emptied", "sed -i 1d"),
     (text("/root/.criu/default.conf", "tcp-close\n"), podman_model(criu={"tcp_established": True, "tcp_close": False}),
-     "CRIU configuration", "warn", "against tcp_established of models.demo", "sed -i 1d /root/.criu/default.conf"),
+     "CRIU configuration", "warn", "contradicts tcp_established of models.demo", "sed -i 1d /root/.criu/default.conf"),
     (both(lambda h: h.crun("1.21 +CRIU"), text(CRIU_CONF, "tcp-close\n")), podman_model(), "CRIU configuration", "warn",
      "lacks file-locks, link-remap", "ghost-limit 4294967296"),
     (both(lambda h: h.crun("1.21 +CRIU"), text(CRIU_CONF, "tcp-established\n")), podman_model(), "CRIU configuration",
