@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from proxy.cli.failures import Commands
 from proxy.cli.options import JSON, ServerChoice, server_options
 
 
-@click.group()
+@click.group(cls=Commands)
 def fleet() -> None:
     """Several hosts as one."""
 
