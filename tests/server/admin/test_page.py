@@ -159,13 +159,19 @@ async def test_it_follows_what_happens_and_its_buttons_give_commands(browser: Br
 async def test_a_refusal_is_shown_and_the_box_waits_for_the_stream(browser: Browser, front: Front) -> None:
     await front.post("/v1/completions", ASK)
     there = await visit(browser, front)
+    suspend = there.page.locator(".model").first.get_by_role("button", name="Suspend", exact=True)
+    yes = there.page.locator("#confirm-yes")
+    await suspend.click()
     async with front.session.post("/v1/completions", json=HELD) as stream:
         await there.page.locator(".instance", has_text="1 request").wait_for()
-        await there.press("Suspend")
+        await yes.click()  # nothing ran when it was asked for
         await there.page.locator("#toasts .bad", has_text="demo-1 is answering 1 requests").wait_for()
-        await there.page.locator(".model").first.get_by_role("button", name="Suspend", exact=True).click()
+        await suspend.click()
+        assert await yes.is_disabled()
+        assert "1 request waits or runs" in await there.page.locator("#confirm-why").inner_text()
         await there.page.locator("#confirm-wait").check()
-        await there.page.locator("#confirm-yes").click()
+        assert await yes.inner_text() == "Suspend after the last request"
+        await yes.click()
         await there.until_state("retiring")
         await front.release()
         assert (await stream.content.read()).endswith(b"data: [DONE]\n\n")

@@ -10,29 +10,46 @@ const COMMANDS = {
   undrain: { key: "d", label: "Undrain", text: "Requests are taken again." },
 };
 
+/** A button that can be pressed, or says why not: its title, and a message for those who press it all the same. */
+function allow(button, reason) {
+  if (reason) button.setAttribute("aria-disabled", "true");
+  else button.removeAttribute("aria-disabled");
+  button.title = reason ?? "";
+}
+const refuses = (button) => button.getAttribute("aria-disabled") === "true" && (toast(button.title, true), true);
+
 async function command(model, name) {
   const what = COMMANDS[name], entry = model === null ? null : status.models[model];
-  const going = ["suspend", "checkpoint", "stop"].includes(name);
-  const running = entry ? entry.instances.reduce((sum, i) => sum + i.leases, 0) + entry.queue : 0;
+  const goesDown = ["suspend", "checkpoint", "stop"].includes(name), yes = byId("confirm-yes");
+  const busy = goesDown && entry ? entry.instances.reduce((sum, i) => sum + i.leases, 0) + entry.queue : 0;
+  const wait = byId("confirm-wait"), force = byId("confirm-force"), discard = byId("confirm-discard");
   byId("confirm-title").textContent = model === null ? `${what.label} the whole server?` : `${what.label} ${model}?`;
   byId("confirm-text").textContent = what.text;
-  byId("confirm-yes").textContent = what.label;
-  byId("confirm-busy").hidden = !(going && running);
-  byId("confirm-busy-text").textContent = `${plural(running, "request")} about: take no new ones, and go after the last. Without this it is refused.`;
-  byId("confirm-golden").hidden = !(name === "stop" && entry && entry.shares_checkpoint && entry.instances.some((i) => i.has_checkpoint));
+  byId("confirm-busy").hidden = byId("confirm-why").hidden = !busy;
+  byId("confirm-why").textContent = `${plural(busy, "request")} ${busy === 1 ? "waits or runs" : "wait or run"}: choose what becomes of ${busy === 1 ? "it" : "them"}.`;
   byId("confirm-by-force").hidden = name !== "stop";
-  byId("confirm-wait").checked = byId("confirm-discard").checked = byId("confirm-force").checked = false;
+  byId("confirm-golden").hidden = !(name === "stop" && entry && entry.shares_checkpoint && entry.instances.some((i) => i.has_checkpoint));
+  wait.checked = discard.checked = force.checked = false;
+  const say = () => {
+    const when = force.checked ? " at once" : wait.checked ? " after the last request" : "";
+    yes.textContent = `${what.label}${model === null ? " the server" : ""}${when}${discard.checked ? ", delete the checkpoint" : ""}`;
+    yes.disabled = busy > 0 && !wait.checked && !force.checked;
+    wait.disabled = force.checked;
+  };
+  say();
   const dialog = byId("confirm"), focused = document.activeElement;
+  dialog.addEventListener("change", say);
   dialog.returnValue = "no";
   dialog.showModal();
-  byId(name === "stop" ? "confirm-no" : "confirm-yes").focus();
+  (yes.disabled ? wait : name === "stop" ? byId("confirm-no") : yes).focus();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
+  dialog.removeEventListener("change", say);
   focused?.focus();
   if (dialog.returnValue !== "yes") return;
   const body = { wait: false };
-  if (going && byId("confirm-wait").checked) body.when_busy = "wait";
-  if (byId("confirm-force").checked) body.force = true;
-  if (byId("confirm-discard").checked) body.golden_checkpoint = "discard";
+  if (goesDown && wait.checked) body.when_busy = "wait";
+  if (force.checked) body.force = true;
+  if (discard.checked) body.golden_checkpoint = "discard";
   const path = model === null ? name : `models/${encodeURIComponent(model)}/${name}`;
   try {
     await ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });

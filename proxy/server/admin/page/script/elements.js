@@ -2,6 +2,8 @@
 // Everything that comes from the server goes into the page as text, never as markup.
 const TIERS = ["ready", "sleeping", "suspended", "checkpointed", "archived", "stopped"];
 
+/** Each shows a part of the status: `show` is called when it has changed, `lost` when the server is gone. */
+const panels = [];
 const byId = (id) => document.getElementById(id);
 
 function h(tag, attributes, ...children) {
@@ -48,6 +50,7 @@ function bytes(count) {
   return `${count} B`;
 }
 const seconds = (s) => (s < 0.0995 ? `${(s * 1000).toPrecision(2).replace(/\.0$/, "")} ms` : s < 9.95 ? `${s.toFixed(2)} s` : `${Math.round(s)} s`);
+const perSecond = (rate) => (rate < 9.95 ? rate.toFixed(1) : String(Math.round(rate)));
 function span(s) {
   s = Math.max(0, Math.round(s));
   if (s < 60) return `${s} s`;
@@ -60,9 +63,10 @@ const nowS = () => (Date.now() + clockOffsetMs) / 1000;
 const agoText = (unixS) => span(nowS() - unixS) + " ago", untilText = (unixS) => span(unixS - nowS());
 const ago = (unixS) => h("span", { "data-ago": unixS, title: new Date(unixS * 1000).toLocaleString() }, agoText(unixS));
 const until = (unixS) => h("span", { "data-until": unixS }, untilText(unixS));
+const write = (element, text) => { if (element.textContent !== text) element.textContent = text; };
 function tellTime() {
-  for (const e of document.querySelectorAll("[data-ago]")) e.textContent = agoText(Number(e.dataset.ago));
-  for (const e of document.querySelectorAll("[data-until]")) e.textContent = untilText(Number(e.dataset.until));
+  for (const e of document.querySelectorAll("[data-ago]")) write(e, agoText(Number(e.dataset.ago)));
+  for (const e of document.querySelectorAll("[data-until]")) write(e, untilText(Number(e.dataset.until)));
 }
 function toast(text, bad) {
   const note = h("p", { class: bad ? "bad" : null }, text);

@@ -9,6 +9,7 @@ function meter(title, where, total, parts, text, mayFill = false) {
   if (mayFill === false && parts.reduce((sum, [size]) => sum + size, 0) > 0.95 * total) bar.classList.add("full");
   return h("div", { class: "card" }, h("div", { class: "split" }, h("h3", null, title), h("span", { class: "muted" }, where)), bar, h("p", { class: "muted" }, text));
 }
+panels.push({ show: showMemory });
 function showMemory() {
   const { host, checkpoints, archive } = status.memory, cards = [];
   for (const gpu of status.gpus || []) {

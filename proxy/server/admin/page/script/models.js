@@ -1,14 +1,63 @@
 // The models, each with its instances.
+const MANY_MODELS = 8;
+let gpuNumbers = "";
+panels.push({ show: showModels });
+function showModels() {
+  const models = Object.entries(status.models);
+  gpuNumbers = (status.gpus || []).map((gpu) => `${gpu.index}=${gpu.uuid}`).join();
+  byId("find").hidden = models.length <= MANY_MODELS;
+  keyed(byId("models"), models, ([key]) => key, ([key]) => modelCard(key));
+  if (!models.length) put(byId("models"), h("p", { class: "muted" }, "No model is configured."));
+  else filterModels();
+}
+/** Show those models only that were asked for. */
+function filterModels() {
+  const text = byId("find-name").value.trim().toLowerCase(), tier = byId("find-tier").value;
+  let shown = 0;
+  for (const card of byId("models").querySelectorAll(".model")) {
+    const [key, entry] = card.item, names = [key, entry.name, ...entry.aliases];
+    const fits = (!tier || entry.tier === tier) && (!text || names.some((name) => name.toLowerCase().includes(text)));
+    if (card.hidden === fits) card.hidden = !fits;
+    shown += fits;
+  }
+  const total = Object.keys(status.models).length;
+  write(byId("find-count"), text || tier ? `${shown} of ${total}` : plural(total, "model"));
+}
+byId("find-name").addEventListener("input", filterModels);
+byId("find-tier").addEventListener("change", filterModels);
+
+/** Why a command would do nothing; null: it would. */
+function whyNot(entry) {
+  const at = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
+  const has = (...tiers) => tiers.some((t) => entry.tiers.includes(t));
+  const missing = (tier) => `This model has no tier ${tier}${entry.missing_tiers[tier] ? `: ${entry.missing_tiers[tier]}` : "."}`;
+  const none = entry.instances.length ? null : "There is no instance.";
+  return {
+    wake: entry.tier === "ready" ? "An instance is ready." : null,
+    suspend: !has("suspended", "checkpointed") ? missing("suspended") : none ?? (at("ready", "sleeping") ? null : "Its instances are suspended, or colder."),
+    checkpoint: !has("checkpointed") ? missing("checkpointed") : none ?? (at("ready", "sleeping", "suspended") ? null : "Its instances are checkpointed, or colder."),
+    stop: none,
+    pause: entry.instances.some((i) => i.can_pause && i.leases && i.state === "ready") ? null : "No request runs.",
+    unpause: null,
+    chat: entry.chats ? null : "This model offers no chat.",
+  };
+}
+
 function modelCard(key) {
   const title = h("div", { class: "title" }), ladder = h("ol", { class: "ladder", "aria-label": "Tiers" }), facts = h("p", { class: "facts" });
-  const list = h("ul", { class: "instances" }), drain = h("button", { type: "button", onclick: () => command(key, drain.dataset.command) });
-  const pause = h("button", { type: "button", onclick: () => command(key, pause.dataset.command) });
-  const buttons = ["wake", "suspend", "checkpoint", "stop"].map((name) =>
-    h("button", { type: "button", "data-command": name, onclick: () => command(key, name) }, COMMANDS[name].label));
+  const press = (button) => refuses(button) || command(key, button.dataset.command);
+  const make = (name) => h("button", { type: "button", "data-command": name, onclick: (event) => press(event.currentTarget) }, COMMANDS[name].label);
+  const list = h("ul", { class: "instances" }), drain = make("drain"), pause = make("pause"), buttons = ["wake", "suspend", "checkpoint", "stop"].map(make);
   const why = h("div", { class: "why-missing" }), failure = h("div", { class: "failure" });
   const logs = h("button", { type: "button", onclick: () => showLogs(key) }, "Logs");
-  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, why, facts, failure, list, h("div", { class: "buttons" }, ...buttons, logs, drain));
-  card.show = ([, entry]) => {
+  const talk = h("button", { type: "button", class: "talk", onclick: () => refuses(talk) || openChat(key) }, "Try it");
+  const card = h("article", { class: "card model", tabindex: "0", "aria-label": `Model ${key}` }, title, ladder, why, facts, failure, list, h("div", { class: "buttons" }, ...buttons, talk, logs, drain));
+  let shownGpus = null;
+  card.show = (item) => {
+    const [, entry] = item;
+    if (card.item?.[1] === entry && shownGpus === gpuNumbers) return;  // a change copies what it changes only
+    card.item = item;
+    shownGpus = gpuNumbers;
     card.dataset.tier = entry.tier;
     put(title, h("h3", null, key), entry.name === key ? null : h("span", { class: "name" }, entry.name), h("span", { class: "name" }, entry.runtime), entry.draining ? h("span", { class: "pill warn" }, "draining") : null);
     put(ladder, ...TIERS.filter((t) => t === "ready" || t === "stopped" || t === entry.tier || entry.tiers.includes(t) || entry.missing_tiers[t]).map((tier) => {
@@ -29,11 +78,9 @@ function modelCard(key) {
     pause.textContent = COMMANDS[pause.dataset.command].label;
     if (!paused && !entry.instances.some((i) => i.can_pause)) pause.remove();
     else if (!pause.isConnected) drain.before(pause);
-    pause.disabled = !paused && !entry.instances.some((i) => i.can_pause && i.leases && i.state === "ready");
-    const any = (...tiers) => entry.instances.some((i) => tiers.includes(i.tier) || tierOf(i.state) === "moving");
-    const has = (...tiers) => tiers.some((t) => entry.tiers.includes(t));
-    const enabled = { wake: entry.tier !== "ready", suspend: any("ready", "sleeping") && has("suspended", "checkpointed"), checkpoint: any("ready", "sleeping", "suspended") && has("checkpointed"), stop: entry.instances.length > 0 };
-    for (const button of buttons) button.disabled = !enabled[button.dataset.command];
+    const reasons = whyNot(entry);
+    for (const button of [...buttons, pause]) allow(button, reasons[button.dataset.command]);
+    allow(talk, reasons.chat);
   };
   return card;
 }

@@ -1,27 +1,38 @@
 // The requests of clients.
-const REQUESTS_EVERY_MS = 2000;
+const REQUESTS_EVERY_MS = 2000, FIRST_REQUESTS = 100;
+const COLUMNS = [["state", "text"], ["model", "text"], ["key", "text"], ["host", "text"], ["found", "text"], ["waited", null], ["first token", null], ["total", null], ["tokens", null], ["tokens/s", null], ["came", null]];
 async function showRequests() {
   if (!byId("requests-open").open || document.hidden || !status) return;
-  const query = new URLSearchParams({ limit: "500" });
+  const query = new URLSearchParams({ limit: String(byId("requests-all").checked ? 1000 : FIRST_REQUESTS) });
   for (const name of ["state", "model", "key"]) if (byId(`requests-${name}`).value) query.set(name, byId(`requests-${name}`).value);
   let rows;
   try { rows = (await (await ask(`requests?${query}`)).json()).requests; } catch (error) { return put(byId("requests"), h("p", { class: "muted" }, error.message)); }
   if (!rows.length) return put(byId("requests"), h("p", { class: "muted" }, "No request."));
   const table = byId("requests").querySelector("tbody") ?? (() => {
     const body = h("tbody");
-    byId("requests").replaceChildren(h("div", { class: "card scroll" }, h("table", null, h("thead", null, h("tr", null,
-      ...["state", "model", "key", "host", "found", "waited", "first token", "total", "tokens", "tokens/s", "came", ""].map((name) => h("th", { scope: "col" }, name)))), body)));
+    byId("requests").replaceChildren(h("div", { class: "card scroll" }, h("table", { class: "rows" }, h("thead", null, h("tr", null,
+      ...COLUMNS.map(([name, kind]) => h("th", { scope: "col", class: kind }, name)), h("th", null, h("span", { class: "unseen" }, "what can be done")))), body)));
     return body;
   })();
-  keyed(table, rows, (r) => `${r.id} ${r.at_unix_s}`, requestRow);
+  // Clients may give several requests the same id: the second of them is another row.
+  const seen = new Map(), keys = new Map();
+  for (const row of [...rows].reverse()) {
+    seen.set(row.id, (seen.get(row.id) ?? 0) + 1);
+    keys.set(row, `${row.id} ${seen.get(row.id)}`);
+  }
+  keyed(table, rows, (row) => keys.get(row), requestRow);
 }
 function requestRow() {
   const row = h("tr");
   row.show = (r) => {
+    if (row.dataset.ended) return;  // nothing changes any more but how long ago it was, which tells itself
+    if (r.state === "ended") row.dataset.ended = "yes";
     const tokens = r.completion_tokens === null && r.prompt_tokens === null ? "" : r.prompt_tokens === null ? String(r.completion_tokens) : `${r.prompt_tokens} + ${r.completion_tokens ?? 0}`;
-    const cells = [r.state === "ended" ? String(r.status) : r.state, r.model, r.key ?? "", r.host ?? "", r.tier ?? "", seconds(r.wait_s), r.ttft_s === null ? "" : seconds(r.ttft_s), seconds(r.total_s), tokens, r.tokens_per_s === null ? "" : String(Math.round(r.tokens_per_s))];
+    const cells = [r.state === "ended" ? String(r.status) : r.state, r.model, r.key ?? "", r.host ?? "", r.tier ?? "", seconds(r.wait_s), r.ttft_s === null ? "" : seconds(r.ttft_s), seconds(r.total_s), tokens, r.tokens_per_s === null ? "" : perSecond(r.tokens_per_s)];
     row.title = `${r.path} ${r.id}${r.broken ? `: ${r.broken}` : ""}`;
-    put(row, ...cells.map((text) => h("td", null, text)), h("td", null, ago(r.at_unix_s)), h("td", null, r.state === "ended" ? null : h("button", { type: "button", "data-cancel": r.id }, "Cancel")));
+    row.classList.toggle("bad", r.broken !== null || r.status >= 500);
+    put(row, ...[...cells, ago(r.at_unix_s)].map((content, n) => h("td", { class: COLUMNS[n][1], "data-label": content === "" ? null : COLUMNS[n][0] }, content)),
+      h("td", null, r.state === "ended" ? null : h("button", { type: "button", "data-cancel": r.id, "aria-label": `Cancel the request ${r.id}` }, "Cancel")));
   };
   return row;
 }
@@ -37,6 +48,6 @@ byId("requests").addEventListener("click", async (event) => {
   }
   showRequests();
 });
-for (const name of ["state", "model", "key"]) byId(`requests-${name}`).addEventListener("change", showRequests);
+for (const name of ["state", "model", "key", "all"]) byId(`requests-${name}`).addEventListener("change", showRequests);
 byId("requests-open").addEventListener("toggle", showRequests);
 setInterval(showRequests, REQUESTS_EVERY_MS);

@@ -1,11 +1,17 @@
 // Talking to the server: requests with the admin token, and the status as it changes.
-let status = null, clockOffsetMs = 0, token = sessionStorage.getItem("warmpool-token") || "";
+let status = null, connected = false, clockOffsetMs = 0, token = sessionStorage.getItem("warmpool-token") || "";
 
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
   if (token) headers.Authorization = `Bearer ${token}`;
-  const response = await fetch(path, { ...options, headers, cache: "no-store" });
-  if (response.status === 401 || response.status === 403) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new Error("The server cannot be reached.");
+  }
+  if (response.status === 401 && !response.headers.has("x-warmpool-instance")) {
     await askForToken(await reason(response));
     return ask(path, options);
   }
@@ -13,7 +19,7 @@ async function ask(path, options = {}) {
   return response;
 }
 async function reason(response) {
-  try { return (await response.json()).error.message; } catch { return `the server answered ${response.status}`; }
+  try { return (await response.json()).error.message; } catch { return `The server answered with status ${response.status}.`; }
 }
 let asking = null;
 function askForToken(why) {
@@ -42,29 +48,36 @@ function patched(old, patch) {  // RFC 7386
   return result;
 }
 
+/** The server-sent events of an answer, each as its fields; a comment is one without. */
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const events = (rest + value).split(/\r?\n\r?\n/);
+      rest = events.pop();
+      for (const event of events) yield Object.fromEntries(event.split(/\r?\n/).map((line) => /^([^:]*):? ?(.*)$/s.exec(line).slice(1)));
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
 async function listen() {
   const leave = new AbortController();
   let silence;
   const heard = () => { clearTimeout(silence); silence = setTimeout(() => leave.abort(), 45000); };
   heard();
   try {
-    const response = await ask("events", { signal: leave.signal });
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) return;
+    for await (const fields of eventsOf(await ask("events", { signal: leave.signal }))) {
       heard();
-      const events = (rest + value).split("\n\n");
-      rest = events.pop();
-      for (const event of events) {
-        const fields = Object.fromEntries(event.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 2)]));
-        if (!fields.data) continue;
-        const data = JSON.parse(fields.data);
-        if (fields.event === "snapshot") clockOffsetMs = data.now_unix_s * 1000 - Date.now();
-        status = fields.event === "snapshot" ? data : patched(status, data);
-        show();
-      }
+      if (!fields.data) continue;
+      const data = JSON.parse(fields.data);
+      if (fields.event === "snapshot") clockOffsetMs = data.now_unix_s * 1000 - Date.now();
+      status = fields.event === "snapshot" ? data : patched(status, data);
+      show();
     }
   } finally {
     clearTimeout(silence);
@@ -73,12 +86,23 @@ async function listen() {
 async function follow() {
   for (let waitMs = 500; ; waitMs = Math.min(waitMs * 2, 8000)) {
     const began = Date.now();
-    try { await listen(); } catch (error) { console.info(String(error)); }
+    let why = "";
+    try { await listen(); } catch (error) { why = leftAlone(error) ? "" : error.message; }
     if (Date.now() - began > 5000) waitMs = 500;
-    connection("not connected: trying again", "bad");
-    document.body.classList.add("stale");
+    lost(why);
     await new Promise((done) => setTimeout(done, waitMs));
   }
+}
+const leftAlone = (error) => error.name === "AbortError";
+/** What is shown is old. */
+function lost(why) {
+  connection("not connected: trying again", "bad");
+  document.body.classList.add("stale");
+  connected = false;
+  const problem = byId("problem");
+  problem.hidden = !why;
+  if (problem.textContent !== why) problem.textContent = why;
+  for (const panel of panels) panel.lost?.();
 }
 function connection(text, kind) {
   const pill = byId("connection");

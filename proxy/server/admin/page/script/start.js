@@ -1,6 +1,8 @@
 // What is shown when the status has changed; theme and keyboard; the start.
 function show() {
+  connected = true;
   document.body.classList.remove("stale");
+  byId("problem").hidden = true;
   connection(status.draining ? "draining" : status.ready ? "serving" : "not ready", status.ready ? "good" : "warn");
   byId("version").textContent = status.version;
   const models = Object.entries(status.models);
@@ -13,11 +15,7 @@ function show() {
   drain.hidden = false;
   drain.textContent = status.draining ? "Undrain the server" : "Drain the server";
   document.title = `warmpool: ${instances.filter((i) => i.tier === "ready").length} ready, ${status.leases} running`;
-  keyed(byId("models"), models, ([key]) => key, ([key]) => modelCard(key));
-  showMemory();
-  keyed(byId("wakes"), status.wakes.slice(0, 12), (w) => `${w.instance} ${w.at_unix_s}`, wakeRow);
-  if (!status.wakes.length) put(byId("wakes"), h("p", { class: "muted" }, "None since the start."));
-  showTtft();
+  for (const panel of panels) panel.show();
   tellTime();
 }
 
@@ -34,11 +32,13 @@ function nextTheme() {
   setTheme(names[(names.indexOf(localStorage.getItem("warmpool-theme") || "") + 1) % names.length]);
 }
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || event.target.matches("input, select, pre, summary")) return;
-  const cards = [...document.querySelectorAll(".model")], here = document.activeElement.closest?.(".model"), index = cards.indexOf(here);
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || event.target.matches("input, select, textarea, pre, summary")) return;
+  const cards = [...document.querySelectorAll(".model:not([hidden])")], here = document.activeElement.closest?.(".model"), index = cards.indexOf(here);
   const step = { j: 1, k: -1 }[event.key];
   if (event.key === "?") byId("keys").showModal();
   else if (event.key === "t") nextTheme();
+  else if (event.key === "a") openChat(here?.dataset.key);
+  else if (event.key === "/" && !byId("find").hidden) byId("find-name").focus();
   else if (step) cards[Math.max(0, Math.min(cards.length - 1, index + step))]?.focus();
   else if (here) {
     const name = Object.keys(COMMANDS).find((n) => COMMANDS[n].key === event.key);

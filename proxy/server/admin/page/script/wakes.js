@@ -1,4 +1,20 @@
 // The last wakes, stage by stage, and the time to the first token.
+const stagesOf = (wake) => Object.entries(wake.stages).map(([name, took]) => ({ name, took, start: wake.starts[name] ?? 0 }));
+const endOf = (stages, whole) => Math.max(whole, ...stages.map((s) => s.start + s.took), 1e-6);
+const within = (s, stages) => stages.some((o) => o !== s && o.took > s.took && o.start <= s.start + 1e-4 && o.start + o.took >= s.start + s.took - 1e-3);
+
+/** A bar for each stage: when it began, and how long it took of `whole` seconds, or has taken so far. */
+function waterfall(stages, whole) {
+  const falls = h("dl", { class: "waterfall" }), end = endOf(stages, whole);
+  for (const s of stages) {
+    const bar = h("i", { "data-stage": s.name, class: s.goesOn ? "moving" : null });
+    bar.style.left = `${(100 * s.start) / end}%`;
+    bar.style.width = `${(100 * s.took) / end}%`;
+    falls.append(h("dt", { class: within(s, stages) ? "inner" : null }, words(s.name)), h("dd", { class: "lane" }, bar), h("dd", { class: "ms" }, seconds(s.took)));
+  }
+  return falls;
+}
+
 function wakeRow(wake) {
   const row = h("details", { open: status.wakes[0] === wake });
   row.show = () => {};
@@ -8,24 +24,22 @@ function wakeRow(wake) {
       h("ul", { class: "reasons" }, ...wake.failed.map((text) => h("li", null, text))));
     return row;
   }
-  const stages = Object.entries(wake.stages).map(([name, took]) => ({ name, took, start: wake.starts[name] ?? 0 }));
-  const within = (s) => stages.some((o) => o !== s && o.took > s.took && o.start <= s.start + 1e-4 && o.start + o.took >= s.start + s.took - 1e-3);
-  const stack = h("span", { class: "stack", "aria-hidden": "true" }), falls = h("dl", { class: "waterfall" });
-  const end = Math.max(wake.seconds, ...stages.map((s) => s.start + s.took), 1e-6);
+  const stages = stagesOf(wake), stack = h("span", { class: "stack", "aria-hidden": "true" }), end = endOf(stages, wake.seconds);
   for (const s of stages) {
-    if (!within(s)) {
-      const part = h("i", { "data-stage": s.name, title: `${words(s.name)}: ${seconds(s.took)}` });
-      part.style.width = `${(100 * s.took) / end}%`;
-      stack.append(part);
-    }
-    const bar = h("i", { "data-stage": s.name });
-    bar.style.left = `${(100 * s.start) / end}%`;
-    bar.style.width = `${(100 * s.took) / end}%`;
-    falls.append(h("dt", null, (within(s) ? "  " : "") + words(s.name)), h("dd", { class: "lane" }, bar), h("dd", { class: "ms" }, seconds(s.took)));
+    if (within(s, stages)) continue;
+    const part = h("i", { "data-stage": s.name, title: `${words(s.name)}: ${seconds(s.took)}` });
+    part.style.width = `${(100 * s.took) / end}%`;
+    stack.append(part);
   }
   const way = wake.from === wake.found ? `from ${wake.found}` : `from ${wake.from}, not ${wake.found}`;
-  row.append(h("summary", null, who, h("span", { class: "way muted" }, way), h("span", { class: "took" }, seconds(wake.seconds)), stack, when), falls);
+  row.append(h("summary", null, who, h("span", { class: "way muted" }, way), h("span", { class: "took" }, seconds(wake.seconds)), stack, when), waterfall(stages, wake.seconds));
   return row;
+}
+
+panels.push({ show: showWakes }, { show: showTtft });
+function showWakes() {
+  keyed(byId("wakes"), status.wakes.slice(0, 12), (w) => `${w.instance} ${w.at_unix_s}`, wakeRow);
+  if (!status.wakes.length) put(byId("wakes"), h("p", { class: "muted" }, "None since the start."));
 }
 
 function showTtft() {
