@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
+from proxy.config.extra_routes import MANAGEMENT
 from proxy.errors import HostError
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ OWN: Final = frozenset(
 """What warmpool answers itself."""
 REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
-        ("/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused", "/release_kv_cache_memory",
-         "/collective_rpc", "/abort_requests", "/server_info", "/load", "/kv_event_sources", "/start_profile",
-         "/stop_profile", "/get_world_size", "/weight_info", "/weight_checker", "/update_weights",
-         "/update_weight_version", "/start_weight_update", "/start_draft_weight_update", "/finish_weight_update",
-         "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/reset_prefix_cache", "/reset_mm_cache",
-         "/reset_encoder_cache", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply",
-         "/fault_tolerance/status", "/adapters", "/adapters/{adapter_name}"),
+        (*MANAGEMENT["vLLM"], "/fault_tolerance/apply", "/fault_tolerance/status", "/adapters/{adapter_name}"),
         "the engine's management",
     ),
     **dict.fromkeys(

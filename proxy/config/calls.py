@@ -14,15 +14,15 @@ PLACE_FIELDS: Final = ("host", "port", "model", "instance")
 _POINTER: Final = r"^(/[^/]*)*$"
 
 Path = Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=200)]
-Command = Annotated[list[str], Field(min_length=1, max_length=100)]
+Command = Annotated[list[str], Field(max_length=100)]
 Timeout = Annotated[Duration, Field(gt=0, le=600)]
 Pointer = Annotated[str, Field(pattern=_POINTER, max_length=200)]
 """Where something is in a JSON document (RFC 6901): "/data/0/embedding"; "" is all of it."""
 
 
-def check_command(command: list[str] | None, known: tuple[str, ...] = PLACE_FIELDS) -> None:
+def check_command(command: list[str], known: tuple[str, ...] = PLACE_FIELDS) -> None:
     """Raises ValueError for a field that is not known."""
-    for argument in command or ():
+    for argument in command:
         for name in re.findall(r"\{(\w*)\}", argument):
             if name not in known:
                 raise ValueError(f"command: {{{name}}} is not one of {', '.join(f'{{{k}}}' for k in known)}")
@@ -31,18 +31,20 @@ def check_command(command: list[str] | None, known: tuple[str, ...] = PLACE_FIEL
 class _Call(Section):
     @model_validator(mode="after")
     def _one_way(self) -> _Call:
-        command, path = getattr(self, "command", None), getattr(self, "path", None)
-        if command is not None and path is not None:
+        command, path = getattr(self, "command", []), getattr(self, "path", None)
+        if command and path is not None:
             raise ValueError("path and command exclude each other: keep one of them")
-        if command is None and path is None and self.model_fields_set - {"names"}:
-            raise ValueError("neither a path nor a command: set one of them")
+        if not command and path is None:
+            rest = {name for name in type(self).model_fields if name not in ("path", "command", "names")}
+            if any(getattr(self, name) != type(self).model_fields[name].default for name in rest):
+                raise ValueError("neither a path nor a command: set one of them")
         check_command(command, (*PLACE_FIELDS, "level") if isinstance(self, OrderSettings) else PLACE_FIELDS)
         return self
 
     @property
     def present(self) -> bool:
         """Whether there is a way."""
-        return bool(self.model_fields_set)
+        return any(getattr(self, name, None) for name in ("path", "command", "names"))
 
 
 class OrderSettings(_Call):
@@ -56,14 +58,12 @@ class OrderSettings(_Call):
         default=None, description="Path of the engine that is asked; any answer 2xx is a yes.", examples=["/sleep"]
     )
     method: Literal["GET", "POST", "PUT", "DELETE"] = Field(default="POST", description="How it is asked.")
-    body: dict[str, Any] | None = Field(
-        default=None, description="The request's body, sent as JSON.", examples=[{"tags": ["weights"]}]
-    )
-    command: Command | None = Field(
-        default=None,
-        description="Program and arguments instead, run on this host as warmpool's user; it ends with status 0. {host} "
-        "and {port} are the engine's, {model} and {instance} its names.",
-        examples=[["/usr/local/bin/engine-sleep", "{host}", "{port}"]],
+    body: dict[str, Any] = Field(default={}, description="The body of a POST or PUT, sent as JSON.")
+    command: Command = Field(
+        default=[],
+        description="Program and arguments instead, run on this host as warmpool's user; it ends with status 0: "
+        '["/usr/local/bin/tell", "{host}", "{port}"]. {host} and {port} are the engine\'s, {model} and {instance} its '
+        "names.",
     )
     timeout: Timeout = Field(default=60.0, description="How long it may take.")
 
@@ -78,10 +78,9 @@ class AsleepSettings(_Call):
         default=None, description="Path of a GET; it answers with JSON.", examples=["/is_sleeping"]
     )
     answer: Pointer = Field(default="/is_sleeping", description="Where in that true or false stands.")
-    command: Command | None = Field(
-        default=None,
+    command: Command = Field(
+        default=[],
         description="A command instead; its status is 0 for an engine that sleeps, 1 for one that is awake.",
-        examples=[["/usr/local/bin/engine-asleep", "{host}", "{port}"]],
     )
     timeout: Timeout = Field(default=5.0, description="How long it may take.")
 
@@ -96,17 +95,15 @@ class CanaryRequestSettings(_Call):
     body: dict[str, Any] = Field(
         default={},
         description='Its body, sent as JSON; the string "{model}" becomes the name that the engine knows.',
-        examples=[{"model": "{model}", "input": "The quick brown fox jumps over the lazy dog."}],
     )
     answer: Pointer | None = Field(
         default=None,
         description='What of the answer has to be the same, in JSON: "/data/0/embedding". Without: all of its bytes.',
         examples=["/data/0/embedding"],
     )
-    command: Command | None = Field(
-        default=None,
+    command: Command = Field(
+        default=[],
         description="A command instead; what it prints has to be the same.",
-        examples=[["/usr/local/bin/engine-canary", "{host}", "{port}"]],
     )
     timeout: Timeout = Field(default=60.0, description="How long it may take.")
 
@@ -122,10 +119,9 @@ class TokensSettings(_Call):
         description="Path of a GET; it answers in Prometheus' text format. Without a command: /metrics.",
         examples=["/metrics"],
     )
-    command: Command | None = Field(
-        default=None,
+    command: Command = Field(
+        default=[],
         description="A command instead, that prints lines of the same format.",
-        examples=[["/usr/local/bin/engine-tokens", "{host}", "{port}"]],
     )
     names: list[Annotated[str, Field(pattern=r"^[A-Za-z_:][A-Za-z0-9_:]*$")]] = Field(
         default=[],

@@ -32,11 +32,10 @@ class HealthSettings(Section):
     path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = Field(
         default="/health", description="Answers 200 when the engine serves."
     )
-    command: Command | None = Field(
-        default=None,
+    command: Command = Field(
+        default=[],
         description="Engines that are not vLLM: a command that is run on this host instead, with status 0 when the "
         "engine serves. {host} and {port} are the engine's, {model} and {instance} its names.",
-        examples=[["/usr/local/bin/engine-health", "{host}", "{port}"]],
     )
     interval: Duration = Field(default=0.1, description="Time between two questions while it starts.")
 
@@ -246,7 +245,7 @@ class ReseedSettings(Section):
 
     @model_validator(mode="after")
     def _fields_exist(self) -> ReseedSettings:
-        check_command(self.command)
+        check_command(self.command or [])
         return self
 
     @property

@@ -17,6 +17,7 @@ from proxy.config.engine import (
     ReseedSettings,
     WarmupSettings,
 )
+from proxy.config.extra_routes import ExtraRouteSettings, covers
 from proxy.config.fields import (
     AbsolutePath,
     Count,
@@ -289,6 +290,9 @@ class ModelSettings(Section):
     canary_request: CanaryRequestSettings = CanaryRequestSettings()
     tokens: TokensSettings = TokensSettings()
     routes: RouteSettings = RouteSettings()
+    extra_routes: list[ExtraRouteSettings] = Field(
+        default=[], description="Routes of the engine that are not on warmpool's list, as tables."
+    )
     parameters: ParameterSettings = ParameterSettings()
     idle: IdleSettings = IdleSettings()
     health: HealthSettings = HealthSettings()
@@ -310,6 +314,7 @@ class ModelSettings(Section):
         if self.weights_copy and self.golden_sleep_level != 2:
             raise ValueError("weights_copy needs golden_sleep_level = 2: at 1 the checkpoint holds the weights already")
         self._check_engine()
+        self._check_extra_routes()
         if self.max_instances > 1:
             self._check_several()
         return self
@@ -328,6 +333,14 @@ class ModelSettings(Section):
             raise ValueError('weights_copy needs vLLM: remove it, or set engine = "vllm"')
         if self.weights_copy and self.own_worker_extension:
             raise ValueError(f"weights_copy needs warmpool's own worker extension: remove {_WORKER_EXTENSION}")
+
+    def _check_extra_routes(self) -> None:
+        ways = (self.sleep, self.wake_up, self.asleep, self.reseed, self.health, self.tokens)
+        private = {way.path.partition("?")[0] for way in ways if way.path is not None}
+        for route in self.extra_routes:
+            for path in private:
+                if path == route.path or covers(route.path, path):
+                    raise ValueError(f"extra_routes: {path} is how warmpool asks the engine: clients must not reach it")
 
     def _check_several(self) -> None:
         if not self.keep:
@@ -365,7 +378,7 @@ class ModelSettings(Section):
             "asleep": self.asleep.present,
             "canary_request": self.canary_request.present,
             "tokens": self.tokens.present,
-            "health.command": self.health.command is not None,
+            "health.command": bool(self.health.command),
         }
         return [name for name, present in calls.items() if present]
 

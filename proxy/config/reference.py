@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel
 
 from proxy.config.engine import PodmanEngineSettings, ProcessEngineSettings, VolumeSettings
+from proxy.config.extra_routes import ExtraRouteSettings
 from proxy.config.model import ModelSettings
 from proxy.config.settings import Settings
 
@@ -32,7 +33,8 @@ _PROCESS = ModelSettings(
             "{python}", "-m", "loadtest.engine",
             "--host", "{host}", "--port", "{port}", "--model", "{model}", "--sleep-mode",
         ]
-    )
+    ),
+    extra_routes=[ExtraRouteSettings(path="/v1/audio/speech")],
 )  # fmt: skip
 _PODMAN = PodmanEngineSettings(
     image="docker.io/vllm/vllm-openai:latest",

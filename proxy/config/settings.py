@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from proxy.config.document import OF_ONE_MODEL, with_defaults
+from proxy.config.extra_routes import Offered, offered
 from proxy.config.fleet import FleetSettings
 from proxy.config.model import ModelSettings
 from proxy.config.pool import PoolSettings
@@ -73,6 +74,16 @@ class Settings(BaseSettings):
         if default is not None and default not in owner:
             raise ValueError(f"server.default_model: there is no model {default!r}; there are {', '.join(owner)}")
         return self
+
+    @model_validator(mode="after")
+    def _extra_routes_agree(self) -> Settings:
+        offered(self.models)
+        return self
+
+    @cached_property
+    def extra_routes(self) -> Mapping[tuple[str, str], Offered]:
+        """(method, path) → the routes that models offer beside warmpool's list, and which models."""
+        return offered(self.models)
 
     @cached_property
     def _keys(self) -> Mapping[str, str]:

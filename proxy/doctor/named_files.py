@@ -66,7 +66,7 @@ def _named(where: str, model: ModelSettings) -> Iterator[tuple[str, Path | str, 
         yield f"{where}.weights", path, False
     for name in ("reseed", "health", "sleep", "wake_up", "asleep", "canary_request", "tokens"):
         words = getattr(model, name).command
-        if words is not None and words[0].startswith("/"):
+        if words and words[0].startswith("/"):
             yield f"{where}.{name}.command", words[0], True
     engine = model.podman
     if engine is None:

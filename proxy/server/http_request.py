@@ -281,6 +281,10 @@ class RequestHeads:
         self._limits = limits
         self._known: dict[tuple[object, bytes], RequestHead] = {}
 
+    def forget(self) -> None:
+        """The configuration is another one: which route a head asks for is found anew."""
+        self._known.clear()
+
     def read(self, place: object, key: bytes, reader: HeadReader | None, whole: bytes) -> RequestHead:
         """What a head says of the `key` that `usual_parts` found, which came to the address `place`.
 

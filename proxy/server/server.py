@@ -222,7 +222,12 @@ async def serve(
     if tls is not None:
         files.append(partial(_read_again, "certificates", tls.read, tls.take))
     in_the_way = _Preflight(pool)
-    reloader = Reloader(pool, manager, load or (lambda: settings), files, in_the_way.begin)
+
+    def changed() -> None:
+        service.request_heads.forget()
+        in_the_way.begin()
+
+    reloader = Reloader(pool, manager, load or (lambda: settings), files, changed)
     service = app.build(pool, settings, metrics, auth)
     await service.open()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")

@@ -313,7 +313,10 @@ def test_the_reference_is_complete_and_loads_to_the_defaults(write: Callable[[st
     process, podman = written["demo"]["process"], written["contained"]["podman"]
     bare = Settings(
         models={
-            "demo": {"process": {"command": process["command"]}},
+            "demo": {
+                "process": {"command": process["command"]},
+                "extra_routes": written["demo"]["extra_routes"],
+            },
             "contained": {"podman": {name: podman[name] for name in ("image", "command", "volumes")}},
         }
     )

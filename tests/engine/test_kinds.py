@@ -156,7 +156,7 @@ async def test_a_long_answer_and_one_that_is_no_text_are_remembered_by_their_dig
         ({"wake_up": {"path": "/a"}}, "wake_up needs sleep"),
         ({"asleep": {"path": "/a"}}, "asleep needs sleep"),
         ({"sleep": {"path": "/a", "command": ["x"]}, "wake_up": {"path": "/b"}}, "exclude each other"),
-        ({"sleep": {"body": {}}, "wake_up": {"path": "/b"}}, "neither a path nor a command"),
+        ({"sleep": {"method": "PUT"}, "wake_up": {"path": "/b"}}, "neither a path nor a command"),
         ({"sleep": {"path": "http://elsewhere"}, "wake_up": {"path": "/b"}}, "pattern"),
         ({"sleep": {"command": ["x", "{levle}"]}, "wake_up": {"path": "/b"}}, "{levle} is not one of"),
         ({"canary_request": {"command": ["x", "{level}"]}}, "{level} is not one of"),

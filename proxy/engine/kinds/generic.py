@@ -75,13 +75,13 @@ class GenericClient(EngineClient):
     async def healthy(self, path: str) -> bool:
         """Whether it serves: by its command, where it has one."""
         words = self._model.health.command
-        if words is None:
+        if not words:
             return await super().healthy(path)
         return await self._status_of("health", words, _HEALTH_S) == 0
 
     async def wait_healthy(self, path: str, interval_s: float) -> None:
         """Return when it serves. Bounded by the caller's time-out."""
-        if self._model.health.command is None:
+        if not self._model.health.command:
             await super().wait_healthy(path, interval_s)
             return
         while not await self.healthy(path):
@@ -89,7 +89,7 @@ class GenericClient(EngineClient):
 
     async def loads(self, path: str) -> bool:
         """Whether it looks like one that is not up yet."""
-        return not await self.healthy(path) if self._model.health.command is not None else await super().loads(path)
+        return not await self.healthy(path) if self._model.health.command else await super().loads(path)
 
     # --- the canary ---
 
@@ -117,7 +117,7 @@ class GenericClient(EngineClient):
         if not asked.present:
             return await super().generates()
         try:
-            if asked.command is not None:
+            if asked.command:
                 await self._answer("stall")
                 return True
             status, _ = await self._call("stall", "POST", asked.path or "/", json=self._filled(asked.body))
@@ -128,7 +128,7 @@ class GenericClient(EngineClient):
     async def _answer(self, stage: str) -> str:
         asked = self._model.canary_request
         async with self.limit(stage, asked.timeout):
-            if asked.command is not None:
+            if asked.command:
                 return _short((await run("canary_request", asked.command, self.place, stage=stage)).encode())
             path = asked.path or "/"
             status, body = await self._call(stage, "POST", path, json=self._filled(asked.body))
@@ -151,7 +151,7 @@ class GenericClient(EngineClient):
         asked = self._model.asleep
         if not asked.present:
             return self._asleep is not False
-        if asked.command is not None:
+        if asked.command:
             status = await self._status_of("probe", asked.command, asked.timeout)
             if status not in (0, 1):
                 raise EngineError("probe", f"asleep.command ended with status {status}, which is neither 0 nor 1")
@@ -184,11 +184,11 @@ class GenericClient(EngineClient):
         if not order.present:
             raise EngineError(stage, f"the model's configuration has no `{stage}`")
         async with self.limit(stage, order.timeout):
-            if order.command is not None:
+            if order.command:
                 await run(stage, order.command, self.place, level=level)
                 return
             path = (order.path or "/").replace("{level}", str(level))
-            body = self._filled(order.body, level) if order.body is not None else None
+            body = self._filled(order.body, level) if order.method in ("POST", "PUT") else None
             status, said = await self._call(stage, order.method, path, json=body)
         if not 200 <= status < 300:
             raise EngineError(stage, f"{order.method} {path} answered {status} {excerpt(said)}", fault=Fault.IMAGE)
@@ -202,7 +202,7 @@ class GenericClient(EngineClient):
             return await super().progress()
         try:
             async with self.limit("stall", asked.timeout):
-                if asked.command is not None:
+                if asked.command:
                     text = await run("tokens", asked.command, self.place)
                 else:
                     status, body = await self._call("stall", "GET", asked.path or "/metrics")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from proxy.config.model import ModelSettings, ParameterSettings
     from proxy.config.settings import Settings
-    from proxy.server.forward.routes import Match
+    from proxy.server.forward.routes import Match, Route
     from proxy.server.forward.scanner import Scanner
 
     _Found: TypeAlias = tuple[str, str, ParameterSettings | None, ModelSettings]
@@ -84,6 +84,9 @@ class Addressing:
             return self.find_json(match, body)
         if where is ModelIn.FORM:
             return self._form(match, content_type, body)
+        if where is ModelIn.NOTHING:
+            key, _, _, settings = self._resolve(match, None)
+            return Address(key, match.target, body, settings, asked={})
         return self._query(match, body) if where is ModelIn.QUERY else self._response(match, body)
 
     async def found(self, match: Match, content_type: str, body: bytes) -> Address:
@@ -100,7 +103,8 @@ class Addressing:
         fields = parsed(body)
         name = fields.get("model")
         key, engine_name, parameters, settings = self._resolve(match, name)
-        if name != engine_name or parameters is not None or not names_one_model(body):
+        renamed = name != engine_name and not _stays_unnamed(match, name)
+        if renamed or parameters is not None or not names_one_model(body):
             changes, removed, checked = _changes(match, fields, name, engine_name, parameters)
             body = shaped(body, changes, removed, checked, named=isinstance(name, str))
         streams = match.route.streams and fields.get("stream") is True
@@ -127,7 +131,7 @@ class Addressing:
     async def _large_form(self, scanner: Scanner, match: Match, content_type: str, body: bytes) -> Address:
         fields: dict[str, str] = (await scanner.facts("read_form", body, content_type=content_type))["fields"]
         key, engine_name, settings = self._form_plan(match, fields.get("model"))
-        if fields.get("model") != engine_name:
+        if fields.get("model") != engine_name and not _stays_unnamed(match, fields.get("model")):
             body = await scanner.changed("edit_form", body, content_type=content_type, name="model", value=engine_name)
         return _form_address(match, key, body, settings, fields.get("stream"))
 
@@ -139,7 +143,7 @@ class Addressing:
         form = Form(content_type, body)
         name = form.text("model")
         key, engine_name, settings = self._form_plan(match, name)
-        if name != engine_name:
+        if name != engine_name and not _stays_unnamed(match, name):
             body = form.with_text("model", engine_name)
         return _form_address(match, key, body, settings, form.text("stream"))
 
@@ -170,6 +174,8 @@ class Addressing:
     def _only(self, match: Match) -> str | None:
         """The model that a request means which names none."""
         settings = self._settings()
+        if match.route.offered_by is not None and len(offering := _offering(settings, match.route)) == 1:
+            return settings.served_name(offering[0])
         if settings.server.default_model is None and match.route.unnamed and len(settings.models) == 1:
             return settings.served_name(next(iter(settings.models)))
         return settings.server.default_model
@@ -190,12 +196,15 @@ class Addressing:
     def _learn(self, match: Match, name: object, settings: Settings) -> _Found:
         if name is not None and (not isinstance(name, str) or not name):
             raise InvalidRequestError("`model` must be a string that is not empty.", param="model")
+        if match.route.offered_by is not None and not _offering(settings, match.route):
+            # Heads are remembered: the configuration may have changed since its route was found.
+            raise RouteNotFoundError(f"There is no route {match.route.method} {match.target.partition('?')[0]}.")
         name = self._only(match) if name is None else name
         if name is None:
             raise InvalidRequestError(f"The request must name a model: {match.route.model_in.value}.", param="model")
         key = settings.key_of(name)
         model = settings.models[key]
-        if not all(getattr(model.routes, group) for group in (match.route.group, *match.route.stands_for)):
+        if not _offers(settings, key, match.route):
             raise RouteNotFoundError(
                 f"The model {name!r} does not offer {match.route.method} {match.route.path} here.", param="model"
             )
@@ -205,11 +214,29 @@ class Addressing:
         return found
 
 
+def _stays_unnamed(match: Match, name: object) -> bool:
+    """Whether the engine gets a request without a model as it came: routes of the configuration may know no model."""
+    return name is None and match.route.offered_by is not None and match.deployment is None
+
+
+def _offering(settings: Settings, route: Route) -> tuple[str, ...]:
+    """The models that have a route of the configuration's now."""
+    found = settings.extra_routes.get((route.method, route.path))
+    return found.keys if found is not None else ()
+
+
+def _offers(settings: Settings, key: str, route: Route) -> bool:
+    if route.offered_by is not None:
+        return key in _offering(settings, route)
+    model = settings.models[key]
+    return all(getattr(model.routes, group) for group in (route.group, *route.stands_for))
+
+
 def _changes(
     match: Match, fields: dict[str, Any], name: object, engine_name: str, parameters: ParameterSettings | None
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """What an engine gets to see of a body otherwise than it came; for `shaped`: values, removed, unified."""
-    changes: dict[str, Any] = {} if name == engine_name else {"model": engine_name}
+    changes: dict[str, Any] = {} if name == engine_name or _stays_unnamed(match, name) else {"model": engine_name}
     removed, checked = list[str](), ["model"]
     if parameters is not None and match.route.generates:
         limited, removed = _limited(fields, parameters)

@@ -75,10 +75,10 @@ def _check_length(request: RequestCycle, service: Service) -> None:
 
 def find_route(head: RequestHead, service: Service) -> None:
     """The engine's route that it asks for. Raises RequestError."""
-    azure = service.pool.settings.server.azure_paths
+    settings = service.pool.settings
     asks_as_admin = head.path == CHAT
     path = _CHAT_OF_ENGINE if asks_as_admin else head.path
-    match = routes.find(head.method, path, head.query, azure=azure)
+    match = routes.find(head.method, path, head.query, azure=settings.server.azure_paths, extra=settings.extra_routes)
     if asks_as_admin and head.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         # As for a command: a form of another site's page cannot have this type.
         raise MediaTypeError("This needs the header `Content-Type: application/json`.")

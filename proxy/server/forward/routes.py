@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
+from proxy.config.extra_routes import covers
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from aiohttp.web import AbstractResource
+
+    from proxy.config.extra_routes import Offered
+
+    ExtraRoutes = Mapping[tuple[str, str], Offered]
 
 
 class ModelIn(enum.Enum):
@@ -30,6 +35,7 @@ class ModelIn(enum.Enum):
     FORM = "the field `model` of its multipart form"
     QUERY = "`?model=`"
     RESPONSE = "the id in its path, or `?model=`"
+    NOTHING = "nothing of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,8 @@ class Route:
     """vLLM's own form of it names no model: where one is configured, it is meant."""
     stands_for: tuple[str, ...] = ()
     """The groups of what it can be asked for instead: a model offers it where it offers all of them."""
+    offered_by: tuple[str, ...] | None = None
+    """Of a route of the configuration's (`models.NAME.extra_routes`): the keys of the models that have it."""
 
 
 def _table() -> Iterator[Route]:
@@ -120,6 +128,9 @@ _WITH_ID: Final = [
 ]
 
 
+_MODEL_IN: Final = {
+    "json": ModelIn.JSON, "form": ModelIn.FORM, "query": ModelIn.QUERY, "nothing": ModelIn.NOTHING,
+}  # fmt: skip
 _NAMES: Final = frozenset({"id", "model"})
 """The parts of warmpool's own paths that clients name, and so may have to percent-encode."""
 
@@ -147,6 +158,19 @@ def _spelling(canonical: str) -> re.Pattern[str]:
     )
 
 
+def _extra(method: str, path: str, extra: ExtraRoutes) -> Route | None:
+    found = extra.get((method, path))
+    if found is None or found.route.path.endswith("*"):
+        found = next((each for (verb, star), each in extra.items() if verb == method and covers(star, path)), None)
+    if found is None:
+        return None
+    route = found.route
+    return Route(
+        f"{method} {route.path}", method, route.path, _MODEL_IN[route.model_in], streams=route.streams,
+        unnamed=True, offered_by=found.keys,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A route that was asked for."""
@@ -159,8 +183,10 @@ class Match:
     """The model's name, where the path has it: whatever the body says."""
 
 
-def find(method: str, path: str, query: str = "", *, azure: bool = False) -> Match:
+def find(method: str, path: str, query: str = "", *, azure: bool = False, extra: ExtraRoutes | None = None) -> Match:
     """The route that `method`, the path as the client spelled it and the raw query name; `azure`: by its paths too.
+
+    `extra`: those of the configuration.
 
     Raises RouteNotFoundError, MethodNotAllowedError, or InvalidRequestError for a query with odd characters.
     """
@@ -177,9 +203,13 @@ def find(method: str, path: str, query: str = "", *, azure: bool = False) -> Mat
         route, id_ = next(
             ((r, m[1]) for verb, regex, r in _WITH_ID if verb == method and (m := regex.fullmatch(path))), (None, None)
         )
+    if route is None and extra:
+        route = _extra(method, path, extra)
     if route is None:
         allowed = sorted(
-            {r.method for r in ROUTES if r.path == path} | {v for v, regex, _ in _WITH_ID if regex.fullmatch(path)}
+            {r.method for r in ROUTES if r.path == path}
+            | {v for v, regex, _ in _WITH_ID if regex.fullmatch(path)}
+            | {verb for verb, each in extra or () if covers(each, path) or (path == each and "*" not in each)}
         )
         if allowed:
             raise MethodNotAllowedError(path, allowed)
