@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from tests.forked import ENGINES, PROXIES
-from tests.front import Front
-from tests.support import engine_model
+from tests.forked import ENGINES, LOADTESTS, PROXIES
+from tests.front import Front, fronts_of_test
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-    from pathlib import Path
+    from collections.abc import Iterator
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -45,25 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _forks() -> Iterator[None]:
     """The processes that programs are forked from end with the tests."""
     yield
-    ENGINES.close()
-    PROXIES.close()
+    for forks in (ENGINES, PROXIES, LOADTESTS):
+        forks.close()
 
 
-@pytest.fixture
-async def front_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
-    """Makes fronts with a model `demo`; engines start when they are first needed."""
-    fronts: list[Front] = []
-
-    async def make(*options: str, server: dict[str, Any] | None = None, **entry: Any) -> Front:
-        front = Front(tmp_path / str(len(fronts)), {"demo": engine_model(*options, **entry)}, **(server or {}))
-        fronts.append(front)
-        await front.open()
-        return front
-
-    yield make
-    for front in fronts:
-        await front.close()
-        assert front.pool.status()["leases"] == 0
+front_of = pytest.fixture(fronts_of_test)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -32,7 +33,7 @@ from proxy.runtime import criu
 from proxy.runtime.process import launch
 from proxy.runtime.process.engine import ProcessEngine
 from proxy.runtime.process.runtime import ProcessRuntime
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ class Forks:
         self.modules = (module, *needs)
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
 
     def start(
         self,
@@ -58,9 +60,36 @@ class Forks:
         log: int,
         *,
         folder: str = str(ROOT),
+        errors: int | None = None,
         listening: int | None = None,
     ) -> int:
-        """The pid of a program with these arguments; `listening`: a socket that systemd would hand to it."""
+        """The pid of a program with these arguments.
+
+        `log` gets what it prints, `errors`, if given, its standard error; `listening`: a socket that systemd would hand
+        to it.
+        """
+        message = orjson.dumps({"words": [*words], "folder": folder, "environment": {**environment}})
+        descriptors = [log, log if errors is None else errors, *([] if listening is None else [listening])]
+        with self._lock:
+            connection = self._connected()
+            socket.send_fds(connection, [message], descriptors)
+            return int(connection.recv(64))
+
+    def run(
+        self, words: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float = 2 * PATIENCE_S
+    ) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` with its output as text; whatever is still running after `timeout_s` is killed."""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            program = Forked(self.start(words, environment or os.environ, out.fileno(), errors=err.fileno()))
+            try:
+                status = program.wait(timeout_s)
+            finally:
+                program.kill()
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess([*words], status, out.read().decode(), err.read().decode())
+
+    def _connected(self) -> socket.socket:
         if self._socket is None:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             processes.become_subreaper()
@@ -69,9 +98,7 @@ class Forks:
                 cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True, env={**os.environ, "ROOM": _ROOM},
             )  # fmt: skip
             theirs.close()
-        message = orjson.dumps({"words": [*words], "folder": folder, "environment": {**environment}})
-        socket.send_fds(self._socket, [message], [log] if listening is None else [log, listening])
-        return int(self._socket.recv(64))
+        return self._socket
 
     def close(self) -> None:
         """No more of them."""
@@ -82,7 +109,12 @@ class Forks:
 
 
 ENGINES: Final = Forks("loadtest.engine")
-PROXIES: Final = Forks("proxy.cli.main", "proxy.cli.run_server")
+PROXIES: Final = Forks(
+    "proxy.cli.main", "proxy.cli.run_server", "proxy.cli.checkpoint_commands", "proxy.cli.control_commands",
+    "proxy.cli.model_commands", "proxy.cli.pull_commands",
+)  # fmt: skip
+"""`warmpool` with any command."""
+LOADTESTS: Final = Forks("loadtest.commands")
 
 
 class Forked:
@@ -203,9 +235,9 @@ def _become(
     while os.getppid() != test:
         time.sleep(0.001)  # the process between is about to end
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    log, *listening = descriptors
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    out, errors, *listening = descriptors
+    os.dup2(out, 1)
+    os.dup2(errors, 2)
     for descriptor in listening:
         os.dup2(descriptor, _LISTEN_FD)
         environment["LISTEN_PID"] = str(os.getpid())
@@ -262,7 +294,7 @@ def main() -> None:
     os.dup2(null, 0)
     gc.freeze()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 2)
+        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 3)
         if not message:
             return
         _fork(connection, modules[0], orjson.loads(message), descriptors)

@@ -18,9 +18,10 @@ from proxy.server.auth.authorization import Auth
 from proxy.server.tls import Tls
 from proxy.telemetry.metrics import Metrics
 from tests.forked import ForkingRuntime
-from tests.support import ENGINE_PORTS, PATIENCE_S, get_json
+from tests.support import ENGINE_PORTS, PATIENCE_S, engine_model, get_json
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
 
@@ -96,3 +97,19 @@ class Front:
 
     def sample(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def fronts_of_test(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Front]]]:
+    """For a fixture: makes fronts with a model `demo`; engines start when they are first needed."""
+    fronts: list[Front] = []
+
+    async def make(*options: str, server: dict[str, Any] | None = None, **entry: Any) -> Front:
+        front = Front(tmp_path / str(len(fronts)), {"demo": engine_model(*options, **entry)}, **(server or {}))
+        fronts.append(front)
+        await front.open()
+        return front
+
+    yield make
+    for front in fronts:
+        await front.close()
+        assert front.pool.status()["leases"] == 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from proxy.runtime.state_dir import Claim
+from tests.forked import PROXIES
 from tests.podman_bench import engine_table, podman
 from tests.served import Proxy, ServiceManager
-from tests.support import PATIENCE_S, PYTHON, ROOT
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import AsyncIterator
     from pathlib import Path
 
@@ -61,10 +61,7 @@ class Host:
         folder.mkdir(exist_ok=True)
         pool = {"state_dir": str(folder / "state"), **settings["pool"]}
         (folder / "command.toml").write_text(tomli_w.dumps({**settings, "pool": pool}))
-        return subprocess.run(
-            [PYTHON, "-m", "proxy", "checkpoint", *arguments, "-c", str(folder / "command.toml")],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
-        )  # fmt: skip
+        return PROXIES.run(["checkpoint", *arguments, "-c", str(folder / "command.toml")])
 
     def containers(self, *filters: str) -> list[str]:
         """The ids of this host's containers."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
 
 from proxy.config.load import load
+from tests.forked import PROXIES
 from tests.podman_bench import engine_image, tmpfs_folder, why_no_podman
 from tests.served import Proxy
-from tests.support import ENGINE_PORTS, PATIENCE_S, PYTHON, ROOT, why_no_criu
+from tests.support import ENGINE_PORTS, PYTHON, why_no_criu
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -31,14 +32,7 @@ PROCESS = [PYTHON, "-m", "loadtest.engine", "--host", "0.0.0.0", "--port", "8000
 
 
 def warmpool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PYTHON, "-m", "proxy", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_S,
-        check=False,
-    )
+    return PROXIES.run(arguments)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from aiohttp.test_utils import TestServer
 
 from proxy.cli.model_weights import UnknownWeightsError, Weights, weights_of
 from proxy.config.model import ModelSettings
+from tests.forked import PROXIES
 from tests.hub import COMMIT, Hub
-from tests.support import PATIENCE_S, PYTHON, ROOT
+from tests.support import PYTHON
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -119,14 +120,10 @@ def pull(tmp_path: Path, hub: tuple[Hub, str]) -> Pull:
         config.write_text(tomli_w.dumps({"models": {"demo": {"name": REPO, **table}}}))
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WARMPOOL_"))}
         clean |= {"HF_ENDPOINT": hub[1], "HF_HOME": str(tmp_path / "own"), "COLUMNS": "200", **environment}
-        process = await asyncio.create_subprocess_exec(
-            PYTHON, "-m", "proxy", "pull", "demo", "-c", str(config), *options,
-            cwd=ROOT, env=clean, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        async with asyncio.timeout(PATIENCE_S):
-            out, _ = await process.communicate()
-        assert b"Traceback" not in out, out.decode()
-        return process.returncode or 0, out.decode()
+        done = await asyncio.to_thread(PROXIES.run, ["pull", "demo", "-c", str(config), *options], clean)
+        out = done.stdout + done.stderr
+        assert "Traceback" not in out, out
+        return done.returncode, out
 
     return run
 

@@ -121,7 +121,7 @@ async def test_killing_the_engine_mid_stream_breaks_the_answer_and_the_next_requ
 
 
 async def test_sigterm_lets_streams_finish_and_leaves_no_process(serve: Any) -> None:
-    proxy: Proxy = await serve("--tokens-per-second", "20", forked=False)
+    proxy: Proxy = await serve("--tokens-per-second", "20")
     await proxy.ask()
     body = {**ASK, "stream": True, "max_tokens": 30, "ignore_eos": True}
     async with proxy.session.post("/v1/completions", json=body) as response:
@@ -182,7 +182,7 @@ async def test_json_logs_are_objects_without_prompts(serve: Any) -> None:
 
 
 def serve_once(tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
-    proxy = Proxy(tmp_path / "w", settings=settings, forked=False)
+    proxy = Proxy(tmp_path / "w", settings=settings)
     return proxy.process.wait(PATIENCE_S), proxy.log.read_text()
 
 

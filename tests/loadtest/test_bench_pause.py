@@ -6,7 +6,6 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import orjson
-import pytest
 import tomli_w
 
 from tests.support import ENGINE_PORTS, PYTHON, ROOT, engine_model
@@ -38,7 +37,6 @@ def test_two_models_are_needed(tmp_path: Path) -> None:
     assert "two models are needed" in done.stderr
 
 
-@pytest.mark.timeout(110)
 def test_every_part_runs_and_answers_are_the_same(tmp_path: Path, unused_tcp_port: int) -> None:
     done = run(
         tmp_path, "--count", "2", "--many", "3", "--tokens", "120", "--long-tokens", "300", "--streams", "3",

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from loadtest import checkpoint_images, results, serving, trace
 from loadtest.commands import cli
 from proxy.runtime.state_dir import Claim
+from tests.forked import LOADTESTS
 from tests.loadtest.test_results import SAMPLE
 from tests.podman_bench import why_no_podman
 from tests.served import Proxy
@@ -43,10 +44,7 @@ podman = pytest.mark.skipif(why_no_podman() is not None, reason=why_no_podman() 
 
 def loadtest(*arguments: str, status: int = 0, folder: Path | None = None) -> str:
     """What a command prints, its own folders below `folder`; it must end with `status`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loadtest", *arguments], env={**os.environ, "TMPDIR": str(folder or "/tmp")},
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=110,
-    )  # fmt: skip
+    done = LOADTESTS.run(arguments, {**os.environ, "TMPDIR": str(folder or "/tmp")})
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -20,6 +20,7 @@ from proxy.runtime import bounded
 from proxy.telemetry import overdue
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
+from tests.forked import PROXIES
 from tests.served import ASK, Proxy
 from tests.support import PATIENCE_S, PYTHON, ROOT, engine_command, engine_model, processes_with
 
@@ -320,10 +321,7 @@ async def test_force_cuts_a_stream_off_and_the_next_request_gets_another_engine(
             await stream.content.readany()
             async with proxy.session.post("/admin/models/demo/stop", json={}) as answer:
                 assert answer.status == 409
-            command = [PYTHON, "-m", "proxy", "stop", "demo", "--force", "--url", proxy.url]
-            ended = await asyncio.to_thread(
-                subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-            )
+            ended = await asyncio.to_thread(PROXIES.run, ["stop", "demo", "--force", "--url", proxy.url])
             assert ended.stdout == "demo-1: ready -> stopped\n", ended.stderr
             with pytest.raises(aiohttp.ClientError):
                 await stream.read()

@@ -22,12 +22,12 @@ from proxy.pool.pool import Pool
 from proxy.runtime import cuda
 from proxy.runtime.ladder_probes import LadderProbes
 from proxy.runtime.podman.runtime import PodmanRuntime
-from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.runtime.state_dir import Claim
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB, FakeDriver, FakeNvml, gpus_of
+from tests.forked import ForkingRuntime
 from tests.podman_bench import engine_image, model_of, why_no_podman
 from tests.runtime_contract import FACTS
 from tests.support import HttpBench, engine_settings, get_json
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 _ENGINE = "-m\0loadtest.engine\0"
-"""In a command line: an engine, and not the process that forks them."""
+_MARK = f"{processes.MARK}="
 
 
 class EveryEngine(FakeDriver):
@@ -58,7 +58,7 @@ class EveryEngine(FakeDriver):
         super().restore(pid, moves)
 
     def state(self, pid: int) -> int:
-        if pid not in self.states and _ENGINE in _command(pid):
+        if pid not in self.states and _is_engine(pid):
             self.states[pid] = self.dumped
         return super().state(pid)
 
@@ -67,11 +67,12 @@ class EveryEngine(FakeDriver):
         self.dumped = self.states[pid]
 
 
-def _command(pid: int) -> str:
+def _is_engine(pid: int) -> bool:
+    """By its command line, which those that are forked share with what forks them, or by the runtime's mark."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return _ENGINE in Path(f"/proc/{pid}/cmdline").read_text() or _MARK in Path(f"/proc/{pid}/environ").read_text()
     except OSError:
-        return ""
+        return False
 
 
 class Bench(HttpBench):
@@ -100,7 +101,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path, images: Path) ->
         engine_image()
         runtime, model = PodmanRuntime(PodmanRuntimeSettings(), claim=claim, store=store, gpus=gpus), model_of()
     else:
-        runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+        runtime = ForkingRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
         model = engine_settings()
     await runtime.open()
     made = Bench(runtime, driver, nvml, model, store)
@@ -291,7 +292,7 @@ class OneGpu:
         return "580.159.04"
 
     def processes(self) -> dict[int, dict[str, int]]:
-        ours = [p.pid for p in psutil.Process().children(recursive=True) if _ENGINE in _command(p.pid)]
+        ours = [p.pid for p in psutil.Process().children(recursive=True) if _is_engine(p.pid)]
         on_gpu = [pid for pid in ours if self.driver.states.get(pid) != ProcessState.CHECKPOINTED]
         return {pid: {"GPU-1": 60 * GIB} for pid in on_gpu}
 
@@ -304,7 +305,7 @@ async def test_two_models_of_which_one_fits_take_turns_on_the_gpu(tmp_path: Path
     driver = EveryEngine()
     gpus = Gpus(driver=lambda: driver, monitor=lambda: OneGpu(driver))
     claim, store = Claim(tmp_path / "state"), CheckpointStore(tmp_path / "images", 0)
-    runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+    runtime = ForkingRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
     model = engine_settings(gpu_memory="60GiB")
     settings = Settings(models={"a": model, "b": model})
     pool = Pool(settings, {"process": runtime}, Metrics(), gpus=gpus)
@@ -351,7 +352,7 @@ async def test_an_engine_on_two_gpus_is_suspended_and_restored_for_a_trial_first
     driver = EveryEngine()
     gpus = Gpus(driver=lambda: driver, monitor=lambda: TwoGpus(driver))
     claim, store = Claim(tmp_path / "state"), CheckpointStore(images, 0)
-    runtime = ProcessRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
+    runtime = ForkingRuntime(ProcessRuntimeSettings(), claim=claim, store=store, gpus=gpus)
     idle = {"sleeping": "100ms", "suspended": "200ms", "checkpointed": "300ms"}
     settings = Settings(models={"wide": engine_settings(idle=idle)})
     probes = LadderProbes(tmp_path / "probes.json")

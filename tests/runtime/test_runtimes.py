@@ -24,6 +24,7 @@ from proxy.runtime.state_dir import Claim
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fakes import FakeRuntime, model_settings
+from tests.forked import ForkingRuntime
 from tests.runtime_contract import FACTS, Bench, RealFilesContract, RuntimeContract
 from tests.support import (
     PYTHON,
@@ -79,15 +80,20 @@ class FakeBench:
 
 
 class ProcessBench(HttpBench):
-    """The process runtime with load-test engines."""
+    """The process runtime with load-test engines.
+
+    They are forked, which takes a tenth of what Python's start does, unless `forked` is False; other commands are
+    started as ever.
+    """
 
     runtime: ProcessRuntime
 
-    def __init__(self, folder: Path, *, changed: bool = False, **settings: Any) -> None:
+    def __init__(self, folder: Path, *, changed: bool = False, forked: bool = True, **settings: Any) -> None:
         self.folder = folder
         self.claim = Claim(folder / "state")
         self.store = CheckpointStore(folder / "images", 0, folder / "archive")
-        self.runtime = ProcessRuntime(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
+        kind = ForkingRuntime if forked else ProcessRuntime
+        self.runtime = kind(ProcessRuntimeSettings(**settings), claim=self.claim, store=self.store)
         self.model = engine_settings("--max-model-len", "2048" if changed else "4096")
 
     async def crash(self, engine: EngineProcess) -> None:
@@ -408,7 +414,7 @@ class TestProcessRuntime(RealFilesContract, RuntimeContract):
                 f'#!/bin/sh\n[ "$1" = --version ] && echo "Version: {version}" && exit 0\necho no vdso; exit {check}\n'
             )
             criu.chmod(0o755)
-            bench = ProcessBench(tmp_path, criu=str(criu))
+            bench = ProcessBench(tmp_path, forked=False, criu=str(criu))
             await bench.runtime.open()
             missing = bench.runtime.tiers().missing[Tier.CHECKPOINTED]
             assert reason in missing or "root" in missing
@@ -464,7 +470,7 @@ from proxy.config.model import ModelSettings
 from tests.support import processes_with
 from tests.runtime.test_runtimes import ProcessBench
 async def main():
-    bench = ProcessBench(Path({str(tmp_path)!r}))
+    bench = ProcessBench(Path({str(tmp_path)!r}), forked=False)
     await bench.runtime.open()
     engine = await bench.runtime.start("demo-1", "demo", bench.model)
     await bench.healthy(engine)

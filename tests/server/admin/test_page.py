@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from proxy.pool.wake_failure import WakeFailure
 from proxy.server.admin.page import POLICY
 from proxy.tiers import Tier
+from tests.front import Front, fronts_of_test
 from tests.server.admin.test_control_api import NEVER
 from tests.server.test_http import ASK, HELD
 from tests.support import PATIENCE_S, ROOT
@@ -23,18 +25,19 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Browser, Page
 
-    from tests.front import Front
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
+# Playwright is bound to the loop that it was started on, and one chromium is enough.
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH")
 
 
 # --- without a browser ---
 
 
+@on_one_loop
 async def test_the_page_is_one_document_that_loads_nothing(front: Front) -> None:
     async with front.session.get("/admin/") as response:
         assert response.status == 200
@@ -79,9 +82,9 @@ def test_text_can_be_read_in_both_themes() -> None:
 # --- with one ---
 
 
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    """A headless chromium."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Browser]:
+    """A headless chromium, one for all."""
     from playwright.async_api import async_playwright
 
     async with async_playwright() as playwright:
@@ -90,6 +93,17 @@ async def browser() -> AsyncIterator[Browser]:
         )
         yield running
         await running.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def browser(chromium: Browser) -> AsyncIterator[Browser]:
+    """It, with no page of an earlier test."""
+    yield chromium
+    for context in chromium.contexts:
+        await context.close()
+
+
+front_of = pytest_asyncio.fixture(loop_scope="module")(fronts_of_test)
 
 
 class Visit:
@@ -123,13 +137,14 @@ async def visit(browser: Browser, front: Front, **options: Any) -> Visit:
     return opened
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def front(front_of: Any) -> Front:
     made: Front = await front_of(idle=NEVER)
     return made
 
 
 @needs_chromium
+@on_one_loop
 async def test_it_follows_what_happens_and_its_buttons_give_commands(browser: Browser, front: Front) -> None:
     there = await visit(browser, front)
     page = there.page
@@ -156,6 +171,7 @@ async def test_it_follows_what_happens_and_its_buttons_give_commands(browser: Br
 
 
 @needs_chromium
+@on_one_loop
 async def test_a_refusal_is_shown_and_the_box_waits_for_the_stream(browser: Browser, front: Front) -> None:
     await front.post("/v1/completions", ASK)
     there = await visit(browser, front)
@@ -179,6 +195,7 @@ async def test_a_refusal_is_shown_and_the_box_waits_for_the_stream(browser: Brow
 
 
 @needs_chromium
+@on_one_loop
 async def test_the_keyboard_is_enough(browser: Browser, front: Front) -> None:
     there = await visit(browser, front)
     keyboard = there.page.keyboard
@@ -202,6 +219,7 @@ async def test_the_keyboard_is_enough(browser: Browser, front: Front) -> None:
 
 
 @needs_chromium
+@on_one_loop
 async def test_names_are_text_and_the_policy_lets_nothing_else_run(browser: Browser, front_of: Any) -> None:
     name = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     front: Front = await front_of(name=name, aliases=["</script>"], idle=NEVER)
@@ -222,6 +240,7 @@ async def test_names_are_text_and_the_policy_lets_nothing_else_run(browser: Brow
 
 
 @needs_chromium
+@on_one_loop
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_it_fits_every_screen(browser: Browser, front_of: Any, viewport: dict[str, int], scheme: str) -> None:
@@ -244,6 +263,7 @@ async def test_it_fits_every_screen(browser: Browser, front_of: Any, viewport: d
 
 
 @needs_chromium
+@on_one_loop
 async def test_it_asks_for_the_token_until_it_is_the_right_one(browser: Browser, front_of: Any, tmp_path: Path) -> None:
     token = "sesame-" * 6
     (tmp_path / "token").write_text(token)
@@ -263,6 +283,7 @@ async def test_it_asks_for_the_token_until_it_is_the_right_one(browser: Browser,
 
 
 @needs_chromium
+@on_one_loop
 async def test_it_says_when_the_server_is_gone(browser: Browser, front: Front) -> None:
     there = await visit(browser, front)
     front.pool.begin_stop()
@@ -270,6 +291,7 @@ async def test_it_says_when_the_server_is_gone(browser: Browser, front: Front) -
 
 
 @needs_chromium
+@on_one_loop
 async def test_on_a_phone_it_shows_who_asks_the_logs_and_why_an_engine_did_not_start(
     browser: Browser, front_of: Any
 ) -> None:
