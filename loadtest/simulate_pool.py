@@ -22,7 +22,9 @@ from proxy.pool.instance import Event, Instance, State, WakeRecord, pick
 from proxy.pool.model_view import ModelView, Rules, view_of
 from proxy.pool.plan import Pause, Readmit, Retire, StepDown, Unpause, Wake
 from proxy.pool.policy import decide
+from proxy.pool.turns import behind_s, most_unanswered
 from proxy.pool.view import View
+from proxy.pool.wait_queue import WaitQueue
 from proxy.tiers import Tier
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Ask:
     at: float
     prompt_tokens: int
     tokens: int
+    head_start_s: float = 0.0
+    """How much earlier than it came it counts."""
     granted: float = math.inf
     first_token: float = math.inf
 
@@ -101,7 +105,9 @@ class Served:
     max_wait_s: float
     queue_timeout_s: float
     engines: dict[str, _Engine] = field(default_factory=dict)
-    queue: deque[Ask] = field(default_factory=deque)
+    queue: WaitQueue[Ask] = field(default_factory=WaitQueue)
+    late: deque[Ask] = field(default_factory=deque)
+    """The queue in the order in which they came; some have left it since."""
     tally: Tally = field(default_factory=Tally)
     demand: Demand = field(default_factory=Demand)
     max_instances: int = 1
@@ -113,7 +119,7 @@ class Served:
 
     def view(self, *, weighs: bool) -> ModelView:
         """What the policy sees of it; `weighs`: with what it is worth to keep its engine warm."""
-        ladder = self.ladder
+        ladder, first = self.ladder, self.queue.first()
         instances = [view_of(e.instance) for e in self.engines.values()]
         tier = min((i.tier for i in instances), default=Tier.STOPPED)
         colder = max(tier, Tier.SUSPENDED)
@@ -126,7 +132,8 @@ class Served:
             min_ready=0,
             max_concurrency=self.speed.streams,
             waiting=len(self.queue),
-            oldest_wait=self.queue[0].at if self.queue else None,
+            oldest_wait=first.at if first is not None else None,
+            head_start_s=first.head_start_s if first is not None else 0.0,
             max_wait_s=self.max_wait_s,
             wake_s=ladder.wake_s,
             pause_s=ladder.pause_s or 0.0,
@@ -164,6 +171,7 @@ class SimulatedPool:
         """How long each running answer stood still each time."""
         self.decisions = 0
         self._working: set[_Engine] = set()
+        self._dirty: dict[Served, None] = {}
         for model in self.models.values():
             self._accounting.learn(
                 model.key, {"ready": {GPU: model.ready_bytes}, "sleeping": {GPU: model.asleep_bytes}}
@@ -212,13 +220,21 @@ class SimulatedPool:
             model.tally.warm += 1
             self._changed(model)
             return
-        model.queue.append(ask)
+        if self._rules.policy == "turns":
+            model.demand.note_size(ask.prompt_tokens)
+            ask.head_start_s = -behind_s(ask.prompt_tokens, model.demand.usual_size, model.max_wait_s)
+        model.queue.add(ask, ask.at - ask.head_start_s)
+        model.late.append(ask)
         self._watch_queue(model)
         self._changed(model)
         self._decide()
 
     def _grant(self, model: Served, ask: Ask) -> bool:
-        instance = pick((e.instance for e in model.engines.values()), model.speed.streams)
+        instance = pick(
+            (e.instance for e in model.engines.values()),
+            model.speed.streams,
+            most_unanswered=most_unanswered(self.view, model.key),
+        )
         if instance is None:
             return False
         instance.begin_lease()
@@ -232,14 +248,19 @@ class SimulatedPool:
         return True
 
     def _watch_queue(self, model: Served) -> None:
-        if model.queue and not model.is_watched and model.queue_timeout_s < math.inf:
+        while model.late and model.late[0] not in model.queue:
+            model.late.popleft()
+        if model.late and not model.is_watched and model.queue_timeout_s < math.inf:
             model.is_watched = True
-            self._at(model.queue[0].at + model.queue_timeout_s, lambda: self._refuse_late(model))
+            self._at(model.late[0].at + model.queue_timeout_s, lambda: self._refuse_late(model))
 
     def _refuse_late(self, model: Served) -> None:
         refused = model.is_watched = False
-        while model.queue and model.queue[0].at + model.queue_timeout_s <= self.now + 1e-9:
-            ask = model.queue.popleft()
+        while model.late and model.late[0].at + model.queue_timeout_s <= self.now + 1e-9:
+            ask = model.late.popleft()
+            if ask not in model.queue:
+                continue
+            model.queue.discard(ask)
             tally = model.tally
             tally.refused += 1
             tally.ttft_s.append(model.queue_timeout_s)
@@ -252,15 +273,15 @@ class SimulatedPool:
             self._decide()
 
     def _dispatch(self, model: Served) -> None:
-        while model.queue and self._grant(model, model.queue[0]):
-            model.queue.popleft()
+        while (ask := model.queue.first()) is not None and self._grant(model, ask):
+            model.queue.discard(ask)
 
     def leave(self, key: str, ask: Ask) -> None:
         """A client goes before its answer ends; nothing happens where it has had that."""
         model = self.models[key]
         engine = next((e for e in model.engines.values() if ask in e.running), None)
         if ask in model.queue:
-            model.queue.remove(ask)
+            model.queue.discard(ask)
         elif engine is not None:
             self._end_running(engine, ask)
             self._await_engine(model, engine)
@@ -336,9 +357,9 @@ class SimulatedPool:
             del engine.running[ask]
             instance.end_lease(self.now, self.now)
         answered = bool(first) and not instance.unanswered
-        if ended and instance.state is State.READY:
+        if (first or ended) and instance.state is State.READY:
             self._dispatch(model)
-        if ended or answered:
+        if first or ended:
             self._changed(model)
         if answered or (ended and (model.queue or not instance.leases)):
             self._decide()
@@ -347,9 +368,17 @@ class SimulatedPool:
     # --- decisions ---
 
     def _changed(self, model: Served) -> None:
-        if self._accounting.gpus:
-            self._count(model)
-        self.view.put(model.key, model.view(weighs=self._rules.policy == "turns"))
+        """It is looked at again at the next decision."""
+        self._dirty[model] = None
+
+    def _refresh(self) -> None:
+        """Bring the view up to date."""
+        weighs = self._rules.policy == "turns"
+        for model in self._dirty:
+            if self._accounting.gpus:
+                self._count(model)
+            self.view.put(model.key, model.view(weighs=weighs))
+        self._dirty.clear()
 
     def _count(self, model: Served) -> None:
         """Bring what the policy knows of the GPU's memory up to date."""
@@ -374,6 +403,7 @@ class SimulatedPool:
     def _decide(self) -> None:
         """Decide anew, and begin what was decided."""
         self.decisions += 1
+        self._refresh()
         plan = decide(self.view, self.now)
         for action in plan.actions:
             self._begin(action)

@@ -15,6 +15,7 @@ from proxy.pool.lease import Lease
 from proxy.pool.model import client_of, tier_found
 from proxy.pool.model_view import is_failing
 from proxy.pool.state import SERVING_PHASES, Phase
+from proxy.pool.turns import behind_s
 from proxy.pool.wait_queue import Waiter
 from proxy.tiers import Tier
 
@@ -46,12 +47,15 @@ class Admission:
         preferred: str | None = None,
         near: bytes | None = None,
         counts: bool = True,
+        streams: bool = False,
+        size: int = 0,
     ) -> Lease:
         """A hold on a ready instance of the model, once there is one.
 
         On the `preferred` one as long as that holds the engine it had: it is woken, or waited for.
         `near`: what it has in common with others, which should go to the same instance.
-        `counts`: it is a use of the model.
+        `counts`: it is a use of the model. `streams`: its answer comes token by token. `size`: of the request, in
+        bytes; among those who wait, a long one counts as having come later (`turns.behind_s`).
         Joins the wake under way or starts one. Of those who wait, the ones of a higher priority come first, but one
         that waited `priority_head_start` longer comes before them, so that nobody waits for ever. Raises
         ModelNotFoundError, QueueFullError, NoCapacityError (nothing became free in `queue_timeout`), MaxWaitError
@@ -67,6 +71,8 @@ class Admission:
         if counts:
             self._state.note_use(model.key)
         if (lease := self._at_once(model, preferred, near)) is not None:
+            if streams:
+                lease.await_token()
             return lease
         held = holding(model.instances.values(), preferred) if preferred is not None else None
         found = tier_found(model.instances.values() if held is None else [model.instances[held.id]])
@@ -76,11 +82,15 @@ class Admission:
         limit_s = min(model.settings.queue_timeout, math.inf if max_wait_s is None else max_wait_s)
         since = self._state.clock()
         head_start_s = priority * self._state.settings.pool.priority_head_start
-        waiter = Waiter(asyncio.get_running_loop().create_future(), since, found, preferred, near, head_start_s)
+        if self._state.settings.pool.policy == "turns":
+            model.demand.note_size(size)
+            head_start_s -= behind_s(size, model.demand.usual_size, model.max_wait_s)
+        granted = asyncio.get_running_loop().create_future()
+        waiter = Waiter(granted, since, found, preferred, near, head_start_s, streams)
         self._state.waiting += 1
         queue = model.queue  # a reload hands it to the model that takes over
         joins = bool(queue)
-        queue.add(waiter, priority, since - head_start_s)
+        queue.add(waiter, since - head_start_s)
         if preferred is not None:
             model.wanted[preferred] += 1
         try:
@@ -128,7 +138,8 @@ class Admission:
         state = self._state
         if state.waiting and model.queue:
             return None
-        instance = pick(model.instances.values(), model.settings.max_concurrency, preferred, near)
+        most = state.live_view.most_unanswered(model.key) if state.live_view.is_contended else math.inf
+        instance = pick(model.instances.values(), model.settings.max_concurrency, preferred, near, most)
         if instance is None:
             return None
         instance.begin_lease()
@@ -194,12 +205,20 @@ class Admission:
         return max(1.0, self._state.estimate_s(model.key))
 
     def token_came(self, instance: Instance, generation: int) -> None:
-        """A stream has its first token; its engine may have been spared a pause until then."""
+        """A stream has its first token; the next one may go to the engine, which was spared a pause until then."""
         if instance.generation != generation:
             return
         instance.token_came()
-        if instance.can_pause and not instance.unanswered and self._state.live_view.is_contended:
-            self._effects.tick_soon()
+        if not instance.can_pause or not self._state.live_view.is_contended:
+            return
+        model = self._state.models.get(instance.model)
+        if model is not None and model.queue and instance.state is _READY:
+            self.dispatch(model)
+        if not instance.unanswered:
+            if instance.state is State.RETIRING:
+                self._effects.tick()
+            else:
+                self._effects.tick_soon()
 
     def lease_charged(self, instance: Instance, generation: int, key: str) -> None:
         """The time on the GPU of a lease is that of a key."""
@@ -250,9 +269,10 @@ class Admission:
         if not model.queue:
             return
         done: list[Waiter] = []
+        concurrency, most = model.settings.max_concurrency, self._state.live_view.most_unanswered(model.key)
         for waiter in model.queue:
             if not waiter.granted.done():
-                instance = pick(model.instances.values(), model.settings.max_concurrency, waiter.preferred, waiter.near)
+                instance = pick(model.instances.values(), concurrency, waiter.preferred, waiter.near, most)
                 if instance is None and waiter.preferred is None:
                     break
                 if instance is None:
@@ -271,7 +291,10 @@ class Admission:
         queue_s = max(0.0, waited_s - wake.seconds) if wake is not None else waited_s
         instance.begin_lease()
         self._state.open_leases += 1
-        waiter.granted.set_result(Lease(self, instance, waiter.found, queue_s, wake))
+        lease = Lease(self, instance, waiter.found, queue_s, wake)
+        if waiter.streams:
+            lease.await_token()
+        waiter.granted.set_result(lease)
 
     async def examine(self, instance: Instance, generation: int) -> None:
         """Look at an engine that failed a request, and give it up if it does not serve."""

@@ -150,7 +150,7 @@ class Commands:
         busy = [f"{s.id} is answering {s.leases}" for s in moving if s.leases]
         if busy:
             raise ConflictError(f'{"; ".join(busy)} requests. With "when_busy": "wait" it goes after the last.')
-        if waiting := sum(not w.granted.done() for w in model.queue.members()):
+        if waiting := sum(not w.granted.done() for w in model.queue):
             raise ConflictError(
                 f'{waiting} requests wait for {model.served_name!r} and would wake it again. With "when_busy": "wait" '
                 f"it goes after them."

@@ -21,7 +21,7 @@ from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from proxy.engine.client import EngineClient
     from proxy.pool.command import Command
@@ -648,30 +648,39 @@ WITH_ENGINE: Final = frozenset(
 
 
 def pick(
-    instances: Iterable[Instance], max_concurrency: int, preferred: str | None = None, near: bytes | None = None
+    instances: Iterable[Instance],
+    max_concurrency: int,
+    preferred: str | None = None,
+    near: bytes | None = None,
+    most_unanswered: float = math.inf,
 ) -> Instance | None:
     """The ready instance with room for one more request, that with the fewest; or None.
 
     Where there is a `preferred` one that holds its engine, it is that or none: it is worth waiting for. `near`: what a
     request has in common with others, which go to the same instance as long as that has not twice as many as another.
+    `most_unanswered`: one that can be paused has room only below so many streams without a token.
     """
     held = holding(instances, preferred) if preferred is not None else None
     if near is not None and held is None:
-        return _nearest(instances, max_concurrency, near)
+        return _nearest([i for i in instances if _takes(i, max_concurrency, most_unanswered)], near)
     best = None
     for instance in instances if held is None else [held]:
-        if (
-            instance.state is _READY
-            and instance.leases < max_concurrency
-            and (best is None or instance.leases < best.leases)
-        ):
+        if (best is None or instance.leases < best.leases) and _takes(instance, max_concurrency, most_unanswered):
             best = instance
     return best
 
 
-def _nearest(instances: Iterable[Instance], max_concurrency: int, near: bytes) -> Instance | None:
+def _takes(instance: Instance, max_concurrency: int, most_unanswered: float) -> bool:
+    """Whether one more request may go to an instance."""
+    return (
+        instance.state is _READY
+        and instance.leases < max_concurrency
+        and (instance.unanswered < most_unanswered or not instance.can_pause)
+    )
+
+
+def _nearest(ready: Sequence[Instance], near: bytes) -> Instance | None:
     """By rendezvous hashing (Thaler and Ravishankar): who else comes or goes moves few of them."""
-    ready = [i for i in instances if i.state is State.READY and i.leases < max_concurrency]
     if len(ready) < 2:
         return ready[0] if ready else None
     most = 2 * (min(i.leases for i in ready) + 1)

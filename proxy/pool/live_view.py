@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from proxy.pool import turns
 from proxy.pool.gpu_accounting import HOST, GpuLoad
 from proxy.pool.memory_accounting import ImageHeld
 from proxy.pool.view import View
@@ -49,6 +50,10 @@ class LiveView:
     def is_contended(self) -> bool:
         """Whether somebody waited for an engine, or stood still, at the last decision."""
         return len(self._view.needy) > 0
+
+    def most_unanswered(self, key: str) -> float:
+        """How many streams without a token one instance of a model may have, as of the last decision."""
+        return turns.most_unanswered(self._view, key)
 
     def refreshed(self, rules: Rules) -> View:
         """The view as of now."""

@@ -71,7 +71,7 @@ class Model(Observed):
     image: Image = field(default_factory=Image)
     """The golden checkpoint, where the runtime shares images."""
     queue: WaitQueue[Waiter] = field(default_factory=WaitQueue)
-    """In classes of priority; ranked by when they came, less the head start of their class."""
+    """Ranked by when they came, less the head start of their priority; later for their length."""
     wanted: Counter[str] = field(default_factory=Counter)
     """Instance → how many of those who wait would have it rather than another."""
     failed_wakes: int = 0
@@ -117,12 +117,17 @@ class Model(Observed):
     def timetable(self) -> Mapping[Tier, float]:
         return self.settings.idle.timetable()
 
+    @property
+    def max_wait_s(self) -> float:
+        """How long a request for it should wait at most for its turn."""
+        return min(self.settings.max_wait, self.settings.queue_timeout)
+
     def view(self) -> ModelView:
         first = self.queue.first()
         # Some may have been cancelled in this moment; among many they make no difference.
         many = len(self.queue) > _COUNTED
         from_tier = max(Tier.SUSPENDED, best_tier(self.instances.values()))
-        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue.members())
+        waiting = len(self.queue) if many else sum(not w.granted.done() for w in self.queue)
         return ModelView(
             key=self.key,
             instances=[view_of(i) for i in self.instances.values()],
@@ -141,7 +146,7 @@ class Model(Observed):
             grown=frozenset(i for i, s in self.instances.items() if s.renewable and self.gpu_accounting.grown(s)),
             wanted={i: n for i, n in self.wanted.items() if n and holding(self.instances.values(), i)},
             head_start_s=first.head_start_s if first is not None else 0.0,
-            max_wait_s=min(self.settings.max_wait, self.settings.queue_timeout),
+            max_wait_s=self.max_wait_s,
             evictable=self.evictable,
             wake_s=self.costs.by_tier(self.key),
             pause_s=self.costs.pause_s(self.key),

@@ -20,6 +20,9 @@ STANDING_STILL: Final = frozenset({State.PAUSING, State.PAUSED, State.UNPAUSING}
 _OF_USE: Final = frozenset({*RESTING, *DESCENDING, *STANDING_STILL, State.RETIRING, State.WAKING}) - {State.NEW}
 """The states in which an instance answers requests, or can be brought to do so."""
 
+_AHEAD: Final = 1 / 6
+_MOST_AHEAD: Final = 0.5
+
 PolicyName: TypeAlias = Literal["turns", "fifo", "lru"]
 
 
@@ -151,6 +154,22 @@ class ModelView:
         begun += [i.paused_since or 0.0 for i in self.paused if i.leases]
         return min(begun, default=None)
 
+    @property
+    def latest(self) -> float:
+        """When it should be served at the latest: who comes first here is served first.
+
+        Many who wait bring it forward, by half the bound at most: one switch is for all of them.
+        """
+        at = (self.since or 0.0) - self.head_start_s
+        if self.max_wait_s == math.inf:
+            return at
+        return at + self.max_wait_s * (1 - min(_MOST_AHEAD, _AHEAD * math.log1p(self.waiting)))
+
+    @property
+    def is_up(self) -> bool:
+        """Whether an instance takes requests."""
+        return any(i.state is State.READY for i in self.instances)
+
 
 def kept_ready(model: ModelView) -> int:
     return 0 if model.draining else model.min_ready
@@ -202,7 +221,11 @@ def wakes_wanted(model: ModelView, now: float) -> int:
         for i in model.instances
     )
     up = sum(i.state is State.READY and not recyclable(i, model, now) for i in model.instances)
-    for_any = max(0, model.waiting - sum(model.wanted.values()))
+    # Those with streams that have got no token yet may have room, but take no more for a moment.
+    held_back = sum(
+        model.max_concurrency - i.leases for i in model.instances if i.state is State.READY and i.unanswered
+    )
+    for_any = max(0, model.waiting - sum(model.wanted.values()) - held_back)
     for_queue = math.ceil(for_any / model.max_concurrency) - coming
     for_minimum = kept_ready(model) - coming - up if now >= model.restock_at else 0
     in_person = sum(i.id in model.wanted for i in _wakeable(model))

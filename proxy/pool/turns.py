@@ -29,8 +29,34 @@ _STREAMS: Final = 25
 """So many running requests double a turn: a batch serves them at little more than the price of one."""
 _MOST_OF_WAIT: Final = 0.25
 """A turn is no longer than this part of the time that somebody may wait."""
-_PATIENCE: Final = 0.5
-"""For this part of that time a turn goes on for streams that have got no token yet: their prompts are being read."""
+_WHILE_ASKED: Final = 0.5
+"""For this part of that time a turn goes on while its own model has requests without a token: it is there already."""
+_PATIENCE: Final = 0.1
+"""For this part of that time one whose turn is over reads the prompts that it has."""
+_AT_ONCE: Final = 8
+"""So many streams without a token keep an engine busy: it reads prompts a few thousand tokens at a time."""
+_BEHIND: Final = 1 / 3
+_LONG: Final = 4
+
+
+def most_unanswered(view: View, key: str) -> float:
+    """How many streams without a token an instance may have at once, so that its next one goes to it.
+
+    While others wait for a place, a prompt that the engine could not read before its turn ends waits here instead:
+    here the shorter ones come first, and its bound is known.
+    """
+    return _AT_ONCE if view.rules.policy == "turns" and view.others_starve(key) else math.inf
+
+
+def behind_s(size: float, usual: float, max_wait_s: float) -> float:
+    """How much later than it came a request counts among others of its model, for its length.
+
+    Up to a third of the bound, which one has that is four times as long as usual: so that many short ones do not wait
+    for a few long ones, which are served in time all the same.
+    """
+    if usual <= 0 or max_wait_s == math.inf:
+        return 0.0
+    return _BEHIND * max_wait_s * min(1.0, size / usual / _LONG)
 
 
 def turn_s(
@@ -58,7 +84,8 @@ def turn_ends(
     least = begun + rules.quantum_s
     if instance.can_pause:
         own_s = min(turn_s(rules, instance, model, needy, candidate), needy.max_wait_s * _MOST_OF_WAIT)
-        return max(least, begun + own_s, begun + needy.max_wait_s * _PATIENCE if instance.unanswered else -math.inf)
+        asked = instance.unanswered or (model.waiting and instance.state is State.READY)
+        return max(least, begun + own_s, begun + needy.max_wait_s * _WHILE_ASKED if asked else -math.inf)
     slack_s = needy.max_wait_s - bring_back_s(candidate, needy)
     bound = since + slack_s if slack_s > 0 else math.inf  # else it is broken anyway, as by a cold start
     return max(least, min(bound, since + rules.switch_after_s))
@@ -96,6 +123,8 @@ def ask_for_room(
             if due < math.inf:
                 draft.plan.not_later_than(due)
             break
+        if _reads_on(view.rules, instance, due + needy.max_wait_s * _PATIENCE, now, draft):
+            break
         chosen.append(instance)
         missing = gpu_accounting.beyond(missing, held)
         if not missing:
@@ -106,6 +135,17 @@ def ask_for_room(
         Pause(i) if pauses and i.can_pause else Retire(i) for i in chosen if pauses or i.state is not State.RETIRING
     )
     return bool(chosen)
+
+
+def _reads_on(rules: Rules, instance: InstanceView, until: float, now: float, draft: Draft) -> bool:
+    """Whether one whose turn is over is closed first, and paused when it has read the prompts that it has."""
+    if rules.policy != "turns" or not instance.can_pause or not instance.unanswered or now >= until:
+        return False
+    draft.used.add(instance.id)
+    draft.plan.not_later_than(until)
+    if instance.state is not State.RETIRING:
+        draft.plan.actions.append(Retire(instance))
+    return True
 
 
 def _busy(view: View, needy: ModelView, candidate: InstanceView | None) -> Iterator[tuple[InstanceView, ModelView]]:

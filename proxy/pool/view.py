@@ -177,6 +177,11 @@ class View:
         """The models of a key; while one replaces another there are two."""
         return list(self._by_key.get(key, {}).values())
 
+    def others_starve(self, key: str) -> bool:
+        """Whether somebody waits for another model that has no instance up."""
+        # Not many are up, and so not many are passed over.
+        return any(not m.is_up and m.key != key for m in (entry[-1] for entry in self.needy))
+
     def use(self, rules: Rules, gpus: GpuLoad) -> None:
         """Take over other rules, or another account of memory."""
         self.rules, self.gpus = rules, gpus
@@ -226,9 +231,7 @@ class View:
         self.waiting_models += bool(model.waiting)
         since = model.since
         if model.waiting or since is not None:
-            at = since or 0.0
-            latest = at - model.head_start_s + (model.max_wait_s if model.max_wait_s < math.inf else 0.0)
-            self._enter(known, self.needy, latest, at)
+            self._enter(known, self.needy, model.latest, since or 0.0)
             if model.start_at > -math.inf:
                 self._enter(known, self.due, model.start_at, 0)
         elif wakes_wanted(model, math.inf) > 0:

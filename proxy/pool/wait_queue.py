@@ -1,12 +1,10 @@
-"""The queue of those who wait, by class: the next one is found, and anybody leaves, without looking at the others."""
+"""The queue of those who wait, by rank: the next one is found, and anybody leaves, without looking at the others."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -20,53 +18,54 @@ T = TypeVar("T")
 
 
 class WaitQueue(Generic[T]):
-    """Everybody once, with a rank; the lowest rank is next. Within a class ranks must come in ascending order."""
+    """Everybody once, with a rank; the lowest rank is next, and of equal ones who came first."""
 
-    __slots__ = ("_classes", "_count", "on_count")
+    __slots__ = ("_entries", "_ranks", "_serial", "on_count")
 
     def __init__(self) -> None:
-        self._classes: dict[int, OrderedDict[T, float]] = {}
-        self._count = 0
+        self._entries: list[tuple[float, int, T]] = []
+        self._ranks: dict[T, tuple[float, int]] = {}
+        self._serial = itertools.count()
         self.on_count: Callable[[int], object] | None = None
         """Called with how many more there are."""
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._entries)
 
     def _counted(self, more: int) -> None:
-        self._count += more
         if more and self.on_count is not None:
             self.on_count(more)
 
+    def __contains__(self, member: T) -> bool:
+        return member in self._ranks
+
     def __iter__(self) -> Iterator[T]:
         """In order; nobody may come or leave meanwhile."""
-        members = [members.items() for members in self._classes.values()]
-        return (member for member, _ in heapq.merge(*members, key=itemgetter(1)))
+        return (member for _, _, member in self._entries)
 
-    def members(self) -> Iterator[T]:
-        """In any order, which is quicker; nobody may come or leave meanwhile."""
-        return itertools.chain.from_iterable(self._classes.values())
-
-    def add(self, member: T, class_: int, rank: float) -> None:
-        """At the end of its class."""
-        self._classes.setdefault(class_, OrderedDict())[member] = rank
+    def add(self, member: T, rank: float) -> None:
+        """It must not be there yet."""
+        place = self._ranks[member] = rank, next(self._serial)
+        insort(self._entries, (*place, member))
         self._counted(1)
 
     def first(self) -> T | None:
         """Who is next; None when nobody waits."""
-        heads = [next(iter(members.items())) for members in self._classes.values() if members]
-        return min(heads, key=lambda head: head[1])[0] if heads else None
+        return self._entries[0][2] if self._entries else None
 
     def discard(self, member: T) -> None:
         """It waits no more; it may be gone already."""
-        for members in self._classes.values():
-            if members.pop(member, None) is not None:
-                self._counted(-1)
+        place = self._ranks.pop(member, None)
+        if place is not None:
+            del self._entries[bisect_left(self._entries, place)]
+            self._counted(-1)
 
     def clear(self) -> None:
         """Nobody waits."""
-        self._classes.clear()
-        self._counted(-self._count)
+        count = len(self)
+        self._entries.clear()
+        self._ranks.clear()
+        self._counted(-count)
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +81,9 @@ class Waiter:
     near: bytes | None = None
     """What it has in common with others; see `instance.pick`."""
     head_start_s: float = 0.0
-    """How much earlier than it came it counts, for its priority."""
+    """How much earlier than it came it counts, for its priority; later for its length."""
+    streams: bool = False
+    """Its answer comes token by token."""
 
     def hand_on(self) -> None:
         """Give back a lease that was granted in the moment it was cancelled."""

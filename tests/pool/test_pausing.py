@@ -53,6 +53,45 @@ async def test_a_busy_instance_stands_still_for_another_model_and_goes_on() -> N
     await rig.pool.close()
 
 
+async def test_while_another_model_waits_streams_go_to_the_engine_as_it_answers_the_short_ones_first() -> None:
+    rig, running, waiting = await two_that_take_turns()
+    sizes = [9000, *range(100, 1000, 100), 50]
+    tasks = [asyncio.create_task(rig.pool.lease("a", streams=True, size=size)) for size in sizes]
+    await settle()
+    assert [task.done() for task in tasks] == [True] * 8 + [False] * 3, "it has enough to read"
+    tasks[0].result().token_came()
+    await settle()
+    assert tasks[10].done(), "the shortest"
+    for task in tasks[1:8]:
+        task.result().token_came()
+    await settle()
+    assert all(task.done() for task in tasks)
+    for lease in (running, *(task.result() for task in tasks)):
+        lease.release()
+    (await asyncio.wait_for(waiting, 5)).release()
+    await rig.pool.close()
+
+
+async def test_one_whose_turn_is_over_reads_its_prompts_before_it_stands_still() -> None:
+    rig, running, waiting = await two_that_take_turns()
+    lease = await rig.pool.lease("a", streams=True)
+    await rig.pass_time(40)
+    assert rig.states()["a-1"] == "paused", "though the engine gave it no token"
+    (await waiting).release()
+    await rig.pass_time(1)
+    assert rig.states()["a-1"] == "ready"
+    again = asyncio.create_task(rig.pool.lease("b"))
+    await rig.pass_time(31)
+    assert rig.states()["a-1"] == "retiring"
+    lease.token_came()
+    await rig.until(a_1="paused")
+    (await again).release()
+    await rig.pass_time(1)
+    lease.release()
+    running.release()
+    await rig.pool.close()
+
+
 async def test_an_engine_without_the_capability_is_never_paused() -> None:
     rig = Rig(dict.fromkeys("ab", ENTRY), max_awake=1, quantum="1s")
     await rig.pool.open()

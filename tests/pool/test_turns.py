@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from proxy.pool.instance import State
 from proxy.pool.model_view import InstanceView, ModelView, PolicyName, Rules
 from proxy.pool.plan import Pause, Plan, Readmit, Retire, StepDown, Unpause, Wake
 from proxy.pool.policy import decide
+from proxy.pool.turns import behind_s, most_unanswered
 from proxy.pool.view import View
 from proxy.tiers import Tier
 
@@ -55,11 +57,48 @@ def test_a_turn_grows_with_requests_and_with_what_the_switch_takes() -> None:
     assert plan(model(crowd), waiting("b", 0.2), now=0.5).deadline == pytest.approx(15.0), "a quarter of max_wait"
 
 
-def test_a_turn_goes_on_for_streams_without_a_token_but_not_for_ever() -> None:
+def test_a_turn_goes_on_for_streams_without_a_token_then_it_is_closed_and_reads_what_it_has() -> None:
     busy = instance("a", leases=2, unanswered=1)
-    models = model(busy), waiting("b", 0.2)
-    assert plan(*models, now=29.0).actions == []
-    assert plan(*models, now=30.0).actions == [Pause(busy)]
+    needy = waiting("b", 0.2)
+    assert plan(model(busy), needy, now=29.0).actions == []
+    assert plan(model(busy), needy, now=30.0) == Plan([Retire(busy)], 36.0)
+    retired = instance("a", State.RETIRING, leases=2, unanswered=1)
+    assert plan(model(retired), needy, now=31.0) == Plan([], 36.0)
+    assert plan(model(retired), needy, now=36.0).actions == [Pause(retired)], "but not for ever"
+    answered = instance("a", State.RETIRING, leases=2)
+    assert plan(model(answered), needy, now=31.0).actions == [Pause(answered)]
+
+
+def test_a_turn_goes_on_while_its_own_model_is_waited_for() -> None:
+    busy = instance("a", leases=1)
+    asked = model(busy, waiting=3, oldest_wait=0.5)
+    assert plan(asked, waiting("b", 0.2), now=29.0).actions == []
+    assert plan(asked, waiting("b", 0.2), now=30.0).actions == [Pause(busy)]
+
+
+def test_no_more_prompts_go_to_an_engine_than_it_can_read_while_others_starve() -> None:
+    busy, other = model(instance("a", leases=1)), instance("b")
+    starving, served = waiting("b", 0.2), model(other, waiting=1, oldest_wait=0.2)
+    rules = Rules("turns", 1)
+    assert most_unanswered(View([busy, starving], rules=rules), "a") == 8
+    assert most_unanswered(View([busy, starving], rules=rules), "b") == math.inf
+    assert most_unanswered(View([busy, served], rules=rules), "a") == math.inf, "it is up already"
+    assert most_unanswered(View([busy, starving], rules=Rules("fifo", 1)), "a") == math.inf
+
+
+def test_those_who_are_held_back_for_a_moment_need_no_further_instance() -> None:
+    held_back, full = instance("a", leases=20, unanswered=8), instance("a", leases=256, unanswered=8)
+    found = [
+        plan(replace(waiting("a", 0.0), instances=[one], max_instances=2), now=1.0, places=0).actions
+        for one in (held_back, full)
+    ]
+    assert found == [[], [Wake("a", None)]]
+
+
+def test_a_long_request_counts_as_having_come_later_by_a_third_of_the_bound_at_most() -> None:
+    assert behind_s(100, 100, 60.0) == pytest.approx(5.0)
+    assert behind_s(400, 100, 60.0) == behind_s(1e9, 100, 60.0) == pytest.approx(20.0)
+    assert behind_s(100, 0, 60.0) == behind_s(100, 100, math.inf) == 0.0
 
 
 def test_one_that_cannot_be_paused_retires_after_switch_after_or_before_a_bound_is_broken() -> None:
@@ -104,6 +143,14 @@ def test_whose_bound_comes_first_is_next() -> None:
     assert [a.model for a in plan(free, urgent, first, now=3.0).actions if isinstance(a, Wake)] == ["b"]
     preferred = waiting("b", 2.0, head_start_s=60.0)
     assert [a.model for a in plan(free, preferred, first, now=3.0).actions if isinstance(a, Wake)] == ["b"]
+
+
+def test_many_who_wait_come_before_one_by_half_the_bound_at_most() -> None:
+    free = model(instance("x", State.SLEEPING))
+    one, many = waiting("a", 1.0), model(instance("b", State.CHECKPOINTED), waiting=1000, oldest_wait=20.0)
+    assert [a.model for a in plan(free, one, many, now=21.0).actions if isinstance(a, Wake)] == ["b"]
+    later = model(instance("b", State.CHECKPOINTED), waiting=1000, oldest_wait=31.0)
+    assert [a.model for a in plan(free, one, later, now=32.0).actions if isinstance(a, Wake)] == ["a"]
 
 
 def test_the_idle_one_that_would_be_missed_least_makes_room() -> None:

@@ -292,6 +292,8 @@ class RequestCycle:
             max_wait_s=self.head.max_wait_s,
             preferred=address.instance,
             near=address.near,
+            streams=address.streams,
+            size=len(address.body),
         )
         self.waited_s = time.perf_counter() - self.began
         self._hold(lease)
