@@ -20,6 +20,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +28,7 @@ from aiohttp import web
 
 from loadtest.engine_apis import Messages, Responses
 from loadtest.engine_audio import Audio
-from loadtest.engine_completions import Completions, Writer
+from loadtest.engine_completions import PROMPT_BUCKETS, Completions, Writer
 from loadtest.engine_frontend import Frontend
 from loadtest.engine_pooling import Pooling
 from loadtest.engine_weights import Worker
@@ -62,6 +63,8 @@ class Counters:
     loads: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prompts_up_to: list[int] = field(default_factory=lambda: [0] * (len(PROMPT_BUCKETS) + 1))
+    """How many prompts of so many tokens, up to each bound and above the one before, and above all."""
     last_request_id: str | None = None
     last_socket: dict[str, Any] | None = None
     last_traceparent: str | None = None
@@ -197,12 +200,18 @@ class Engine:
         for name, kind, value in (
             ("vllm:num_requests_running", "gauge", c.running),
             ("vllm:num_requests_waiting", "gauge", c.waiting),
+            ("vllm:kv_cache_usage_perc", "gauge", c.running / self.options.max_num_seqs),
             ("vllm:request_success_total", "counter", c.served),
             ("vllm:prompt_tokens_total", "counter", c.prompt_tokens),
             ("vllm:generation_tokens_total", "counter", c.generation_tokens),
             ("loadtest:requests_aborted_total", "counter", c.aborted),
         ):
             lines += [f"# TYPE {name} {kind}", f"{name}{label} {value}"]
+        name = "vllm:request_prompt_tokens"
+        lines.append(f"# TYPE {name} histogram")
+        for bound, count in zip((*PROMPT_BUCKETS, "+Inf"), accumulate(c.prompts_up_to), strict=True):
+            lines.append(f'{name}_bucket{{le="{bound}",model_name="{self.models[0]}"}} {count}')
+        lines += [f"{name}_sum{label} {c.prompt_tokens}", f"{name}_count{label} {sum(c.prompts_up_to)}"]
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
     async def version(self, _: web.Request) -> web.StreamResponse:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 import uuid
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,8 @@ FAULTS: Final = (
     "refuse", "hang", "hang_engine", "hang_mid_stream", "hold_mid_stream", "die_mid_stream", "garbage_http",
     "garbage_json", "error", "fail_resume",
 )  # fmt: skip
+
+PROMPT_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 NOT_OF_REQUESTS: Final = frozenset({"fail_resume"})
 
@@ -173,7 +176,9 @@ class Writer:
                 first += loop.time() - began
                 if not self.engine.cache_valid:
                     raise RuntimeError("what this request relies on was lost in a pause")
-            self.counters.prompt_tokens += job.prompt_tokens if i == 0 else 0
+            if i == 0:
+                self.counters.prompt_tokens += job.prompt_tokens
+                self.counters.prompts_up_to[bisect_left(PROMPT_BUCKETS, job.prompt_tokens)] += 1
             self.counters.generation_tokens += sum(i < len(tokens) for tokens, _ in job.choices)
             yield i
 

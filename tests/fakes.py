@@ -454,6 +454,10 @@ class FakeEngine:
         process = self.runtime.processes.get(self.engine.instance_id)
         return process is not None and process.healthy and process.listens and not process.frozen
 
+    async def metrics(self, most_bytes: int) -> bytes | None:
+        self._process("metrics")
+        return None
+
     async def loads(self, path: str) -> bool:
         process = self.runtime.processes.get(self.engine.instance_id)
         return process is None or not process.listens

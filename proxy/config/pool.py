@@ -62,6 +62,11 @@ class PoolSettings(Section):
         description="How much more GPU memory an engine may hold than when it was started or restored. One that holds "
         "more and has a checkpoint ends when it is idle, and is restored from it; 0 is any amount.",
     )
+    engine_metrics: list[Annotated[str, Field(pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,99}$")]] = Field(
+        default=["vllm:"],
+        description="What engines' own metrics are called that /metrics passes on: the beginnings of their names. Only "
+        "engines that are awake are asked. [] asks none.",
+    )
     engine_log_size: Memory = Field(
         default=ByteSize(64 << 20),
         ge=64 << 10,

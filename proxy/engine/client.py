@@ -204,6 +204,24 @@ class EngineClient:
         found = _PROGRESS.findall(body) if status == 200 else []
         return {name.decode(): value.decode() for name, value in found if b"abort" not in name}
 
+    async def metrics(self, most_bytes: int) -> bytes | None:
+        """Its own metrics (`/metrics`), so much of it; None where it has none. Bounded by the caller."""
+        try:
+            async with self._connected().get(self.base_url + "/metrics") as response:
+                self._check_key("metrics", "GET /metrics", response.status)
+                if response.status == 404:
+                    return None
+                if response.status != 200:
+                    raise EngineError("metrics", f"GET /metrics answered {response.status}")
+                body = bytearray()
+                async for piece in response.content.iter_any():
+                    body += piece[: most_bytes - len(body)]
+                    if len(body) >= most_bytes:
+                        break
+                return bytes(body)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise EngineError("metrics", f"GET /metrics: {str(error) or type(error).__name__}") from error
+
     @property
     def silent_s(self) -> float:
         """For how long no client has got a byte, though at least one waits for some."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Effects(Protocol):
-    """Synchronous, all of it: what takes time is begun as a task of the pool's."""
+    """Synchronous but for `last_look`: what takes time is begun as a task of the pool's."""
 
     def tick(self) -> None:
         """Decide anew and start what was decided."""
@@ -39,6 +39,12 @@ class Effects(Protocol):
 
     def note_moved(self) -> None:
         """Something moved: memory is to be looked at."""
+
+    async def last_look(self, model: Model, instance: Instance) -> None:
+        """Ask an engine that is about to step down for its own metrics."""
+
+    def image_written(self, model: Model, instance: Instance) -> None:
+        """It has a new image."""
 
     def ended(self, model: Model, instance: Instance, watcher: asyncio.Task[str]) -> None:
         """The watcher of an engine says that it has ended."""

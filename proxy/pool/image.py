@@ -12,6 +12,8 @@ from proxy.pool.observed import Observed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from proxy.telemetry.engine_metrics import Series
+
 
 class Place(enum.Enum):
     """Where an image is."""
@@ -39,6 +41,8 @@ class Image(Observed):
     """Held by whoever writes the copy of the weights."""
     verification: asyncio.Task[None] | None = None
     """Its files are read after a restore that failed."""
+    counted: dict[Series, float] | None = None
+    """What an engine that is restored from it has counted in its own metrics, as far as that is known."""
     on_change: Callable[[], object] | None = None
 
     @property
@@ -53,7 +57,7 @@ class Image(Observed):
 
     def written(self, sleep_level: int, canary: str | None) -> None:
         """A new one is on tmpfs."""
-        self.place, self.failures = Place.TMPFS, 0
+        self.place, self.failures, self.counted = Place.TMPFS, 0, None
         self.sleep_level, self.canary, self.canary_checked = sleep_level, canary, False
 
     def restored(self) -> None:

@@ -8,6 +8,7 @@ instance: the others call its methods, which say what happened.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -186,6 +187,7 @@ AWAKE: Final = frozenset(
 _ON_GPU: Final = frozenset({State.WAKING, State.READY, State.RETIRING, State.PAUSING, State.UNPAUSING})
 _LEAVING_GPU: Final = frozenset({State.FALLING_ASLEEP, State.SUSPENDING, State.CHECKPOINTING})
 """For `GpuTime`: it has the GPU; it has it if it had it before, as one that sleeps has not."""
+_RUNS: Final = itertools.count(1)
 
 
 @dataclass(slots=True, frozen=True)
@@ -223,6 +225,7 @@ class Instance(Observed):
         "engine",
         "evicted",
         "failed_steps",
+        "from_image",
         "generation",
         "gpu_time",
         "id",
@@ -239,6 +242,7 @@ class Instance(Observed):
         "pausable",
         "paused_since",
         "postponed",
+        "run",
         "sleep_level",
         "state",
         "task",
@@ -294,6 +298,11 @@ class Instance(Observed):
         """When its requests were made to stand still, while they are."""
         self.on_hold = False
         """An operator had it paused: it goes on when he says so, and not before."""
+
+        self.run = next(_RUNS)
+        """Another number, of all instances, whenever its engine is another one: started, or restored."""
+        self.from_image = False
+        """Its engine was restored."""
 
         # What the transitions work with.
         self.image = Image() if image is None else image
@@ -418,6 +427,7 @@ class Instance(Observed):
 
     def started(self) -> None:
         """Its engine was started from nothing: what the one before could not do is not known of this one."""
+        self.run, self.from_image = next(_RUNS), False
         self.sleep_level = 0
         self.pausable = self.can_pause = False
         self.barred.clear()
@@ -470,6 +480,7 @@ class Instance(Observed):
 
     def restored(self, *, copies_weights: bool) -> None:
         """Its engine came from its image, and has still to prove itself."""
+        self.run, self.from_image = next(_RUNS), True
         self.canary, self.unproven = self.image.canary, True
         # Whether the copy fits, the engine finds out when it wakes.
         self.weights_copy = "good" if copies_weights else "none"

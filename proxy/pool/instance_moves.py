@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.config.values import format_size
 from proxy.errors import NoMemoryError, RuntimeFailure
 from proxy.pool import gpu_accounting
+from proxy.pool.engine_scrape import EngineScrape
 from proxy.pool.gpu_monitor import GpuMonitor
 from proxy.pool.image_faults import ImageFaults
 from proxy.pool.instance import MOVING, TRANSITIONS, Event, Instance, State
@@ -67,6 +68,8 @@ class Moves:
         self.measure_once, self.quarantine = self.gpus.measure_once, self.faults.quarantine
         self.has_room = self.gpus.has_room
         self.steps = Steps(self)
+        self.engine_scrape = EngineScrape(state)
+        self.last_look, self.image_written = self.engine_scrape.last_look, self.engine_scrape.image_written
         self.downs = SteppingDown(state, self, self.steps, self.faults)
         self.pauses = Pausing(state, self, self.downs)
         self.wakes = Waking(state, self, self.steps, self.faults, self.downs, self.gpus, self.memory_monitor)

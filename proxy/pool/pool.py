@@ -120,6 +120,7 @@ class Pool:
         self.room_beside = renewals.room_beside
         self.reconfigure = Reconfiguration(state, self._moves, renewals).reconfigure
         self.settled = self._moves.settled
+        self.scrape_engines = self._moves.engine_scrape.scrape
 
     @property
     def settings(self) -> Settings:

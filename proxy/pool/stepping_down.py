@@ -35,9 +35,12 @@ class SteppingDown:
         """Take an idle instance down; a failure without harm leaves it where it is, any other breaks it."""
         client, settings = client_of(instance), model.settings
         damage: str | None = None
+        had_image = instance.image.present
         try:
             limit_s = settings.checkpoint_timeout if to is Tier.CHECKPOINTED else settings.wake_timeout
             async with asyncio.timeout(limit_s):
+                if origin is Tier.READY and reason != "evict":
+                    await self._effects.last_look(model, instance)
                 await self._steps.go_down(model, instance, origin, to)
         except Exception as error:  # noqa: BLE001 - whatever it was, the instance may not stay between two tiers
             setting = "checkpoint_timeout" if to is Tier.CHECKPOINTED else "wake_timeout"
@@ -70,6 +73,8 @@ class SteppingDown:
             instance.stay(arrived)
         else:
             arrived = to
+            if instance.image.present and not had_image:
+                self._effects.image_written(model, instance)
             if to >= Tier.SUSPENDED:
                 await client.disconnect()
             self._state.metrics.step_downs.labels(model.key, to.label, reason).inc()

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from proxy import __version__
 from proxy.host.turns import in_turns
+from proxy.telemetry.engine_metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -231,6 +232,15 @@ class Metrics:
         )  # fmt: skip
         for reason in REFUSALS:
             self.refused.labels(reason)
+        self.engines = EngineMetrics()
+        """Engines' own."""
+        r.register(self.engines)
+        self.engine_scrape_failures = Counter(
+            "warmpool_engine_scrape_failures",
+            "Awake engines that did not give their own metrics when they were asked, or none that can be used.",
+            ["model"],
+            registry=r,
+        )
         self.tokens = Counter(
             "warmpool_tokens",
             "Tokens by model, kind (prompt, completion; cached: of the prompt's) and key's name.",
@@ -276,6 +286,7 @@ class Metrics:
         for model in models:
             self.engine_exits.labels(model)
             self.engine_stalls.labels(model)
+            self.engine_scrape_failures.labels(model)
             self.quarantines.labels(model)
             for pauses in (self.pauses, self.pause, self.unpause, self.paused):
                 pauses.labels(model)

@@ -36,6 +36,8 @@ async def exposed(front: Front) -> dict[str, set[str]]:
     """Name of each sample → its labels; after a request, so that everything is there."""
     await front.post("/v1/completions", ASK)
     await front.post("/v1/completions", {**ASK, "stream": True})
+    async with front.session.get("/metrics") as response:
+        awake = await response.text()
     async with front.session.post("/admin/models/demo/stop", json={}) as response:
         assert response.status == 200
     front.metrics.gpu_memory.labels("0", "used").set(1)  # what needs a GPU, and what nobody provokes here
@@ -48,7 +50,7 @@ async def exposed(front: Front) -> dict[str, set[str]]:
     async with front.session.get("/metrics") as response:
         text = await response.text()
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
+    for family in [*text_string_to_metric_families(awake), *text_string_to_metric_families(text)]:
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
@@ -72,7 +74,7 @@ async def test_every_metric_and_label_that_is_asked_for_exists(front: Front) -> 
     there = await exposed(front)
     asked = set()
     for where, query in queries():
-        names = set(re.findall(r"\b(?:warmpool|process)_\w+", query))
+        names = set(re.findall(r"\b(?:warmpool_|process_|vllm:)\w+", query))
         assert names or "up{" in query, f"{where}: no metric in {query}"
         for name in names:
             assert name in there, f"{where}: there is no metric {name}"
@@ -102,7 +104,7 @@ async def test_names_and_labels_follow_the_conventions(front: Front) -> None:
         text = await response.text()
     for family in text_string_to_metric_families(text):
         if not family.name.startswith("warmpool_"):
-            assert family.name.startswith("process_")
+            assert family.name.startswith(("process_", "vllm:"))
             continue
         assert re.fullmatch(r"warmpool(_[a-z]+)+", family.name)
         assert family.documentation

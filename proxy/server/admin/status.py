@@ -31,7 +31,8 @@ class Admin:
         self._memory = memory
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        """Prometheus' text format."""
+        """Prometheus' text format, with what engines that are awake say of themselves."""
+        await self._pool.scrape_engines()
         size, free = await self._memory.checkpoint_space()
         self._metrics.checkpoint_dir_size.set(size)
         self._metrics.checkpoint_dir_free.set(free)
