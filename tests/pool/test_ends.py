@@ -387,7 +387,7 @@ async def test_a_second_signal_ends_at_once_what_would_have_gone_on_for_long(tmp
         async with asyncio.timeout(PATIENCE_S), proxy.session.post("/v1/completions", json=body) as stream:
             await stream.content.readany()
             proxy.process.terminate()
-            while "stopping: up to" not in proxy.log.read_text():
+            while "stopping: running requests" not in proxy.log.read_text():
                 await asyncio.sleep(0.02)
             assert proxy.process.poll() is None
             proxy.process.terminate()
