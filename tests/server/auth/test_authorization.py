@@ -63,8 +63,8 @@ class Keyed:
         return await self.front.post("/v1/completions", {**ASK, **more}, headers=self[name])
 
 
-@pytest.fixture
-async def keyed_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Keyed]]]:
+async def keyed_of_test(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Keyed]]]:
+    """Makes fronts with keys, and closes them."""
     made: list[Keyed] = []
 
     async def make(holders: dict[str, dict[str, Any]] | None = None, *engine: str, **server: Any) -> Keyed:
@@ -77,6 +77,9 @@ async def keyed_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any,
     for keyed in made:
         await keyed.front.close()
         assert all(known.account.running == 0 for known in keyed.front.auth._known.values())
+
+
+keyed_of = pytest.fixture(keyed_of_test)
 
 
 def answered(front: Front, status: str) -> float:
