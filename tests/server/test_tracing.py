@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import re
 import subprocess
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
+SECRET = "nobody-may-see-this"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -135,6 +138,36 @@ async def test_a_request_is_a_span_with_the_wake_its_stages_and_the_engine_below
     assert [span.name for span in got.below(second)] == ["engine"]
     text = repr(got.spans)
     assert "Hello" not in text, "no prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_engines_span_says_by_the_conventions_what_it_did_and_never_what_was_said(
+    collected: Any, stream: bool
+) -> None:
+    """https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans."""
+    answers: list[str] = []
+
+    async def work(front: Front) -> None:
+        body = {"model": "demo", "max_tokens": 5, "ignore_eos": True, "messages": [{"role": "user", "content": SECRET}]}
+        more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        _, answer = await front.post("/v1/chat/completions", {**body, **more})
+        answers.append(answer.decode())
+        await front.post("/v1/completions", ASK)
+        await front.post("/tokenize", {"model": "demo", "prompt": SECRET})
+
+    got = await collected(work)
+    chat, completion, tokenize = (span.attributes for span in got.named("engine"))
+    usage = re.findall(r'"usage": *({"prompt_tokens"[^}]*})', answers[0])[-1]
+    assert chat["gen_ai.usage.input_tokens"] == orjson.loads(usage)["prompt_tokens"]
+    assert chat["gen_ai.usage.output_tokens"] == 5
+    assert (chat["gen_ai.operation.name"], chat["gen_ai.provider.name"]) == ("chat", "openai")
+    assert (chat["gen_ai.request.model"], chat["gen_ai.response.model"]) == ("demo", "demo")
+    assert [reason.string_value for reason in chat["gen_ai.response.finish_reasons"].values] == ["length"]
+    assert completion["gen_ai.operation.name"] == "text_completion"
+    assert not [name for name in tokenize if name.startswith("gen_ai")]
+    request = got.named("POST /v1/chat/completions")[0]
+    assert not [name for name in request.attributes if name.startswith("gen_ai")], "each token once"
+    assert SECRET not in repr(got.spans)
 
 
 async def test_failures_are_marked(collected: Any) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from proxy.server.forward import gen_ai
 from proxy.server.safe_logging import method_of
 from proxy.telemetry.logs import lines_of_requests
 from proxy.tiers import Tier
@@ -46,7 +47,7 @@ def account(request: RequestCycle, lease: Lease | None, status: int) -> None:
     tier = lease.found.label if lease is not None else None
     fields = facts(method=method_of(request.method), tier=tier, **said)
     if trace is not None:
-        trace.end(fields)
+        trace.end(fields, gen_ai.attributes(request))
     write(fields)
 
 

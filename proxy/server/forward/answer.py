@@ -43,6 +43,8 @@ _NO_QUEUE: Final = b"\r\nserver-timing: queue;dur=0.0\r\nserver: warmpool\r\nx-r
 _USAGE: Final = b'"usage"'
 _USAGE_BYTES: Final = 400
 _USAGE_AT_END: Final = 1024
+_LOOKED_AT: Final = 4096
+"""Of its beginning and its end, by those who want to know more of it."""
 _EVENT: Final = b"data: {"
 _ZERO: Final = ord("0")
 
@@ -187,6 +189,16 @@ class EngineAnswer:
         if self._body is not None:
             return self._body.payload_bytes
         return self._length if self.begun and not self._stream else 0
+
+    @property
+    def beginning(self) -> bytes:
+        """What of it came first."""
+        return (self._opening or self._last)[:_LOOKED_AT]
+
+    @property
+    def ending(self) -> bytes:
+        """What of it came last."""
+        return (self._before[-_LOOKED_AT:] + self._last[-_LOOKED_AT:])[-_LOOKED_AT:]
 
     @property
     def usage(self) -> bytes:

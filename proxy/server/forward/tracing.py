@@ -2,7 +2,7 @@
 
 The extra `otel` brings the SDK; it is imported when `tracing.endpoint` is set, and nothing here costs
 anything otherwise. Spans carry what the log line has, never a prompt or an answer. Names follow OpenTelemetry's
-semantic conventions for HTTP where these have one.
+semantic conventions for HTTP, and `gen_ai` those for generative AI, where these have one.
 """
 
 from __future__ import annotations
@@ -155,10 +155,12 @@ class Trace:
                 _fail(span, failure)
             span.end()
 
-    def end(self, facts: Mapping[str, Any]) -> None:
-        """The request is over; `facts` as in its log line."""
+    def end(self, facts: Mapping[str, Any], of_engine: Mapping[str, Any]) -> None:
+        """The request is over; `facts` as in its log line, and attributes for the span of the engine."""
         status = facts["status"]
         broken = facts.get("broken")
+        if self._engine is not None:
+            self._engine.set_attributes(dict(of_engine))
         self._answered(broken)
         attributes = {
             "http.response.status_code": status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import pytest_asyncio
 
 from proxy.pool.wake_failure import WakeFailure
 from proxy.server.admin.page import POLICY
+from proxy.server.key_usage.figures import Figures
 from proxy.tiers import Tier
 from tests.front import Front, fronts_of_test
 from tests.server.admin.test_control_api import NEVER
@@ -321,4 +323,33 @@ async def test_on_a_phone_it_shows_who_asks_the_logs_and_why_an_engine_did_not_s
     await page.locator(".model .pill", has_text="draining").wait_for()
     assert await page.locator(".failure details[open]").count() == 1, "what was opened stays open"
     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the phone"
+    assert there.errors == []
+
+
+@needs_chromium
+@on_one_loop
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+async def test_it_shows_what_keys_and_models_have_used_today(
+    browser: Browser, front: Front, viewport: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await front.post("/v1/completions", {**ASK, "max_tokens": 7, "ignore_eos": True})
+    used = Figures(12, 34_100, 998, 2048, 7300.0)
+    front.service.usage._add({("team-with-a-long-name", "demo"): used})
+    limits = {"tokens_per_day": 1000, "gpu_seconds_per_day": 36_000}
+    monkeypatch.setattr(front.auth, "budgets", lambda: {"team-with-a-long-name": limits})
+    there = await visit(browser, front, viewport=viewport)
+    page = there.page
+    await page.locator("#usage-open > summary").click()
+    await page.locator("#usage tbody tr").nth(1).wait_for()
+    first, second = await page.locator("#usage tbody tr").all()
+    cells = await first.locator("td").all_inner_texts()
+    assert cells == ["team-with-a-long-name", "demo", "12", "34100", "2048", "998", "2.0 h", "0"]
+    cells = await second.locator("td").all_inner_texts()
+    assert (cells[:3], cells[5]) == (["(no key)", "demo", "1"], "7")
+    await page.locator(".budgets", has_text="35098 of 1000 tokens, 2.0 h of 10.0 h of GPU time").wait_for()
+    await page.locator(".budgets .pill", has_text="used up, for ").wait_for()
+    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the screen"
+    if folder := os.environ.get("PICTURES"):
+        await page.locator("#usage").scroll_into_view_if_needed()
+        await page.screenshot(path=f"{folder}/usage-{viewport['width']}.png")
     assert there.errors == []

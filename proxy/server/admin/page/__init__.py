@@ -21,7 +21,19 @@ def _digest(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-_SCRIPTS: Final = ("elements", "server", "commands", "models", "logs", "wakes", "chat", "requests", "memory", "start")
+_SCRIPTS: Final = (
+    "elements",
+    "server",
+    "commands",
+    "models",
+    "logs",
+    "wakes",
+    "chat",
+    "requests",
+    "usage",
+    "memory",
+    "start",
+)
 """The parts of the script, in the order in which they run; they share one scope."""
 _STYLE: Final = _part("page.css")
 _SCRIPT: Final = "\n".join(_part(f"script/{name}.js") for name in _SCRIPTS)
