@@ -265,6 +265,29 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.", param="model")
 
 
+class NotHereError(RequestError):
+    """To another host of the fleet: this one will not serve its request now; `offer` is what it offers instead."""
+
+    status = 409
+    type = "server_error"
+    code = "not_here"
+
+    def __init__(self, offer: str) -> None:
+        super().__init__("This host would have the request wait longer than it was sent for.")
+        self.offer = offer
+
+    def headers(self) -> dict[str, str]:
+        """With the offer."""
+        return {"X-Warmpool-Offer": self.offer}
+
+
+class NoHostError(RequestError):
+    """No host of the fleet would serve the request in the time that it would wait."""
+
+    status = 503
+    code = "no_host"
+
+
 class ResponseNotFoundError(RequestError):
     """A response that nobody here is known to have made, in vLLM's words (`_make_not_found_error`)."""
 

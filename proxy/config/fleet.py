@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from proxy.config.fields import Section
+from proxy.config.server import TlsSettings
 
 
 def _is_base(url: str) -> str:
@@ -51,8 +52,13 @@ class FleetSettings(Section):
     )
     url: Annotated[str, AfterValidator(_is_base)] | None = Field(
         default=None,
-        description="Where the other hosts are to reach this one.",
+        description="Where the other hosts reach this one's listener for them, which has this port.",
         examples=["https://10.0.0.1:8443"],
+    )
+    listen: str = Field(
+        default="0.0.0.0",  # noqa: S104 - nobody comes in without a certificate
+        min_length=1,
+        description="Address to listen on for them.",
     )
     certificate: Path | None = Field(
         default=None,
@@ -70,6 +76,11 @@ class FleetSettings(Section):
         examples=["/etc/warmpool/fleet/ca.pem"],
     )
     nats: NatsSettings = NatsSettings()
+
+    @property
+    def tls(self) -> TlsSettings:
+        """For the listener: whoever comes in shows a certificate of the same authority."""
+        return TlsSettings(certificate=self.certificate, key=self.key, client_ca=self.ca, minimum_version="1.3")
 
     @model_validator(mode="after")
     def _complete(self) -> FleetSettings:

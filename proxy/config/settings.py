@@ -10,7 +10,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from proxy.config.document import OF_ONE_MODEL, with_defaults
@@ -51,7 +52,17 @@ class Settings(BaseSettings):
         exclude=True,
         description="Keys of models, for all that do not say otherwise: tables are merged key by key, lists replaced.",
     )
-    models: dict[ModelKey, ModelSettings] = Field(min_length=1, description="The models, by key.")
+    models: dict[ModelKey, ModelSettings] = Field(
+        description="The models, by key; none only where fleet.host is set: such a host is a gateway to the others."
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _models_unless_gateway(cls, models: dict[str, ModelSettings], info: ValidationInfo) -> dict[str, ModelSettings]:
+        fleet = info.data.get("fleet")
+        if not models and (fleet is None or fleet.host is None):
+            raise PydanticKnownError("too_short", {"field_type": "Dictionary", "min_length": 1, "actual_length": 0})
+        return models
 
     @model_validator(mode="before")
     @classmethod

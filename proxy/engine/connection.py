@@ -10,14 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("warmpool.upstream")
 
 # uvicorn, vLLM's server, drops idle connections after 5 s: let go of them first.
 _KEPT_S: Final = 3.0
+_PEER_KEPT_S: Final = 30.0
+"""Of other hosts, with whom it takes a handshake to begin again."""
+_LOSS: Final = (
+    (socket.SO_KEEPALIVE, socket.SOL_SOCKET, 1),
+    (socket.TCP_KEEPIDLE, socket.IPPROTO_TCP, 2),
+    (socket.TCP_KEEPINTVL, socket.IPPROTO_TCP, 1),
+    (socket.TCP_KEEPCNT, socket.IPPROTO_TCP, 3),
+    (socket.TCP_USER_TIMEOUT, socket.IPPROTO_TCP, 5000),
+)
+"""A host that has gone without a word ends its connections in five seconds: its silence alone may be a long wait."""
 _CONNECT_S: Final = 5.0
+_PEER_CONNECT_S: Final = 3.0
 _LOOK_S: Final = 1.0
 _LOOKS: Final = 8
 """An engine's silence is noticed by looking this often in the time that it may take."""
@@ -56,7 +70,19 @@ class Upstream:
     with every request.
     """
 
-    def __init__(self, base_url: str, silence_s: float | None, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        silence_s: float | None,
+        api_key: str | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        tls_name: str | None = None,
+    ) -> None:
+        """`tls`: it is another host, reached over a network, whose certificate has `tls_name`."""
+        self.tls = tls
+        self._tls_name = tls_name
+        self.kept_s = _KEPT_S if tls is None else _PEER_KEPT_S
         self._silence_s = silence_s
         self._key_field = b"" if api_key is None else b"Authorization: Bearer %b\r\n" % api_key.encode("ascii")
         self._look_s = _LOOK_S if silence_s is None else min(_LOOK_S, silence_s / _LOOKS)
@@ -106,18 +132,21 @@ class Upstream:
     async def connect(self) -> Connection:
         """A new connection, for the caller to begin with. Raises ExchangeError."""
         # Its own scope, so that disconnect() can end it.
-        scope = asyncio.timeout(_CONNECT_S)
+        limit_s = _CONNECT_S if self.tls is None else _PEER_CONNECT_S
+        scope = asyncio.timeout(limit_s)
         generation = self.generation
         connection, connected = Connection(self), False
         try:
             async with scope:
                 self._connecting.add(scope)
-                await asyncio.get_running_loop().create_connection(lambda: connection, self._host, self._port)
+                await asyncio.get_running_loop().create_connection(
+                    lambda: connection, self._host, self._port, ssl=self.tls, server_hostname=self._tls_name
+                )
         except TimeoutError as error:
             if generation != self.generation:
                 raise ExchangeError(_DISCONNECTED) from None
-            raise SilenceError(f"no connection to the engine within {_CONNECT_S:g} s") from error
-        except OSError as error:
+            raise SilenceError(f"no connection to the engine within {limit_s:g} s") from error
+        except OSError as error:  # ssl's errors are among them
             raise ExchangeError(f"cannot connect: {error.strerror or error}") from error
         else:
             connected = True
@@ -192,6 +221,11 @@ class Upstream:
             connection.looked_at(self._look_s, most_s)
 
 
+def _notice_loss(connected: socket.socket) -> None:
+    for option, level, value in _LOSS:
+        connected.setsockopt(level, option, value)
+
+
 class Connection(asyncio.Protocol):
     """One connection, with who has it."""
 
@@ -225,7 +259,11 @@ class Connection(asyncio.Protocol):
             return
         # Acknowledge an answer's pieces two by two; one by one would cost a tenth of passing an event on. Not for good
         # (tcp(7)), and a connection that has served before does so by itself.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        connected = transport.get_extra_info("socket")
+        if self._upstream.tls is None:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        else:
+            _notice_loss(connected)
         self._upstream.opened(self)
         if self._generation != self._upstream.generation:
             self.abort()
@@ -336,7 +374,7 @@ class Connection(asyncio.Protocol):
             return
         self._quiet_s += since_s
         if self._receiver is None:
-            if self._quiet_s >= _KEPT_S:
+            if self._quiet_s >= self._upstream.kept_s:
                 self.abort()
         elif silence_s is not None and self._quiet_s >= silence_s:
             self.fail(SilenceError(f"the engine was silent for {silence_s:g} s"))

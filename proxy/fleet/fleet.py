@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
 
 from proxy import __version__
-from proxy.fleet import offers
+from proxy.fleet import offers, record
+from proxy.fleet.choice import choose, takes
 from proxy.fleet.directory import Directory
 from proxy.fleet.nats_bus import NatsBus
 from proxy.fleet.own_record import OwnRecord
+from proxy.fleet.peers import PeerLease, Peers
+from proxy.fleet.record import Offer, RecordError
 from proxy.fleet.sent import Sent
-from proxy.fleet.table import Table
+from proxy.fleet.table import READY, Candidate, HostEntry, Table
 from proxy.fleet.tls import client_context
 
 if TYPE_CHECKING:
@@ -21,9 +28,16 @@ if TYPE_CHECKING:
 
     from proxy.config.fleet import FleetSettings
     from proxy.fleet.bus import Bus
-    from proxy.fleet.table import HostEntry
+    from proxy.fleet.peers import Hop
+    from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
     from proxy.telemetry.metrics import Metrics
+
+
+log = logging.getLogger("warmpool.fleet")
+
+_UNKNOWN: Final = Offer("stopped", 0, 0, 0, 0)
+"""Of a host that is asked for a model it says nothing of."""
 
 
 class Fleet:
@@ -46,7 +60,11 @@ class Fleet:
         self._clock = clock
         self._tls = client_context(settings)
         self.table = Table(clock)
+        self._metrics = metrics
         self._sent = Sent()
+        self._me = HostEntry(self.host)
+        self._me.usable_seen = math.inf
+        self._peers = Peers(lambda: self._tls)
         self._random = random.Random()  # noqa: S311 - no secret
         self._own = OwnRecord(self.host, settings.url, "host", __version__)
         self._directory = Directory(
@@ -61,6 +79,107 @@ class Fleet:
         )
         self._unlisten: Callable[[], object] | None = None
 
+    # --- where requests go ---
+
+    def knows(self, model: str) -> bool:
+        """Whether another host offers a model of this name, and may be sent requests."""
+        return self.table.knows(model)
+
+    def models(self) -> list[str]:
+        """The names of all models that other hosts offer."""
+        return self.table.models()
+
+    def listed(self, model: str) -> dict[str, Any]:
+        """What `/v1/models` says of one, by the host that has it soonest."""
+        oldest = self.table.oldest
+        found = [each.offer for each in self.table.offers(model) if each.host.usable_seen >= oldest]
+        best = min(found, key=lambda each: each.wait_ms, default=_UNKNOWN)
+        value = "loaded" if best.tier == READY else "unloaded"
+        return {"tier": best.tier, "expected_wait_s": best.wait_ms / 1000, "status": {"value": value}}
+
+    def lease(self, model: str, hop: Hop, most_wait_s: float | None, *, may_stay: bool) -> PeerLease | None:
+        """A hold on the host that a request should go to; None where that is this one, or none is good enough."""
+        table, most_ms = self.table, None if most_wait_s is None else most_wait_s * 1000
+        here = self._here(model) if may_stay and self.host not in hop.refused else None
+        found = choose(
+            table.offers(model), oldest=table.oldest, rank=partial(table.rank, model), draw=self._random.randrange,
+            here=here, sent=self._sent.to(model), avoid=hop.refused, most_wait_ms=most_ms,
+        )  # fmt: skip
+        if hop.final or (found is None and hop.refused):
+            hop.final = True
+            best = min(hop.refused, key=hop.refused.__getitem__)
+            if found is None or found.price_ms > hop.refused[best]:
+                return self.lease_of(best, model, hop)
+        if found is None or found.host.name == self.host:
+            return None
+        return self._leased(found, model, hop)
+
+    def lease_of(self, name: str, model: str, hop: Hop) -> PeerLease | None:
+        """A hold on this host and no other, whatever it offers; None where it cannot be reached now."""
+        host = self.table.hosts.get(name)
+        if host is None or name == self.host or host.usable_seen < self.table.oldest:
+            return None
+        hop.final = True
+        offered = self.table.offers_of(name).get(model)
+        return self._leased(offered if offered is not None else Candidate(host, _UNKNOWN), model, hop)
+
+    def _here(self, model: str) -> Candidate | None:
+        made = offers.present(self._pool, model)
+        return Candidate(self._me, made) if made is not None else None
+
+    def _leased(self, found: Candidate, model: str, hop: Hop) -> PeerLease:
+        self._sent.note(model, found.host)
+        hop.sent = False
+        expected_ms = None if hop.final else found.offer.wait_ms
+        return PeerLease(
+            self._peers.to(found.host), found.host, model, found.offer.tier, expected_ms,
+            reached=self._answered, lost=self._lost,
+        )  # fmt: skip
+
+    def _lost(self, name: str) -> None:
+        self._count(name, "failed")
+        rest_s = self.table.unreachable(name)
+        log.warning("%s: a request could not be brought to it: left alone for %g s", name, rest_s)
+
+    def expected_ms(self, lease: Lease) -> int | None:
+        """How long a request is to wait at most where it goes, about; None where it has been tried enough."""
+        return lease.expected_ms if isinstance(lease, PeerLease) else None
+
+    def turned_away(self, model: str, lease: Lease, present: object, hop: Hop) -> None:
+        """A host did not take a request; `present`: what it says to offer now."""
+        name = lease.instance_id
+        self._count(name, "refused")
+        made = None
+        if isinstance(present, list):
+            try:
+                made = record.offer(model, present)
+            except RecordError:
+                log.warning("%s: refused a request with an offer that is none", name)
+        hop.refused[name] = made.price_ms if made is not None else math.inf
+        host = self.table.hosts.get(name)
+        if host is not None:
+            self.table.reached(name)
+            self.table.correct(name, model, made)
+            self._sent.refused(model, host)
+
+    def _answered(self, name: str) -> None:
+        """A host has answered a request."""
+        self._count(name, "answered")
+        self.table.reached(name)
+
+    def refusal(self, model: str, expected_ms: float) -> str | None:
+        """What is offered here for a request that was sent for less, as another host reads it; None: it is taken."""
+        present = offers.present(self._pool, model)
+        if present is None:
+            return "null"
+        return None if takes(present, expected_ms) else orjson.dumps(present.encoded()).decode()
+
+    def _count(self, name: str, outcome: str) -> None:
+        if name in self.table.hosts:
+            self._metrics.fleet_forwarded.labels(name, outcome).inc()
+
+    # --- its life ---
+
     def open(self) -> None:
         """Begin to publish and to listen."""
         self._directory.open()
@@ -71,6 +190,10 @@ class Fleet:
         if self._unlisten is not None:
             self._unlisten()
         await self._directory.close()
+
+    async def close_peers(self) -> None:
+        """End the connections to other hosts."""
+        await self._peers.close()
 
     def status(self) -> dict[str, Any]:
         """For `/admin/fleet`: this host, and what is known of the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, Self
 
 from proxy.pool.instance import State
 
@@ -37,6 +37,9 @@ class Lease:
         "_awaits_token", "_instance", "_key", "_pool", "client", "found", "generation", "instance_id", "keep_s",
         "model", "queue_s", "wake",
     )  # fmt: skip
+
+    is_remote: ClassVar[bool] = False
+    """It is of another host."""
 
     def __init__(self, pool: _Lender, instance: Instance, found: Tier, queue_s: float, wake: WakeRecord | None) -> None:
         assert instance.client is not None  # noqa: S101 - ready instances have one

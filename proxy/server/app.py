@@ -15,6 +15,7 @@ from proxy.server.auth.authorization import Auth
 from proxy.server.auth.cors import Cors
 from proxy.server.forward import tracing
 from proxy.server.forward.affinity import ResponseIds
+from proxy.server.forward.hops import Hops
 from proxy.server.forward.model_resolver import Addressing
 from proxy.server.forward.routes import ROUTES
 from proxy.server.forward.scanner import Scanner
@@ -29,18 +30,22 @@ if TYPE_CHECKING:
     from proxy.telemetry.metrics import Metrics
 
 
-def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = None) -> Service:
+def build(
+    pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = None, *, fleet: Fleet | None = None
+) -> Service:
     """The service; the pool is opened and closed by whoever runs it.
 
-    `auth` decides who may do what; one is made from the settings where none is given. Raises ConfigError then,
-    and HostError where a part that the settings ask for is not installed.
+    `auth` decides who may do what; one is made from the settings where none is given, as is `fleet`. Raises
+    ConfigError then, and HostError where a part that the settings ask for is not installed.
     """
     silence_aiohttp()
-    fleet = Fleet(settings.fleet, pool, metrics) if settings.fleet.host is not None else None
+    if fleet is None and settings.fleet.host is not None:
+        fleet = Fleet(settings.fleet, pool, metrics)
     traces = tracing.start(settings.tracing)
     response_ids = ResponseIds()
     scanner = Scanner()
-    addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner)
+    elsewhere = fleet.knows if fleet is not None else lambda _: False
+    addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner, elsewhere)
     realtime = Realtime(pool, metrics, addressing)
     auth = auth or Auth(settings, metrics)
     admin = Admin(pool, metrics, MemoryReport(settings.pool), auth.chat_refusal)
@@ -55,7 +60,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         settings,
         metrics,
         auth=auth,
-        own_routes=OwnRoutes(pool),
+        own_routes=OwnRoutes(pool, fleet),
         addressing=addressing,
         scanner=scanner,
         response_ids=response_ids,
@@ -63,6 +68,7 @@ def build(pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = 
         cors=Cors(settings.server.cors) if settings.server.cors.origins else None,
         traces=traces,
         fleet=fleet,
+        hops=Hops(fleet) if fleet is not None else None,
     )
     service.auth.keep_budgets(service.usage)
     attach_requests(application, service.history, service.usage, service.auth)

@@ -24,6 +24,7 @@ from proxy.server.forward.cycle import RequestCycle
 from proxy.server.http_answer import CONTINUE, JSON, whole_answer
 from proxy.server.http_request import BadRequestError, HeadReader, RequestHead, too_large_together, usual_parts
 from proxy.server.request_body import NOT_AS_SAID, RequestBody
+from proxy.server.tls import names_in
 
 if TYPE_CHECKING:
     from proxy.errors import RequestError
@@ -59,14 +60,16 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_flow", "_half_closed",
         "_head_began", "_head_reader", "_idle", "_known", "_known_key", "_loop", "_reading", "_refused",
-        "_stall", "host", "service", "transport", "write_paused",
+        "_stall", "host", "peers", "service", "transport", "write_paused",
     )  # fmt: skip
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, from_peer: bool = False) -> None:
         self.service = service
         self.transport: asyncio.Transport | None = None
         self.host: str | None = None
         """The client's address."""
+        self.peers: frozenset[str] | None = frozenset() if from_peer else None
+        """On the listener for other hosts: the names in the certificate that was shown."""
         self._loop = asyncio.get_running_loop()
         self._counted_by: str | None = None
         self._refused = False
@@ -108,6 +111,8 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.host = peer[0] if isinstance(peer, tuple) else None
         self._counted_by = counted_by(self.host)
+        if self.peers is not None:
+            self.peers = names_in(transport.get_extra_info("peercert"))
         service.came(self)
         reason = service.limits.enter(self._counted_by)
         if reason is not None:

@@ -8,6 +8,7 @@ import grp
 import os
 import socket
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from proxy.config.values import is_loopback
 from proxy.errors import HostError
@@ -17,7 +18,8 @@ from proxy.runtime import port_owner
 if TYPE_CHECKING:
     import ssl
 
-    from proxy.config.server import AdminSettings, ServerSettings
+    from proxy.config.fleet import FleetSettings
+    from proxy.config.server import AdminSettings, LimitSettings, ServerSettings
     from proxy.server.service import Service
 
 BACKLOG: Final = 4096
@@ -28,8 +30,17 @@ class Site:
     """A socket that is bound already; handshakes have a time limit."""
 
     def __init__(
-        self, service: Service, bound: socket.socket, *, tls: ssl.SSLContext | None, handshake_s: float, url: str
+        self,
+        service: Service,
+        bound: socket.socket,
+        *,
+        tls: ssl.SSLContext | None,
+        handshake_s: float,
+        url: str,
+        for_peers: bool = False,
     ) -> None:
+        """`for_peers`: other hosts of the fleet connect to it, and nobody else."""
+        self._make = service.peer_connection if for_peers else service.connection
         self._service = service
         self._socket = bound
         self._tls = tls
@@ -42,7 +53,7 @@ class Site:
         """Begin to accept."""
         self._service.sites.append(self)
         loop = asyncio.get_running_loop()
-        make = self._service.connection
+        make = self._make
         if self._socket.family == socket.AF_UNIX:
             self._server = await loop.create_unix_server(make, sock=self._socket, backlog=BACKLOG)
         else:
@@ -91,6 +102,22 @@ def site(service: Service, sock: socket.socket, server: ServerSettings, tls: ssl
     scheme = "https" if tls is not None else "http"
     url = f"{scheme}://{host}:{name[1]}"
     return Site(service, sock, tls=tls, handshake_s=server.limits.head_timeout, url=url)
+
+
+def peers_site(service: Service, fleet: FleetSettings, limits: LimitSettings, tls: ssl.SSLContext) -> Site:
+    """Where other hosts of the fleet come in. Raises HostError."""
+    assert fleet.url is not None  # noqa: S101 - else there is no fleet
+    port = urlsplit(fleet.url).port or 0
+    try:
+        family = socket.AF_INET6 if ":" in fleet.listen else socket.AF_INET
+        sock = socket.create_server((fleet.listen, port), family=family, backlog=BACKLOG, reuse_port=False)
+    except OSError as error:
+        raise HostError(
+            f"cannot listen for other hosts on {fleet.listen}, port {port}: {error.strerror}; set fleet.listen and "
+            "fleet.url"
+        ) from error
+    sock.setblocking(False)
+    return Site(service, sock, tls=tls, handshake_s=limits.head_timeout, url=fleet.url, for_peers=True)
 
 
 def addresses(site: Site, server: ServerSettings) -> str | None:

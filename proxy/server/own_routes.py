@@ -17,6 +17,7 @@ from proxy.server.safe_logging import UNKNOWN_PATH
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from proxy.fleet.fleet import Fleet
     from proxy.pool.pool import Pool
     from proxy.server.auth.caller import Caller
     from proxy.server.http_request import RequestHead
@@ -33,8 +34,9 @@ _ADMIN: Final = re.compile(r"/(?:admin|metrics)(?=/|$)")
 class OwnRoutes:
     """`/v1/models`, `/version`, `/ping`, `/health` and `/ready`; and `/`, from where a browser is led to the page."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, fleet: Fleet | None = None) -> None:
         self._pool = pool
+        self._fleet = fleet
         self._created = int(time.time())
         self._routes: dict[str, Callable[[Caller | None], Answer]] = {
             "/v1/models": self._models,
@@ -82,13 +84,19 @@ class OwnRoutes:
         """Every name that the client may use."""
         settings = self._pool.settings
         models = {key: self._pool.listed(key) for key in settings.models if caller is None or caller.may_use(key)}
-        names = settings.names().items()
-        return _json(
-            {"object": "list", "data": [self._model(n, key, models[key]) for n, key in names if key in models]}
-        )
+        names = settings.names()
+        data = [self._model(n, key, models[key]) for n, key in names.items() if key in models]
+        if self._fleet is not None:
+            elsewhere = sorted({*self._fleet.models()} - names.keys())
+            data += [self._model_elsewhere(n) for n in elsewhere if caller is None or caller.may_use(n)]
+        return _json({"object": "list", "data": data})
 
     def _model_named(self, name: str, caller: Caller | None) -> Answer:
         """One of them."""
+        if self._fleet is not None and name not in self._pool.settings.names() and self._fleet.knows(name):
+            if caller is not None and not caller.may_use(name):
+                raise ModelNotFoundError(name)
+            return _json(self._model_elsewhere(name))
         key = self._pool.settings.key_of(name)
         if caller is not None and not caller.may_use(key):
             raise ModelNotFoundError(name)
@@ -106,6 +114,11 @@ class OwnRoutes:
             "parent": served if name in settings.models[key].adapters else None,
             **state,
         }
+
+    def _model_elsewhere(self, name: str) -> dict[str, Any]:
+        """One that other hosts have."""
+        said = {"id": name, "object": "model", "created": self._created, "owned_by": "warmpool", "root": name}
+        return {**said, "parent": None, **(self._fleet.listed(name) if self._fleet is not None else {})}
 
     def _ping(self, _: Caller | None) -> Answer:
         """200 when requests are admitted, as SageMaker asks for it; engines are woken by requests, not by questions."""

@@ -221,6 +221,9 @@ async def serve(
     ]
     if tls is not None:
         files.append(partial(_read_again, "certificates", tls.read, tls.take))
+    peers_tls = Tls(settings.fleet.tls) if settings.fleet.host is not None else None
+    if peers_tls is not None:
+        files.append(partial(_read_again, "certificates of the fleet", peers_tls.read, peers_tls.take))
     in_the_way = _Preflight(pool)
 
     def changed() -> None:
@@ -243,6 +246,10 @@ async def serve(
             return
         context = tls.context if tls is not None else None
         sites += [listeners.site(service, sock, settings.server, context) for sock in sockets]
+        if peers_tls is not None:
+            peers = listeners.peers_site(service, settings.fleet, settings.server.limits, peers_tls.context)
+            await peers.start()
+            log.info("listening for other hosts on %s", peers.name)
         for site in sites:
             await site.start()
             log.info("listening on %s, models: %s", site.name, ", ".join(settings.names()))

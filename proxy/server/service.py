@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proxy.server.auth.authorization import Auth
     from proxy.server.auth.cors import Cors
     from proxy.server.forward.affinity import ResponseIds
+    from proxy.server.forward.hops import Hops
     from proxy.server.forward.model_resolver import Addressing
     from proxy.server.forward.scanner import Scanner
     from proxy.server.forward.tracing import Tracing
@@ -51,6 +52,7 @@ class Service:
         cors: Cors | None,
         traces: Tracing | None,
         fleet: Fleet | None = None,
+        hops: Hops | None = None,
     ) -> None:
         self.pool = pool
         self.metrics = metrics
@@ -63,6 +65,8 @@ class Service:
         self.traces = traces
         self.fleet = fleet
         """The other hosts; None where this one stands alone."""
+        self.hops = hops
+        """Leases in all of them; likewise."""
         self.request_heads = RequestHeads(settings.server.limits)
         self.answer_heads = AnswerHeads()
         self.limits = ConnectionLimits(settings.server.limits)
@@ -82,6 +86,10 @@ class Service:
     def connection(self) -> ClientConnection:
         """What serves a connection that was accepted."""
         return ClientConnection(self)
+
+    def peer_connection(self) -> ClientConnection:
+        """The same for one of another host's."""
+        return ClientConnection(self, from_peer=True)
 
     def came(self, connection: ClientConnection) -> None:
         """It is open."""
@@ -121,6 +129,8 @@ class Service:
                 for connection in [*self.connections]:
                     connection.end()
                 await self.aiohttp.close()
+                if self.fleet is not None:
+                    await self.fleet.close_peers()
                 if self.connections:
                     await self._none_left.wait()
         except TimeoutError:

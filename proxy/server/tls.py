@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import ssl
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from proxy.config.server import TlsSettings
@@ -42,6 +43,12 @@ class Tls:
     def take(self, context: ssl.SSLContext) -> None:
         """Have what was read in force, for new connections."""
         self._current = context
+
+
+def names_in(certificate: Mapping[str, Any] | None) -> frozenset[str]:
+    """The DNS names in a certificate, as `ssl` shows it."""
+    found = (certificate or {}).get("subjectAltName", ())
+    return frozenset(name for kind, name in found if kind == "DNS")
 
 
 def _load(settings: TlsSettings) -> ssl.SSLContext:

@@ -271,6 +271,12 @@ class Metrics:
             ["result"],
             registry=r,
         )
+        self.fleet_forwarded = Counter(
+            "warmpool_forwarded_requests",
+            "Requests that were sent to another host: answered, refused (it would have had to wait too long), failed.",
+            ["host", "outcome"],
+            registry=r,
+        )
         self.loop_stalls = Histogram(
             "warmpool_event_loop_stall_seconds",
             "By how much a timer of the event loop was late.",

@@ -14,6 +14,7 @@ import orjson
 from proxy.engine import http1
 from proxy.engine.connection import ExchangeError
 from proxy.errors import EngineFailedError, UpstreamError, sse_error
+from proxy.fleet.peers import PeerLease
 from proxy.server.forward.fields import NOT_TO_CLIENT, answer_fields, is_event_stream, server_timing
 from proxy.server.forward.first_token import FirstToken
 from proxy.server.forward.heartbeat import COMMENT, HEADERS, Heartbeat
@@ -47,6 +48,10 @@ _LOOKED_AT: Final = 4096
 """Of its beginning and its end, by those who want to know more of it."""
 _EVENT: Final = b"data: {"
 _ZERO: Final = ord("0")
+_REFUSED: Final = 409
+_HOST: Final = b"x-warmpool-host"
+_OFFER: Final = b"x-warmpool-offer"
+_TOLD: Final = frozenset({b"x-warmpool-tier", b"x-warmpool-instance", b"server-timing", _HOST, _OFFER})
 
 
 class _Head:
@@ -54,7 +59,7 @@ class _Head:
 
     __slots__ = (
         "_ready", "before", "behind", "bodiless", "fields", "head", "is_plain", "is_stream", "keeps_alive", "length",
-        "status", "status_line",
+        "status", "status_line", "told",
     )  # fmt: skip
 
     def __init__(self, parsed: http1.Head) -> None:
@@ -67,8 +72,10 @@ class _Head:
         if parsed.status == 304:  # says what a 200 would have
             self.fields += [field for field in parsed.fields if field[0].lower() == b"content-length"]
         self.is_stream = parsed.status == 200 and is_event_stream(parsed.fields)
-        self.is_plain = parsed.status < 500 and not self.is_stream
+        self.is_plain = parsed.status < 500 and parsed.status != _REFUSED and not self.is_stream
         """Nobody here has to look at what follows, unless the request asks for it."""
+        self.told = {name.lower(): value for name, value in parsed.fields if name.lower() in _TOLD}
+        """What another host says of its answer."""
         self.head = self.without(frozenset())
         self._ready: dict[str, bytes] = {}
         """Instance → how an answer of it begins, where nobody waited."""
@@ -125,7 +132,7 @@ class AnswerHeads:
             if digits.isdigit() and len(digits) <= 18 and (digits[0] != _ZERO or len(digits) == 1):
                 key = data[:at] + data[stop:end]
                 found = self._known.get(key) or self._learn(key, data[: end + 4])
-                if found.status >= 200 and not found.bodiless:
+                if found.status >= 200 and not found.bodiless and _HOST not in found.told:
                     found.before, found.behind = data[: at + 18], data[stop : end + 4]
                     self._last = found
                 return found, 0 if found.bodiless else int(digits)
@@ -137,7 +144,8 @@ class AnswerHeads:
         found = _Head(http1.parse_head(head, "POST"))
         if len(self._known) >= _REPLIES:
             self._known.clear()
-        if found.status != 304:  # of which the length is passed on as a field
+        # Of a 304 the length is passed on as a field; another host's answers differ in their timing.
+        if found.status != 304 and _HOST not in found.told:
             self._known[key] = found
         return found
 
@@ -325,6 +333,10 @@ class EngineAnswer:
 
     def _begin_body(self, head: _Head, length: int, data: bytes) -> None:
         cycle = self._cycle
+        if head.status == _REFUSED and cycle.lease is not None and cycle.lease.is_remote and _OFFER in head.told:
+            self._give_back(reusable=len(data) == length)
+            cycle.turned_away(head.told[_OFFER])
+            return
         if self._stream and not head.is_stream:
             self._stop_heartbeat()
             self._held, self._framed = bytearray(), False
@@ -352,8 +364,10 @@ class EngineAnswer:
         cycle = self._cycle
         lease, first = cycle.lease, cycle.first_lease
         assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
+        if isinstance(lease, PeerLease):
+            lease.answered(head.told)
         own = cycle.own_fields()
-        waited = lease.wake is not None or lease.queue_s or first.found is not _READY
+        waited = lease.wake is not None or lease.queue_s or first.found is not _READY or lease.is_remote
         closes = cycle.closes or cycle.service.traffic.stopping
         if length > 0 and cycle.head.http11 and not (framed or closes or waited or own):  # nearly every answer
             return b"%b%b\r\ndate: %b\r\ncontent-length: %d\r\n\r\n" % (

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
 
     from proxy.engine.connection import Connection, Upstream
+    from proxy.fleet.peers import Hop
     from proxy.pool.lease import Lease
     from proxy.server.auth.authorization import Admission
     from proxy.server.auth.caller import Caller
@@ -51,8 +52,8 @@ class RequestCycle:
 
     __slots__ = (
         "_address", "_attempts", "_counts", "_stands_in", "_status", "_task", "admission", "answer", "began", "broken",
-        "caller", "closes", "connection", "done", "first_lease", "head", "lease", "length", "model", "refused_as",
-        "request_id", "service", "trace", "waited_s",
+        "caller", "closes", "connection", "done", "first_lease", "head", "hop", "lease", "length", "model",
+        "refused_as", "request_id", "service", "trace", "waited_s",
     )  # fmt: skip
 
     def __init__(self, service: Service, connection: ClientConnection, head: RequestHead, length: int) -> None:
@@ -67,6 +68,8 @@ class RequestCycle:
         self.admission: Admission | None = None
         self.lease: Lease | None = None
         self.first_lease: Lease | None = None
+        self.hop: Hop | None = None
+        """Its way through the fleet, where it has one."""
         self.answer: EngineAnswer | None = None
         self.closes = head.closes
         """The connection ends with the answer."""
@@ -132,11 +135,15 @@ class RequestCycle:
     def served_name(self) -> str:
         """What engines call its model. Raises ModelNotFoundError where that was removed meanwhile."""
         assert self._address is not None  # noqa: S101 - it was read
+        if self._address.elsewhere:
+            return self._address.model
         return self.service.pool.served_name(self._address.model)
 
     def tier_found(self) -> bytes:
         """What it would find now, for an answer that begins before there is an engine."""
         assert self._address is not None  # noqa: S101 - it was read
+        if self._address.elsewhere:
+            return b"elsewhere"
         return self.service.pool.tier(self._address.model).label.encode("ascii")
 
     # --- its head, and its body ---
@@ -236,16 +243,17 @@ class RequestCycle:
         if self.caller is not None:
             self.caller.check_model(address.model)
             self.caller.expect(address.asked)
-        pool = self.service.pool
-        if address.settings.max_instances > 1:
+        pool, settings = self.service.pool, address.settings
+        if settings is not None and settings.max_instances > 1:
             address.near = near.key_of(self.head.session, address.asked, address.body)
         address.asked = None
         if address.streams and self.answer is None and (every_s := pool.settings.server.heartbeat) is not None:
             self.answer = EngineAnswer(self)
             self.answer.keep_alive(every_s)
-        lease = pool.try_lease(address.model, address.near) if address.instance is None else None
+        at_once = address.instance is None and settings is not None
+        lease = pool.try_lease(address.model, address.near) if at_once else None
         if lease is None:
-            may_fall_back = address.settings.fallback is not None and not self._stands_in
+            may_fall_back = settings is not None and settings.fallback is not None and not self._stands_in
             self._spawn(self._wait_or_fall_back() if may_fall_back else self._wait_for_engine())
             return
         self._hold(lease)
@@ -284,9 +292,16 @@ class RequestCycle:
         self._addressed(found)
 
     async def _wait_for_engine(self) -> None:
-        address, pool = self._address, self.service.pool
+        address, hops = self._address, self.service.hops
         assert address is not None  # noqa: S101 - it was read
-        lease = await pool.lease(
+        lease = await (self.lease_here(address) if hops is None else hops.lease(self, address))
+        self.waited_s = time.perf_counter() - self.began
+        self._hold(lease)
+        await self._connect(lease.client.upstream)
+
+    async def lease_here(self, address: Address) -> Lease:
+        """A hold on an instance of this host. Raises as the pool does."""
+        return await self.service.pool.lease(
             self.served_name(),
             priority=self.caller.priority if self.caller is not None else 0,
             max_wait_s=self.head.max_wait_s,
@@ -295,9 +310,6 @@ class RequestCycle:
             streams=address.streams,
             size=len(address.body),
         )
-        self.waited_s = time.perf_counter() - self.began
-        self._hold(lease)
-        await self._connect(lease.client.upstream)
 
     async def _connect(self, upstream: Upstream) -> None:
         try:
@@ -317,8 +329,10 @@ class RequestCycle:
         else:
             answer.expect_from(connection)
         body, size, traced = address.body, len(address.body), b""
+        if self.hop is not None and self.lease is not None and self.lease.is_remote and self.service.hops is not None:
+            traced = self.service.hops.marks(self)
         if self.trace is not None and self.lease is not None:
-            traced = b"".join([b"\r\n%b: %b" % field for field in self.trace.asks(self.lease)])
+            traced += b"".join([b"\r\n%b: %b" % field for field in self.trace.asks(self.lease)])
         apart = size > _COPIED_BYTES
         message = b"%b%b%b%b%b\r\nContent-Length: %d\r\n\r\n%b" % (
             head.request_line, upstream.own_fields, head.engine_fields, self.request_id.encode("ascii"), traced, size,
@@ -342,10 +356,18 @@ class RequestCycle:
         await lease.suspect()
         self.lease = None
         lease.release()
-        self._attempts += 1
-        if self._attempts >= _ATTEMPTS or isinstance(error, SilenceError):
+        tries_on = self.service.hops is not None and self.service.hops.tries_on(self, lease)
+        self._attempts += not tries_on
+        if self._attempts >= _ATTEMPTS or (isinstance(error, SilenceError) and not tries_on):
             raise UpstreamError(f"The engine of model {self._address.model!r} failed before it answered.") from error
         await self._wait_for_engine()
+
+    def turned_away(self, offer: bytes) -> None:
+        """Another host did not take it; what it offers now."""
+        lease, self.lease, self.first_lease = self.lease, None, None
+        if not self.done and lease is not None and self.service.hops is not None:
+            self.service.hops.turned_away(self, lease, offer)
+            self._spawn(self._wait_for_engine())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = self.service.spawn(self._carried_out(work), "request")
@@ -363,6 +385,8 @@ class RequestCycle:
     def own_fields(self) -> Sequence[tuple[bytes, bytes]]:
         """What every answer to it has, and counts more than an engine's field of the same name."""
         own: Sequence[tuple[bytes, bytes]] = self.head.cors
+        if self.service.hops is not None:
+            own = [*self.service.hops.fields(self), *own]
         if self._stands_in:
             own = [*own, (fallback.FIELD, self.model.encode("ascii"))]
         if self.caller is not None and (limits := self.service.auth.limits(self.caller)):

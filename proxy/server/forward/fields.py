@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from proxy.config.values import parse_duration
 from proxy.engine import http1
 from proxy.errors import InvalidRequestError
+from proxy.fleet.peers import PeerLease
 from proxy.server.auth.browser_origin import contained
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ NOT_TO_ENGINE: Final = _HOP_BY_HOP | {
     b"authorization", b"proxy-authorization", b"cookie", b"x-api-key", b"api-key",
     b"host", b"content-length", b"content-encoding", b"expect", b"x-warmpool-max-wait", b"x-warmpool-keep-alive",
     b"x-request-id",
+    # What hosts of a fleet tell one another of a request; from anybody else it means nothing.
+    b"x-warmpool-from", b"x-warmpool-hop", b"x-warmpool-key", b"x-warmpool-priority", b"x-warmpool-expected-wait",
     # What another proxy said of the client is not proven, and no engine's business; nor is the page it came from.
     b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",
     b"x-forwarded-port", b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-by", b"origin", b"referer",
@@ -40,6 +43,7 @@ NOT_TO_CLIENT: Final = _HOP_BY_HOP | {
     b"strict-transport-security", b"access-control-allow-origin", b"access-control-allow-credentials",
     b"access-control-allow-methods", b"access-control-allow-headers", b"access-control-expose-headers",
     b"access-control-max-age", b"x-warmpool-tier", b"x-warmpool-instance", b"server-timing",
+    b"x-warmpool-host", b"x-warmpool-offer",
 }  # fmt: skip
 _OF_STREAMS: Final = (
     (b"cache-control", b"no-cache"),
@@ -76,6 +80,8 @@ def _unbuffered(fields: Fields) -> Fields:
 
 def server_timing(lease: Lease) -> bytes:
     """How long a request waited (W3C Server Timing, milliseconds)."""
+    if isinstance(lease, PeerLease):
+        return lease.timing
     timing = [f"queue;dur={lease.queue_s * 1000:.1f}"]
     if lease.wake is not None:
         timing.append(f"wake;dur={lease.wake.seconds * 1000:.1f}")

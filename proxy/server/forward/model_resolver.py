@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
-from proxy.errors import InvalidRequestError, ResponseNotFoundError, RouteNotFoundError
+from proxy.errors import InvalidRequestError, ModelNotFoundError, ResponseNotFoundError, RouteNotFoundError
 from proxy.server.auth.prompt_tokens import Tokens
 from proxy.server.forward.json_edit import names_one_model, parsed, shaped
 from proxy.server.forward.multipart import Form
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy.server.forward.routes import Match, Route
     from proxy.server.forward.scanner import Scanner
 
-    _Found: TypeAlias = tuple[str, str, ParameterSettings | None, ModelSettings]
+    _Found: TypeAlias = tuple[str, str, ParameterSettings | None, ModelSettings | None]
 
 _JSON: Final = ModelIn.JSON
 """For nearly every request: Python 3.11 takes longer for a member of an enumeration than for a call."""
@@ -42,8 +42,8 @@ class Address:
     target: str
     """Path and query."""
     body: bytes
-    settings: ModelSettings
-    """The model's."""
+    settings: ModelSettings | None
+    """The model's; None where only other hosts have it, and its name is its key here."""
     streams: bool = False
     """The client asked for server-sent events."""
     instance: str | None = None
@@ -53,12 +53,17 @@ class Address:
     asked: object = None
     """What is asked, as JSON has it; of a form its recording only. For who counts it, and let go of then."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Only other hosts have the model."""
+        return self.settings is None
+
 
 class Addressing:
     """Finds the model of a request.
 
     `settings` returns the configuration in force; `made_by` the model and the instance that made a response, by its id;
-    `scanner` reads large bodies.
+    `scanner` reads large bodies. `elsewhere`: whether another host has a model of this name.
     """
 
     def __init__(
@@ -66,7 +71,9 @@ class Addressing:
         settings: Callable[[], Settings],
         made_by: Callable[[str], tuple[str, str] | None] | None = None,
         scanner: Scanner | None = None,
+        elsewhere: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        self._elsewhere = elsewhere
         self._scanner = scanner
         self._settings = settings
         self._made_by = made_by or (lambda _: None)
@@ -147,7 +154,7 @@ class Addressing:
             body = form.with_text("model", engine_name)
         return _form_address(match, key, body, settings, form.text("stream"))
 
-    def _form_plan(self, match: Match, name: str | None) -> tuple[str, str, ModelSettings]:
+    def _form_plan(self, match: Match, name: str | None) -> tuple[str, str, ModelSettings | None]:
         if name == "" and match.deployment is None:
             raise InvalidRequestError("`model` must not be empty.", param="model")
         key, engine_name, _, settings = self._resolve(match, name)
@@ -202,7 +209,12 @@ class Addressing:
         name = self._only(match) if name is None else name
         if name is None:
             raise InvalidRequestError(f"The request must name a model: {match.route.model_in.value}.", param="model")
-        key = settings.key_of(name)
+        try:
+            key = settings.key_of(name)
+        except ModelNotFoundError:
+            if not self._elsewhere(name):
+                raise
+            return name, name, None, None  # what is to be done to parameters is known there
         model = settings.models[key]
         if not _offers(settings, key, match.route):
             raise RouteNotFoundError(
@@ -245,7 +257,7 @@ def _changes(
     return changes, removed, checked
 
 
-def _form_address(match: Match, key: str, body: bytes, settings: ModelSettings, stream: str | None) -> Address:
+def _form_address(match: Match, key: str, body: bytes, settings: ModelSettings | None, stream: str | None) -> Address:
     streams = (stream or "").lower() in {"true", "1", "on", "yes", "y", "t"}
     return Address(key, match.target, body, settings, match.route.streams and streams, asked={"type": "audio"})
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from proxy.errors import BodyTooLargeError, MediaTypeError
+from proxy.errors import BodyTooLargeError, ForbiddenError, MediaTypeError
 from proxy.server.auth.administrator import ADMINISTRATOR
 from proxy.server.auth.authorization import CHAT, Kind, refuse_expired
+from proxy.server.auth.peer_caller import caller_by_peer
 from proxy.server.forward import routes
 from proxy.server.forward.fields import NOT_TO_ENGINE, keep_alive_s, max_wait_s, passed_on
 from proxy.server.forward.tracing import CONTEXT_FIELDS
@@ -38,7 +39,7 @@ def prepare(request: RequestCycle, service: Service) -> None:
         head.is_for_aiohttp = _is_admin(head) and head.path != CHAT
         if head.is_for_aiohttp:
             head.coding = coding_of(headers.getall("Content-Encoding"))
-        if head.kind is Kind.CLIENT:
+        if head.kind is Kind.CLIENT and request.connection.peers is None:
             auth.pages.check(request)
     head.prepared = True
 
@@ -46,6 +47,12 @@ def prepare(request: RequestCycle, service: Service) -> None:
 def check_caller(request: RequestCycle, service: Service) -> None:
     """Find out who asks, whether he may, and whether that much. Raises RequestError."""
     head, auth = request.head, service.auth
+    if (peers := request.connection.peers) is not None:
+        if head.kind is not _CLIENT:
+            raise ForbiddenError("Other hosts ask for models, and nothing else.")
+        request.caller = caller_by_peer(head.headers, peers)
+        _check_length(request, service)
+        return
     if head.kind is not _CLIENT:
         if head.kind is not Kind.PUBLIC:
             auth.check_admin(request, head.path, page=head.kind is Kind.PAGE)
