@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import HealthCheck, settings
@@ -21,6 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from proxy.config.settings import Settings
 from proxy.errors import CommandFailedError, EngineError, Fault, RequestError, RuntimeFailure
 from proxy.pool.instance import AWAKE, MOVING, State
+from proxy.pool.renewal_schedule import keep_current
+from proxy.pool.state import Phase
+from proxy.pool.usage import Usage
+from proxy.runtime.base import Outdated
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
 from tests.fakes import Rig, model_settings
@@ -196,7 +200,7 @@ class PoolMachine(RuleBasedStateMachine):
             entries = {key: {**e, "gpu_memory": "30GiB"} for key, e in entries.items()}
             options["takes"] = dict.fromkeys(entries, (30 * GIB, 2 * GIB))
         self.world = World(self.rig_of(entries, options), entries, options)
-        self.do(self.world.rig.pool.open())
+        self.do(self.opened(self.world.rig))
 
     @rule(
         number=st.integers(0, 2),
@@ -330,15 +334,61 @@ class PoolMachine(RuleBasedStateMachine):
 
         self.command(reload)
 
+    @rule(number=st.integers(0, 2), usable=st.booleans())
+    def an_engine_is_outdated(self, number: int, usable: bool) -> None:
+        """As by another container image of that name; engines that are started from now on are of the new one."""
+        runtime, key = self.it.rig.runtime, self.key(number)
+        outdated = Outdated(f"the container image is another one since {self.loop.time():.3f}", usable)
+        runtime.changes[key] = outdated
+        self.command(self.it.rig.pool.look_for_changes)
+
+        def renewed() -> None:
+            if runtime.changes.get(key) is outdated:
+                del runtime.changes[key]
+
+        self.loop.call_later(1.0, renewed)
+
     @rule(after_s=st.sampled_from([0.0, 0.5, 5.0]))
     def warmpool_starts_anew(self, after_s: float) -> None:
         """In order, as by systemd; what runs is left to the next one if the runtime can."""
         self.do(self.restart(after_s))
 
+    @rule()
+    def warmpool_is_killed(self) -> None:
+        """What runs goes on, or ends with it; half of what was under way is done."""
+        self.do(self.crash())
+
+    async def crash(self) -> None:
+        world, old = self.it, self.it.rig
+        runtime = old.runtime
+        heir = self.rig_of(world.models, world.options, old)
+        heir.runtime.images.there = dict(runtime.images.there)
+        exited = asyncio.get_running_loop().create_future
+        heir.runtime.processes = {
+            instance_id: replace(process, exited=exited())
+            for instance_id, process in runtime.processes.items()
+            if self.leaves
+        }
+        heir.nvml.held = {port: held for port, held in old.nvml.held.items() if port in self.ports_of(heir)}
+        old.pool._state.advance(Phase.CLOSED)
+        await self.abandon()
+        world.clients.clear()
+        world.commands.clear()
+        world.rig = heir
+        await self.opened(heir)
+
+    def ports_of(self, rig: Rig) -> set[int]:
+        return {rig.runtime.engines[instance_id].port for instance_id in rig.runtime.processes}
+
+    async def opened(self, rig: Rig) -> None:
+        await rig.pool.open()
+        self.keeper = asyncio.create_task(keep_current(rig.pool, Usage(), clock=self.loop.time))
+
     async def restart(self, after_s: float) -> None:
         world, old = self.it, self.it.rig
         old.pool.begin_stop()
         await asyncio.sleep(after_s)
+        self.keeper.cancel()
         await self.close(old)
         for client in world.clients:
             if client.task is not None:
@@ -352,7 +402,7 @@ class PoolMachine(RuleBasedStateMachine):
         world.clients.clear()
         world.commands.clear()
         world.rig = self.rig_of(world.models, world.options, old)
-        await world.rig.pool.open()
+        await self.opened(world.rig)
 
     async def close(self, rig: Rig) -> None:
         began = self.loop.time()
@@ -468,6 +518,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert "" not in outcomes
         for key in [*world.rig.settings.models]:
             await self.serves(key)
+        self.keeper.cancel()
         await self.close(world.rig)
         assert world.rig.states() == {}
         if not self.leaves:
