@@ -1,4 +1,4 @@
-"""docs/guarantees.md: each promise has tests, which are there; each limit is a setting, with the default that is said."""
+"""docs/guarantees.md: each promise has tests that are there; each limit is a setting with the default that is said."""
 
 from __future__ import annotations
 
