@@ -72,6 +72,10 @@ class EngineError(WarmpoolError):
         super().__init__(f"{stage}: {reason}")
 
 
+class NoRoomError(EngineError):
+    """An engine lacks host memory for what was asked of it; it may have it later."""
+
+
 class RuntimeFailure(WarmpoolError):  # noqa: N818 - "RuntimeError" is Python's own
     """A runtime could not carry out an operation.
 

@@ -400,7 +400,7 @@ class Instance(Observed):
         self._note_can_pause()
 
     def no_pauses(self) -> None:
-        """This engine could not be paused; that is not tried again until it is started anew."""
+        """This engine could not be paused; that is not tried again unless something says that it can be now."""
         self.learn_pausable(pausable=False)
 
     def _note_can_pause(self) -> None:

@@ -71,6 +71,11 @@ class Lease:
             self._pool.lease_charged(self._instance, self.generation, key)
             self._key = key
 
+    @property
+    def on_hold(self) -> bool:
+        """Whether they do because an operator wants it."""
+        return self._instance.on_hold
+
     def await_token(self) -> None:
         """It is for a stream: its engine should not be paused before that has a token."""
         if not self._awaits_token and self._pool is not None and self._instance.generation == self.generation:

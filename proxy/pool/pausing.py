@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from proxy.errors import EngineError, RuntimeFailure
+from proxy.errors import EngineError, NoRoomError, RuntimeFailure
 from proxy.pool.instance import Event, Instance
 from proxy.pool.model import client_of, note_unexpected, unless_it_ends
 from proxy.telemetry.stages import Stages
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from proxy.pool.model import Model
     from proxy.pool.state import PoolState
     from proxy.pool.stepping_down import SteppingDown
+
+_AGAIN_S: Final = 30.0
+"""After a pause for which there was too little host memory, it is tried again."""
 
 log = logging.getLogger("warmpool.pool")
 
@@ -44,8 +47,11 @@ class Pausing:
                 saved = await unless_it_ends(instance.watcher, client_of(instance).pause(stages))
         except Exception as error:  # noqa: BLE001 - whatever it was, its requests must not stand still for ever
             note_unexpected(instance, error)
-            log.warning("%s cannot be paused, and runs on: %s", instance.id, _reason(model, error))
+            log.warning("%s could not be paused, and runs on: %s", instance.id, _reason(model, error))
             instance.no_pauses()
+            if isinstance(error, NoRoomError):
+                again = asyncio.get_running_loop().call_later
+                again(_AGAIN_S, self._may_pause_again, instance, instance.generation)
             await self._go_on(model, instance)
             return
         now = self._state.clock()
@@ -59,6 +65,12 @@ class Pausing:
             "%s paused in %.3f s, %d MiB kept in host memory: %s",
             instance.id, now - began, saved >> 20, _told(stages),
         )  # fmt: skip
+
+    def _may_pause_again(self, instance: Instance, generation: int) -> None:
+        """There may be more host memory by now; only another pause can tell."""
+        if instance.generation == generation:
+            instance.learn_pausable(pausable=True)
+            self._effects.tick()
 
     async def _unpause(self, model: Model, instance: Instance) -> None:
         since = instance.paused_since

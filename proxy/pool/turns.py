@@ -14,6 +14,7 @@ from proxy.pool import gpu_accounting
 from proxy.pool.instance import State
 from proxy.pool.model_view import bring_back_s, spare_of
 from proxy.pool.plan import Pause, Retire
+from proxy.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +68,8 @@ def turn_s(
     It grows with what it costs to switch, and with the requests that it runs: so the share of time that goes to
     switches falls as the load rises, and no load that the engines could serve makes the queues grow for ever.
     """
-    switch_s = model.pause_s + model.unpause_s + bring_back_s(candidate, needy)
+    is_started = candidate is not None and candidate.tier < Tier.STOPPED  # a start from nothing does not come again
+    switch_s = model.pause_s + model.unpause_s + (bring_back_s(candidate, needy) if is_started else 0.0)
     return max(rules.quantum_s, _WORTH * switch_s) * (1 + instance.leases / _STREAMS)
 
 

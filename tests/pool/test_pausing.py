@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import CommandFailedError, ConflictError, EngineError
+from proxy.errors import CommandFailedError, ConflictError, EngineError, NoRoomError
+from proxy.pool import pausing
 from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 
@@ -130,6 +131,19 @@ async def test_a_pause_that_fails_leaves_the_engine_running_and_is_not_tried_aga
     assert rig.pool.status()["leases"] == 1
     running.release()
     (await waiting).release()
+    await rig.pool.close()
+
+
+async def test_a_pause_without_host_memory_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pausing, "_AGAIN_S", 0.01)
+    rig, running, waiting = await two_that_take_turns()
+    rig.runtime.failures["pause"] = [NoRoomError("pause", "MemoryError: 900 MiB are to be kept")]
+    await rig.pass_time(1.2)
+    async with asyncio.timeout(10):
+        while rig.runtime.calls["pause"] < 2:
+            await rig.pass_time(1.2)
+    (await asyncio.wait_for(waiting, 5)).release()
+    running.release()
     await rig.pool.close()
 
 

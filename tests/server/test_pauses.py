@@ -12,7 +12,7 @@ import orjson
 import psutil
 import pytest
 
-from proxy.server.forward.heartbeat import COMMENT
+from proxy.server.forward.heartbeat import COMMENT, ON_HOLD, PAUSED
 from tests.front import Front
 from tests.support import PATIENCE_S, engine_model
 
@@ -99,7 +99,7 @@ async def stands_still(stream: Stream, seconds: float = 0.4) -> bool:
 
 
 async def test_two_models_take_turns_on_one_place_and_every_answer_is_whole(pausing: Any) -> None:
-    front: Front = await pausing(pool={"max_awake": 1, "quantum": "300ms"})
+    front: Front = await pausing(pool={"max_awake": 1, "quantum": "300ms"}, server={"heartbeat": "100ms"})
     undisturbed = await Stream(front).text()
     await front.post("/v1/completions", {**ASK, "model": "other"})
     await front.post("/v1/completions", ASK)
@@ -108,7 +108,7 @@ async def test_two_models_take_turns_on_one_place_and_every_answer_is_whole(paus
         await stream.tokens(5)
     answers = []
     for _ in range(2):
-        response, body = await front.post("/v1/completions", {**ASK, "model": "other"})
+        response, body = await front.post("/v1/completions", {**ASK, "model": "other", "max_tokens": 60})
         assert response.status == 200, body
         assert not any(stream.task.done() for stream in streams), "it did not wait for the long answers"
         answers.append(orjson.loads(body)["choices"][0]["text"])
@@ -117,6 +117,8 @@ async def test_two_models_take_turns_on_one_place_and_every_answer_is_whole(paus
     assert {await stream.text() for stream in streams} == {undisturbed}
     assert front.sample("warmpool_pauses_total", model="demo") >= 2
     assert front.sample("warmpool_paused_seconds_count", model="demo") >= 2
+    assert PAUSED in streams[0].raw
+    assert ON_HOLD not in streams[0].raw
 
 
 async def test_a_stream_that_an_operator_pauses_hears_that_it_is_alive_and_goes_on(pausing: Any) -> None:
@@ -127,7 +129,8 @@ async def test_a_stream_that_an_operator_pauses_hears_that_it_is_alive_and_goes_
     status, answer = await command(front, "pause")
     assert (status, answer["done"], answer["instances"]) == (200, True, [{"id": "demo-1", "state": "paused"}])
     assert await stands_still(stream, 1.5), "longer than an engine may be silent otherwise"
-    assert stream.raw.count(COMMENT) >= 5
+    assert stream.raw.count(ON_HOLD) >= 5
+    assert COMMENT not in stream.raw
     assert state(front) == "paused"
     status, answer = await command(front, "unpause")
     assert (status, answer["instances"]) == (200, [{"id": "demo-1", "state": "ready"}])

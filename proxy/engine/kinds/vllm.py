@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from proxy.engine.client import DIGITS, EngineClient, as_json, excerpt
 from proxy.engine.kinds.vllm_inside import VllmInside
 from proxy.engine.vllm_extension.warmpool_vllm.frontend import PATH
-from proxy.errors import EngineError, Fault
+from proxy.errors import EngineError, Fault, NoRoomError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -158,7 +158,8 @@ class VllmClient(EngineClient):
             failed = not isinstance(result, dict) or "error" in result or missing
             if failed and not (again and isinstance(result, dict) and result.get("again")):
                 reason = result.get("error") if isinstance(result, dict) else result
-                raise EngineError(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
+                kind = NoRoomError if str(reason).startswith("MemoryError") else EngineError
+                raise kind(stage, f"{method}: {str(reason)[:300]}", fault=Fault.IMAGE)
         return results
 
     async def wake_up(self, level: int, stages: Stages, *, copied: bool = False) -> bool:

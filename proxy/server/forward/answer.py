@@ -17,7 +17,7 @@ from proxy.errors import EngineFailedError, UpstreamError, sse_error
 from proxy.fleet.peers import PeerLease
 from proxy.server.forward.fields import NOT_TO_CLIENT, answer_fields, is_event_stream, server_timing
 from proxy.server.forward.first_token import FirstToken
-from proxy.server.forward.heartbeat import COMMENT, HEADERS, Heartbeat
+from proxy.server.forward.heartbeat import COMMENT, HEADERS, ON_HOLD, PAUSED, Heartbeat
 from proxy.server.http_answer import date
 from proxy.tiers import Tier
 
@@ -242,7 +242,14 @@ class EngineAnswer:
             assert self.heartbeat is not None  # noqa: S101 - whose beat this is
             if not self._body.between or not self.heartbeat.between_events:
                 return
-        self._write_with_head(http1.chunk(COMMENT) if self._framed else COMMENT)
+        comment = self._comment()
+        self._write_with_head(http1.chunk(comment) if self._framed else comment)
+
+    def _comment(self) -> bytes:
+        lease = self._cycle.lease
+        if lease is None or not lease.paused:
+            return COMMENT
+        return ON_HOLD if lease.on_hold else PAUSED
 
     def _head_of_comments(self) -> bytes:
         cycle = self._cycle

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMENT: Final = b": waiting for the model\n"
+PAUSED: Final = b": paused while another model runs\n"
+ON_HOLD: Final = b": paused by an operator\n"
 HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
