@@ -207,11 +207,12 @@ def as_a_service(machine: Machine) -> None:
         sys.exit(f"it was to come from a checkpoint:\n{out[-4000:]}")
     streamed(machine)
     manual = machine.run("apt-get install -y man-db >/dev/null; PATH=/opt/warmpool/current/bin:$PATH man -w warmpool")
-    say(f"  man warmpool: {manual.strip()}")
+    say(f"  man warmpool: {manual.split()[-1]}")
     steps(machine, [c for c in section("docs/installation.md", "Upgrading") if "ln -sfn" not in c])
     streamed(machine)
     steps(machine, [*section("docs/installation.md", "Removing it")])
-    if left := machine.run("podman ps --all --quiet 2>/dev/null").split():
+    # The outer podman may have said something too.
+    if left := re.findall(r"^[0-9a-f]{12}$", machine.run("podman ps --all --quiet"), re.MULTILINE):
         sys.exit(f"containers are left: {left}")
 
 
