@@ -275,8 +275,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_nothing_tells_anybody_to_install_the_warmpool_of_package_indexes() -> None:
-    """It is somebody else's: ours is `warmpool-proxy`, installed from its sources or from a wheel made of them."""
-    names = re.compile(r"\bwarmpool\[|\b(?:pip|pipx|uv|uvx)\b[^\n`]*[ '\"]warmpool(?!-proxy)(?=['\"\[ `\n<>=]|$)")
+    """It is somebody else's, and ours is on none: it is installed from its sources or from a wheel made of them."""
+    names = re.compile(r"\bwarmpool\[|\b(?:pip|pipx|uv|uvx)\b[^\n`]*[ '\"]warmpool(?:-proxy)?(?=['\"\[ `\n<>=]|$)")
     kinds = {".py", ".md", ".toml", ".sh", ".yml", ".service", ".html", ".js", ""}
     folders = ("proxy", "loadtest", "docs", "config", "systemd", ".ci")
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix in kinds]
@@ -286,6 +286,7 @@ def test_nothing_tells_anybody_to_install_the_warmpool_of_package_indexes() -> N
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "warmpool-proxy"
     assert names.search("pip install 'warmpool[gpu]'")
     assert names.search("pip install warmpool\n")
+    assert names.search("pip install 'warmpool-proxy[gpu]'")
 
 
 def test_the_page_on_the_api_is_complete() -> None:

@@ -125,7 +125,7 @@ def tiers(model: ModelSettings, made: golden.Created | None) -> None:
     console.print(table)
     if len(measured) < len(times):
         console.print(
-            "~ is what a model of 1.5 billion parameters took on an H100; `warmpool status` shows what yours do."
+            "~ is what a model of 1.5 billion parameters took on an H100; `warmpool status` shows what yours took."
         )
 
 

@@ -5,6 +5,7 @@ The address comes from the same configuration that the server uses, or from `--u
 
 from __future__ import annotations
 
+import os
 import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -157,7 +158,9 @@ class Control:
                     raise ControlError(_reason(response.status, await response.read()))
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
-            reason = str(error) or type(error).__name__
+            cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+            plain = os.strerror(cause.errno) if isinstance(cause, ConnectionError) and cause.errno else None
+            reason = plain or str(error) or type(error).__name__
             raise HostError(
                 f"no warmpool answers at {self._address.shown} ({reason}). Start it with `warmpool serve`, or name "
                 "another one with --config or --url"

@@ -44,7 +44,7 @@ class NatsBus:
         try:
             import nats.aio.client
         except ImportError:
-            raise HostError("[fleet] needs the extra fleet: pip install 'warmpool-proxy[fleet]'") from None
+            raise HostError("[fleet] needs the extra fleet (make install EXTRAS=fleet)") from None
         self._make: Callable[[], Client] = nats.aio.client.Client
         self._settings = settings
         self._servers = settings.servers or []

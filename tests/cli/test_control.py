@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from proxy.cli import status_table
+from proxy.cli import request_commands, status_table
 from proxy.cli.control_client import apply_patch
 from proxy.cli.failures import EXIT_HOST
 from proxy.cli.main import cli
@@ -215,7 +215,7 @@ def test_without_a_server_the_commands_say_so() -> None:
     for arguments in (["status"], ["wake", "demo"], ["drain"], ["status", "--watch"]):
         result = CliRunner(env={"WARMPOOL_URL": "http://127.0.0.1:9"}).invoke(cli, arguments)
         assert result.exit_code == EXIT_HOST
-        assert "no warmpool answers at http://127.0.0.1:9" in result.stderr
+        assert "no warmpool answers at http://127.0.0.1:9 (Connection refused)" in result.stderr
         assert "Traceback" not in result.stderr
 
 
@@ -318,3 +318,23 @@ def test_the_table_is_whole_at_80_columns() -> None:
     assert "1h1m ago" in text, text
     assert "llama_70b-2 falling 70.3 GiB 0 checkpointed" in text, text
     assert "small stopped 0" in text, text
+
+
+def test_requests_are_whole_at_80_columns_and_a_line_each_for_programs() -> None:
+    row: dict[str, Any] = {
+        "at_unix_s": 0.0, "state": "ended", "status": 200, "model": "Qwen/Qwen2.5-Coder-7B-Instruct", "key": "team-a",
+        "host": "127.0.0.1", "tier": "checkpointed", "wait_s": 1.5, "ttft_s": 1.9, "total_s": 12.25,
+        "prompt_tokens": 1234, "completion_tokens": 567, "tokens_per_s": 54.0, "id": "c9aef84e51b83c9b3c78fefc7e7e56ab",
+    }  # fmt: skip
+    found = [row, {**row, "state": "waiting", "key": None, "prompt_tokens": None, "ttft_s": None}]
+    header, *whole = request_commands.lines(found)
+    names = "AT STATE KEY FOUND WAIT TTFT TOTAL TOKENS /S MODEL HOST ID"
+    assert header.split() == names.split()
+    assert [line.endswith(row["id"]) for line in whole] == [True, True]
+    narrow = request_commands.lines(found, 80)
+    assert len(narrow) == 2 * (1 + len(found))
+    assert max(map(len, narrow)) <= 80
+    for value in ("200", "team-a", "checkpointed", "12.25", "1234+567", row["model"], row["id"], "waiting"):
+        assert any(value in line for line in narrow)
+    assert request_commands.lines(found, 200) == [header, *whole]
+    assert request_commands.lines([], 80) == []
