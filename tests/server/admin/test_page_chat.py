@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import orjson
 import pytest
 import pytest_asyncio
@@ -220,6 +221,27 @@ async def test_no_dialog_has_two_coloured_buttons_and_none_offers_what_cannot_wo
     await page.locator("#connection", has_text="draining").wait_for()
     await page.locator("#try").click()
     assert "drained" in await page.locator("#chat-refusal").inner_text()
+    assert there.errors == []
+
+
+async def test_what_somebody_should_look_at_is_on_top(
+    browser: Browser, front_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front: Front = await front_of(idle=NEVER)
+    await front.post("/v1/completions", ASK)
+    there = await visit(browser, front)
+    page = there.page
+    assert await page.locator("#problems-section").is_hidden()
+    held = {"id": "demo-9", "model": "demo", "reason": "<b>podman</b> hangs", "since_unix_s": 1.0}
+    monkeypatch.setattr(front.pool._state.written_off, "status", lambda: [held])
+    front.pool._state.tell()
+    await page.locator("#problems li", has_text="<b>podman</b> hangs").wait_for()
+    assert await page.locator("#problems b").all_inner_texts() == ["demo-9"]
+    await arm(front, "die_mid_stream")
+    with pytest.raises(aiohttp.ClientError):
+        await front.post("/v1/completions", {**ASK, "stream": True})
+    await page.locator("#requests-open > summary").click()
+    await page.locator("#requests tr.bad .failed").wait_for()
     assert there.errors == []
 
 

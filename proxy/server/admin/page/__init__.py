@@ -32,6 +32,7 @@ _SCRIPTS: Final = (
     "requests",
     "usage",
     "memory",
+    "problems",
     "start",
 )
 """The parts of the script, in the order in which they run; they share one scope."""

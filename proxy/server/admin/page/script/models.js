@@ -64,7 +64,8 @@ function modelCard(key) {
       const missing = entry.missing_tiers[tier];
       return h("li", { class: tier === entry.tier ? "here" : missing ? "missing" : null, title: missing || null, "aria-current": tier === entry.tier ? "step" : null }, h("span", null, tier));
     }));
-    put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null);
+    put(facts, entry.draining ? h("span", null, "new requests are ", h("b", null, "refused")) : entry.instances.some((i) => i.state === "ready") ? h("span", null, "a request is answered ", h("b", null, "at once")) : h("span", null, "a request waits about ", h("b", null, seconds(entry.estimate_s))), entry.queue ? h("span", null, h("b", null, String(entry.queue)), " waiting") : null,
+      entry.backs_off_s ? h("span", { class: "failed" }, "nothing is started for ", h("b", null, seconds(entry.backs_off_s)), " after a failed wake") : null);
     // A title shows on no phone, so the reasons are text too.
     const missing = Object.entries(entry.missing_tiers);
     put(why, missing.length ? h("details", null, h("summary", null, plural(missing.length, "tier"), " missing"), h("ul", { class: "reasons" }, ...missing.map(([tier, reason]) => h("li", null, h("b", null, tier), `: ${reason}`)))) : null);

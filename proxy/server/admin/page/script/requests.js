@@ -1,6 +1,6 @@
 // The requests of clients.
 const REQUESTS_EVERY_MS = 2000, FIRST_REQUESTS = 100;
-const COLUMNS = [["state", "text"], ["model", "text"], ["key", "text"], ["host", "text"], ["found", "text"], ["waited", null], ["first token", null], ["total", null], ["tokens", null], ["tokens/s", null], ["came", null]];
+const COLUMNS = [["state", "text"], ["model", "text"], ["key", "text"], ["host", "text"], ["found", "text"], ["waited", null], ["first token", null], ["total", null], ["tokens in + out", null], ["tokens/s", null], ["came", null]];
 async function showRequests() {
   if (!byId("requests-open").open || document.hidden || !status) return;
   const query = new URLSearchParams({ limit: String(byId("requests-all").checked ? 1000 : FIRST_REQUESTS) });
@@ -27,8 +27,8 @@ function requestRow() {
   row.show = (r) => {
     if (row.dataset.ended) return;  // nothing changes any more but how long ago it was, which tells itself
     if (r.state === "ended") row.dataset.ended = "yes";
-    const tokens = r.completion_tokens === null && r.prompt_tokens === null ? "" : r.prompt_tokens === null ? String(r.completion_tokens) : `${r.prompt_tokens} + ${r.completion_tokens ?? 0}`;
-    const cells = [r.state === "ended" ? String(r.status) : r.state, r.model, r.key ?? "", r.host ?? "", r.tier ?? "", seconds(r.wait_s), r.ttft_s === null ? "" : seconds(r.ttft_s), seconds(r.total_s), tokens, r.tokens_per_s === null ? "" : perSecond(r.tokens_per_s)];
+    const tokens = r.completion_tokens === null && r.prompt_tokens === null ? "" : `${r.prompt_tokens ?? "?"} + ${r.completion_tokens ?? 0}`;
+    const cells = [r.state === "ended" ? String(r.status) : r.state, r.broken ? h("span", null, r.model, h("span", { class: "failed" }, ` ${r.broken}`)) : r.model, r.key ?? "", r.host ?? "", r.tier ?? "", seconds(r.wait_s), r.ttft_s === null ? "" : seconds(r.ttft_s), seconds(r.total_s), tokens, r.tokens_per_s === null ? "" : perSecond(r.tokens_per_s)];
     row.title = `${r.path} ${r.id}${r.broken ? `: ${r.broken}` : ""}`;
     row.classList.toggle("bad", r.broken !== null || r.status >= 500);
     put(row, ...[...cells, ago(r.at_unix_s)].map((content, n) => h("td", { class: COLUMNS[n][1], "data-label": content === "" ? null : COLUMNS[n][0] }, content)),
