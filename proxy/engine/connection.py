@@ -40,6 +40,8 @@ _CLOSE_S: Final = 5.0
 _STEP: Final = 256 << 10
 """How much of a large body is written in one turn of the event loop: what the kernel takes at once holds it up."""
 _DISCONNECTED: Final = "the engine was disconnected"
+_AT_ONCE: Final = 32
+"""So many connections are made at the same time; those who want one more wait until one is made, or comes free."""
 
 
 class ExchangeError(Exception):
@@ -90,6 +92,8 @@ class Upstream:
         """The last one given back comes last."""
         self._open: set[Connection] = set()
         self._connecting: set[asyncio.Timeout] = set()
+        self._wanting: dict[asyncio.Future[Connection | None], None] = {}
+        """Those who wait for a connection that comes free, or for their turn to make one (None), in order."""
         self._timer: asyncio.TimerHandle | None = None
         self.silent_s = 0.0
         """For how long no exchange has brought a byte, though at least one is under way; at most a second behind."""
@@ -130,7 +134,62 @@ class Upstream:
         return None
 
     async def connect(self) -> Connection:
-        """A new connection, for the caller to begin with. Raises ExchangeError."""
+        """A connection, for the caller to begin with at once: a new one, or one that came free first.
+
+        Where many are wanted at once, as behind a wake, most of those that are made first are free again before the
+        others could be made, which costs more than all the rest of a short request. Raises ExchangeError.
+        """
+        while len(self._connecting) >= _AT_ONCE:
+            found = await self._turn()
+            if found is None:
+                break
+            if found.is_usable:
+                return found
+        return await self._connect()
+
+    async def _turn(self) -> Connection | None:
+        wanted: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._wanting[wanted] = None
+        try:
+            return await wanted
+        except asyncio.CancelledError:
+            self._wanting.pop(wanted, None)
+            if wanted.done() and not wanted.cancelled() and wanted.exception() is None:  # in the same moment
+                found = wanted.result()
+                if found is None:
+                    self._give(None)
+                elif found.is_usable:
+                    self.returned(found)
+            raise
+
+    def _give(self, connection: Connection | None) -> bool:
+        """Give the next one who wants a connection this one, or the turn to make one; whether there was anybody."""
+        while self._wanting:
+            wanted = next(iter(self._wanting))
+            del self._wanting[wanted]
+            if not wanted.done():
+                wanted.set_result(connection)
+                return True
+        return False
+
+    def _refuse_all(self, error: ExchangeError) -> None:
+        """What was found out by one who tried to connect counts for those who wait to try."""
+        wanting, self._wanting = self._wanting, {}
+        for wanted in wanting:
+            if not wanted.done():
+                wanted.set_exception(type(error)(*error.args))
+
+    async def _connect(self) -> Connection:
+        try:
+            connection = await self._connected()
+        except ExchangeError as error:
+            self._refuse_all(error)
+            raise
+        finally:
+            self._give(None)
+        return connection
+
+    async def _connected(self) -> Connection:
         # Its own scope, so that disconnect() can end it.
         limit_s = _CONNECT_S if self.tls is None else _PEER_CONNECT_S
         scope = asyncio.timeout(limit_s)
@@ -161,6 +220,7 @@ class Upstream:
         """Close every connection; exchanges under way fail. Returns when none is left, in any case after 5 s."""
         self.generation += 1
         self._stands_still = False
+        self._refuse_all(ExchangeError(_DISCONNECTED))
         for scope in [*self._connecting]:
             scope.reschedule(0)
         closing = [*self._open]
@@ -207,7 +267,8 @@ class Upstream:
 
     def returned(self, connection: Connection) -> None:
         """A connection may serve again."""
-        self._idle[connection] = None
+        if not (self._wanting and self._give(connection)):
+            self._idle[connection] = None
 
     def _look(self) -> None:
         """End exchanges whose engine has been silent for too long, and connections that nobody needed."""
@@ -357,6 +418,11 @@ class Connection(asyncio.Protocol):
     def awaited(self) -> bool:
         """Whether somebody waits for bytes of the engine's, and would take them."""
         return self._receiver is not None and self._reading
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it may serve an exchange."""
+        return self.keep and not self._transport.is_closing()
 
     def has_spoken(self) -> bool:
         """Whether bytes came since this was asked last."""

@@ -85,8 +85,9 @@ class Admission:
         if self._state.settings.pool.policy == "turns":
             model.demand.note_size(size)
             head_start_s -= behind_s(size, model.demand.usual_size, model.max_wait_s)
-        granted = asyncio.get_running_loop().create_future()
-        waiter = Waiter(granted, since, found, preferred, near, head_start_s, streams)
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(loop.create_future(), since, found, preferred, near, head_start_s, streams)
+        timer = loop.call_later(limit_s, self._expire, waiter, model, name, limit_s)
         self._state.waiting += 1
         queue = model.queue  # a reload hands it to the model that takes over
         joins = bool(queue)
@@ -98,25 +99,25 @@ class Admission:
                 self._tick_once()
             else:
                 self._effects.tick()
-            async with asyncio.timeout(limit_s):
-                return await waiter.granted
-        except TimeoutError:
-            waiter.hand_on()
-            kind = NoCapacityError if limit_s == model.settings.queue_timeout else MaxWaitError
-            raise kind(
-                f"No instance of {name!r} became free within {limit_s:g} s.",
-                retry_after_s=self._expected_wait_s(model),
-            ) from None
+            return await waiter.granted
         except asyncio.CancelledError:
             waiter.hand_on()
             raise
         finally:
+            timer.cancel()
             # One that was granted or failed has left the queue already.
             queue.discard(waiter)
             self._state.waiting -= 1
             if preferred is not None:
                 model.wanted[preferred] -= 1
             self._state.tell()
+
+    def _expire(self, waiter: Waiter, model: Model, name: str, limit_s: float) -> None:
+        """It has waited for as long as it may."""
+        if not waiter.granted.done():
+            kind = NoCapacityError if limit_s == model.settings.queue_timeout else MaxWaitError
+            text = f"No instance of {name!r} became free within {limit_s:g} s."
+            waiter.granted.set_exception(kind(text, retry_after_s=self._expected_wait_s(model)))
 
     def try_lease(self, key: str, near: bytes | None = None) -> Lease | None:
         """A hold on a ready instance of a model, by its key, if there is one with room for which nobody waits.
@@ -193,8 +194,7 @@ class Admission:
             )
 
     def _refuse_if_longer(self, model: Model, max_wait_s: float | None) -> None:
-        expected_s = self._state.estimate_s(model.key)
-        if max_wait_s is not None and expected_s > max_wait_s:
+        if max_wait_s is not None and (expected_s := self._state.estimate_s(model.key)) > max_wait_s:
             raise MaxWaitError(
                 f"An instance of {model.served_name!r} is expected in {expected_s:.1f} s, "
                 f"more than the {max_wait_s:g} s that the request would wait.",

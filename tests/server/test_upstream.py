@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from proxy.engine.connection import Connection, Upstream
+from proxy.engine.connection import Connection, ExchangeError, Upstream
 from tests.fakes import Rig
 from tests.served import Proxy
 from tests.support import PATIENCE_S, engine_model
@@ -52,6 +52,94 @@ def test_a_connect_that_is_cancelled_at_any_moment_leaves_no_connection(run: Run
         server.close()
 
     run(cancel_connects())
+
+
+async def _listening() -> tuple[asyncio.Server, Upstream]:
+    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(read, "127.0.0.1", 0, backlog=1024)
+    return server, Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None)
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run], ids=["uvloop", "asyncio"])
+def test_of_many_who_want_a_connection_at_once_most_get_one_that_came_free(run: Run) -> None:
+    """And where none comes free, each gets one of its own."""
+
+    async def ask(upstream: Upstream) -> None:
+        connection = await upstream.connect()
+        connection.finished(reusable=True)
+
+    async def connect_often() -> None:
+        server, upstream = await _listening()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*(ask(upstream) for _ in range(500)))
+            made = upstream.connections
+            kept = await asyncio.gather(*(upstream.connect() for _ in range(200)))
+            await upstream.disconnect()
+        assert made < 250
+        assert len({*kept}) == 200
+        assert upstream.connections == 0
+        server.close()
+
+    run(connect_often())
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run], ids=["uvloop", "asyncio"])
+def test_those_who_want_a_connection_may_leave_at_any_moment(run: Run) -> None:
+    """Those who stay get one, whoever had the turn or the connection that one who left was given."""
+
+    async def connect_and_leave() -> None:
+        server, upstream = await _listening()
+        enough = True
+        for turns, step in itertools.product(range(_TURNS), (2, 3, 7)):
+            async with asyncio.timeout(PATIENCE_S):
+                wanted = [asyncio.create_task(upstream.connect()) for _ in range(100)]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                for done in [task for task in wanted if task.done()][::2]:
+                    done.result().finished(reusable=True)
+                for task in wanted[::step]:
+                    task.cancel()
+                results = await asyncio.gather(*wanted, return_exceptions=True)
+                got = [result for result in results if not isinstance(result, BaseException)]
+                await upstream.disconnect()
+                enough = enough and len(got) >= 100 - len(wanted[::step]) and upstream.connections == 0
+        assert enough
+        server.close()
+
+    run(connect_and_leave())
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run], ids=["uvloop", "asyncio"])
+def test_nobody_waits_for_his_turn_to_connect_where_nobody_listens(run: Run) -> None:
+    async def fail_to_connect() -> None:
+        server, upstream = await _listening()
+        server.close()
+        await server.wait_closed()
+        async with asyncio.timeout(PATIENCE_S):
+            results = await asyncio.gather(*(upstream.connect() for _ in range(200)), return_exceptions=True)
+        assert all(isinstance(result, ExchangeError) for result in results)
+        assert upstream.connections == 0
+
+    run(fail_to_connect())
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run], ids=["uvloop", "asyncio"])
+def test_a_disconnect_ends_the_wait_for_a_connection(run: Run) -> None:
+    async def disconnect() -> None:
+        server, upstream = await _listening()
+        wanted = [asyncio.create_task(upstream.connect()) for _ in range(100)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            await upstream.disconnect()
+            results = await asyncio.gather(*wanted, return_exceptions=True)
+        assert all(isinstance(result, ExchangeError) for result in results)
+        assert upstream.connections == 0
+        server.close()
+
+    run(disconnect())
 
 
 async def _reset_while_it_connects(port: int) -> None:

@@ -14,6 +14,7 @@ from proxy.server.auth.browser_origin import contained
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from proxy.pool.instance import WakeRecord
     from proxy.pool.lease import Lease
 
     Fields = list[tuple[bytes, bytes]]
@@ -78,15 +79,25 @@ def _unbuffered(fields: Fields) -> Fields:
     return fields + [field for field in _OF_STREAMS if field[0] not in names]
 
 
+class _LastWake:
+    wake: WakeRecord | None = None
+    timing = ""
+
+
 def server_timing(lease: Lease) -> bytes:
     """How long a request waited (W3C Server Timing, milliseconds)."""
     if isinstance(lease, PeerLease):
         return lease.timing
-    timing = [f"queue;dur={lease.queue_s * 1000:.1f}"]
-    if lease.wake is not None:
-        timing.append(f"wake;dur={lease.wake.seconds * 1000:.1f}")
-        timing += [f"{name};dur={value * 1000:.1f}" for name, value in lease.wake.stages.items()]
-    return ", ".join(timing).encode("ascii")
+    if lease.wake is not _LastWake.wake:  # many wait for the same one
+        _LastWake.wake, _LastWake.timing = lease.wake, _timing_of(lease.wake)
+    return f"queue;dur={lease.queue_s * 1000:.1f}{_LastWake.timing}".encode("ascii")
+
+
+def _timing_of(wake: WakeRecord | None) -> str:
+    if wake is None:
+        return ""
+    stages = "".join([f", {name};dur={value * 1000:.1f}" for name, value in wake.stages.items()])
+    return f", wake;dur={wake.seconds * 1000:.1f}{stages}"
 
 
 def max_wait_s(headers: Mapping[str, str]) -> float | None:
