@@ -85,11 +85,10 @@ class RequestHead:
     """
 
     __slots__ = (
-        "before", "behind", "closes", "coding", "content_type", "cors", "engine_fields", "expects", "fields", "headers",
-        "http11", "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of", "length",
-        "makes_response", "match", "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared", "query",
-        "request_id",
-        "request_line", "route", "session", "target",
+        "asks_nobody", "before", "behind", "closes", "coding", "content_type", "cors", "engine_fields", "expects",
+        "fields", "headers", "http11", "is_for_aiohttp", "is_preflight", "keep_s", "keys", "kind", "known", "known_of",
+        "length", "makes_response", "match", "max_wait_s", "method", "only_looks", "path", "path_for_log", "prepared",
+        "query", "request_id", "request_line", "route", "session", "target",
     )  # fmt: skip
 
     def __init__(
@@ -123,6 +122,8 @@ class RequestHead:
         self.known: Known | None = None
         """Whose key it is, as long as `known_of` are the keys in force."""
         self.known_of: object = None
+        self.asks_nobody = False
+        """Who it is from does not matter, as long as there are no keys in force."""
         self.only_looks = False
         self.is_for_aiohttp = False
         self.route: Route | None = None

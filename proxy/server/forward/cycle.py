@@ -51,8 +51,8 @@ class RequestCycle:
     """A request, from its head to the last byte of its answer."""
 
     __slots__ = (
-        "_address", "_attempts", "_counts", "_stands_in", "_status", "_task", "admission", "answer", "began", "broken",
-        "caller", "closes", "connection", "done", "first_lease", "head", "hop", "lease", "length", "model",
+        "_address", "_attempts", "_stands_in", "_status", "_task", "admission", "answer", "began", "broken", "caller",
+        "closes", "connection", "counts", "done", "first_lease", "head", "hop", "lease", "length", "model",
         "refused_as", "request_id", "service", "trace", "waited_s",
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ class RequestCycle:
         self.closes = head.closes
         """The connection ends with the answer."""
         self.done = False
-        self._counts = False
+        self.counts = False
         """It was let in: it has a line in the log, and is counted by its model."""
         self.model = UNKNOWN_MODEL
         """The key of its model, once it was found."""
@@ -125,7 +125,7 @@ class RequestCycle:
     @property
     def is_listed(self) -> bool:
         """Whether operators see it: it was let in, and has not ended."""
-        return self._counts and not self.done
+        return self.counts and not self.done
 
     @property
     def is_uploading(self) -> bool:
@@ -153,15 +153,17 @@ class RequestCycle:
         head, service = self.head, self.service
         try:
             self.request_id = head.request_id or request_id.new()
-            # Of most requests nothing has to be asked: their heads are known, and anybody may ask.
+            # Of most requests nothing has to be found out: their heads are known, and anybody may ask.
             if (
                 head.match is None
+                or not head.asks_nobody
                 or service.auth.keys is not None
                 or self.length > service.pool.settings.server.body_limit
-            ) and not self._is_wanted():
+            ) and (found := preparation.answered_at_once(self, service)) is not None:
+                self._answer(*found)
                 return False
             if head.match is not None:
-                self._counts = True
+                self.counts = True
                 if service.traces is not None:
                     self.trace = service.traces.request(head.method, head.match.route.path, head.headers)
             return True
@@ -170,31 +172,6 @@ class RequestCycle:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             self._fail(error)
         return False
-
-    def _is_wanted(self) -> bool:
-        """Whose it is and whom it is for; if it is answered here, that is done. Raises RequestError."""
-        head, service = self.head, self.service
-        if not head.prepared:
-            preparation.prepare(self, service)
-        if head.is_preflight:
-            self._answer(204, preparation.preflight(head, service), b"")
-            return False
-        preparation.check_caller(self, service)
-        if head.match is None and not head.is_for_aiohttp:
-            found = service.own_routes.answer(head, self.caller)
-            if found is not None:
-                self._answer(*found)
-                return False
-            self._find_route()
-        return True
-
-    def _find_route(self) -> None:
-        try:
-            preparation.find_route(self.head, self.service)
-        except RequestError:
-            # What is refused of an engine's route is one of its requests.
-            self._counts = self.head.route is not None
-            raise
 
     def pieces_came(self, pieces: list[bytes], size: int) -> None:
         """All of its body is there, in pieces of this size together."""
@@ -398,9 +375,9 @@ class RequestCycle:
         if self.done:
             return
         self.refused_as, self._status = error.code, error.status
-        if not self._counts or self.caller is not None:
+        if not self.counts or self.caller is not None:
             self.service.auth.note(self.connection.host, error, f"{method_of(self.method)} {self.head.path_for_log}")
-        if not self._counts:
+        if not self.counts:
             self.service.metrics.count_request(UNKNOWN_MODEL, error.status)
         operator = self.head.kind is Kind.ADMIN
         body = error.body(for_operator=operator, anthropic=self.speaks_anthropic)
@@ -487,7 +464,7 @@ class RequestCycle:
         status = self._status or (answer.status if answer is not None and answer.begun else 0)
         if self.admission is not None:
             self.admission.end(0 if left and not self.has_begun_to_answer else status)
-        if self._counts:
+        if self.counts:
             access_log.account(self, first, status or 499)  # nginx's: the client left before an answer
         self.answer = None  # each has the other: so that neither has to wait for the garbage collector
 

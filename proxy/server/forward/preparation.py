@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from proxy.errors import BodyTooLargeError, ForbiddenError, MediaTypeError
+from proxy.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, RequestError
 from proxy.server.auth.administrator import ADMINISTRATOR
 from proxy.server.auth.authorization import CHAT, Kind, refuse_expired
 from proxy.server.auth.peer_caller import caller_by_peer
@@ -16,11 +16,33 @@ from proxy.server.request_body import coding_of
 if TYPE_CHECKING:
     from proxy.server.forward.cycle import RequestCycle
     from proxy.server.http_request import RequestHead
+    from proxy.server.own_routes import Answer
     from proxy.server.service import Service
 
 _LOOKS: Final = ("GET", "HEAD")
 _CLIENT: Final = Kind.CLIENT
 _CHAT_OF_ENGINE: Final = "/v1/chat/completions"
+
+
+def answered_at_once(request: RequestCycle, service: Service) -> Answer | None:
+    """What is answered here, if it is; else the engine's route that it asks for is found. Raises RequestError."""
+    head = request.head
+    if not head.prepared:
+        prepare(request, service)
+    if head.is_preflight:
+        return 204, preflight(head, service), b""
+    check_caller(request, service)
+    if head.match is not None or head.is_for_aiohttp:
+        return None
+    if (answer := service.own_routes.answer(head, request.caller)) is not None:
+        return answer
+    try:
+        find_route(head, service)
+    except RequestError:
+        # What is refused of an engine's route is one of its requests.
+        request.counts = head.route is not None
+        raise
+    return None
 
 
 def prepare(request: RequestCycle, service: Service) -> None:
@@ -70,6 +92,8 @@ def check_caller(request: RequestCycle, service: Service) -> None:
             request.admission = auth.admit(head.known)
             request.caller = request.admission.holder
         return
+    else:
+        head.asks_nobody = True
     _check_length(request, service)
 
 

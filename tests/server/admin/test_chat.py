@@ -97,6 +97,16 @@ async def test_with_keys_it_takes_the_admin_token(keyed_of: Any, tmp_path: Path)
         assert (await status.json())["chat_refusal"] is None
 
 
+async def test_whether_one_may_is_asked_of_every_request(front: Front) -> None:
+    """Of one whose head came before, too: another token is in force since."""
+    for _ in range(2):
+        response, _ = await front.post(CHAT, ASK, headers=JSON)
+        assert response.status == 200
+    front.auth.take((b"another-token-than-none", None), {})
+    response, _ = await front.post(CHAT, ASK, headers=JSON)
+    assert response.status == 401
+
+
 async def test_loopback_alone_spares_nobody_a_key(keyed_of: Any) -> None:
     keyed: Keyed = await keyed_of(None, admin={})
     response, answer = await keyed.front.post(CHAT, ASK, headers=JSON)
