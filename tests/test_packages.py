@@ -16,19 +16,24 @@ ROOT = Path(__file__).parent.parent / "proxy"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_the_project_does_not_import_its_tests_or_load_tests(path: Path) -> None:
-    names = {n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+    names = {n.module or "" for n in ast.walk(_tree(path)) if isinstance(n, ast.ImportFrom)}
     assert not {n for n in names if n.split(".")[0] in {"tests", "loadtest"}}
 
 
 def test_every_package_says_what_lives_there_and_what_it_may_not_import() -> None:
     for package in ROOT.rglob("__init__.py"):
-        assert ast.get_docstring(ast.parse(package.read_text())), package
+        assert ast.get_docstring(_tree(package)), package
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    trees = [ast.parse(path.read_text()) for path in MODULES if "warmpool_vllm" not in path.parts]
+    trees = [_tree(path) for path in MODULES if "warmpool_vllm" not in path.parts]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
@@ -46,7 +51,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT.parent / "loadtest").rglob("*.py"))], ids=str)
 def test_no_private_name_of_another_library_is_used(path: Path) -> None:
     """As far as it can be seen: imported, of an imported module, or a name that is none of ours."""
-    tree = ast.parse(path.read_text())
+    tree = _tree(path)
     foreign: set[str] = set()
     used: set[str] = set()
     for node in ast.walk(tree):
@@ -86,7 +91,7 @@ def _our_names() -> set[str]:
     """Those that are ours: methods, attributes, slots, functions and constants of our modules."""
     found: set[str] = set()
     for path in [*MODULES, *(ROOT.parent / "loadtest").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):

@@ -72,9 +72,10 @@ def test_the_sources_are_complete_and_make_the_same_wheel(dist: Path, tmp_path: 
 def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new virtual environment with nothing but the wheel and what that asks for; its folder of programs."""
     folder = tmp_path_factory.mktemp("venv")
-    run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", folder)
+    run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--without-pip", folder)
     (wheel,) = dist.glob("*.whl")
-    run(folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    pip = [PYTHON, "-m", "pip", "--python", folder / "bin" / "python", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "install", wheel)
     return folder / "bin"
 
 

@@ -9,8 +9,8 @@ import aiohttp
 import orjson
 import pytest
 
+from proxy.server import request_history
 from proxy.server.key_usage.token_figures import said
-from proxy.server.request_history import KEPT
 from tests.server.auth.test_authorization import Keyed, keyed_of
 from tests.server.test_http import ASK, error_of
 from tests.support import PATIENCE_S, get_json
@@ -129,14 +129,17 @@ async def test_filters(keyed_of: Any) -> None:
             assert (response.status, error_of(await response.read())["param"]) == (400, param)
 
 
-async def test_only_the_last_are_kept_and_looking_counts_for_nothing(front_of: Any) -> None:
+async def test_only_the_last_are_kept_and_looking_counts_for_nothing(
+    front_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_history, "KEPT", 20)
     front: Front = await front_of()
     for _ in range(3):
         await listed(front)
     assert await listed(front) == []
-    for _ in range(KEPT + 5):
+    for _ in range(20 + 5):
         await front.post("/v1/completions", {"model": "none"})
-    assert len(await listed(front)) == KEPT
+    assert len(await listed(front)) == 20
 
 
 async def test_a_cancel_needs_the_content_type_of_commands(front: Front) -> None:
