@@ -105,7 +105,11 @@ async def browser(chromium: Browser) -> AsyncIterator[Browser]:
         await context.close()
 
 
-front_of = pytest_asyncio.fixture(loop_scope="module")(fronts_of_test)
+@pytest_asyncio.fixture(loop_scope="module")
+async def front_of(tmp_path: Path) -> AsyncIterator[Any]:
+    """On this loop; the mark of a fixture's loop is on its function, which is not to be that of all the others."""
+    async for make in fronts_of_test(tmp_path):
+        yield make
 
 
 class Visit:
