@@ -74,7 +74,15 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("venv")
     run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--without-pip", folder)
     (wheel,) = dist.glob("*.whl")
-    pip = [PYTHON, "-m", "pip", "--python", folder / "bin" / "python", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        PYTHON,
+        "-m",
+        "pip",
+        "--python",
+        folder / "bin" / "python",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     run(*pip, "install", wheel)
     return folder / "bin"
 
