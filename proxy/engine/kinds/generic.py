@@ -57,8 +57,8 @@ class Generic:
         return reseed_gap(model.reseed)
 
     def reseeds(self, model: ModelSettings) -> bool:
-        """Whether `reseed` names a way."""
-        return model.reseed.present
+        """Whether `reseed` names something to ask."""
+        return model.reseed.asks
 
 
 class GenericClient(EngineClient):

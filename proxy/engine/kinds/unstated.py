@@ -42,8 +42,8 @@ class Unstated:
         return generic.reseed_gap(model.reseed)
 
     def reseeds(self, model: ModelSettings) -> bool:
-        """Whether `reseed` names a way."""
-        return model.reseed.present
+        """Whether `reseed` names something to ask."""
+        return model.reseed.asks
 
 
 class UnstatedClient(VllmClient):
