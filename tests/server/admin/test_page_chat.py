@@ -224,6 +224,21 @@ async def test_no_dialog_has_two_coloured_buttons_and_none_offers_what_cannot_wo
     assert there.errors == []
 
 
+async def test_while_the_server_is_gone_it_says_so_and_nothing_can_be_asked(browser: Browser, front: Front) -> None:
+    there = await visit(browser, front)
+    page = there.page
+    await page.locator("#try").click()
+    await page.locator("#chat-send:enabled").wait_for()
+    front.pool.begin_stop()
+    await page.locator("#problem", has_text="The server is shutting down.").wait_for()
+    await page.locator("#chat-refusal", has_text="The server cannot be reached.").wait_for()
+    assert await page.locator("#chat-send").is_disabled()
+    for link in await page.locator("nav a").all():
+        target = await link.get_attribute("href")
+        assert target is not None
+        assert await page.locator(target).count() == 1
+
+
 async def test_what_somebody_should_look_at_is_on_top(
     browser: Browser, front_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
