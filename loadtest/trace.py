@@ -11,13 +11,15 @@ import csv
 import itertools
 import random
 import re
+import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from loadtest.results import TTFT
 from loadtest.serving import ServeError, completion, learn_versions, serving
+from loadtest.stats import percentile
 from loadtest.timeline import recorded_timeline
 
 if TYPE_CHECKING:
@@ -193,6 +195,10 @@ class Account:
     lost: int = 0
     short: int = 0
     late: int = 0
+    tokens: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    """The longest silence within each answer: what a pause puts into it."""
 
     def look_at(self, outcome: Outcome, late_s: float) -> None:
         """Count one; a whole answer has all the tokens that were asked for."""
@@ -203,6 +209,19 @@ class Account:
         self.answered += 1
         self.short += outcome.tokens != outcome.tags["wanted"]
         self.late += outcome.ttft_s > late_s
+        self.tokens += outcome.tokens
+        self.ttft_s.append(outcome.ttft_s)
+        if len(outcome.token_s) > 1:
+            self.gaps_s.append(max(b - a for a, b in itertools.pairwise(outcome.token_s)))
+
+    def times(self, took_s: float) -> dict[str, float]:
+        """Of all answers together, whatever they found."""
+        found = {"tokens_each_second": round(self.tokens / took_s, 1)}
+        for name, values in (("ttft", sorted(self.ttft_s)), ("gap", sorted(self.gaps_s))):
+            if values:
+                found |= {f"{name}_p{p}_s": round(percentile(values, p), 3) for p in (50, 99)}
+                found[f"{name}_most_s"] = round(values[-1], 3)
+        return found
 
 
 async def replay(
@@ -220,7 +239,9 @@ async def replay(
             writer.outcome(outcome, outcome.tier or ("lost" if not outcome.ok else "answered"))
             display.update(account.sent, total, **_figures(account, client, latest, writer))
 
+        began = time.monotonic()
         await client.run(planned, done)
+        took_s = time.monotonic() - began
     writer.count(
         sent=account.sent,
         answered=account.answered,
@@ -230,6 +251,7 @@ async def replay(
         late_after_s=how.late_s,
         speed=how.speed,
         client_late_most_s=round(max(lates), 6),
+        **account.times(took_s),
     )
     return account
 

@@ -34,6 +34,12 @@ class PoolSettings(Section):
         description="After a start, as after a reboot: the checkpoints of how many models are brought back to tmpfs in "
         "the background if they are not there, those used most first; and all that an upgrade made useless. 0: none.",
     )
+    max_restores: Count = Field(
+        default=0,
+        description="How many engines may be started or restored from a checkpoint at once, over all models: each "
+        "takes a CPU core or more and the disk. The others wait in the order in which they are to be served. 0: any "
+        "number.",
+    )
     max_queue: PositiveInt = Field(default=10_000, description="How many requests may wait at once, over all models.")
     priority_head_start: Duration = Field(
         default=60.0,

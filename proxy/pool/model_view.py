@@ -39,6 +39,8 @@ class Rules:
     """How long a request waits before an instance that cannot pause is closed for it."""
     ttl_s: float = 300.0
     """With the policy `lru`: how long an idle instance stays ready."""
+    max_restores: int = 0
+    """How many may be started, or restored from images, at once; 0 is no limit."""
 
 
 @dataclass(slots=True, eq=False)

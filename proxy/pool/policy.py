@@ -64,6 +64,7 @@ class _Wakes:
         """Places of those that are on their way down, and that nobody has been promised."""
         if view.rules.max_awake:
             self._coming_free = max(0, min(view.going, view.going + view.rules.max_awake - view.awake))
+        self._restoring = view.restoring
         self._room = Room(view)
         for commanded in draft.plan.actions:
             if isinstance(commanded, StepDown):
@@ -100,6 +101,9 @@ class _Wakes:
     def _wake(self, model: ModelView, candidate: InstanceView | None) -> bool:
         """Plan the wake of a candidate; False if that has to wait, and with it the colder ones."""
         view, draft, room = self._view, self._draft, self._room
+        restores = candidate is None or candidate.tier >= Tier.CHECKPOINTED
+        if restores and 0 < view.rules.max_restores <= self._restoring:
+            return False  # the end of one that is under way is a reason to decide anew
         full = bool(view.rules.max_awake) and self._awake >= view.rules.max_awake
         extra = room.wanted(model, candidate)
         if full and self._coming_free > 0:
@@ -127,6 +131,7 @@ class _Wakes:
         room.take(extra, choice.freed)
         if not full:
             self._awake += 1
+        self._restoring += restores
         draft.plan.actions.append(Wake(model.key, candidate, choice.victims))
         if candidate is not None:
             draft.used.add(candidate.id)

@@ -146,7 +146,7 @@ class PoolState:
     def rules(self) -> Rules:
         """What the configuration says of who runs when."""
         pool = self.settings.pool
-        return Rules(pool.policy, pool.max_awake, pool.quantum, pool.switch_after, pool.lru_ttl)
+        return Rules(pool.policy, pool.max_awake, pool.quantum, pool.switch_after, pool.lru_ttl, pool.max_restores)
 
     @property
     def ready(self) -> bool:

@@ -106,6 +106,7 @@ class _Known:
     awake: int = 0
     going: int = 0
     quick_wakes: int = 0
+    restoring: int = 0
     retiring: list[InstanceView] = field(default_factory=list)
     sums: dict[str, dict[str, int]] = field(default_factory=dict)
     moving: int = 0
@@ -161,6 +162,8 @@ class View:
         self.going = 0
         """Of those awake: on their way to give their place up."""
         self.quick_wakes = 0
+        self.restoring = 0
+        """Wakes under way from images, or from nothing."""
         """Wakes under way that take so little that it counts what goes on beside them."""
         self.sums: dict[str, Counter[str]] = {name: Counter() for name in (NOW, SOON, BUSY, IDLE)}
         """What is held by place: now; when all moves have ended; by busy ones; by those that may give it up."""
@@ -217,6 +220,7 @@ class View:
         self.awake -= known.awake
         self.going -= known.going
         self.quick_wakes -= known.quick_wakes
+        self.restoring -= known.restoring
         for name, places in known.sums.items():
             self.sums[name].subtract(places)
         self.host_moving -= known.moving
@@ -254,6 +258,7 @@ class View:
             known.going += state in _GOING
             origin = instance.waking_from
             known.quick_wakes += state is State.WAKING and origin is not None and origin <= Tier.CHECKPOINTED
+            known.restoring += state is State.WAKING and instance.tier >= Tier.CHECKPOINTED
             if state is State.RETIRING:
                 known.retiring.append(instance)
             if not model.waiting and (instance.id in spare or state is not State.READY):
@@ -270,6 +275,7 @@ class View:
         self.awake += known.awake
         self.going += known.going
         self.quick_wakes += known.quick_wakes
+        self.restoring += known.restoring
 
     def _index_of(self, instance: InstanceView, model: ModelView, spare: set[str]) -> Index | None:
         if not model.evictable:

@@ -14,7 +14,7 @@ from proxy.pool.instance import State
 from proxy.pool.model_view import InstanceView, ModelView, PolicyName, Rules
 from proxy.pool.plan import Pause, Plan, Readmit, Retire, StepDown, Unpause, Wake
 from proxy.pool.policy import decide
-from proxy.pool.turns import behind_s, most_unanswered
+from proxy.pool.turns import behind_s, most_unanswered, turn_s
 from proxy.pool.view import View
 from proxy.tiers import Tier
 
@@ -55,6 +55,14 @@ def test_a_turn_grows_with_requests_and_with_what_the_switch_takes() -> None:
     assert plan(model(many), dear, now=0.5).deadline == pytest.approx(4.0)
     crowd = instance("a", leases=2500)
     assert plan(model(crowd), waiting("b", 0.2), now=0.5).deadline == pytest.approx(15.0), "a quarter of max_wait"
+
+
+def test_a_start_from_nothing_makes_no_turn_long_for_it_does_not_come_again() -> None:
+    rules, busy, wake_s = Rules("turns"), instance("a", leases=1), {Tier.CHECKPOINTED: 9.0, Tier.STOPPED: 100.0}
+    needy = waiting("b", 0.2, wake_s=wake_s)
+    assert turn_s(rules, busy, model(busy), needy, None) == pytest.approx(0.52)
+    assert turn_s(rules, busy, model(busy), needy, instance("b", State.NEW)) == pytest.approx(0.52)
+    assert turn_s(rules, busy, model(busy), needy, needy.instances[0]) == pytest.approx(2.08)
 
 
 def test_a_turn_goes_on_for_streams_without_a_token_then_it_is_closed_and_reads_what_it_has() -> None:
@@ -177,6 +185,18 @@ def test_demand_fades() -> None:
     assert demand.count(100.0) == 10
     assert demand.count(100.0 + FADES_S) == pytest.approx(10 / math.e)
     assert demand.worth_s(1.0) > Demand().worth_s(1.0)
+
+
+def test_no_more_are_restored_at_once_than_may_be_who_sleeps_need_not_wait() -> None:
+    rules = Rules("turns", max_restores=2)
+    under_way = model(instance("a", State.WAKING, waking_from=Tier.STOPPED), waiting=1, oldest_wait=0.0)
+    second, third, asleep = waiting("c", 2.0), waiting("b", 1.0), waiting("d", 3.0, State.SUSPENDED)
+    actions = decide(View([under_way, second, third, asleep], rules=rules), 4.0).actions
+    assert [a.model for a in actions if isinstance(a, Wake)] == ["b", "d"]
+    none = decide(View([under_way, second, third, asleep], rules=replace(rules, max_restores=1)), 4.0).actions
+    assert [a.model for a in none if isinstance(a, Wake)] == ["d"]
+    every = decide(View([under_way, second, third, asleep], rules=replace(rules, max_restores=0)), 4.0).actions
+    assert [a.model for a in every if isinstance(a, Wake)] == ["b", "c", "d"]
 
 
 def test_a_pinned_model_keeps_its_place() -> None:
