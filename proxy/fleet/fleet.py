@@ -105,6 +105,9 @@ class Fleet:
             table.offers(model), oldest=table.oldest, rank=partial(table.rank, model), draw=self._random.randrange,
             here=here, sent=self._sent.to(model), avoid=hop.refused, most_wait_ms=most_ms,
         )  # fmt: skip
+        if found is None and not hop.refused and (resting := table.resting(model)):
+            # Nobody else would: one connection that could not be made is not the end of a request.
+            return self._leased(min(resting, key=lambda each: each.price_ms), model, hop)
         if hop.final or (found is None and hop.refused):
             hop.final = True
             best = min(hop.refused, key=hop.refused.__getitem__)

@@ -255,23 +255,30 @@ class Table:
         """All that hosts offer for a model, stale ones among them."""
         return self._models.get(model, _NONE).values()
 
+    def resting(self, model: str) -> list[Candidate]:
+        """The offers of hosts that could not be reached just now, and say themselves that they are there."""
+        oldest, now = self.oldest, self._clock()
+        return [
+            each
+            for each in self.offers(model)
+            if each.host.rest_until > now and each.host.seen >= oldest and not each.host.drain
+        ]
+
     def offers_of(self, name: str) -> dict[str, Candidate]:
         """What a host offers, by model."""
         return self._of_host.get(name, _NONE)
 
     def models(self) -> list[str]:
         """All models that some host offers that was heard of lately."""
-        oldest = self.oldest
-        return [
-            model
-            for model, offers in self._models.items()
-            if any(offered.host.usable_seen >= oldest for offered in offers.values())
-        ]
+        return [model for model in self._models if self.knows(model)]
 
     def knows(self, model: str) -> bool:
-        """Whether a host offers a model, and may be sent requests."""
+        """Whether a host offers a model that was heard of lately, though it may be out of reach just now."""
         oldest = self.oldest
-        return any(offered.host.usable_seen >= oldest for offered in self.offers(model))
+        return any(
+            offered.host.usable_seen >= oldest or (offered.host.seen >= oldest and not offered.host.drain)
+            for offered in self.offers(model)
+        )
 
     def rank(self, model: str, host: str) -> int:
         """The place of a host for a model; the highest is the first."""

@@ -20,10 +20,10 @@ def authority(folder: Path) -> Path:
     return folder / "ca.pem"
 
 
-def certificate(folder: Path, host: str) -> tuple[Path, Path]:
-    """A host's certificate, with the authority of this folder, and its key."""
+def certificate(folder: Path, host: str, *, name: str | None = None) -> tuple[Path, Path]:
+    """A host's certificate, with the authority of this folder, and its key; `name`: the alternative name it has."""
     names = folder / f"{host}.ext"
-    names.write_text(f"subjectAltName=DNS:{host}\n")
+    names.write_text(f"subjectAltName={name or f'DNS:{host}'}\n")
     _openssl(
         "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={host}",
         "-keyout", f"{host}.key", "-out", f"{host}.csr", folder=folder,

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy.config.fleet import NatsSettings
+from proxy.config.fleet import FleetSettings, NatsSettings
 from proxy.errors import ConfigError
 from proxy.fleet.directory import Directory
 from proxy.fleet.nats_bus import NatsBus
 from proxy.fleet.own_record import OwnRecord
 from proxy.fleet.record import Offer
 from proxy.fleet.table import Table
+from proxy.fleet.tls import client_context
+from tests.fleet import certificates
 from tests.fleet.memory_bus import Exchange, MemoryBus
 from tests.fleet.nats_server import NatsServer, needs_nats
 from tests.support import PATIENCE_S
@@ -214,6 +216,32 @@ async def test_with_users_a_host_can_speak_for_itself_only(tmp_path: Path, caplo
             await b.bus.publish("t.state.a", forged.encoded())
             await until(lambda: "permissions violation" in caplog.text.lower())
             assert "twice" not in a.counted
+    finally:
+        server.stop()
+
+
+@needs_nats
+async def test_over_tls_a_host_shows_its_certificate_to_nats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "authority"
+    ca = certificates.authority(folder)
+    certificate, key = certificates.certificate(folder, "nats", name="IP:127.0.0.1")
+    tls = f'tls {{cert_file: "{certificate}", key_file: "{key}", ca_file: "{ca}", verify: true, timeout: 30}}'
+    server = await NatsServer(tmp_path, tls).start()
+    settings = NatsSettings(servers=[f"tls://127.0.0.1:{server.port}"])
+
+    def bus(name: str, folder: Path) -> NatsBus:
+        own, own_key = certificates.certificate(folder, name)
+        fleet = FleetSettings(host=name, url="https://h:1", certificate=own, key=own_key, ca=ca, nats=settings)
+        return NatsBus(settings, name, client_context(fleet))
+
+    other = tmp_path / "other"
+    certificates.authority(other)
+    a, b, stranger = (Host(n, bus(n, f)) for n, f in (("a", folder), ("b", folder), ("c", other)))
+    try:
+        async with hosts(a, b, stranger):
+            await until(lambda: a.knows(b) == {"m": COLD} and b.knows(a) == {"m": COLD})
+            await until(lambda: "no NATS server can be used" in caplog.text)
+            assert "c" not in a.table.hosts
     finally:
         server.stop()
 

@@ -10,6 +10,7 @@ import aiohttp
 import orjson
 import pytest
 
+from proxy.engine.connection import SilenceError, Upstream
 from proxy.fleet.tls import client_context
 from tests.fleet import certificates
 from tests.fleet.hosts import Hosts, until
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from proxy.engine.connection import Connection
     from tests.fleet.hosts import Host
 
 
@@ -150,6 +152,29 @@ async def test_a_host_that_cannot_be_reached_is_passed_over_and_rests(hosts: Hos
     said, _ = await a.ask()
     assert said["host"] == "a"
     assert a.fleet.status()["hosts"]["b"]["rests_s"] > 0
+
+
+async def test_a_host_that_is_out_of_reach_for_a_moment_is_tried_again_where_no_other_has_the_model(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = await hosts.host("a", {}), await hosts.host("b")
+    await hosts.acquainted()
+    failed = list[Upstream]()
+    connect = Upstream.connect
+
+    async def connect_late(upstream: Upstream) -> Connection:
+        if upstream.tls is not None and len(failed) < 2:
+            failed.append(upstream)
+            raise SilenceError("no connection within 3 s")
+        return await connect(upstream)
+
+    monkeypatch.setattr(Upstream, "connect", connect_late)
+    said, _ = await a.ask()
+    assert said["host"] == "b"
+    assert len(failed) == 2
+    assert a.forwarded("b", "failed") == 2
+    async with a.session.get("/v1/models") as response:
+        assert [each["id"] for each in (await response.json())["data"]] == ["m"]
 
 
 async def test_an_engine_that_breaks_there_is_an_error_of_that_host(hosts: Hosts) -> None:
