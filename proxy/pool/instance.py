@@ -674,10 +674,10 @@ def pick(
     held = holding(instances, preferred) if preferred is not None else None
     if near is not None and held is None:
         return _nearest([i for i in instances if _takes(i, max_concurrency, most_unanswered)], near)
-    best = None
+    best, least = None, max_concurrency
     for instance in instances if held is None else [held]:
-        if (best is None or instance.leases < best.leases) and _takes(instance, max_concurrency, most_unanswered):
-            best = instance
+        if instance.leases < least and _takes(instance, max_concurrency, most_unanswered):
+            best, least = instance, instance.leases
     return best
 
 

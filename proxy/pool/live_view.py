@@ -30,6 +30,8 @@ class LiveView:
         """The models that are to be looked at again, in the order in which they changed."""
         self._gpus, self._memory, self._is_there = gpu_accounting, memory_accounting, is_there
         self._view = View()
+        self.is_contended = False
+        """Somebody waited for an engine, or stood still, at the last decision."""
         self._shares: dict[Model, tuple[list[str], HostShare | None]] = {}
         """What each model has of the accounts: the ids of its instances, and its part of host memory."""
         self._keys: Counter[str] = Counter()
@@ -45,11 +47,6 @@ class LiveView:
         self._left: dict[tuple[str, Tier], int] = {}
         self._unpacks: dict[str, int] = {}
         self._guessed: set[str] = set()
-
-    @property
-    def is_contended(self) -> bool:
-        """Whether somebody waited for an engine, or stood still, at the last decision."""
-        return len(self._view.needy) > 0
 
     def most_unanswered(self, key: str) -> float:
         """How many streams without a token one instance of a model may have, as of the last decision."""
@@ -76,6 +73,7 @@ class LiveView:
                 view.put(model, model.view())
             else:
                 view.drop(model)
+        self.is_contended = len(view.needy) > 0
         return view
 
     def _count(self, model: Model) -> None:

@@ -59,7 +59,7 @@ class RequestHistory:
     def ended(self, request: RequestCycle, lease: Lease | None, status: int, ended: float) -> None:
         """One more has ended, at this reading of `time.perf_counter`."""
         answer, caller = request.answer, request.caller
-        found, instance = (None, None) if lease is None else (lease.found, lease.instance_id)
+        found, instance = (None, None) if lease is None else (lease.found.label, lease.instance_id)
         if answer is not None:
             at, first_token, usage, events = answer.first_byte_at, answer.first_token_at, answer.usage, answer.events
         else:
@@ -82,9 +82,9 @@ class RequestHistory:
         for began, _, _, _, model, _, _, status, tier, _, _, first_byte, first_token, _, _, _, _, _ in new:
             metrics.count_request(model, status)
             if tier is not None and first_byte is not None and status < 400:
-                metrics.observe_first_byte(model, tier.label, first_byte - began)
+                metrics.observe_first_byte(model, tier, first_byte - began)
                 if first_token is not None:
-                    metrics.observe_ttft(model, tier.label, first_token - began)
+                    metrics.observe_ttft(model, tier, first_token - began)
 
     def uncounted(self, most: int) -> list[Ended]:
         """The next of those that have ended, each once; empty when there are no more."""
@@ -159,7 +159,7 @@ def _past(entry: tuple[Any, ...], offset_s: float) -> dict[str, Any]:
         "key": key,
         "host": host,
         "status": status,
-        "tier": tier.label if tier is not None else None,
+        "tier": tier,
         "instance": instance,
         "wait_s": round(waited_s, 4),
         "ttft_s": _since(began, first_token or first_byte),

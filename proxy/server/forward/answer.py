@@ -275,7 +275,13 @@ class EngineAnswer:
         """Bytes of the answer."""
         body = self._body
         if body is None:
-            self._read_head(self._early + data if self._early else data)
+            if self._early:
+                data = self._early + data
+            if (again := self._cycle.service.answer_heads.again(data)) is not None:
+                head, length, begin = again
+                self._begin(head, length, data[begin:])
+            else:
+                self._read_head(data)
             return
         try:
             out = body.feed(data)
@@ -294,10 +300,6 @@ class EngineAnswer:
             self.upstream.pause()
 
     def _read_head(self, data: bytes) -> None:
-        if (again := self._cycle.service.answer_heads.again(data)) is not None:
-            head, length, begin = again
-            self._begin(head, length, data[begin:])
-            return
         try:
             while True:
                 end = data.find(b"\r\n\r\n", 0, http1.HEAD_LIMIT)
@@ -330,7 +332,8 @@ class EngineAnswer:
             self.begun = True
             self.first_byte_at = time.perf_counter()
             self._last = data
-            self._write(self._head_for(head, length, framed=False) + data)
+            if not self._transport.is_closing():
+                self._transport.write(self._head_for(head, length, framed=False) + data)
             upstream, self.upstream = self.upstream, None
             if upstream is not None:
                 upstream.finished(reusable=head.keeps_alive)

@@ -86,27 +86,8 @@ class Addressing:
 
         Raises InvalidRequestError, ModelNotFoundError, or RouteNotFoundError where the model does not offer the route.
         """
-        where = match.route.model_in
-        if where is _JSON:
-            return self.find_json(match, body)
-        if where is ModelIn.FORM:
-            return self._form(match, content_type, body)
-        if where is ModelIn.NOTHING:
-            key, _, _, settings = self._resolve(match, None)
-            return Address(key, match.target, body, settings, asked={})
-        return self._query(match, body) if where is ModelIn.QUERY else self._response(match, body)
-
-    async def found(self, match: Match, content_type: str, body: bytes) -> Address:
-        """The same for a body of any size; others are served meanwhile. Raises NoCapacityError too."""
-        if len(body) > LARGE and self._scanner is not None:
-            if match.route.model_in is ModelIn.JSON:
-                return await self._large_json(self._scanner, match, body)
-            if match.route.model_in is ModelIn.FORM:
-                return await self._large_form(self._scanner, match, content_type, body)
-        return self.find(match, content_type, body)
-
-    def find_json(self, match: Match, body: bytes) -> Address:
-        """The address of a request whose route has its model in JSON. Raises as `find` does."""
+        if match.route.model_in is not _JSON:
+            return self._find_elsewhere(match, content_type, body)
         fields = parsed(body)
         name = fields.get("model")
         key, engine_name, parameters, settings = self._resolve(match, name)
@@ -117,6 +98,21 @@ class Addressing:
         streams = match.route.streams and fields.get("stream") is True
         instance = self._instance(key, fields) if match.route.group == "responses" else None
         return Address(key, match.target, body, settings, streams, instance, None, fields)
+
+    def _find_elsewhere(self, match: Match, content_type: str, body: bytes) -> Address:
+        where = match.route.model_in
+        if where is ModelIn.FORM:
+            return self._form(match, content_type, body)
+        return self._query(match, body) if where is ModelIn.QUERY else self._response(match, body)
+
+    async def found(self, match: Match, content_type: str, body: bytes) -> Address:
+        """The same for a body of any size; others are served meanwhile. Raises NoCapacityError too."""
+        if len(body) > LARGE and self._scanner is not None:
+            if match.route.model_in is ModelIn.JSON:
+                return await self._large_json(self._scanner, match, body)
+            if match.route.model_in is ModelIn.FORM:
+                return await self._large_form(self._scanner, match, content_type, body)
+        return self.find(match, content_type, body)
 
     async def _large_json(self, scanner: Scanner, match: Match, body: bytes) -> Address:
         names = self._parameters()
