@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -71,14 +72,13 @@ async def until_healthy(base_url: str) -> None:
 def processes_with(text: str) -> list[int]:
     """The pids of live processes that have `text` in their environment or command line, this one left out."""
     found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
-                continue
-            if any(text in part for part in (*process.cmdline(), *process.environ().values())):
-                found.append(process.pid)
-        except (psutil.Error, OSError):
-            continue
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            # Of a zombie both are empty.
+            if pid != os.getpid() and any(
+                text.encode() in Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")
+            ):
+                found.append(pid)
     return found
 
 

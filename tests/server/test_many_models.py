@@ -83,7 +83,7 @@ async def cpu_s(work: Callable[[Many], Coroutine[Any, Any, None]], many: Many) -
 
 @pytest.mark.parametrize("work", [listed, told, scraped])
 async def test_what_is_said_of_all_models_costs_in_proportion(work: Any, tmp_path: Path) -> None:
-    few, many = Many(tmp_path / "few", 200), Many(tmp_path / "many", 800)
+    few, many = Many(tmp_path / "few", 100), Many(tmp_path / "many", 400)
     assert await cpu_s(work, many) < 8 * await cpu_s(work, few)
 
 
@@ -161,7 +161,7 @@ async def test_requests_that_end_while_metrics_are_read_are_counted_once(tmp_pat
 async def test_long_answers_are_written_a_piece_in_each_turn_of_the_loop(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = Many(tmp_path, 1000)
+    many = Many(tmp_path, 700)
     turn, written = 0, Counter[int]()
     write = web.StreamResponse.write
 
