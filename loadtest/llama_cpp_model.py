@@ -23,7 +23,7 @@ TEMPLATE: Final = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
 )
-MARKS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MARKS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 def byte_tokens() -> list[str]:
@@ -57,6 +57,9 @@ def main(path: str) -> None:
     out.add_eos_token_id(2)
     out.add_pad_token_id(0)
     out.add_add_bos_token(False)
+    out.add_uint32("tokenizer.ggml.fim_pre_token_id", 3)
+    out.add_uint32("tokenizer.ggml.fim_suf_token_id", 4)
+    out.add_uint32("tokenizer.ggml.fim_mid_token_id", 5)
     out.add_chat_template(TEMPLATE)
     drawn = np.random.default_rng(0)
 
