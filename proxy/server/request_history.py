@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import RequestNotFoundError
 from proxy.server.key_usage.token_figures import said
@@ -30,18 +31,11 @@ LIVE: Final = ("uploading", "waiting", "running", "paused")
 STATES: Final = (*LIVE, "ended")
 
 
-class Ended(NamedTuple):
-    """What usage is counted from, of one that has ended."""
-
-    model: str
-    key: str | None
-    status: int
-    usage: bytes
-    """What the engine said of tokens, as it came."""
-    events: int
-    """Of a stream."""
-    metered: tuple[int, int] | None
-    """Where the key's tokens are limited: what was expected of the prompt, and what all of it cost by that count."""
+Ended = tuple[str, str | None, int, bytes, int, tuple[int, int] | None]
+"""What usage is counted from, of one that has ended: model, key's name, status, what its engine said of tokens, the
+events of its stream; and, where the key's tokens are limited, what was expected of the prompt, and what all of it cost
+by that count."""
+_OF_USAGE: Final = itemgetter(4, 5, 7, 13, 14, 16)
 
 
 class RequestHistory:
@@ -90,7 +84,7 @@ class RequestHistory:
         """The next of those that have ended, each once; empty when there are no more."""
         self._enter()
         entries = [self._uncounted.popleft() for _ in range(min(most, len(self._uncounted)))]
-        return [Ended(entry[4], entry[5], entry[7], entry[13], entry[14], entry[16]) for entry in entries]
+        return [*map(_OF_USAGE, entries)]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All of them: those that are there, the newest first, and then those that have ended, likewise."""

@@ -207,24 +207,24 @@ class KeyUsage:
 
 
 def _count(entry: Ended, found: dict[tuple[str, str], Figures]) -> None:
-    if entry.model == UNKNOWN_MODEL:
+    model, key, status, usage, events, metered = entry
+    if model == UNKNOWN_MODEL:
         return
-    figures = _at(found, entry.key or NO_KEY, entry.model)
+    figures = found.get((key or NO_KEY, model)) or _at(found, key or NO_KEY, model)
     figures.requests += 1
-    if entry.status >= 400:
+    if status >= 400:
         return
-    tokens = said(entry.usage) if entry.usage else _UNSAID
-    prompt, completion = tokens.prompt, tokens.completion
-    if entry.metered is not None:
-        expected, total = entry.metered
+    prompt, completion, cached = said(usage) if usage else _UNSAID
+    if metered is not None:
+        expected, total = metered
         prompt = expected if prompt is None else prompt
         # Of an answer that was cut off an engine may have said less than came.
         completion = max(completion or 0, total - prompt)
     elif completion is None:
-        completion = entry.events
+        completion = events
     figures.prompt_tokens += prompt or 0
     figures.completion_tokens += completion
-    figures.cached_tokens += tokens.cached or 0
+    figures.cached_tokens += cached or 0
 
 
 def _at(found: dict[tuple[str, str], Figures], key: str, model: str) -> Figures:

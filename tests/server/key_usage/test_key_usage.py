@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
@@ -19,7 +19,6 @@ from proxy.server.auth import api_keys
 from proxy.server.key_usage.figures import Day, Figures, parse
 from proxy.server.key_usage.files import UsageFiles
 from proxy.server.key_usage.recorder import KeyUsage
-from proxy.server.request_history import Ended
 from proxy.telemetry.metrics import Metrics
 from tests.fakes import Clock
 from tests.served import Proxy
@@ -29,6 +28,8 @@ from tests.support import PATIENCE_S, engine_model, get_json
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from proxy.server.request_history import Ended
 
 __all__ = ["keyed_of"]
 
@@ -54,8 +55,8 @@ class Source:
 
     def ask(self, key: str | None, tokens: tuple[int, int, int] | None = None, **more: Any) -> None:
         said = b"" if tokens is None else USAGE % tokens
-        base = {"model": "demo", "status": 200, "usage": said, "events": 0, "metered": None}
-        self.requests.append(Ended(key=key, **{**base, **more}))
+        base = {"model": "demo", "key": key, "status": 200, "usage": said, "events": 0, "metered": None}
+        self.requests.append(cast("Ended", tuple({**base, **more}.values())))
 
 
 def clock_at(unix_s: float) -> Clock:
