@@ -32,6 +32,7 @@ from tests.server.test_http import ASK
 from tests.support import PATIENCE_S, engine_model
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
     from playwright.async_api import Browser, Page, Request, Route
@@ -39,8 +40,14 @@ if TYPE_CHECKING:
 __all__ = ["browser", "chromium", "front", "front_of"]
 
 pytestmark = [needs_chromium, on_one_loop]
-keyed_of = pytest_asyncio.fixture(loop_scope="module")(keyed_of_test)
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def keyed_of(tmp_path: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Keyed]]]:
+    """On the loop of the browser."""
+    async for make in keyed_of_test(tmp_path):
+        yield make
 
 
 async def say(page: Page, text: str) -> None:
