@@ -16,8 +16,8 @@ from proxy.engine.connection import ExchangeError
 from proxy.errors import EngineFailedError, UpstreamError, sse_error
 from proxy.fleet.peers import PeerLease
 from proxy.server.forward.fields import NOT_TO_CLIENT, answer_fields, is_event_stream, server_timing
-from proxy.server.forward.first_token import FirstToken
 from proxy.server.forward.heartbeat import COMMENT, HEADERS, ON_HOLD, PAUSED, Heartbeat
+from proxy.server.forward.watchers import watchers_of
 from proxy.server.http_answer import date
 from proxy.tiers import Tier
 
@@ -420,33 +420,14 @@ class EngineAnswer:
 
     def _watch(self, head: _Head) -> None:
         """Who wants to see the answer."""
-        cycle = self._cycle
-        watchers = [*self._watchers]
-        if cycle.head.makes_response and cycle.lease is not None:
-            ids = cycle.service.response_ids.reader(cycle.served_name(), cycle.lease.instance_id)
-            watchers.append(ids.feed)
-        if self.heartbeat is not None:
-            watchers.append(self.heartbeat.feed)
-        if cycle.caller is not None and cycle.caller.meter is not None:
-            watchers.append(cycle.caller.meter.feed)
-        if head.is_stream:
-            watchers.append(self._look_for_token(cycle.group))
-        self._watchers = watchers
-        if watchers and self._framed:
+        self._watchers = [*self._watchers, *watchers_of(self._cycle, self._token_came if head.is_stream else None)]
+        if self._watchers and self._framed:
             self._unframed = http1.ChunkedBody(http1.CHUNKED, framed=False)
 
-    def _look_for_token(self, group: str) -> Callable[[bytes], bool]:
-        first = FirstToken(group)
-
-        def look(data: bytes) -> bool:
-            if first.feed(data):
-                self.first_token_at = time.perf_counter()
-                if self._cycle.lease is not None:
-                    self._cycle.lease.token_came()
-                return True
-            return False
-
-        return look
+    def _token_came(self) -> None:
+        self.first_token_at = time.perf_counter()
+        if self._cycle.lease is not None:
+            self._cycle.lease.token_came()
 
     def _take(self, out: bytes) -> None:
         """A piece of the body that is not only to be written."""

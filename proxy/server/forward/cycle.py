@@ -13,10 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.engine.connection import ExchangeError, SilenceError
-from proxy.errors import NoMemoryError, RequestCancelledError, RequestError, UpstreamError, WakeFailedError
+from proxy.errors import RequestCancelledError, RequestError, UpstreamError
 from proxy.server import request_id
 from proxy.server.auth.authorization import Kind
-from proxy.server.forward import access_log, fallback, near, preparation, routes
+from proxy.server.forward import access_log, fallback, leasing, near, preparation, routes
 from proxy.server.forward.answer import EngineAnswer
 from proxy.server.forward.scanner import LARGE
 from proxy.server.http_answer import JSON, fields_of, whole_answer
@@ -252,41 +252,20 @@ class RequestCycle:
             lease.await_token()
 
     async def _wait_or_fall_back(self) -> None:
-        """Wait for the model that was asked for, unless another one is to answer instead."""
-        asked = self._address
-        assert asked is not None  # noqa: S101 - it was read
-        found = await fallback.address(self.service, self.head, asked, self.caller)
-        if found is None:
-            try:
-                await self._wait_for_engine()
-                return
-            except (WakeFailedError, NoMemoryError):
-                found = await fallback.address(self.service, self.head, asked, self.caller, failed=True)
-                if found is None:
-                    raise
-        self._stands_in = True
-        self._task = None  # what follows may wait in another one
-        self._addressed(found)
+        assert self._address is not None  # noqa: S101 - it was read
+        found = await fallback.instead(self.service, self.head, self._address, self.caller, self._wait_for_engine)
+        if found is not None:
+            self._stands_in = True
+            self._task = None  # what follows may wait in another one
+            self._addressed(found)
 
     async def _wait_for_engine(self) -> None:
         address, hops = self._address, self.service.hops
         assert address is not None  # noqa: S101 - it was read
-        lease = await (self.lease_here(address) if hops is None else hops.lease(self, address))
+        lease = await (leasing.lease_here(self, address) if hops is None else hops.lease(self, address))
         self.waited_s = time.perf_counter() - self.began
         self._hold(lease)
         await self._connect(lease.client.upstream)
-
-    async def lease_here(self, address: Address) -> Lease:
-        """A hold on an instance of this host. Raises as the pool does."""
-        return await self.service.pool.lease(
-            self.served_name(),
-            priority=self.caller.priority if self.caller is not None else 0,
-            max_wait_s=self.head.max_wait_s,
-            preferred=address.instance,
-            near=address.near,
-            streams=address.streams,
-            size=len(address.body),
-        )
 
     async def _connect(self, upstream: Upstream) -> None:
         try:

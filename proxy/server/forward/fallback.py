@@ -6,10 +6,12 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from proxy.errors import RequestError
+from proxy.errors import NoMemoryError, RequestError, WakeFailedError
 from proxy.server.forward.routes import ModelIn
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from proxy.server.auth.caller import Caller
     from proxy.server.forward.model_resolver import Address
     from proxy.server.http_request import RequestHead
@@ -20,6 +22,22 @@ log: Final = logging.getLogger("warmpool")
 FIELD: Final = b"x-warmpool-fallback"
 """Says in an answer which model gave it."""
 _NAMED_IN_BODY: Final = (ModelIn.JSON, ModelIn.FORM)
+
+
+async def instead(
+    service: Service, head: RequestHead, asked: Address, caller: Caller | None, wait: Callable[[], Awaitable[None]]
+) -> Address | None:
+    """Where to go instead of waiting (`wait`) for the model that was asked for; None: it was had. Raises as `wait`."""
+    found = await address(service, head, asked, caller)
+    if found is not None:
+        return found
+    try:
+        await wait()
+    except (WakeFailedError, NoMemoryError):
+        found = await address(service, head, asked, caller, failed=True)
+        if found is None:
+            raise
+    return found
 
 
 async def address(

@@ -23,6 +23,7 @@ from proxy.errors import (
     WakeFailedError,
 )  # fmt: skip
 from proxy.fleet.peers import Hop, host_of
+from proxy.server.forward import leasing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +69,7 @@ class Hops:
                 return lease
             address.instance = None  # what made it is gone: as of an instance that is
         if address.instance is not None:
-            return await cycle.lease_here(address)
+            return await leasing.lease_here(cycle, address)
         hop.final = hop.final or len(hop.refused) >= _MOST_REFUSALS
         lease = fleet.lease(model, hop, most_s, may_stay=not address.elsewhere)
         if lease is not None:
@@ -76,7 +77,7 @@ class Hops:
         if address.elsewhere:
             raise NoHostError(f"No host would serve {model!r} now, or in the time that the request waits.")
         try:
-            return await cycle.lease_here(address)
+            return await leasing.lease_here(cycle, address)
         except _NOT_HERE:
             hop.refused[fleet.host] = float("inf")
             lease = fleet.lease(model, hop, self._left_s(cycle), may_stay=False)
@@ -88,11 +89,11 @@ class Hops:
         """For a request that another host has sent: here, or back. Raises NotHereError too."""
         expected_ms = cycle.head.headers.get(EXPECTED)
         if expected_ms is None:
-            return await cycle.lease_here(address)
+            return await leasing.lease_here(cycle, address)
         if (offer := self._fleet.refusal(cycle.served_name(), float(expected_ms))) is not None:
             raise NotHereError(offer)
         try:
-            return await cycle.lease_here(address)
+            return await leasing.lease_here(cycle, address)
         except NoCapacityError:
             raise
         except _NOT_HERE as error:
