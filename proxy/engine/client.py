@@ -11,6 +11,7 @@ import contextlib
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from proxy.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
+    from types import SimpleNamespace
 
     from proxy.config.engine import WarmupSettings
     from proxy.telemetry.stages import Stages
@@ -96,6 +98,7 @@ class EngineClient:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
                 timeout=self._timeout,
+                trace_configs=[_notes_reuse()],
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"},
@@ -370,16 +373,18 @@ class EngineClient:
 
     @contextlib.asynccontextmanager
     async def _asked(self, method: str, path: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A request; once more where it was not sent, since the engine was just closing the kept connection.
+        """A request; once more where it went over a kept connection that the engine was just closing.
 
         llama.cpp closes a connection after a stream without having said so.
         """
+        reused: list[bool] = []
+        ask = partial(self._connected().request, method, self.base_url + path, **options)
         try:
-            response = await self._connected().request(method, self.base_url + path, **options)
-        except aiohttp.ClientOSError as error:
-            if not isinstance(error.__cause__, aiohttp.ClientConnectionResetError):
+            response = await ask(trace_request_ctx=reused)
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            if not reused:
                 raise
-            response = await self._connected().request(method, self.base_url + path, **options)
+            response = await ask()
         async with response:
             yield response
 
@@ -394,6 +399,18 @@ class EngineClient:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(stage, f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+
+def _notes_reuse() -> aiohttp.TraceConfig:
+    """Adds to the list that a request brings when it goes over a connection that was kept."""
+
+    async def note(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.append(True)
+
+    config = aiohttp.TraceConfig()
+    config.on_connection_reuseconn.append(note)
+    return config
 
 
 def as_json(body: bytes) -> Any:

@@ -347,3 +347,28 @@ async def test_disconnecting_fails_what_is_in_flight(start: Any) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.state())["running"]:
             await asyncio.sleep(0.01)
+
+
+async def test_a_kept_connection_that_the_engine_closes_costs_no_request() -> None:
+    """llama.cpp closes connections after a stream, in whatever moment the next request comes."""
+    body = orjson.dumps({"choices": [{"text": "x"}]})
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    requests: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = len(requests)
+        requests.append(0)
+        while head := (await reader.readuntil(b"\r\n\r\n")).lower():
+            await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+            requests[number] += 1
+            if requests[number] > 1:
+                break
+            writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = VllmClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "demo")
+    assert [await client.canary() for _ in range(3)] == ["x"] * 3
+    assert requests == [2, 2, 1]
+    await client.disconnect()
+    server.close()
