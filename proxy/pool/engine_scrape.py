@@ -13,6 +13,8 @@ from proxy.pool.model import client_of
 from proxy.telemetry.engine_metrics import MOST_BYTES, EngineCounts, Scrape, parse
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from proxy.pool.instance import Instance
     from proxy.pool.model import Model
     from proxy.pool.state import PoolState
@@ -36,6 +38,7 @@ class EngineScrape:
         self._locks: dict[str, asyncio.Lock] = {}
         self._running: asyncio.Task[None] | None = None
         self._at = -_FRESH_S
+        self._prefixes: Sequence[str] = ()
 
     async def scrape(self) -> None:
         """Ask all that are awake, at once; those who come meanwhile wait for the same answers."""
@@ -48,7 +51,8 @@ class EngineScrape:
     async def _scrape(self) -> None:
         known = self._state.metrics.engines
         prefixes = self._state.settings.pool.engine_metrics
-        known.keep_only(self._state.models if prefixes else ())
+        known.keep_only(self._state.models if prefixes == self._prefixes else ())
+        self._prefixes = prefixes
         everyone = [(model, i) for model in self._state.models.values() for i in model.instances.values()]
         awake = {i.id for _, i in everyone if i.state in _AWAKE}
         for (_, instance_id), counts in known.instances.items():
@@ -58,7 +62,8 @@ class EngineScrape:
         turns = asyncio.Semaphore(_AT_ONCE)
 
         async def ask(model: Model, instance: Instance) -> None:
-            async with turns:
+            async with turns, self._lock(instance):
+                # Of one that is on its way down by now every connection has to be closed.
                 if instance.state in _AWAKE:
                     await self._ask(model, instance, _LIMIT_S)
 
@@ -69,30 +74,34 @@ class EngineScrape:
     async def last_look(self, model: Model, instance: Instance) -> None:
         """Ask an engine that is about to step down, and has nobody who waits for that."""
         if self._state.settings.pool.engine_metrics and model.key in self._state.models:
-            await self._ask(model, instance, _LAST_LIMIT_S)
+            async with self._lock(instance):
+                await self._ask(model, instance, _LAST_LIMIT_S)
 
     def image_written(self, model: Model, instance: Instance) -> None:
         """What its engine said last is what those that are restored from its checkpoint begin with."""
         counts = self._state.metrics.engines.instances.get((model.key, instance.id))
         instance.image.counted = counts.last_of(instance.run) if counts is not None else None
 
+    def _lock(self, instance: Instance) -> asyncio.Lock:
+        """Held by who asks it, so that no answer comes after a later one."""
+        return self._locks.setdefault(instance.id, asyncio.Lock())
+
     async def _ask(self, model: Model, instance: Instance, limit_s: float) -> None:
         run, generation, client = instance.run, instance.generation, client_of(instance)
         counts = self._state.metrics.engines.of(model.key, instance.id)
-        async with self._locks.setdefault(instance.id, asyncio.Lock()):
-            try:
-                async with asyncio.timeout(limit_s):
-                    body = await client.metrics(MOST_BYTES)
-                    prefixes = self._state.settings.pool.engine_metrics
-                    scrape = await asyncio.to_thread(parse, body, prefixes) if body is not None else Scrape()
-            except (EngineError, TimeoutError, ValueError) as error:
-                if instance.generation == generation and instance.state in _AWAKE:  # else it has only left meanwhile
-                    counts.stands_still()
-                    self._state.metrics.engine_scrape_failures.labels(model.key).inc()
-                    log.debug("%s: no metrics: %s", instance.id, str(error) or "no answer in time")
-                return
-            if instance.run == run:
-                self._take(instance, counts, scrape)
+        try:
+            async with asyncio.timeout(limit_s):
+                body = await client.metrics(MOST_BYTES)
+                prefixes = self._state.settings.pool.engine_metrics
+                scrape = await asyncio.to_thread(parse, body, prefixes) if body is not None else Scrape()
+        except (EngineError, TimeoutError, ValueError) as error:
+            if instance.generation == generation and instance.state in _AWAKE:  # else it has only left meanwhile
+                counts.stands_still()
+                self._state.metrics.engine_scrape_failures.labels(model.key).inc()
+                log.debug("%s: no metrics: %s", instance.id, str(error) or "no answer in time")
+            return
+        if instance.run == run:
+            self._take(instance, counts, scrape)
 
     def _take(self, instance: Instance, counts: EngineCounts, scrape: Scrape) -> None:
         began_with = {}
