@@ -36,7 +36,8 @@ _WARN_S: Final = 60.0
 class Directory:
     """Publishes what this host offers, and fills the table with what the others do.
 
-    `offers` reads this host's, `draining` whether it takes no requests; `count` is told what became of each record.
+    `offers` reads this host's, `aliases` other names of its models, `draining` whether it takes no requests; `count`
+    is told what became of each record.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Directory:
         *,
         offers: Callable[[], Awaitable[Mapping[str, Offer]]],
         draining: Callable[[], bool],
+        aliases: Callable[[], Mapping[str, str]] = dict,
         count: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,6 +59,7 @@ class Directory:
         self._bus = bus
         self._offers = offers
         self._draining = draining
+        self._aliases = aliases
         self._count = count
         self._clock = clock
         self._changed = asyncio.Event()
@@ -130,7 +133,7 @@ class Directory:
         offers, drain = await self._offers(), self._draining()
         if full:
             self._full_wanted = False
-            said = self._own.everything(offers, drain=drain)
+            said = self._own.everything(offers, drain=drain, aliases=self._aliases())
         else:
             changes = self._own.changes(offers, drain=drain)
             if changes is None:

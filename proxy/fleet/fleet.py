@@ -66,7 +66,7 @@ class Fleet:
         self._me.usable_seen = math.inf
         self._peers = Peers(lambda: self._tls)
         self._random = random.Random()  # noqa: S311 - no secret
-        self._own = OwnRecord(self.host, settings.url, "host", __version__)
+        self._own = OwnRecord(self.host, settings.url, "host" if pool.settings.models else "gateway", __version__)
         self._directory = Directory(
             settings.nats.subject,
             self._own,
@@ -74,6 +74,7 @@ class Fleet:
             bus if bus is not None else NatsBus(settings.nats, self.host, self._tls),
             offers=partial(offers.all_offers, pool),
             draining=lambda: not pool.ready,
+            aliases=partial(offers.aliases, pool),
             count=lambda result: metrics.fleet_records.labels(result).inc(),
             clock=clock,
         )
@@ -81,13 +82,20 @@ class Fleet:
 
     # --- where requests go ---
 
-    def knows(self, model: str) -> bool:
-        """Whether another host offers a model of this name, and may be sent requests."""
-        return self.table.knows(model)
+    def name_of(self, called: str) -> str | None:
+        """The name of the model that another host calls so; None where none has one."""
+        return self.table.name_of(called)
+
+    def has_ready(self, model: str) -> bool:
+        """Whether another host has it ready, with room."""
+        oldest = self.table.oldest
+        return any(e.is_ready and e.room and e.host.usable_seen >= oldest for e in self.table.offers(model))
 
     def models(self) -> list[str]:
-        """The names of all models that other hosts offer."""
-        return self.table.models()
+        """All names of models that other hosts offer."""
+        names = self.table.models()
+        known = {*names}
+        return [*names, *(alias for alias, name in self.table.aliases().items() if name in known)]
 
     def listed(self, model: str) -> dict[str, Any]:
         """What `/v1/models` says of one, by the host that has it soonest."""

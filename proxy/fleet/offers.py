@@ -40,5 +40,12 @@ async def all_offers(pool: Pool) -> dict[str, Offer]:
     return offers
 
 
+def aliases(pool: Pool) -> dict[str, str]:
+    """Other names of the models here, and of what adapters make of them."""
+    settings = pool.settings
+    named = {name: settings.served_name(key) for name, key in settings.names().items()}
+    return {name: served for name, served in named.items() if name != served}
+
+
 def _whole(number: float) -> int:
     return min(_MOST, max(0, round(number)))

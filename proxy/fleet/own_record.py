@@ -26,10 +26,12 @@ class OwnRecord:
         self._said: dict[str, list[Any]] = {}
         self._drain = False
 
-    def everything(self, offers: Mapping[str, Offer], *, drain: bool) -> Record:
+    def everything(
+        self, offers: Mapping[str, Offer], *, drain: bool, aliases: Mapping[str, str] | None = None
+    ) -> Record:
         """All of it."""
         self._said = {model: each.encoded() for model, each in offers.items()}
-        return self._record(dict(self._said), drain=drain, full=True)
+        return self._record(dict(self._said), aliases or {}, drain=drain, full=True)
 
     def changes(self, offers: Mapping[str, Offer], *, drain: bool) -> Record | None:
         """What has changed; None where nothing has."""
@@ -39,11 +41,14 @@ class OwnRecord:
         if not changed and drain == self._drain:
             return None
         self._said = now
-        return self._record(changed, drain=drain, full=False)
+        return self._record(changed, {}, drain=drain, full=False)
 
-    def _record(self, models: Mapping[str, list[Any] | None], *, drain: bool, full: bool) -> Record:
+    def _record(
+        self, models: Mapping[str, list[Any] | None], aliases: Mapping[str, str], *, drain: bool, full: bool
+    ) -> Record:
         self._seq += 1
         self._drain = drain
         return Record(
-            VERSION, self.host, self.boot, self._seq, full, self.url, self.role, drain, self._release, models
+            VERSION, self.host, self.boot, self._seq, full, self.url, self.role, drain, self._release, models,
+            aliases,
         )  # fmt: skip

@@ -1,16 +1,18 @@
 """What a host says of itself: all that it offers, or what has changed since its last word. Read strictly.
 
-`{v, host, boot, seq, full, url, role, drain, version, models: {name: [tier, wait_ms, room, queue, hurt_ms]}}`
+`{v, host, boot, seq, full, url, role, drain, version, models: {name: [tier, wait_ms, room, queue, hurt_ms]},
+aliases: {alias: name}}`
 
 `boot` is another one with every start of its process, `seq` counts what it sent since; there is no time of the day in
-it. In what is not `full`, a model that is null is offered no more. Fields that are not known here are ignored, and so
+it. In what is not `full`, a model that is null is offered no more, and there are no aliases. Fields that are not known
+here are ignored, and so
 is what follows in the list of an offer: a version adds fields only, and keeps the old ones.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
@@ -78,6 +80,8 @@ class Record:
     """The warmpool that sent it; to be shown."""
     models: Mapping[str, list[Any] | None]
     """As they came; `offer` reads one."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of the host's models."""
 
     @property
     def usable(self) -> bool:
@@ -86,10 +90,11 @@ class Record:
 
     def encoded(self) -> bytes:
         """As it is sent."""
-        return orjson.dumps({
+        said = {
             "v": self.version, "host": self.host, "boot": self.boot, "seq": self.seq, "full": self.full,
             "url": self.url, "role": self.role, "drain": self.drain, "version": self.release, "models": self.models,
-        })  # fmt: skip
+        }  # fmt: skip
+        return orjson.dumps({**said, "aliases": self.aliases} if self.aliases else said)
 
 
 def parse(data: bytes) -> Record:
@@ -125,6 +130,7 @@ def parse(data: bytes) -> Record:
     return Record(
         record.version, record.host, record.boot, record.seq, record.full,
         _url(found.get("url")), role, _flag(found, "drain"), record.release, _models(found.get("models")),
+        _aliases(found.get("aliases", {})),
     )  # fmt: skip
 
 
@@ -149,6 +155,15 @@ def offer(name: str, value: list[Any]) -> Offer:
 def _models(found: object) -> Mapping[str, list[Any] | None]:
     if not isinstance(found, dict) or len(found) > MOST_MODELS:
         raise RecordError("no table of models, or too large a one")
+    return found
+
+
+def _aliases(found: object) -> Mapping[str, str]:
+    if not isinstance(found, dict) or len(found) > MOST_MODELS:
+        raise RecordError("no table of aliases, or too large a one")
+    for alias, name in found.items():
+        if type(name) is not str or not 0 < len(name) <= _NAME_BYTES or not 0 < len(alias) <= _NAME_BYTES:
+            raise RecordError("an alias that is no name")
     return found
 
 

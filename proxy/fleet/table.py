@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from proxy.fleet.record import VERSION, Offer, RecordError, offer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
     from proxy.fleet.record import Record
 
@@ -45,8 +45,8 @@ class HostEntry:
     """One host."""
 
     __slots__ = (
-        "boot", "boots", "drain", "name", "release", "rest_until", "rests", "role", "seen", "seq", "url", "usable_seen",
-        "version",
+        "aliases", "boot", "boots", "drain", "name", "release", "rest_until", "rests", "role", "seen", "seq", "url",
+        "usable_seen", "version",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -59,6 +59,8 @@ class HostEntry:
         self.boots: deque[str] = deque(maxlen=_BOOTS)
         self.seq = -1
         self.drain = False
+        self.aliases: Mapping[str, str] = {}
+        """Other names of its models."""
         self.seen = -math.inf
         """When its last record came."""
         self.usable_seen = -math.inf
@@ -98,6 +100,8 @@ class Table:
         self._models: dict[str, dict[str, Candidate]] = {}
         self._of_host: dict[str, dict[str, Candidate]] = {}
         self._ranks: dict[str, dict[str, int]] = {}
+        self._aliases: dict[str, str] | None = {}
+        """Of all hosts; None: to be gathered anew."""
         self._deaf_since: float | None = None
         """Since when the directory cannot be reached."""
         self._heard_again = -math.inf
@@ -153,6 +157,9 @@ class Table:
         host.release, host.seen = record.release, now
         if record.usable:
             host.url, host.role, host.drain = record.url, record.role, record.drain
+            if record.full and record.aliases != host.aliases:
+                host.aliases = record.aliases
+                self._aliases = None
         self._set_usable(host)
         self.hosts[host.name] = host
 
@@ -205,6 +212,7 @@ class Table:
         for name, host in [*self.hosts.items()]:
             if host.seen < oldest:
                 self._models_of(name, {})
+                self._aliases = None
                 del self.hosts[name], self._of_host[name]
 
     # --- the way to them ---
@@ -279,6 +287,21 @@ class Table:
             offered.host.usable_seen >= oldest or (offered.host.seen >= oldest and not offered.host.drain)
             for offered in self.offers(model)
         )
+
+    def name_of(self, called: str) -> str | None:
+        """The name of the model that some host calls so; None where none that was heard of lately has one."""
+        if self.knows(called):
+            return called
+        name = self.aliases().get(called)
+        return name if name is not None and self.knows(name) else None
+
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of models; of one that hosts use for several, that of the first host by name."""
+        if self._aliases is None:
+            self._aliases = {}
+            for _, host in sorted(self.hosts.items(), reverse=True):
+                self._aliases |= host.aliases
+        return self._aliases
 
     def rank(self, model: str, host: str) -> int:
         """The place of a host for a model; the highest is the first."""

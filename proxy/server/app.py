@@ -44,7 +44,7 @@ def build(
     traces = tracing.start(settings.tracing)
     response_ids = ResponseIds()
     scanner = Scanner()
-    elsewhere = fleet.knows if fleet is not None else lambda _: False
+    elsewhere = fleet.name_of if fleet is not None else lambda _: None
     addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner, elsewhere)
     realtime = Realtime(pool, metrics, addressing)
     auth = auth or Auth(settings, metrics)

@@ -88,15 +88,16 @@ class OwnRoutes:
         data = [self._model(n, key, models[key]) for n, key in names.items() if key in models]
         if self._fleet is not None:
             elsewhere = sorted({*self._fleet.models()} - names.keys())
-            data += [self._model_elsewhere(n) for n in elsewhere if caller is None or caller.may_use(n)]
+            there = [(n, self._fleet.name_of(n) or n) for n in elsewhere]
+            data += [self._model_elsewhere(n) for n, served in there if caller is None or caller.may_use(served)]
         return _json({"object": "list", "data": data})
 
     def _model_named(self, name: str, caller: Caller | None) -> Answer:
         """One of them."""
-        if self._fleet is not None and name not in self._pool.settings.names() and self._fleet.knows(name):
-            if caller is not None and not caller.may_use(name):
-                raise ModelNotFoundError(name)
-            return _json(self._model_elsewhere(name))
+        if self._fleet is not None and name not in self._pool.settings.names():
+            served = self._fleet.name_of(name)
+            if served is not None and (caller is None or caller.may_use(served)):
+                return _json(self._model_elsewhere(name))
         key = self._pool.settings.key_of(name)
         if caller is not None and not caller.may_use(key):
             raise ModelNotFoundError(name)
@@ -117,8 +118,9 @@ class OwnRoutes:
 
     def _model_elsewhere(self, name: str) -> dict[str, Any]:
         """One that other hosts have."""
-        said = {"id": name, "object": "model", "created": self._created, "owned_by": "warmpool", "root": name}
-        return {**said, "parent": None, **(self._fleet.listed(name) if self._fleet is not None else {})}
+        served = (self._fleet.name_of(name) if self._fleet is not None else None) or name
+        said = {"id": name, "object": "model", "created": self._created, "owned_by": "warmpool", "root": served}
+        return {**said, "parent": None, **(self._fleet.listed(served) if self._fleet is not None else {})}
 
     def _ping(self, _: Caller | None) -> Answer:
         """200 when requests are admitted, as SageMaker asks for it; engines are woken by requests, not by questions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from proxy.server.connection import ClientConnection
@@ -123,7 +124,9 @@ class Service:
         for site in self.sites:
             site.stop()
         if self.fleet is not None:
-            await self.fleet.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s / 2):
+                    await self.fleet.close()
         try:
             async with asyncio.timeout(limit_s):
                 for connection in [*self.connections]:

@@ -68,6 +68,29 @@ async def test_a_model_that_only_another_host_has_is_listed_and_answered(hosts: 
     assert b.runtime.calls["start"] == 1
 
 
+async def test_a_gateway_has_no_models_and_answers_by_every_name_that_hosts_have(hosts: Hosts) -> None:
+    gate = await hosts.host("gate", {})
+    host = await hosts.host("a", {"m": {"name": "org/m", "aliases": ["short"], "adapters": ["tuned"]}})
+    await hosts.acquainted()
+    async with gate.session.get("/v1/models") as response:
+        listed = {each["id"]: each["root"] for each in (await response.json())["data"]}
+    assert listed == dict.fromkeys(("org/m", "short", "tuned"), "org/m")
+    for called, engines in (("org/m", "org/m"), ("short", "org/m"), ("tuned", "tuned")):
+        said, response = await gate.ask(called)
+        assert (said["host"], said["model"]) == ("a", engines)
+    assert host.fleet.status()["hosts"]["gate"]["role"] == "gateway"
+
+
+async def test_another_model_does_not_stand_in_for_one_that_is_ready_elsewhere(hosts: Hosts) -> None:
+    models = {"m": {"fallback": "other", "fallback_wait": "0s"}, "other": {}}
+    a, b = await hosts.host("a", models), await hosts.host("b")
+    await hosts.acquainted()
+    await warm(b, for_=a)
+    said, response = await a.ask()
+    assert (said["host"], said["model"]) == ("b", "m")
+    assert "x-warmpool-fallback" not in response.headers
+
+
 async def test_a_cold_model_is_woken_once_whoever_is_asked(hosts: Hosts) -> None:
     made = [await hosts.host(name) for name in ("a", "b", "c")]
     await hosts.acquainted()

@@ -21,6 +21,12 @@ def test_what_is_sent_is_what_is_read() -> None:
     assert record.parse(sent.encoded()) == sent
 
 
+def test_aliases_go_with_it() -> None:
+    sent = Record(1, "a", "b1", 3, True, "https://a:1", "host", False, "", {}, {"other": "m"})
+    assert record.parse(sent.encoded()) == sent
+    assert record.parse(orjson.dumps(GOOD)).aliases == {}
+
+
 def test_what_a_later_version_adds_is_ignored() -> None:
     found = record.parse(orjson.dumps({**GOOD, "images": {}, "models": {"org/m": ["ready", 0, 4, 0, 0, "new"]}}))
     raw = found.models["org/m"]
@@ -40,7 +46,7 @@ def test_a_record_of_a_higher_version_is_known_by_its_head_only() -> None:
         {"boot": ""}, {"boot": "x y"}, {"seq": -1}, {"seq": 1.5}, {"seq": 1 << 60}, {"full": 1}, {"drain": None},
         {"role": "leader"}, {"url": "http://a:1"}, {"url": "https://a"}, {"url": "https://a:99999"},
         {"url": "https://u@a:1"}, {"url": "https://a:1/path"}, {"url": "https://a:1\r\nx"}, {"url": "https://:1"},
-        {"models": []}, {"models": None},
+        {"models": []}, {"models": None}, {"aliases": []}, {"aliases": {"x": 1}}, {"aliases": {"": "m"}},
     ],
     ids=str,
 )  # fmt: skip

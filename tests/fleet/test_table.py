@@ -166,6 +166,20 @@ def test_a_host_that_is_long_gone_is_forgotten() -> None:
     assert not table.offers("m")
 
 
+def test_a_model_is_found_by_the_aliases_of_hosts_that_are_there() -> None:
+    clock = Clock()
+    table = Table(clock)
+    table.take(said(1, {"m": READY}, aliases={"x": "m", "y": "gone"}))
+    table.take(said(1, {"n": READY}, host="a", aliases={"x": "n"}))
+    assert (table.name_of("m"), table.name_of("x"), table.name_of("y"), table.name_of("z")) == ("m", "n", None, None)
+    table.take(said(2, {"n": COLD}, host="a", full=False))
+    assert table.name_of("x") == "n"
+    table.take(said(3, {"n": COLD}, host="a"))
+    assert table.name_of("x") == "m"
+    clock.now += STALE_S + 1
+    assert table.name_of("x") is None
+
+
 def test_what_did_not_change_is_not_read_again() -> None:
     table = Table(Clock())
     models = {f"m{n}": [*COLD] for n in range(100)}

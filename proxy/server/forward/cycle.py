@@ -231,6 +231,8 @@ class RequestCycle:
         lease = pool.try_lease(address.model, address.near) if at_once else None
         if lease is None:
             may_fall_back = settings is not None and settings.fallback is not None and not self._stands_in
+            if may_fall_back and self.service.hops is not None:
+                may_fall_back = not self.service.hops.has_ready(self)
             self._spawn(self._wait_or_fall_back() if may_fall_back else self._wait_for_engine())
             return
         self._hold(lease)

@@ -85,6 +85,10 @@ class Hops:
                 raise
             return lease
 
+    def has_ready(self, cycle: RequestCycle) -> bool:
+        """Whether another host would answer a request at once, so that no other model has to."""
+        return cycle.connection.peers is None and self._fleet.has_ready(cycle.served_name())
+
     async def _for_peer(self, cycle: RequestCycle, address: Address) -> Lease:
         """For a request that another host has sent: here, or back. Raises NotHereError too."""
         expected_ms = cycle.head.headers.get(EXPECTED)

@@ -63,7 +63,7 @@ class Addressing:
     """Finds the model of a request.
 
     `settings` returns the configuration in force; `made_by` the model and the instance that made a response, by its id;
-    `scanner` reads large bodies. `elsewhere`: whether another host has a model of this name.
+    `scanner` reads large bodies. `elsewhere`: the name of the model that another host calls so.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Addressing:
         settings: Callable[[], Settings],
         made_by: Callable[[str], tuple[str, str] | None] | None = None,
         scanner: Scanner | None = None,
-        elsewhere: Callable[[str], bool] = lambda _: False,
+        elsewhere: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self._elsewhere = elsewhere
         self._scanner = scanner
@@ -208,9 +208,10 @@ class Addressing:
         try:
             key = settings.key_of(name)
         except ModelNotFoundError:
-            if not self._elsewhere(name):
+            served = self._elsewhere(name)
+            if served is None:
                 raise
-            return name, name, None, None  # what is to be done to parameters is known there
+            return served, name, None, None  # what is to be done to parameters is known there
         model = settings.models[key]
         if not _offers(settings, key, match.route):
             raise RouteNotFoundError(
