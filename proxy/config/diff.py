@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LIVE: Final = frozenset(
     {"server.drain_timeout", "server.heartbeat", "server.default_model", "server.watch", "pool.max_awake",
      "pool.max_queue", "pool.engine_metrics", "pool.policy", "pool.quantum", "pool.switch_after", "pool.lru_ttl",
-    "pool.priority_head_start", "pool.archive_copies"}
+    "pool.priority_head_start", "pool.archive_copies", "pool.drill", "pool.drill_times"}
 )  # fmt: skip
 """The keys beside those of models that take effect at once; the others are read at the start only."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
-from proxy.config.fields import Count, Duration, Memory, PositiveInt, Section
+from proxy.config.fields import Count, Duration, Memory, OptionalDuration, PositiveInt, Section, TimesOfDay
 
 
 def default_state_dir() -> Path:
@@ -39,6 +39,14 @@ class PoolSettings(Section):
         description="How many engines may be started or restored from a checkpoint at once, over all models: each "
         "takes a CPU core or more and the disk. The others wait in the order in which they are to be served. 0: any "
         "number.",
+    )
+    drill: OptionalDuration = Field(
+        default=86400.0,
+        description="How often the checkpoint of a model of which nothing is awake is restored, asked for its canary "
+        "and put back, while no request runs or waits: one that fails is set aside, and a new one is made.",
+    )
+    drill_times: list[TimesOfDay] = Field(
+        default=[], description='Only at these times of the day on this host: ["02:00-05:30"]. Empty: at any.'
     )
     max_queue: PositiveInt = Field(default=10_000, description="How many requests may wait at once, over all models.")
     priority_head_start: Duration = Field(

@@ -68,6 +68,10 @@ class Image(Observed):
         """An engine that was restored from it has given the answer that it is known by."""
         self.canary_checked = True
 
+    def expect_canary(self) -> None:
+        """The next engine that is restored from it has to give that answer again."""
+        self.canary_checked = False
+
     def restore_failed(self, *, counts: bool) -> None:
         """No engine came of it; `counts`: which says something about it."""
         self.failures += counts

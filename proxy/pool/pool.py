@@ -20,6 +20,7 @@ from proxy.pool import offering, policy, status
 from proxy.pool.admission import Admission
 from proxy.pool.adoption import Adoption
 from proxy.pool.commands import Commands
+from proxy.pool.drill import Drills
 from proxy.pool.engine_renewal import Renewals
 from proxy.pool.instance_moves import Moves
 from proxy.pool.model import is_left, tier_found
@@ -118,6 +119,7 @@ class Pool:
         self.changed, self.outdated = renewals.changed, renewals.outdated
         self.look_for_changes, self.renew = renewals.look_for_changes, renewals.renew
         self.room_beside = renewals.room_beside
+        self.drill_due = Drills(state, commands, renewals, self._moves.faults).drill_due
         self.reconfigure = Reconfiguration(state, self._moves, renewals).reconfigure
         self.settled = self._moves.settled
         self.scrape_engines = self._moves.engine_scrape.scrape

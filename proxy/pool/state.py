@@ -79,7 +79,7 @@ class PoolState:
         """The configuration in force."""
         self.metrics = metrics
         self.clock = clock
-        self._unix_s = unix_s
+        self.unix_s = unix_s
         self._evictable_by: Settings | None = None
         """The configuration by which is known which models may make room."""
         self._timed: list[str] = []
@@ -237,7 +237,7 @@ class PoolState:
 
     def note_time_of_day(self) -> float | None:
         """Note which models' instances may make room now; how many seconds later that may change, if it may."""
-        at = time.localtime(self._unix_s())
+        at = time.localtime(self.unix_s())
         if self.settings is not self._evictable_by:
             self._evictable_by = self.settings
             self._timed = [key for key, model in self.settings.models.items() if not isinstance(model.evictable, bool)]

@@ -21,7 +21,7 @@ from proxy.doctor import preflight
 from proxy.doctor.view import Host
 from proxy.errors import ConfigError, HostError, RequestError
 from proxy.host import daemon_thread
-from proxy.pool import renewal_schedule
+from proxy.pool import drill, renewal_schedule
 from proxy.server import app, config_watch, listeners, safe_logging
 from proxy.server.auth import api_keys
 from proxy.server.auth.authorization import Auth
@@ -264,6 +264,7 @@ async def serve(
         if usage is not None:
             background += [asyncio.create_task(usage.keep_saved()), asyncio.create_task(pool.prewarm(usage))]
             background.append(asyncio.create_task(renewal_schedule.keep_current(pool, usage)))
+            background.append(asyncio.create_task(drill.keep_drilled(pool)))
         await end.stop.wait()
         await reloader.close()
         await in_the_way.close()

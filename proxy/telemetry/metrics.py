@@ -133,6 +133,12 @@ class Metrics:
             ["model", "tier"],
             registry=r,
         )
+        self.drills = Counter(
+            "warmpool_drills",
+            "Idle checkpoints that were restored and asked for their canary, by model and result: passed, failed.",
+            ["model", "result"],
+            registry=r,
+        )
         self.pauses = Counter(
             "warmpool_pauses",
             "Instances whose running requests were made to stand still.",
@@ -298,6 +304,8 @@ class Metrics:
                 pauses.labels(model)
             for tier in tiers:
                 self.wake_failures.labels(model, tier)
+            for result in ("passed", "failed"):
+                self.drills.labels(model, result)
 
     def forget(self, model: str) -> None:
         """Let go of the gauges and recent times of a model that is gone; what was counted stays."""

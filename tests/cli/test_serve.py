@@ -105,6 +105,26 @@ async def test_a_restarted_proxy_goes_on_from_the_checkpoint(serve: Any) -> None
         assert (await proxy.engine_state())["boot_id"] == boot
 
 
+@pytest.mark.criu
+@pytest.mark.skipif(why_no_criu() is not None, reason=str(why_no_criu()))
+async def test_an_idle_checkpoint_is_tried_and_put_back(tmp_path: Path) -> None:
+    settings = {"models": {"demo": engine_model(idle=QUICK)}, "pool": {"drill": "500ms"}}
+    proxy = await Proxy(tmp_path / "warmpool", settings=settings).listening()
+    text = (await proxy.ask())[1]
+    boot = (await proxy.engine_state())["boot_id"]
+    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
+        passed = 0
+        while passed < 2:
+            await asyncio.sleep(0.1)
+            metrics = await (await session.get(f"{proxy.url}/metrics")).text()
+            found = re.search(r'warmpool_drills_total{model="demo",result="passed"} (\d+)', metrics)
+            passed = int(found[1]) if found else 0
+    assert await proxy.ask() in [("checkpointed", text), ("ready", text)]  # one may be under way
+    assert (await proxy.engine_state())["boot_id"] == boot, "the same image, each time"
+    proxy.process.terminate()
+    assert await proxy.ended() == 0
+
+
 async def test_killing_the_engine_mid_stream_breaks_the_answer_and_the_next_request_works(serve: Any) -> None:
     proxy: Proxy = await serve("--tokens-per-second", "20")
     text = (await proxy.ask())[1]
