@@ -259,7 +259,14 @@ async def unless_it_ends(watcher: asyncio.Task[str] | None, work: Coroutine[Any,
     finally:
         if not task.done():
             task.cancel()
+            task.add_done_callback(_let_go)  # it may end later than anybody waits for it
             await asyncio.wait([task], timeout=GIVE_UP_S)
+
+
+def _let_go(task: asyncio.Future[Any]) -> None:
+    """Nobody is interested in how it ended."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def until_it_listens(engine: EngineProcess, watcher: asyncio.Task[str] | None, interval_s: float) -> None:
