@@ -23,8 +23,15 @@ def engine() -> None:
 
 @engine.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="How it is printed.")
-@click.option("--try", "tried", is_flag=True, help="Also put them to sleep at each level and wake them; their clients notice.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "json"]),
+    default="text",
+    show_default=True,
+    help="How it is printed.",
+)
+@click.option("--try", "tried", is_flag=True, help="Put them to sleep and wake them, too; their clients notice.")
 @click.option("--api-key-file", type=click.Path(dir_okay=False), help="The file with the API key of the engines.")
 def probe(urls: tuple[str, ...], form: str, *, tried: bool, api_key_file: str | None) -> None:
     """Show what running engines offer: sleep mode, pauses, routes, metrics.

@@ -151,7 +151,7 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
 @click.argument("name", required=False)
 @server_options
 @click.option(
-    "--days", type=click.IntRange(1, 3660), default=1, show_default=True, help="How many days to count, today included (UTC)."
+    "--days", type=click.IntRange(1, 3660), default=1, show_default=True, help="How many days, with today (UTC)."
 )
 @click.option("--by-day", is_flag=True, help="Print a line for each day.")
 @JSON
