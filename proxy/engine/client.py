@@ -22,6 +22,7 @@ from proxy.engine.connection import SilenceError, Upstream
 from proxy.errors import EngineError
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Iterable, Mapping
     from types import SimpleNamespace
 
@@ -77,6 +78,8 @@ class EngineClient:
         """The connections that clients' requests go over."""
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=response_timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._tls_name: str | None = None
 
     @property
     def base_url(self) -> str:
@@ -124,6 +127,8 @@ class EngineClient:
             self.base_url + target,
             protocols=protocols,
             headers=headers,
+            ssl=self._tls or True,
+            server_hostname=self._tls_name,
             max_msg_size=most_bytes,
             heartbeat=ping_s,
             timeout=aiohttp.ClientWSTimeout(ws_close=close_s),

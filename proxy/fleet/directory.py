@@ -1,7 +1,8 @@
 """What hosts say to one another: each its own state, again and again; nobody keeps anything for another.
 
 `PREFIX.state.HOST`: what it offers, every two seconds, when somebody asks for it, and what changes at most every 0.2 s.
-`PREFIX.again.HOST`: asks that host to say everything again. `PREFIX.hello`: asks all hosts.
+`PREFIX.use.HOST`: what the holders of keys have used there. `PREFIX.again.HOST` asks that host to say everything again,
+`PREFIX.hello` all hosts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from proxy.fleet import record
+from proxy.fleet.key_use import KeyUses
 from proxy.fleet.record import RecordError
 from proxy.fleet.table import Taken
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from proxy.fleet.bus import Bus
+    from proxy.fleet.key_use import KeyLimits
     from proxy.fleet.own_record import OwnRecord
     from proxy.fleet.record import Offer
     from proxy.fleet.table import Table
@@ -28,6 +31,7 @@ log = logging.getLogger("warmpool.fleet")
 
 FULL_S: Final = 2.0
 COALESCE_S: Final = 0.2
+_USE_S: Final = 1.0
 _ASK_S: Final = 1.0
 """A host is asked to say everything again at most this often."""
 _WARN_S: Final = 60.0
@@ -68,6 +72,12 @@ class Directory:
         self._warned: dict[str, float] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._loop: asyncio.Task[None] | None = None
+        self._uses: KeyUses | None = None
+        self._uses_loop: asyncio.Task[None] | None = None
+
+    def share_limits(self, limits: KeyLimits) -> None:
+        """Have the limits of keys hold for all hosts together; before it is opened."""
+        self._uses = KeyUses(self._own.host, self._own.boot, limits, self._clock)
 
     def open(self) -> None:
         """Begin."""
@@ -76,15 +86,19 @@ class Directory:
                 f"{self._prefix}.state.*": self._heard,
                 f"{self._prefix}.again.{self._own.host}": self._asked_again,
                 f"{self._prefix}.hello": self._asked_again,
+                f"{self._prefix}.use.*": self._used,
             },
             self._connection_changed,
         )
         self._table.deaf()
         self._loop = asyncio.create_task(self._publish_always(), name="fleet: publish")
+        self._uses_loop = asyncio.create_task(self._publish_uses(), name="fleet: use of keys")
 
     async def close(self) -> None:
         """Say that nothing is offered any more, and end."""
         loop, self._loop = self._loop, None
+        if self._uses_loop is not None:
+            self._uses_loop.cancel()
         if loop is not None:
             loop.cancel()
             await asyncio.wait([loop])
@@ -147,6 +161,12 @@ class Directory:
         elif not await self._bus.publish(self._subject, data):
             self._full_wanted = True
 
+    async def _publish_uses(self) -> None:
+        while self._uses is not None:
+            await asyncio.sleep(_USE_S)
+            if self._bus.connected and (message := self._uses.message()) is not None:
+                await self._bus.publish(f"{self._prefix}.use.{self._own.host}", message)
+
     def _asked_again(self, _subject: str, _data: bytes) -> None:
         self._full_wanted = True
         self._changed.set()
@@ -166,6 +186,16 @@ class Directory:
         task.add_done_callback(self._tasks.discard)
 
     # --- hearing ---
+
+    def _used(self, subject: str, data: bytes) -> None:
+        host = subject.rpartition(".")[2]
+        if self._uses is None or host == self._own.host:
+            return
+        try:
+            self._uses.take(host, data)
+        except RecordError as error:
+            self._count("unreadable")
+            self._warn("use", f"what keys have used on another host is ignored: {error}")
 
     def _heard(self, subject: str, data: bytes) -> None:
         host = subject.rpartition(".")[2]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from proxy.config.fleet import FleetSettings
     from proxy.fleet.bus import Bus
+    from proxy.fleet.key_use import KeyLimits
     from proxy.fleet.peers import Hop
     from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
@@ -116,7 +117,7 @@ class Fleet:
         if found is None and not hop.refused and (resting := table.resting(model)):
             # Nobody else would: one connection that could not be made is not the end of a request.
             return self._leased(min(resting, key=lambda each: each.price_ms), model, hop)
-        if hop.final or (found is None and hop.refused):
+        if hop.refused and (hop.final or found is None):
             hop.final = True
             best = min(hop.refused, key=hop.refused.__getitem__)
             if found is None or found.price_ms > hop.refused[best]:
@@ -190,6 +191,10 @@ class Fleet:
             self._metrics.fleet_forwarded.labels(name, outcome).inc()
 
     # --- its life ---
+
+    def share_limits(self, limits: KeyLimits) -> None:
+        """Have the limits of keys hold for all hosts together; before it is opened."""
+        self._directory.share_limits(limits)
 
     def open(self) -> None:
         """Begin to publish and to listen."""

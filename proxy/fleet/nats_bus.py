@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import ConfigError, HostError
+from proxy.host import private_files
 
 if TYPE_CHECKING:
     import ssl
@@ -150,10 +151,7 @@ def _receiver(handler: Handler) -> Callable[[Any], Awaitable[None]]:
 
 
 def _password(path: Path) -> str:
-    try:
-        found = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("fleet.nats", [f"{path} cannot be read: {getattr(error, 'strerror', error)}"]) from None
+    found = private_files.read(path, f"chmod 600 {path}").strip()
     if not found:
         raise ConfigError("fleet.nats", [f"{path} is empty"])
     return found

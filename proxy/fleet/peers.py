@@ -32,6 +32,7 @@ class Peer(EngineClient):
     def __init__(self, host: str, url: str, tls: ssl.SSLContext) -> None:
         super().__init__(url, host)
         self.upstream = Upstream(url, None, tls=tls, tls_name=host)
+        self._tls, self._tls_name = tls, host
 
 
 class Peers:

@@ -20,6 +20,7 @@ from proxy.errors import (
 from proxy.server import request_id
 from proxy.server.auth.authorization import Kind
 from proxy.server.auth.caller import CALLER
+from proxy.server.auth.peer_caller import FROM_PEER
 from proxy.server.forward.routes import spelled_as
 from proxy.server.safe_logging import method_of, stack_of
 from proxy.telemetry.metrics import UNKNOWN_MODEL
@@ -86,6 +87,8 @@ class AiohttpServer:
         cycle = self.cycles.get(request.transport) if request.transport is not None else None
         if cycle is not None and cycle.caller is not None:
             request[CALLER] = cycle.caller
+        if cycle is not None:
+            request[FROM_PEER] = cycle.connection.peers is not None
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else "(unknown path)"
         try:

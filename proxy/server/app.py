@@ -46,8 +46,10 @@ def build(
     scanner = Scanner()
     elsewhere = fleet.name_of if fleet is not None else lambda _: None
     addressing = Addressing(lambda: pool.settings, response_ids.made_by, scanner, elsewhere)
-    realtime = Realtime(pool, metrics, addressing)
+    realtime = Realtime(pool, metrics, addressing, fleet)
     auth = auth or Auth(settings, metrics)
+    if fleet is not None and auth.keys is not None:
+        fleet.share_limits(auth)
     admin = Admin(pool, metrics, MemoryReport(settings.pool), auth.chat_refusal)
     application = web.Application(client_max_size=settings.server.body_limit)
     for route in ROUTES:

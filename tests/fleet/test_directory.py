@@ -172,6 +172,9 @@ def test_a_password_that_cannot_be_read_is_an_error_of_the_configuration(tmp_pat
         with pytest.raises(ConfigError, match="cannot be read"):
             NatsBus(NatsSettings(servers=["nats://127.0.0.1:1"], password_file=file), "a", None)
     (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ConfigError, match="others may read it"):
+        NatsBus(NatsSettings(servers=["nats://127.0.0.1:1"], password_file=tmp_path / "empty"), "a", None)
+    (tmp_path / "empty").chmod(0o600)
     with pytest.raises(ConfigError, match="is empty"):
         NatsBus(NatsSettings(servers=["nats://127.0.0.1:1"], password_file=tmp_path / "empty"), "a", None)
 
@@ -207,6 +210,7 @@ async def test_with_users_a_host_can_speak_for_itself_only(tmp_path: Path, caplo
     for name in "ab":
         file = tmp_path / name
         file.write_text(f"pw-{name}\n")
+        file.chmod(0o600)
         settings[name] = NatsSettings(servers=[f"nats://127.0.0.1:{server.port}"], password_file=file)
     a, b = Host("a", NatsBus(settings["a"], "a", None)), Host("b", NatsBus(settings["b"], "b", None))
     try:

@@ -209,6 +209,29 @@ async def test_an_engine_that_breaks_there_is_an_error_of_that_host(hosts: Hosts
     assert said["error"]["code"]
 
 
+async def test_what_refers_to_a_response_goes_to_the_host_that_made_it_as_long_as_that_can(hosts: Hosts) -> None:
+    a, b = await hosts.host("a"), await hosts.host("b")
+    await hosts.acquainted()
+    await warm(b, for_=a)
+
+    async def respond(**more: str) -> str:
+        async with a.session.post("/v1/responses", json={"model": "m", "input": "Hello", **more}) as response:
+            assert response.status == 200
+            said = await response.json()
+        first.append(said["id"])
+        return str(said["host"])
+
+    first = list[str]()
+    assert await respond() == "b"
+    await a.pool.wake("m")
+    assert await respond() == "a"
+    for _ in range(3):
+        assert await respond(previous_response_id=first[0]) == "b"
+    b.peers_site.stop()
+    await a.fleet.close_peers()
+    assert await respond(previous_response_id=first[0]) == "a"
+
+
 async def test_a_draining_host_sends_its_requests_elsewhere_and_gets_none(hosts: Hosts) -> None:
     a, b = await hosts.host("a"), await hosts.host("b")
     await hosts.acquainted()

@@ -15,6 +15,7 @@ import tomli_w
 from tests.fleet import certificates
 from tests.fleet.nats_server import PROGRAM, needs_nats
 from tests.fleet.network import Network
+from tests.server.test_realtime import transcript
 from tests.support import PATIENCE_S, PYTHON, ROOT, engine_model
 
 if TYPE_CHECKING:
@@ -164,6 +165,9 @@ async def test_every_request_is_answered_by_the_right_model_wherever_it_comes_in
             assert host == model[-1]
     where, _, _ = await fleet.ask("a", "shared")
     await asyncio.gather(*(until(lambda n=n: _from(fleet, n, where)) for n in NAMES))  # type: ignore[misc]
+    for name in NAMES:
+        async with fleet.session.ws_connect(f"{fleet.url(name)}/v1/realtime?model=only_c") as socket:
+            assert (await transcript(socket, "only_c"))[-1]["type"] == "transcription.done"
     hosts, took = [], dict[bool, list[float]]({True: [], False: []})
     for n in range(150):
         name = NAMES[n % 3]

@@ -28,6 +28,7 @@ from proxy.errors import (
     RequestError,
     RouteNotFoundError,
 )
+from proxy.fleet.key_use import Use
 from proxy.server.auth import api_keys
 from proxy.server.auth.browser_origin import Pages, refuse_borrowed_loopback, refuse_other_sites
 from proxy.server.auth.caller import KEY_FIELDS, KEY_PROTOCOL, keys_shown
@@ -227,6 +228,25 @@ class Auth:
             for known in self._known.values()
             if known.entry.has_budget
         }
+
+    # --- with other hosts of a fleet; `proxy.fleet.key_use.KeyLimits` ---
+
+    def taken(self) -> dict[str, Use]:
+        """What was used here since this was asked last, and what runs; of keys that are limited."""
+        limited = {id_: known.account for id_, known in self._known.items() if known.account.is_limited}
+        return {id_: Use(*account.told(), account.running) for id_, account in limited.items()}
+
+    def used_elsewhere(self, uses: Mapping[str, Use]) -> None:
+        """Count what was used on another host."""
+        now = self._clock()
+        for id_, use in uses.items():
+            if (known := self._known.get(id_)) is not None:
+                known.account.used_elsewhere(use.requests, use.tokens, now)
+
+    def running_elsewhere(self, running: Mapping[str, int]) -> None:
+        """How many requests of each key run on other hosts, all together."""
+        for id_, known in self._known.items():
+            known.account.elsewhere = running.get(id_, 0)
 
     def _models_of(self, entry: Entry) -> frozenset[str] | None:
         if entry.models is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from aiohttp import web
+
 from proxy.errors import ForbiddenError, InvalidRequestError
 from proxy.server.auth.api_keys import PRIORITIES
 
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 
 _NAME: Final = re.compile(r"[A-Za-z0-9()][A-Za-z0-9_.@()-]{0,63}")
 _COUNT: Final = re.compile(r"[0-9]{1,9}")
+
+
+FROM_PEER: web.RequestKey[bool] = web.RequestKey("from_peer", bool)
+"""Whether a request came from another host."""
 
 
 class PeerCaller:

@@ -59,13 +59,35 @@ class Refusal:
 class Account:
     """What one key has in use and left."""
 
-    __slots__ = ("concurrency", "requests", "running", "tokens")
+    __slots__ = ("concurrency", "elsewhere", "requests", "running", "tokens", "untold_requests", "untold_tokens")
 
     def __init__(self) -> None:
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
         self.concurrency: int | None = None
         self.running = 0
+        self.elsewhere = 0
+        """How many run on other hosts, where there are some."""
+        self.untold_requests = self.untold_tokens = 0
+        """What was used here that other hosts do not know of yet."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the key has limits that other hosts have to know of."""
+        return self.requests is not None or self.tokens is not None or self.concurrency is not None
+
+    def told(self) -> tuple[int, int]:
+        """Requests and tokens that were used here since this was asked last."""
+        untold = self.untold_requests, self.untold_tokens
+        self.untold_requests = self.untold_tokens = 0
+        return untold
+
+    def used_elsewhere(self, requests: int, tokens: int, now: float) -> None:
+        """Count what was used on another host."""
+        if self.requests is not None:
+            self.requests.take(requests, now)
+        if self.tokens is not None:
+            self.tokens.take(tokens, now)
 
     def set_limits(
         self, requests_per_minute: int | None, tokens_per_minute: int | None, concurrency: int | None, now: float
@@ -80,7 +102,7 @@ class Account:
 
         A request may begin as long as there is one token left, so that a large one is not refused for ever.
         """
-        if self.concurrency is not None and self.running >= self.concurrency:
+        if self.concurrency is not None and self.running + self.elsewhere >= self.concurrency:
             return Refusal("requests at once", self.concurrency, None)
         if self.requests is not None and (wait_s := self.requests.seconds_until(1.0, now)) > 0:
             return Refusal("requests per minute", self.requests.limit, wait_s)
@@ -88,17 +110,20 @@ class Account:
             return Refusal("tokens per minute", self.tokens.limit, wait_s)
         if self.requests is not None:
             self.requests.take(1.0, now)
+        self.untold_requests += 1
         self.running += 1
         return None
 
     def expect(self, tokens: int, now: float) -> None:
         """Take what a request that was begun may cost; `end` puts that right."""
+        self.untold_tokens += tokens
         if self.tokens is not None:
             self.tokens.take(tokens, now)
 
     def end(self, expected_tokens: int, used_tokens: int, now: float) -> None:
         """A request that was begun is over."""
         self.running -= 1
+        self.untold_tokens += used_tokens - expected_tokens
         if self.tokens is not None:
             self.tokens.take(used_tokens - expected_tokens, now)
 
@@ -106,6 +131,7 @@ class Account:
         """A request that was begun has not been."""
         if self.requests is not None:
             self.requests.take(-1.0, now)
+        self.untold_requests -= 1
         self.end(expected_tokens, 0, now)
 
     def headers(self, now: float) -> dict[str, str]:

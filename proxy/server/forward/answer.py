@@ -324,6 +324,8 @@ class EngineAnswer:
     def _begin(self, head: _Head, length: int, data: bytes) -> None:
         self._head, self._length, self.status = head, length, head.status
         cycle = self._cycle
+        if head.told and _OFFER not in head.told and isinstance(cycle.lease, PeerLease):
+            cycle.lease.answered(head.told)
         whole = len(data) == length > 0
         if whole and head.is_plain and cycle.admission is None and not cycle.head.makes_response and not self.begun:
             # Nearly every answer.
@@ -374,8 +376,6 @@ class EngineAnswer:
         cycle = self._cycle
         lease, first = cycle.lease, cycle.first_lease
         assert lease is not None and first is not None  # noqa: S101, PT018 - its engine answers
-        if isinstance(lease, PeerLease):
-            lease.answered(head.told)
         own = cycle.own_fields()
         waited = lease.wake is not None or lease.queue_s or first.found is not _READY or lease.is_remote
         closes = cycle.closes or cycle.service.traffic.stopping

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from proxy.fleet.fleet import Fleet
     from proxy.pool.lease import Lease
+    from proxy.server.auth.caller import Caller
     from proxy.server.forward.cycle import RequestCycle
     from proxy.server.forward.model_resolver import Address
 
@@ -44,6 +45,16 @@ KEY: Final = "x-warmpool-key"
 PRIORITY: Final = "x-warmpool-priority"
 EXPECTED: Final = "x-warmpool-expected-wait"
 """Milliseconds; without, the request has been tried enough, and waits."""
+
+
+def marks_of(host: str, caller: Caller | None, most_wait_s: float | None) -> dict[str, str]:
+    """What a host, of this name, tells another one of a request."""
+    marks = {FROM: host, "x-warmpool-hop": "1"}
+    if caller is not None:
+        marks |= {KEY: caller.name, PRIORITY: str(caller.priority)}
+    if most_wait_s is not None:
+        marks["x-warmpool-max-wait"] = f"{most_wait_s:.3f}"
+    return marks
 
 
 class Hops:
@@ -109,14 +120,11 @@ class Hops:
 
     def marks(self, cycle: RequestCycle) -> bytes:
         """The fields that another host gets with a request."""
-        lease, caller = cycle.lease, cycle.caller
+        lease = cycle.lease
         if cycle.hop is not None:
             cycle.hop.sent = True
-        fields = [f"{FROM}: {self._fleet.host}", "x-warmpool-hop: 1"]
-        if caller is not None:
-            fields += [f"{KEY}: {caller.name}", f"{PRIORITY}: {caller.priority}"]
-        if (left_s := self._left_s(cycle)) is not None:
-            fields.append(f"x-warmpool-max-wait: {left_s:.3f}")
+        marks = marks_of(self._fleet.host, cycle.caller, self._left_s(cycle))
+        fields = [f"{name}: {value}" for name, value in marks.items()]
         if (keep_s := cycle.head.keep_s) is not None:
             fields.append(f"x-warmpool-keep-alive: {keep_s:g}")
         if lease is not None and (expected_ms := self._fleet.expected_ms(lease)) is not None:

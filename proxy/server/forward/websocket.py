@@ -18,15 +18,19 @@ import aiohttp
 import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from proxy.errors import InvalidRequestError, RouteNotFoundError, UpgradeRequiredError, UpstreamError
+from proxy.errors import InvalidRequestError, NoHostError, RouteNotFoundError, UpgradeRequiredError, UpstreamError
+from proxy.fleet.peers import Hop
 from proxy.server import request_id
 from proxy.server.auth.caller import KEY_PROTOCOL, caller_of
+from proxy.server.auth.peer_caller import FROM_PEER
 from proxy.server.forward import routes
 from proxy.server.forward.fields import keep_alive_s, max_wait_s
+from proxy.server.forward.hops import marks_of
 from proxy.server.forward.json_edit import edited
 from proxy.server.safe_logging import path_of
 
 if TYPE_CHECKING:
+    from proxy.fleet.fleet import Fleet
     from proxy.pool.lease import Lease
     from proxy.pool.pool import Pool
     from proxy.server.forward.model_resolver import Address, Addressing
@@ -74,7 +78,8 @@ class _Session:
 class Realtime:
     """Relays `/v1/realtime`."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, addressing: Addressing) -> None:
+    def __init__(self, pool: Pool, metrics: Metrics, addressing: Addressing, fleet: Fleet | None = None) -> None:
+        self._fleet = fleet
         self._pool = pool
         self._metrics = metrics
         self._addressing = addressing
@@ -89,14 +94,8 @@ class Realtime:
         caller = caller_of(request)
         if caller is not None:
             caller.check_model(address.model)
-        priority = caller.priority if caller is not None else 0
         for attempt in range(1, _ATTEMPTS + 1):
-            async with await self._pool.lease(
-                self._pool.served_name(address.model),
-                priority=priority,
-                max_wait_s=max_wait_s(request.headers),
-                preferred=address.instance,
-            ) as lease:
+            async with await self._lease(request, address) as lease:
                 lease.keep_s = keep_alive_s(request.headers)
                 if caller is not None:
                     lease.charge(caller.name)
@@ -104,7 +103,8 @@ class Realtime:
                     engine = await self._connect(request, address, lease)
                 except (aiohttp.ClientError, TimeoutError) as error:
                     log.warning("%s: no WebSocket: %s", lease.instance_id, _in_words(error))
-                    await lease.suspect()
+                    if not (lease.is_remote and isinstance(error, aiohttp.WSServerHandshakeError)):
+                        await lease.suspect()
                     if attempt < _ATTEMPTS:
                         continue
                     raise UpstreamError(f"The engine of model {address.model!r} failed before it answered.") from error
@@ -116,10 +116,25 @@ class Realtime:
                     self._account(request, session, lease, began)
         raise AssertionError("unreachable")
 
+    async def _lease(self, request: web.Request, address: Address) -> Lease:
+        """A hold on an instance here, or on another host, where it waits; as `Hops.lease`, but tried once."""
+        fleet, caller, most_s = self._fleet, caller_of(request), max_wait_s(request.headers)
+        name = address.model if address.elsewhere else self._pool.served_name(address.model)
+        if fleet is not None and not request.get(FROM_PEER, False):
+            lease = fleet.lease(name, Hop(final=True), most_s, may_stay=not address.elsewhere)
+            if lease is not None:
+                return lease
+        if address.elsewhere:
+            raise NoHostError(f"No host would serve {name!r} now, or in the time that the request waits.")
+        priority = caller.priority if caller is not None else 0
+        return await self._pool.lease(name, priority=priority, max_wait_s=most_s, preferred=address.instance)
+
     async def _connect(
         self, request: web.Request, address: Address, lease: Lease
     ) -> aiohttp.ClientWebSocketResponse[Any]:
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        if lease.is_remote and self._fleet is not None:
+            headers |= marks_of(self._fleet.host, caller_of(request), max_wait_s(request.headers))
         try:
             return await lease.client.websocket(
                 address.target,
@@ -209,7 +224,8 @@ class Realtime:
             return text
         name = event.get("model") if isinstance(event, dict) and event.get("type") == "session.update" else None
         settings = self._pool.settings
-        if name not in settings.models[model].aliases:
+        here = settings.models.get(model)
+        if here is None or name not in here.aliases:
             return text
         with contextlib.suppress(InvalidRequestError):
             return edited(text.encode(), {"model": settings.served_name(model)}, [], ["model"]).decode()

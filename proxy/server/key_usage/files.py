@@ -21,16 +21,13 @@ _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.json")
 
 
 class UsageFiles:
-    """Reads and writes them; to be called in a thread, since a file system may hang."""
+    """Reads and writes them; to be called in a thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, date: dt.date) -> Day:
-        """What is there of a day, which may be nothing. A file that is damaged is set aside, and counts as none.
-
-        Raises OSError.
-        """
+        """What is there of a day, which may be nothing. A file that is damaged is set aside, and counts as none."""
         path = self.folder / f"{date.isoformat()}.json"
         try:
             return parse(date, owned.read_plain(path, _MOST_BYTES))
@@ -39,6 +36,8 @@ class UsageFiles:
         except ValueError as error:
             log.error("%s is damaged (%s): set aside, and counting begins anew", path, error)
             self._set_aside(path)
+        except OSError as error:
+            log.error("%s: %s; counting begins anew", path, error.strerror)
         return Day(date)
 
     def _set_aside(self, path: Path) -> None:
