@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from proxy.cli.failures import Commands
 from proxy.errors import HostError
 
 if TYPE_CHECKING:
@@ -15,18 +16,25 @@ if TYPE_CHECKING:
     from proxy.engine.probe import Probed
 
 
-@click.group()
+@click.group(cls=Commands)
 def engine() -> None:
-    """Ask engines that run."""
+    """Ask running engines."""
 
 
 @engine.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True)
-@click.option("--try", "tried", is_flag=True, help="Put it to sleep at each level and wake it: clients notice.")
-@click.option("--api-key-file", type=click.Path(dir_okay=False), help="A file with the API key that it asks for.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "json"]),
+    default="text",
+    show_default=True,
+    help="How it is printed.",
+)
+@click.option("--try", "tried", is_flag=True, help="Put them to sleep and wake them, too; their clients notice.")
+@click.option("--api-key-file", type=click.Path(dir_okay=False), help="The file with the API key of the engines.")
 def probe(urls: tuple[str, ...], form: str, *, tried: bool, api_key_file: str | None) -> None:
-    """Say what running engines offer: sleep mode, pauses, routes, metrics.
+    """Show what running engines offer: sleep mode, pauses, routes, metrics.
 
     URL is that of an engine itself (http://127.0.0.1:18100), not of warmpool. Several are shown side by side. Nothing
     is changed, but for --try.

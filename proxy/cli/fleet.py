@@ -12,7 +12,7 @@ from proxy.cli.options import JSON, ServerChoice, server_options
 
 @click.group(cls=Commands)
 def fleet() -> None:
-    """Several hosts as one."""
+    """Look at the fleet: several hosts that answer as one."""
 
 
 @fleet.command()

@@ -44,7 +44,7 @@ def _keys_file(file: Path | None, path: Path | None) -> Path:
 
 @click.group(cls=Commands)
 def key() -> None:
-    """API keys of clients, and the admin token."""
+    """Manage the API keys of clients, and the admin token."""
 
 
 @key.command()
@@ -151,9 +151,9 @@ def revoke(id_or_name: str, file: Path | None, path: Path | None) -> None:
 @click.argument("name", required=False)
 @server_options
 @click.option(
-    "--days", type=click.IntRange(1, 3660), default=1, show_default=True, help="Of the last so many days (UTC)."
+    "--days", type=click.IntRange(1, 3660), default=1, show_default=True, help="How many days, with today (UTC)."
 )
-@click.option("--by-day", is_flag=True, help="A line for each day.")
+@click.option("--by-day", is_flag=True, help="Print a line for each day.")
 @JSON
 def usage(name: str | None, server: ServerChoice, days: int, by_day: bool, as_json: bool) -> None:
     """Show what the key NAME, or every key, has used of each model: requests, tokens, GPU time."""

@@ -132,7 +132,8 @@ def _notes(status: dict[str, Any]) -> Iterator[str]:
         entry = memory.get(name)
         if entry and "total_bytes" in entry:
             images = entry["images"]
-            held = f", {short_size(sum(i['bytes'] for i in images))} in {len(images)} images" if images else ""
+            plural = "s" * (len(images) > 1)
+            held = f", {short_size(sum(i['bytes'] for i in images))} in {len(images)} image{plural}" if images else ""
             free = f"{short_size(entry['free_bytes'])} of {short_size(entry['total_bytes'])} free"
             yield f"{name}: {free}{held} ({entry['path']})"
     for gpu in status.get("gpus", []):

@@ -266,7 +266,7 @@ def test_the_table_shows_what_there_is() -> None:
     text = console.export_text()
     for expected in (
         "demo draining", "falling asleep", "7 GiB", "suspended as commanded", "GPU 0: 12 GiB of 80 GiB used (H100)",
-        "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 images (/tmpfs)",
+        "checkpoints: 6 GiB of 8 GiB free, 2 GiB in 1 image (/tmpfs)",
     ):  # fmt: skip
         assert expected in text, text
 

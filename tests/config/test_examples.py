@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
+from click.testing import CliRunner
 
 from loadtest import vllm_cpu
+from proxy.cli.main import cli
 from proxy.config import import_env
 from proxy.config.load import load
 from proxy.doctor import several_gpus
@@ -191,3 +193,19 @@ def test_engines_on_a_gpu_are_fit_for_every_tier(name: str) -> None:
         assert environment(it).items() >= (LOOPBACK | {"VLLM_SERVER_DEV_MODE": "1"}).items()
         assert {"--enable-sleep-mode", "--kv-cache-memory-bytes", "--load-format"} <= set(it.command)
         assert "--gpu-memory-utilization" not in it.command
+
+
+NOT_RUN = ("sglang.toml", "tensorrt-llm.toml", "tgi.toml", "whisper.toml")
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_an_example_for_another_engine_passes_the_check_and_says_that_it_was_not_run(name: str) -> None:
+    result = CliRunner().invoke(cli, ["config", "check", str(FOLDER / name)])
+    assert result.exit_code == 0, result.output
+    assert "NOT RUN by this project" in (FOLDER / name).read_text().partition("\n\n")[0]
+    assert {model.engine_kind for model in example(name).models.values()} == {"generic"}
+
+
+def test_of_the_examples_for_other_engines_all_others_are_run() -> None:
+    generic = {path.name for path in WRITTEN_BY_HAND if 'engine = "generic"' in path.read_text()}
+    assert generic == {*NOT_RUN, "llama-cpp.toml"}

@@ -524,6 +524,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert "" not in outcomes
         for key in [*world.rig.settings.models]:
             await self.serves(key)
+        async with asyncio.timeout(GOES_ON_WITHIN_S):
+            while pool.status()["written_off"]:
+                await asyncio.sleep(5.0)
         self.keeper.cancel()
         await self.close(world.rig)
         assert world.rig.states() == {}

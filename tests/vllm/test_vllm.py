@@ -28,6 +28,7 @@ import orjson
 import pytest
 import pytest_asyncio
 import tomli_w
+from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.bench_vllm_cpu import Served, served
 from loadtest.vllm_cpu import FOLDER, IMAGE
@@ -265,6 +266,32 @@ async def test_the_first_token_after_a_restore_takes_a_tenth_of_a_cold_start(hos
     assert median(ttft_s) <= cold.first.ttft_s / 10, figures
     assert len(own_ms) >= RESTORES - 1
     assert median(own_ms) < OWN_PART_MS, own_ms
+
+
+async def test_its_own_metrics_are_passed_on_and_never_go_back_over_restores(host: Host, cold: Cold) -> None:
+    proxy = await host.serving()
+    before: dict[tuple[str, ...], float] = {}
+    for _ in range(3):
+        await host.until_checkpointed()
+        await host.ask()
+        await host.until_checkpointed()  # by then they were asked once more
+        async with proxy.session.get("/metrics") as response:
+            families = [*text_string_to_metric_families(await response.text())]
+        now = {
+            (s.name, *sorted(f"{name}={value}" for name, value in s.labels.items())): s.value
+            for family in families
+            if family.type in ("counter", "histogram")
+            for s in family.samples
+            if s.name.startswith("vllm:")
+        }
+        assert len(now) > 100
+        assert {key: (value, now.get(key)) for key, value in before.items() if now.get(key, -1.0) < value} == {}
+        if before:
+            more = sum(v - before.get(k, 0.0) for k, v in now.items() if k[0] == "vllm:generation_tokens_total")
+            assert more >= 8, "what `ASK` asks for"
+        before = now
+    failures = [s.value for f in families if f.name == "warmpool_engine_scrape_failures" for s in f.samples]
+    assert sum(v for v in failures if v < 1e9) == 0
 
 
 def _list(values: list[float], unit: str) -> str:

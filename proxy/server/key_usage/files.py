@@ -21,13 +21,16 @@ _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.json")
 
 
 class UsageFiles:
-    """Reads and writes them; to be called in a thread."""
+    """Reads and writes them; to be called in a thread, since a file system may hang."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, date: dt.date) -> Day:
-        """What is there of a day, which may be nothing. A file that is damaged is set aside, and counts as none."""
+        """What is there of a day, which may be nothing. A file that is damaged is set aside, and counts as none.
+
+        Raises OSError.
+        """
         path = self.folder / f"{date.isoformat()}.json"
         try:
             return parse(date, owned.read_plain(path, _MOST_BYTES))
@@ -36,8 +39,6 @@ class UsageFiles:
         except ValueError as error:
             log.error("%s is damaged (%s): set aside, and counting begins anew", path, error)
             self._set_aside(path)
-        except OSError as error:
-            log.error("%s: %s; counting begins anew", path, error.strerror)
         return Day(date)
 
     def _set_aside(self, path: Path) -> None:

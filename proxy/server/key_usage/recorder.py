@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import logging
 import time
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from proxy.host import daemon_thread
 from proxy.host.turns import in_turns
 from proxy.server.key_usage.figures import NO_KEY, Day, Figures
 from proxy.server.key_usage.token_figures import said
@@ -24,8 +27,14 @@ if TYPE_CHECKING:
     from proxy.server.request_history import Ended
     from proxy.telemetry.metrics import Metrics
 
+log = logging.getLogger("warmpool.usage")
+
+T = TypeVar("T")
+
 SAVE_EVERY_S: Final = 10.0
 """What a process counts that is killed is lost for so long at most."""
+_FILES_S: Final = 5.0
+_MOST_DAYS_UNSAVED: Final = 7
 _COUNT_EVERY_S: Final = 1.0
 _GPU_TIME_EVERY_S: Final = 0.25
 """For the budget of a key, that is asked for with its every request."""
@@ -145,10 +154,12 @@ class KeyUsage:
         rows = self._today.as_rows()
         earlier = self._today.date - dt.timedelta(days=days - 1)
         waiting: Mapping[dt.date, Day] = {day.date: day for day in self._over}
-        there = {*await asyncio.to_thread(lambda: [*self._files.dates()]), *waiting} if days > 1 else set()
+        there: set[dt.date] = set(waiting)
+        if days > 1:
+            there.update(await self._in_thread(lambda: [*self._files.dates()]) or ())
         for date in sorted((d for d in there if earlier <= d < self._today.date), reverse=True):
-            day = waiting[date] if date in waiting else await asyncio.to_thread(self._files.read, date)
-            rows += day.as_rows()
+            day = waiting[date] if date in waiting else await self._in_thread(partial(self._files.read, date))
+            rows += day.as_rows() if day is not None else []
         return rows
 
     # --- keeping ---
@@ -171,28 +182,43 @@ class KeyUsage:
     async def save(self) -> None:
         """Write down what is new."""
         async with self._saving:
-            while self._over:
-                if await self._write(self._over[0]):
-                    await asyncio.to_thread(self._forget_old)
+            while self._over and await self._write(self._over[0]):
+                await self._in_thread(self._forget_old)
                 self._over.pop(0)
+            del self._over[:-_MOST_DAYS_UNSAVED]
             if self._unsaved:
                 self._unsaved = False
                 self._unsaved = not await self._write(self._today) or self._unsaved
 
     async def _write(self, day: Day) -> bool:
+        if not self._kept_days:
+            return True
         await self._add_what_is_there(day)
-        return not self._kept_days or await asyncio.to_thread(self._files.write, day.date, day.dump())
+        # What it had before must not be lost because it cannot be read just now.
+        return day.complete and bool(await self._in_thread(partial(self._files.write, day.date, day.dump())))
 
     async def _add_what_is_there(self, day: Day) -> None:
         """What an earlier process counted of a day, or this one before its clock was set back; once."""
         if day.complete or not self._kept_days:
             return
-        before = await asyncio.to_thread(self._files.read, day.date)
+        before = await self._in_thread(partial(self._files.read, day.date))
+        if before is None or day.complete:
+            return
         day.complete = True
         for (key, model), figures in before.rows.items():
             day.at(key, model).add(figures)
             if day is self._today:
                 self._by_key.setdefault(key, Figures()).add(figures)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T | None:
+        """What it gives, or None where the file system does not; why is logged."""
+        try:
+            return await daemon_thread.run(work, _FILES_S, "usage of keys")
+        except TimeoutError:
+            log.error("%s: the file system does not answer within %g s", self._files.folder, _FILES_S)
+        except OSError as error:
+            log.error("%s: %s", error.filename or self._files.folder, error.strerror)
+        return None
 
     def _forget_old(self) -> None:
         self._files.forget_before(self._today.date - dt.timedelta(days=self._kept_days - 1))
@@ -201,7 +227,9 @@ class KeyUsage:
         """Count and save what is left."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            (result,) = await asyncio.gather(self._task, return_exceptions=True)
+            if isinstance(result, Exception):
+                log.error("usage was counted only when it was asked for: %r", result, exc_info=result)
             self.count()
             await self.save()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import signal
+import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cli.main import cli
+from proxy.host import owned
 from proxy.pool.gpu_time import Taken
 from proxy.server.auth import api_keys
+from proxy.server.key_usage import recorder
 from proxy.server.key_usage.figures import Day, Figures, parse
 from proxy.server.key_usage.files import UsageFiles
 from proxy.server.key_usage.recorder import KeyUsage
@@ -188,6 +191,44 @@ async def test_a_damaged_file_is_set_aside_and_counting_goes_on(
     assert "is damaged" in caplog.text
     assert (folder / "2026-11-29.damaged").read_bytes() == content
     assert parse(dt.date(2026, 11, 29), (folder / "2026-11-29.json").read_bytes()).at("ann", "demo").tokens == 15
+
+
+async def test_a_file_that_cannot_be_read_now_is_not_written_over(
+    tmp_path: Path, source: Source, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = usage_of(tmp_path, source, clock)
+    await first.open()
+    source.ask("ann", (10, 0, 0))
+    await first.close()
+    usage = usage_of(tmp_path, source, clock)
+    with monkeypatch.context() as patch:
+        patch.setattr(owned, "read_plain", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        await usage.open()
+        source.ask("ann", (5, 0, 0))
+        usage.count()
+        await usage.save()
+    assert "Input/output error" in caplog.text
+    await usage.close()
+    assert [row["prompt_tokens"] for row in await usage.rows(1)] == [15]
+    assert (
+        parse(dt.date(2026, 11, 29), (tmp_path / "usage" / "2026-11-29.json").read_bytes()).at("ann", "demo").tokens
+        == 15
+    )
+
+
+async def test_a_file_system_that_hangs_holds_nobody(
+    tmp_path: Path, source: Source, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recorder, "_FILES_S", 0.05)
+    hangs = threading.Event()
+    monkeypatch.setattr(owned, "read_plain", lambda *_: hangs.wait(PATIENCE_S) and b"")
+    usage = usage_of(tmp_path, source, clock)
+    await usage.open()
+    source.ask("ann", (5, 0, 0))
+    assert usage.today("ann").tokens == 5
+    await usage.close()
+    hangs.set()
+    assert "the file system does not answer" in caplog.text
 
 
 COUNTS = st.integers(0, 10**15)
