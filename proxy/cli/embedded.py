@@ -26,9 +26,7 @@ def path() -> Path:
 
 def say_what_to_do() -> None:
     """Log what is served, and how to serve something else."""
-    log.warning(
-        "no configuration was named: this serves demo, an engine for trying warmpool out that answers at random"
-    )
+    log.warning("no configuration was named: this serves demo, the load-test engine, which answers at random")
     if (there := Path("warmpool.toml")).exists():
         log.warning("there is a %s in this folder: warmpool serve --config %s", there, there)
     log.info("your own model: warmpool model add -c warmpool.toml -- vllm serve MODEL")

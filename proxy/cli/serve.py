@@ -35,8 +35,8 @@ FORMATS: Final = ("text", "json", "journal")
 def serve(path: Path | None, log_format: str, log_level: str) -> None:
     """Run the proxy until SIGTERM or Ctrl-C.
 
-    Where there is no configuration it serves `demo`, an engine for trying warmpool out; so it does, whatever is
-    installed, with WARMPOOL_CONFIG set to nothing: WARMPOOL_CONFIG= warmpool serve.
+    Where there is no configuration it serves `demo`, the load-test engine, to try warmpool with. To do so though a
+    configuration is installed: WARMPOOL_CONFIG= warmpool serve.
     """
     from proxy.cli import run_server
 
