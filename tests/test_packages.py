@@ -48,6 +48,13 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert imported - (extras - declared) == declared
 
 
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_class_has_more_than_400_lines(path: Path) -> None:
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT.parent / "loadtest").rglob("*.py"))], ids=str)
 def test_no_private_name_of_another_library_is_used(path: Path) -> None:
     """As far as it can be seen: imported, of an imported module, or a name that is none of ours."""

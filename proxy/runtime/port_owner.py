@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import time
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,7 +22,7 @@ from proxy.errors import PortTakenError
 from proxy.host import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
 _LISTEN: Final = "0A"  # TCP_LISTEN (include/net/tcp_states.h), as in /proc/net/tcp
 _REACHED: Final = {
@@ -28,6 +30,9 @@ _REACHED: Final = {
     Path("/proc/net/tcp6"): {"0" * 32, "0000000000000000FFFF00000100007F"},
 }
 """The local addresses, as they stand there, at which a connection to 127.0.0.1 ends."""
+_WHOLE_EVERY_S: Final = 1.0
+_looked_at: Final[dict[int, float]] = {}
+"""By port: when all sockets were looked at last."""
 
 
 class Listener(Enum):
@@ -63,16 +68,29 @@ async def check(port: int, leader: int | None, members: Callable[[], Iterable[in
 
 
 def listening(port: int) -> set[str]:
-    """The inodes of the sockets at which a connection to this port of loopback may end."""
-    found = set()
-    for path, addresses in _REACHED.items():
-        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-            for line in path.read_text().splitlines()[1:]:
-                fields = line.split()
-                address, _, number = fields[1].partition(":")
-                if fields[3] == _LISTEN and int(number, 16) == port and address in addresses:
-                    found.add(fields[9])
-    return found
+    """The inodes of the sockets at which a connection to this port of loopback may end.
+
+    Linux lists sockets that listen before all others (net/ipv4/tcp_ipv4.c, `tcp_get_idx`), and the others may be the
+    connections of thousands of clients that wait for this engine: they are looked at once a second, for other kernels.
+    """
+    now = time.monotonic()
+    whole = now - _looked_at.get(port, -math.inf) >= _WHOLE_EVERY_S
+    if whole:
+        _looked_at[port] = now
+    return {inode for path, addresses in _REACHED.items() for inode in _listed(path, addresses, port, whole=whole)}
+
+
+def _listed(path: Path, addresses: Collection[str], port: int, *, whole: bool) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError), path.open() as lines:  # there are kernels without IPv6
+        next(lines, None)
+        for line in lines:
+            fields = line.split()
+            address, _, number = fields[1].partition(":")
+            if fields[3] != _LISTEN:
+                if not whole:
+                    return
+            elif int(number, 16) == port and address in addresses:
+                yield fields[9]
 
 
 def _sockets_of(pids: Iterable[int]) -> set[str]:

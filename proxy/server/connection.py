@@ -18,9 +18,10 @@ from proxy.errors import BodyTooLargeError, InvalidRequestError, SlowUploadError
 from proxy.server.aiohttp_server import as_one_request
 from proxy.server.auth.authorization import Kind
 from proxy.server.connection_limits import counted_by
-from proxy.server.connection_timers import HalfClosed, IdleTimer, Late, WriteStall, missed
+from proxy.server.connection_timers import IdleTimer, Late, WriteStall, missed
 from proxy.server.flow_control import STEP, ReadFlow
 from proxy.server.forward.cycle import RequestCycle
+from proxy.server.half_closed import HalfClosed, may_wait
 from proxy.server.http_answer import CONTINUE, JSON, whole_answer
 from proxy.server.http_request import BadRequestError, HeadReader, RequestHead, too_large_together, usual_parts
 from proxy.server.request_body import NOT_AS_SAID, RequestBody
@@ -58,9 +59,9 @@ class ClientConnection(asyncio.Protocol):
     """One connection, from its first byte to its last."""
 
     __slots__ = (
-        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_cycle", "_ends", "_flow", "_half_closed",
-        "_head_began", "_head_reader", "_idle", "_known", "_known_key", "_loop", "_reading", "_refused",
-        "_stall", "host", "peers", "service", "transport", "write_paused",
+        "_advancing", "_aiohttp", "_at", "_body", "_buffer", "_counted_by", "_ends", "_flow", "_half_closed",
+        "_head_began", "_head_reader", "_idle", "_known", "_loop", "_reading", "_refused", "_stall",
+        "cycle", "host", "peers", "service", "transport", "write_paused",
     )  # fmt: skip
 
     def __init__(self, service: Service, *, from_peer: bool = False) -> None:
@@ -83,11 +84,11 @@ class ClientConnection(asyncio.Protocol):
         self._reading = _Reading.HEAD
         self._head_reader: HeadReader | None = None
         self._head_began: float | None = None
-        self._known_key = b""
         self._known: RequestHead | None = None
         """The last head: clients send the same one again and again."""
         self._body: RequestBody | None = None
-        self._cycle: RequestCycle | None = None
+        self.cycle: RequestCycle | None = None
+        """The request that it has now."""
         self._aiohttp: asyncio.Protocol | None = None
         self._half_closed: HalfClosed | None = None
         """The client sends no more."""
@@ -95,11 +96,6 @@ class ClientConnection(asyncio.Protocol):
         self.write_paused = False
         """The client takes less than there is for it."""
         self._stall: WriteStall | None = None
-
-    @property
-    def cycle(self) -> RequestCycle | None:
-        """The request that it has now."""
-        return self._cycle
 
     # --- coming and going ---
 
@@ -135,7 +131,7 @@ class ClientConnection(asyncio.Protocol):
         if self._idle is not None:
             self._idle.stop()
         self._buffer = b""
-        cycle, self._cycle = self._cycle, None
+        cycle, self.cycle = self.cycle, None
         if self._aiohttp is not None:
             self._aiohttp.connection_lost(error)
             if transport is not None:
@@ -165,8 +161,8 @@ class ClientConnection(asyncio.Protocol):
         What was written still goes out, and a missing last chunk or bytes tell the rest; but HTTP/1.0 ends a body by
         closing, so there only a reset is a failure.
         """
-        if self._cycle is not None:
-            self._cycle = None
+        if self.cycle is not None:
+            self.cycle = None
             self.service.traffic.leave()
         self._buffer, self._body, self._reading = b"", None, _Reading.NOTHING
         if with_reset and self.transport is not None:
@@ -175,7 +171,7 @@ class ClientConnection(asyncio.Protocol):
             self.close()
 
     def _is_idle(self) -> bool:
-        return self._cycle is None and self._reading is _HEAD and self._head_began is None
+        return self.cycle is None and self._reading is _HEAD and self._head_began is None
 
     # --- what comes in ---
 
@@ -212,7 +208,10 @@ class ClientConnection(asyncio.Protocol):
                 return
         finally:
             self._advancing = False
-        self._settle()
+        if self._at < len(self._buffer) or self._half_closed is not None or self._flow.is_held:
+            self._settle()
+        else:  # nearly always
+            self._buffer, self._at = b"", 0
 
     def _go_on(self) -> None:
         if self._advancing or self._aiohttp is not None:
@@ -229,15 +228,13 @@ class ClientConnection(asyncio.Protocol):
         """Nothing more can be read for now."""
         if self._at >= len(self._buffer):
             self._buffer, self._at = b"", 0
-            if self._half_closed is None and not self._flow.is_held:
-                return
         if self.transport is None:
             return
         if self._reading is _NOTHING and len(self._buffer) - self._at > _READ_AHEAD:
             self._flow.hold()
         elif self._flow.is_held:
             self._flow.release()
-        if self._half_closed and self._cycle is None and self._aiohttp is None and not self._buffer:
+        if self._half_closed and self.cycle is None and self._aiohttp is None and not self._buffer:
             self.close()
 
     def _read_head(self) -> bool:
@@ -259,11 +256,8 @@ class ClientConnection(asyncio.Protocol):
                 self._read_part_of_head(data, at, most)
                 return False
             key, begin, length = parts
-            head = self._known
-            if head is None or key != self._known_key:
-                place = self.transport.get_extra_info("sockname") if self.transport is not None else None
-                head = self.service.request_heads.read(place, key, self._head_reader, data[at:begin])
-                self._known, self._known_key = head, key
+            place = self.transport.get_extra_info("sockname") if self.transport is not None else None
+            head = self._known = self.service.request_heads.read(place, key, self._head_reader, data[at:begin])
         except BadRequestError as error:
             self._note(error.reason, f"a malformed request ({error.status} {error.code}, {error.message})")
             self._end_with(error.status, error.message, error.code)
@@ -288,7 +282,7 @@ class ClientConnection(asyncio.Protocol):
     def _serve(self, head: RequestHead, length: int, begin: int) -> None:
         self._head_reader = None
         data = self._buffer
-        cycle = self._cycle = RequestCycle(self.service, self, head, length)
+        cycle = self.cycle = RequestCycle(self.service, self, head, length)
         self._reading = _NOTHING
         self.service.traffic.enter()
         end = begin + length
@@ -308,7 +302,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def must_end(self) -> bool:
         """The client waits to be told to send a body that nobody will read."""
-        cycle, body = self._cycle, self._body
+        cycle, body = self.cycle, self._body
         waits = cycle is not None and body is not None and cycle.head.expects and self._reading is _Reading.NOTHING
         return waits and self._at == len(self._buffer)
 
@@ -321,7 +315,7 @@ class ClientConnection(asyncio.Protocol):
             text = "a request whose body is not framed as its fields say"
             self._end_body(InvalidRequestError(NOT_AS_SAID), "malformed", text)
             return
-        cycle = self._cycle
+        cycle = self.cycle
         if self._reading is _Reading.BODY and cycle is not None:
             if body.size > self.service.pool.settings.server.body_limit:
                 limit = self.service.pool.settings.server.body_limit
@@ -334,11 +328,11 @@ class ClientConnection(asyncio.Protocol):
             if self._ends:
                 self.close()
             if self._idle is not None:
-                self._idle.restart()
+                self._idle.since = self._loop.time()
 
     def _end_body(self, error: RequestError, reason: str, text: str) -> None:
         """Refuse a body within it; what still comes is no request."""
-        cycle = self._cycle
+        cycle = self.cycle
         self._buffer, self._body = b"", None
         if cycle is None:  # answered already
             self.close()
@@ -358,7 +352,7 @@ class ClientConnection(asyncio.Protocol):
         body = self._body
         if body is not None and self.must_end:
             body = None
-        self._cycle = None
+        self.cycle = None
         self.service.traffic.leave()
         if close:
             self._ends = True
@@ -373,7 +367,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._body, self._reading = None, _HEAD
             if self._idle is not None:
-                self._idle.restart()
+                self._idle.since = self._loop.time()
         if (self._buffer or self._half_closed) and not self._advancing:
             self._go_on()
 
@@ -385,8 +379,8 @@ class ClientConnection(asyncio.Protocol):
             self.service.limits.watch(self)
         if self._aiohttp is not None:
             self._aiohttp.pause_writing()
-        elif self._cycle is not None:
-            self._cycle.pause()
+        elif self.cycle is not None:
+            self.cycle.pause()
 
     def resume_writing(self) -> None:
         """It has caught up."""
@@ -394,8 +388,8 @@ class ClientConnection(asyncio.Protocol):
         self._stall = None
         if self._aiohttp is not None:
             self._aiohttp.resume_writing()
-        elif self._cycle is not None:
-            self._cycle.resume()
+        elif self.cycle is not None:
+            self.cycle.resume()
 
     def hand_over(self, cycle: RequestCycle, body: bytes) -> None:
         """Have aiohttp's server answer a request, and whatever comes behind it."""
@@ -414,27 +408,12 @@ class ClientConnection(asyncio.Protocol):
     # --- a client that sends no more ---
 
     def eof_received(self) -> bool:
-        """The client sends no more, or has left: FIN says both. Before its answer has begun, find out which.
-
-        Within an answer it has left: nothing can be sent there that would tell, and its engine may work for long.
-        """
-        transport, cycle = self.transport, self._cycle
-        if transport is None or self.host is None or cycle is None or self._reading is not _Reading.NOTHING:
+        """The client sends no more, or has left: FIN says both. Where it may wait for an answer, find out which."""
+        if self._reading is not _NOTHING or self.cycle is None or not may_wait(self, self.cycle):
             return False
-        if self._aiohttp is not None and cycle.head.kind is Kind.CLIENT:  # a WebSocket
-            return False
-        if cycle.has_begun_to_answer and not self._half_closed:
-            return False
-        if transport.get_extra_info("sslcontext") is not None:  # TLS ends as a whole
-            return False
-        if self._half_closed is None:
-            self._half_closed = HalfClosed(transport, self._may_send_interim)
+        if self._half_closed is None and self.transport is not None:
+            self._half_closed = HalfClosed(self, self.transport)
         return True
-
-    def _may_send_interim(self) -> bool:
-        cycle = self._cycle
-        unanswered = cycle is not None and not cycle.has_begun_to_answer and cycle.head.http11
-        return unanswered and self._aiohttp is None
 
     # --- time ---
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import socket
 from typing import TYPE_CHECKING, Final
-
-from proxy.server.http_answer import CONTINUE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,30 +12,23 @@ if TYPE_CHECKING:
     from proxy.config.server import LimitSettings
     from proxy.server.request_body import RequestBody
 
-_LOOKS_S: Final = (0.1, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""When to look whether a client is still there that sends no more; then every second."""
 _LINGER_S: Final = 5.0
 """How long the rest of a refused body is read, so that the client sees the answer before the connection ends."""
-_TCP_CLOSE: Final = 7
-"""`tcpi_state` of a connection that was reset (linux/tcp_states.h)."""
 
 
 class IdleTimer:
     """Calls `end` once a connection was idle for `limit_s`; one timer, however many requests come in between."""
 
-    __slots__ = ("_end", "_is_idle", "_limit_s", "_loop", "_since", "_timer")
+    __slots__ = ("_end", "_is_idle", "_limit_s", "_loop", "_timer", "since")
 
     def __init__(self, limit_s: float, is_idle: Callable[[], bool], end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._limit_s = limit_s
         self._is_idle = is_idle
         self._end = end
-        self._since = self._loop.time()
+        self.since = self._loop.time()
+        """Since when it is idle, if it is, by the event loop's clock: for whoever serves requests to say."""
         self._timer: asyncio.TimerHandle | None = self._loop.call_later(limit_s, self._look)
-
-    def restart(self) -> None:
-        """It is idle from now on."""
-        self._since = self._loop.time()
 
     def stop(self) -> None:
         """No more of it."""
@@ -47,7 +37,7 @@ class IdleTimer:
             self._timer = None
 
     def _look(self) -> None:
-        left_s = self._since + self._limit_s - self._loop.time() if self._is_idle() else self._limit_s
+        left_s = self.since + self._limit_s - self._loop.time() if self._is_idle() else self._limit_s
         if left_s > 0.001:
             self._timer = self._loop.call_later(left_s, self._look)
         else:
@@ -106,34 +96,3 @@ def missed(
     if stall is not None and limits.stall_timeout is not None and stall.lasts_longer(limits.stall_timeout, now):
         return Late.STALL
     return None
-
-
-class HalfClosed:
-    """A client that sends no more: still there, or gone?
-
-    A host whose program has closed the connection answers what is sent with a reset, which ends it here too. What can
-    be sent before an answer is an interim one, which every client reads over (RFC 9110, 15.2): once, where `may_ask`
-    says that one may be sent.
-    """
-
-    __slots__ = ("_asked", "_loop", "_may_ask", "_transport")
-
-    def __init__(self, transport: asyncio.Transport, may_ask: Callable[[], bool]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._transport = transport
-        self._may_ask = may_ask
-        self._asked = False
-        self._loop.call_later(_LOOKS_S[0], self._look, 0)
-
-    def _look(self, looks: int) -> None:
-        transport = self._transport
-        if transport.is_closing():
-            return
-        if transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
-            transport.abort()
-            return
-        if not self._asked and self._may_ask():
-            self._asked = True
-            transport.write(CONTINUE)
-        looks = min(looks + 1, len(_LOOKS_S) - 1)
-        self._loop.call_later(_LOOKS_S[looks], self._look, looks)

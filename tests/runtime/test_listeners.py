@@ -14,6 +14,7 @@ import pytest
 
 from proxy.config.model import ModelSettings
 from proxy.errors import PortTakenError
+from proxy.runtime import port_owner
 from proxy.runtime.log_size import cut
 from proxy.runtime.ports import LOOPBACK
 from proxy.telemetry.stages import Stages
@@ -205,3 +206,19 @@ async def test_a_log_that_was_cut_between_checkpoint_and_restore_does_not_keep_t
         before = path.stat().st_size
         await bench.scribble(engine)
         assert path.stat().st_size >= before
+
+
+def test_connections_are_passed_over_but_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux lists sockets that listen first; what lists them otherwise is read to its end now and then."""
+    row = "{}: 0100007F:1F90 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0 100 0 0 10 0\n"
+    listed = tmp_path / "tcp"
+    listed.write_text("header\n" + row.format(0, "0A", 11) + row.format(1, "01", 12) + row.format(2, "0A", 13))
+    monkeypatch.setattr(port_owner, "_REACHED", {listed: {"0100007F"}, tmp_path / "tcp6": {"0" * 32}})
+    monkeypatch.setattr(port_owner, "_looked_at", {})
+    now = 100.0
+    monkeypatch.setattr("proxy.runtime.port_owner.time.monotonic", lambda: now)
+    assert port_owner.listening(8080) == {"11", "13"}
+    assert port_owner.listening(8080) == {"11"}
+    now += 1.0
+    assert port_owner.listening(8080) == {"11", "13"}
+    assert port_owner.listening(8081) == set()

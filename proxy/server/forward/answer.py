@@ -214,11 +214,7 @@ class EngineAnswer:
         if not self._before and not self._opening:  # it came in one piece
             at = self._last.rfind(_USAGE, -_USAGE_AT_END)
             return self._last[at : at + _USAGE_BYTES] if at >= 0 else b""
-        first = self._opening.find(_USAGE)
-        end = self._before[-_USAGE_AT_END:] + self._last[-_USAGE_AT_END:]
-        last = end.rfind(_USAGE)
-        opening = self._opening[first : first + _USAGE_BYTES] if first >= 0 and self._opening is not self._last else b""
-        return opening + end[last : last + _USAGE_BYTES] if last >= 0 else opening
+        return _usage_of(self._opening if self._opening is not self._last else b"", self._before, self._last)
 
     def expect_from(self, upstream: Connection) -> None:
         """Another engine is asked, or the first one after comments."""
@@ -553,6 +549,13 @@ class EngineAnswer:
         """Nobody is there for it any more."""
         self._stop_heartbeat()
         self._give_back(reusable=False)
+
+
+def _usage_of(opening: bytes, before: bytes, last: bytes) -> bytes:
+    first, end = opening.find(_USAGE), before[-_USAGE_AT_END:] + last[-_USAGE_AT_END:]
+    at = end.rfind(_USAGE)
+    said = opening[first : first + _USAGE_BYTES] if first >= 0 else b""
+    return said + end[at : at + _USAGE_BYTES] if at >= 0 else said
 
 
 def _is_envelope(body: bytes) -> bool:

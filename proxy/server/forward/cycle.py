@@ -184,12 +184,10 @@ class RequestCycle:
         """All of its body is there."""
         head, service = self.head, self.service
         try:
-            if head.coding is not None and body:
+            if len(body) > LARGE or (head.coding is not None and body):
                 self._spawn(self._read_slowly([body]))
             elif head.match is None:
                 self.connection.hand_over(self, body)
-            elif len(body) > LARGE:
-                self._spawn(self._read_slowly([body]))
             else:
                 self._addressed(service.addressing.find(head.match, head.content_type, body))
         except RequestError as error:
