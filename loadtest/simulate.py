@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPEEDS: Final[Mapping[str, Speed]] = {
     "1.5B": Speed(step_s=0.003, stream_s=0.00002, prompt_tokens_per_s=100_000),
     "7B": Speed(step_s=0.007, stream_s=0.00003, prompt_tokens_per_s=30_000),
-    "engine": Speed(step_s=0.01, stream_s=0.0, prompt_tokens_per_s=1e6),
+    "engine": Speed(step_s=0.01, stream_s=0.0, prompt_tokens_per_s=1e6, shares=False),
 }
 """Tokens of models of that size on an H200; `engine`: the load-test engine."""
 
@@ -66,6 +66,8 @@ class Scenario:
     seed: int = 0
     max_wait_s: float = 60.0
     timetable: Mapping[Tier, float] = field(default_factory=lambda: TIMETABLE)
+    cold: bool = False
+    """No engine was ever started; otherwise each has a checkpoint."""
 
 
 def capacity_factor(rows: Sequence[Row], speed: Speed, share: float) -> float:
@@ -101,7 +103,7 @@ def simulate(rows: Sequence[Row], factor: float, scenario: Scenario, rules: Rule
         )
         for n in range(1, scenario.models + 1)
     ]
-    pool = SimulatedPool(models, limited)
+    pool = SimulatedPool(models, limited, cold=scenario.cold)
     pool.run(asks(rows, factor, scenario))
     return _report(pool, rows[-1].at_s / factor, rules)
 

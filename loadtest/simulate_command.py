@@ -12,11 +12,13 @@ import orjson
 
 from loadtest import simulate_report, tables, trace
 from loadtest.simulate import LADDERS, SPEEDS, Scenario, capacity_factor, policies, simulate
+from loadtest.simulate_bound import fewest_late, least_p99_s
 from proxy.config.values import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from loadtest.simulate_engine import Speed
     from loadtest.trace import Row
     from proxy.pool.model_view import Rules
 
@@ -53,6 +55,7 @@ def _seconds(_ctx: click.Context, parameter: click.Parameter, value: Any) -> Any
 @click.option("--size", type=click.Choice(list(SPEEDS)), default="7B", help="Whose measured speed and switches.")
 @click.option("--switch", callback=_seconds, help="Pausing, and going on, take this long each, instead.")
 @click.option("--no-pause", is_flag=True, help="Engines that cannot pause.")
+@click.option("--cold", is_flag=True, help="No engine was ever started (default: each has a checkpoint).")
 @click.option("--skew", type=click.FloatRange(0), default=1.0, help="The n-th model has 1/n**skew of the first's.")
 @click.option("--seed", default=0, help="Another one deals the requests out otherwise.")
 @click.option("--begin", callback=_seconds, default="0s", help="Where in the trace to begin.")
@@ -60,6 +63,7 @@ def _seconds(_ctx: click.Context, parameter: click.Parameter, value: Any) -> Any
 @click.option("--repeat", type=_SOME, default=1, help="The trace so many times, one after the other.")
 @click.option("--ignore-names", is_flag=True, help="Deal the requests out, though the trace says which model is whose.")
 @click.option("--by-model", is_flag=True, help="A table for each run, with a row for each model.")
+@click.option("--bound", is_flag=True, help="What no policy can beat: a GPU that only reads prompts.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Everything, as JSON.")
 @click.option("--svg", "svg_path", type=click.Path(path_type=Path, dir_okay=False), help="A picture of it.")
 @click.pass_context
@@ -71,6 +75,8 @@ def command(ctx: click.Context, /, file: Path, **options: Any) -> None:
     runs = list(_runs(rows, options))
     for made in simulate_report.by_policy(runs):
         console.print(made)
+    if options["bound"]:
+        _print_bounds(rows, runs, SPEEDS[options["size"]], options["max_wait"])
     for run in runs if options["by_model"] else ():
         console.print(simulate_report.by_model(run))
     asked, decided = sum(run["requests"] for run in runs), sum(run["decisions"] for run in runs)
@@ -82,6 +88,15 @@ def command(ctx: click.Context, /, file: Path, **options: Any) -> None:
         path.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     if options["svg_path"] is not None:
         simulate_report.write_picture(options["svg_path"], runs)
+
+
+def _print_bounds(rows: Sequence[Row], runs: Sequence[dict[str, Any]], speed: Speed, max_wait_s: float) -> None:
+    for load, factor in sorted({(run["load"], run["speed_up"]) for run in runs}):
+        least_s, late = least_p99_s(rows, factor, speed), fewest_late(rows, factor, speed, max_wait_s)
+        click.echo(
+            f"load {load:.0%}, any policy and any number of models: the slowest hundredth waits {least_s:.2f} s or "
+            f"longer, {late / len(rows):.1%} or more wait longer than {max_wait_s:g} s"
+        )
 
 
 def _rows(file: Path, options: dict[str, Any]) -> list[Row]:
@@ -107,8 +122,9 @@ def _runs(rows: Sequence[Row], options: dict[str, Any]) -> Iterator[dict[str, An
     loads = options["loads"] if options["speed"] is None else (options["speed"] * natural,)
     for models in options["models"]:
         scenario = Scenario(
-            models, options["fits"], speed, ladder, options["skew"], options["seed"], options["max_wait"]
-        )
+            models, options["fits"], speed, ladder, options["skew"], options["seed"], options["max_wait"],
+            cold=options["cold"],
+        )  # fmt: skip
         for load in loads:
             factor = capacity_factor(rows, speed, load)
             about = {"models": models, "fits": options["fits"], "load": load, "speed_up": factor}

@@ -30,6 +30,8 @@ class Speed:
     chunk_tokens: int = 2048
     streams: int = 256
     """The most that run at once."""
+    shares: bool = True
+    """Engines that run beside one another have the GPU's time in equal parts; the load-test engine needs no GPU."""
 
     def alone_s(self, prompt_tokens: int) -> float:
         """The time to the first token of a request that has the engine to itself."""
@@ -146,7 +148,7 @@ class Batch:
     def beside(self, others: int, now: float) -> None:
         """It has the GPU together with so many others that work."""
         self.advance(now)
-        self._share = 1.0 / (1 + others)
+        self._share = 1.0 / (1 + others) if self._speed.shares else 1.0
 
     @property
     def works(self) -> bool:

@@ -149,8 +149,11 @@ _TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 class SimulatedPool:
     """Models, their engines, and the events that are to come."""
 
-    def __init__(self, models: Iterable[Served], rules: Rules, gpu_bytes: int = 0) -> None:
-        """`gpu_bytes`: the memory of the one GPU there is; 0 keeps no account of it."""
+    def __init__(self, models: Iterable[Served], rules: Rules, gpu_bytes: int = 0, *, cold: bool = False) -> None:
+        """`gpu_bytes`: the memory of the one GPU there is; 0 keeps no account of it.
+
+        `cold`: no engine was ever started; otherwise each has a checkpoint.
+        """
         self.now = 0.0
         self.models = {model.key: model for model in models}
         self.view = View(rules=rules)
@@ -176,11 +179,14 @@ class SimulatedPool:
             self._accounting.learn(
                 model.key, {"ready": {GPU: model.ready_bytes}, "sleeping": {GPU: model.asleep_bytes}}
             )
-            engine = _Engine(Instance(f"{model.key}-1", model.key), Batch(model.speed))
-            engine.instance.adopt(State.CHECKPOINTED, 0.0)
-            engine.instance.can_pause = model.ladder.pause_s is not None
-            model.engines[engine.instance.id] = engine
+            if not cold:
+                self._made(model, f"{model.key}-1").instance.adopt(State.CHECKPOINTED, 0.0)
             self._changed(model)
+
+    def _made(self, model: Served, id_: str) -> _Engine:
+        engine = model.engines[id_] = _Engine(Instance(id_, model.key), Batch(model.speed))
+        engine.instance.can_pause = model.ladder.pause_s is not None
+        return engine
 
     # --- time ---
 
@@ -445,8 +451,7 @@ class SimulatedPool:
         until_s = max((self._step_down(victim) for victim in victims), default=0.0)
         if id_ is None:
             id_ = next(f"{model.key}-{n}" for n in itertools.count(1) if f"{model.key}-{n}" not in model.engines)
-            model.engines[id_] = _Engine(Instance(id_, model.key), Batch(model.speed))
-            model.engines[id_].instance.can_pause = model.ladder.pause_s is not None
+            self._made(model, id_)
         instance = model.engines[id_].instance
         found = Tier.STOPPED if instance.state is State.NEW else instance.tier
         began = self.now

@@ -184,15 +184,18 @@ def has_room(view: View, key: str) -> bool:
 def _step_down(view: View, now: float, draft: Draft) -> None:
     """What is due by the timetables, and when something is next; clones that may be prepared."""
     models: dict[int, ModelView] = {}
-    for entry in view.due.up_to(now):
-        models.setdefault(id(entry[-1]), entry[-1])
+    indexes = (view.due,) if view.quick_wakes else (view.due, view.unhurried)
+    for index in indexes:
+        for entry in index.up_to(now):
+            models.setdefault(id(entry[-1]), entry[-1])
     for model in models.values():
         draft.plan.actions.extend([Clone(model.key)] * clones_wanted(model, now))
         _reap(model, now, draft, view)
-    for entry in view.due.after(now):
-        if entry[-2] is None or entry[-2].id not in draft.used:
-            draft.plan.not_later_than(entry[0])
-            return
+    for index in indexes:
+        for entry in index.after(now):
+            if entry[-2] is None or entry[-2].id not in draft.used:
+                draft.plan.not_later_than(entry[0])
+                break
 
 
 def _reap(model: ModelView, now: float, draft: Draft, view: View) -> None:

@@ -144,6 +144,8 @@ class View:
         """(when it is to be served at the latest, …, model): those that somebody waits for, or that stand still."""
         self.due = Index()
         """(when, …, id of the instance or None, model): what the timetables and pauses after failures say."""
+        self.unhurried = Index()
+        """Likewise: those that made room and go on as soon as no wake is under way that they would slow."""
         self.spare = Index()
         """Idle ready instances that may make room, those that would be missed least first."""
         self.sleeping = Index()
@@ -262,9 +264,11 @@ class View:
             if state is State.RETIRING:
                 known.retiring.append(instance)
             if not model.waiting and (instance.id in spare or state is not State.READY):
-                step = next_step(instance, model, self.rules)
-                if step is not None:
-                    self._enter(known, self.due, step[1], 1, instance=instance)
+                step, later = (next_step(instance, model, self.rules, hurried=hurried) for hurried in (False, True))
+                if step is not None and step != later:
+                    self._enter(known, self.unhurried, step[1], 1, instance=instance)
+                if later is not None:
+                    self._enter(known, self.due, later[1], 1, instance=instance)
             index = self._index_of(instance, model, spare)
             if index is self.busy:
                 self._enter(known, index, instance.leases, 0, instance=instance)

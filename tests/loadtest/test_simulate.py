@@ -6,13 +6,15 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from loadtest.commands import cli
-from loadtest.simulate import LADDERS, Scenario, capacity_factor, simulate
+from loadtest.simulate import LADDERS, SPEEDS, Scenario, capacity_factor, simulate
+from loadtest.simulate_bound import fewest_late, least_p99_s
 from loadtest.simulate_engine import Batch, Speed
 from loadtest.simulate_pool import Ask, Ladder, Served, SimulatedPool
 from loadtest.trace import Row
@@ -145,6 +147,33 @@ def test_turns_bound_the_wait_that_others_do_not_and_the_same_seed_gives_the_sam
     assert turns["refused"] <= min(fifo["refused"], lru["refused"])
     assert turns["above_unloaded_p99_s"] <= 0.5 * min(fifo["above_unloaded_p99_s"], lru["above_unloaded_p99_s"])
     assert turns["requests"] == sum(found["requests"] for found in turns["by_model"].values()) == 400
+
+
+def test_no_policy_beats_the_bound_not_even_one_model_without_a_change() -> None:
+    trace = rows()
+    for share in (0.9, 4.0):
+        factor = capacity_factor(trace, SPEED, share)
+        least_s = least_p99_s(trace, factor, SPEED)
+        alone = simulate(trace, factor, Scenario(1, speed=SPEED), Rules("turns"))
+        assert least_s <= alone["above_unloaded_p99_s"] + 0.01
+        assert fewest_late(trace, factor, SPEED, least_s) <= len(trace) / 100
+        assert fewest_late(trace, factor, SPEED, 60.0) <= alone["refused"]
+    assert least_s > 5.0, "there is more to read than can be"
+
+
+def test_the_bound_leaves_out_whichever_is_longest() -> None:
+    trace = [Row(0.0, 10_000, 1), *(Row(0.0, 1000, 1) for _ in range(9))]
+    # 1.1 s for the long one and 0.11 s for each other: without the long one all are there within a second.
+    assert fewest_late(trace, 1.0, SPEED, 0.9) == 1
+    assert fewest_late(trace, 1.0, SPEED, 2.1) == 0
+
+
+def test_load_test_engines_beside_one_another_are_no_slower_and_a_first_start_takes_what_it_takes() -> None:
+    scenario = Scenario(2, 2, SPEEDS["engine"], LADDERS["engine"], cold=True)
+    alone = simulate([Row(0.0, 10, 1000), Row(1.0, 10, 10)], 1.0, replace(scenario, models=1), Rules("turns"))
+    both = simulate([Row(0.0, 10, 1000, "a"), Row(0.1, 10, 1000, "b")], 1.0, scenario, Rules("turns"))
+    assert alone["by_model"]["model_1"]["ttft_p99_s"] == pytest.approx(LADDERS["engine"].wake_s[Tier.STOPPED], abs=0.1)
+    assert both["gpu_busy"] > 1.5
 
 
 def test_two_that_fit_share_the_gpu() -> None:

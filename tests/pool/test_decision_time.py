@@ -9,7 +9,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proxy.pool import policy
+from proxy.pool.instance import State
 from proxy.pool.model import Model
+from proxy.pool.model_view import InstanceView, ModelView
+from proxy.pool.plan import Plan
+from proxy.pool.view import View
+from proxy.tiers import Tier
 from tests.fakes import Rig, settle
 
 if TYPE_CHECKING:
@@ -72,6 +77,25 @@ async def test_ten_times_as_many_models_do_not_slow_a_decision_down() -> None:
     async with crowd(1000, 1000) as many:
         of_many = statistics.median(decisions_s(many))
     assert of_many < 2.5 * of_few + 50e-6, f"{of_few * 1e6:.0f} and {of_many * 1e6:.0f} microseconds"
+
+
+def test_those_who_go_on_when_nobody_wakes_are_not_looked_at_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = list[str]()
+    reap = policy._reap
+
+    def noted(model: ModelView, *rest: Any) -> None:
+        looked_at.append(model.key)
+        reap(model, *rest)
+
+    monkeypatch.setattr(policy, "_reap", noted)
+    tiers = frozenset({Tier.SLEEPING, Tier.SUSPENDED})
+    asleep = [InstanceView(f"m{n}-1", f"m{n}", State.SLEEPING, idle_since=0.0, evicted=True) for n in range(100)]
+    models = [ModelView(i.model, [i], tiers, {Tier.SUSPENDED: 60.0}, 1, 0, 8) for i in asleep]
+    waking = InstanceView("w-1", "w", State.WAKING, waking_from=Tier.SLEEPING)
+    hurried = View([*models, ModelView("w", [waking], tiers, {}, 1, 0, 8)])
+    assert policy.decide(hurried, 1.0) == Plan([], 60.0)
+    assert looked_at == []
+    assert len(policy.decide(View(models), 1.0).actions) == 100
 
 
 async def test_those_who_join_a_queue_at_once_are_one_reason_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
