@@ -7,7 +7,7 @@ leaves a tuple; what metrics say of it is counted for many together, at the late
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +27,7 @@ _MOST_UNCOUNTED: Final = 200_000
 """They are counted every second."""
 _NEW: Final = 256
 """So many are entered together."""
+_MODEL_AND_STATUS: Final = itemgetter(4, 7)
 LIVE: Final = ("uploading", "waiting", "running", "paused")
 STATES: Final = (*LIVE, "ended")
 
@@ -73,12 +74,16 @@ class RequestHistory:
         # Who reads a stored answer again uses nothing.
         self._uncounted += [entry for entry in new if not entry[17]]
         metrics = self._metrics
+        for (model, status), count in Counter(map(_MODEL_AND_STATUS, new)).items():
+            metrics.count_request(model, status, count)
+        first_bytes: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         for began, _, _, _, model, _, _, status, tier, _, _, first_byte, first_token, _, _, _, _, _ in new:
-            metrics.count_request(model, status)
             if tier is not None and first_byte is not None and status < 400:
-                metrics.observe_first_byte(model, tier, first_byte - began)
+                first_bytes[model, tier].append(first_byte - began)
                 if first_token is not None:
                     metrics.observe_ttft(model, tier, first_token - began)
+        for (model, tier), times in first_bytes.items():
+            metrics.observe_first_bytes(model, tier, times)
 
     def uncounted(self, most: int) -> list[Ended]:
         """The next of those that have ended, each once; empty when there are no more."""

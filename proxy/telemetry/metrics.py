@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -318,10 +318,10 @@ class Metrics:
                 if sample.labels["model"] == model:
                     gauge.remove(*sample.labels.values())
 
-    def count_request(self, model: str, status: int) -> None:
-        """One more request answered."""
+    def count_request(self, model: str, status: int, count: int = 1) -> None:
+        """So many requests more answered."""
         key = model, status
-        self._counted[key] = self._counted.get(key, 0) + 1
+        self._counted[key] = self._counted.get(key, 0) + count
 
     def before_reading(self, bring: Callable[[], None]) -> None:
         """Have `bring` called before anything is read of what is counted: it counts what was not yet."""
@@ -338,8 +338,8 @@ class Metrics:
             self.requests.labels(model, str(status)).inc(count)
             yield
 
-    def observe_first_byte(self, model: str, tier: str, seconds: float) -> None:
-        """Note the time from a request's arrival to the first byte of its answer."""
+    def observe_first_bytes(self, model: str, tier: str, seconds: Sequence[float]) -> None:
+        """Note times from a request's arrival to the first byte of its answer."""
         key = model, tier
         times = self._first_bytes.get(key)
         if times is None:
@@ -352,7 +352,7 @@ class Metrics:
         times = self._first_tokens.get(key)
         if times is None:
             times = self._first_tokens[key] = _Times()
-        times.note(seconds)
+        times.note((seconds,))
 
     def before_collecting(self, refresh: Callable[[], Iterable[None]]) -> None:
         """Have `refresh` called each time the metrics are read, before they are; it yields after each small step."""
@@ -399,11 +399,16 @@ class _Times:
     """How many up to each bound and above the one before, and above all."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def note(self, seconds: float) -> None:
-        self.count += 1
-        self.total_s += seconds
-        self.buckets[bisect_left(_SECONDS, seconds)] += 1
-        self.recent.append(seconds)
+    def note(self, seconds: Sequence[float]) -> None:
+        self.count += len(seconds)
+        self.total_s += sum(seconds)
+        self.recent.extend(seconds)
+        ordered, at = sorted(seconds), 0
+        for index, bound in enumerate(_SECONDS):
+            end = bisect_right(ordered, bound, at)
+            self.buckets[index] += end - at
+            at = end
+        self.buckets[-1] += len(ordered) - at
 
     def forget(self) -> None:
         self.forgotten = self.count
