@@ -25,7 +25,7 @@ from proxy.tiers import Tier
 from tests.fake_cuda import FakeDriver, FakeNvml, PromptGpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from proxy.checkpoint.manifest import Manifest
     from proxy.config.engine import WarmupSettings
@@ -626,6 +626,19 @@ class Rig:
         self.clock.now += seconds
         self.pool.tick()
         await settle()
+
+
+async def ended(rigs: Iterable[Rig]) -> None:
+    """Close them, whatever they wait for, and count what is left."""
+    for rig in rigs:
+        for gate in rig.runtime.gates.values():
+            gate.set()
+        await rig.pool.close()
+        assert rig.states() == {}
+        assert rig.runtime.processes == {}
+        assert rig.pool.status()["leases"] == 0
+    await settle()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 def model_settings(**entry: Any) -> dict[str, Any]:

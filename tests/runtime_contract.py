@@ -75,6 +75,12 @@ class RuntimeContract:
         await engine.checkpoint(FACTS, Stages())
         return engine, boot
 
+    async def comes_back(self, bench: Bench, engine: EngineProcess, boot: str) -> None:
+        """Restore the engine; it is the one that has drawn this."""
+        await engine.restore(Stages())
+        await bench.healthy(engine)
+        assert await bench.boot_id(engine) == boot
+
     @pytest.fixture
     def checkpoints(self, bench: Bench) -> None:
         """Skips where the host cannot checkpoint."""
@@ -142,9 +148,7 @@ class RuntimeContract:
         second.promote()
         restored = [(second, new)] if bench.runtime.shares_images else [(second, new), (first, old)]
         for engine, boot in restored:
-            await engine.restore(Stages())
-            await bench.healthy(engine)
-            assert await bench.boot_id(engine) == boot
+            await self.comes_back(bench, engine, boot)
             await engine.kill()
 
     async def test_wait_exit_ends_with_the_engine_and_not_before(self, bench: Bench) -> None:
@@ -227,9 +231,7 @@ class RuntimeContract:
         await bench.crash(engine)
         await asyncio.wait_for(waiting, PATIENCE_S)
         await engine.kill()
-        await engine.restore(Stages())
-        await bench.healthy(engine)
-        assert await bench.boot_id(engine) == boot
+        await self.comes_back(bench, engine, boot)
 
     async def test_a_suspended_engine_is_checkpointed_and_runs_when_restored(
         self, bench: Bench, checkpoints: None, suspends: None
@@ -238,9 +240,7 @@ class RuntimeContract:
         boot = await bench.boot_id(engine)
         await engine.suspend()
         await engine.checkpoint(FACTS, Stages())
-        await engine.restore(Stages())
-        await bench.healthy(engine)
-        assert await bench.boot_id(engine) == boot
+        await self.comes_back(bench, engine, boot)
 
     async def test_two_instances_are_restored_side_by_side(self, bench: Bench, checkpoints: None) -> None:
         if bench.runtime.shares_images:
@@ -281,9 +281,7 @@ class RuntimeContract:
             await bench.healthy(engine)
             await bench.scribble(engine)
             await engine.kill()
-        await engine.restore(Stages())
-        await bench.healthy(engine)
-        assert await bench.boot_id(engine) == boot
+        await self.comes_back(bench, engine, boot)
 
     async def test_without_an_image_there_is_no_restore(self, bench: Bench, checkpoints: None) -> None:
         engine, _ = await self.checkpointed(bench)
@@ -324,9 +322,7 @@ class RuntimeContract:
             await engine.restore(Stages())
         await engine.kill()
         await bench.runtime.images.unarchive(engine)
-        await engine.restore(Stages())
-        await bench.healthy(engine)
-        assert await bench.boot_id(engine) == boot
+        await self.comes_back(bench, engine, boot)
         await engine.kill()
         assert not await bench.runtime.images.quarantine(engine)
         with pytest.raises(RuntimeFailure):
@@ -341,9 +337,7 @@ class RuntimeContract:
                 await engine.restore(Stages())
             await engine.kill()
             await bench.runtime.images.unarchive(engine)
-            await engine.restore(Stages())
-            await bench.healthy(engine)
-            assert await bench.boot_id(engine) == boot
+            await self.comes_back(bench, engine, boot)
             await engine.kill()
         await bench.runtime.images.discard(engine)
         with pytest.raises(RuntimeFailure):
@@ -379,9 +373,7 @@ class RuntimeContract:
         assert {o: (i.sleep_level, i.canary) for o, i in recovered.images.items()} == {owner: (1, "yes")}
         assert recovered.images[owner].details["gpu"] == FACTS.details["gpu"]
         engine = after.runtime.engine("demo-1", "demo")
-        await engine.restore(Stages())
-        await after.healthy(engine)
-        assert await after.boot_id(engine) == boot
+        await self.comes_back(after, engine, boot)
 
     async def test_a_successor_refuses_checkpoints_of_other_engines(self, bench: Bench, checkpoints: None) -> None:
         engine, _ = await self.checkpointed(bench)

@@ -85,32 +85,27 @@ async def test_a_lock_that_is_late_leaves_everything_running(opened: Callable[..
     assert driver.states == {1: R, 2: R}
 
 
-@pytest.mark.parametrize("call", ["lock", "checkpoint"])
-async def test_any_other_failure_on_the_way_down_means_the_process_is_of_no_use(
-    opened: Callable[..., Gpus], call: str
+@pytest.mark.parametrize(
+    ("way", "state", "call", "pid", "error"),
+    [
+        ("suspend", R, "lock", 2, "CUDA_ERROR_NOT_SUPPORTED"),
+        ("suspend", R, "checkpoint", 2, "CUDA_ERROR_NOT_SUPPORTED"),
+        ("resume", C, "restore", 1, "CUDA_ERROR_OUT_OF_MEMORY"),
+        ("resume", C, "unlock", 1, "CUDA_ERROR_OUT_OF_MEMORY"),
+    ],
+)
+async def test_any_other_failure_on_the_way_down_or_up_means_the_process_is_of_no_use(
+    opened: Callable[..., Gpus], way: str, state: int, call: str, pid: int, error: str
 ) -> None:
-    driver = FakeDriver(p1=R, p2=R)
-    driver.failures[call, 2] = "CUDA_ERROR_NOT_SUPPORTED"
-    driver.leaves[2] = F
-    gpus = opened(driver)
-    with pytest.raises(GpuError, match=f"{call} of process 2: CUDA_ERROR_NOT_SUPPORTED") as failure:
-        await gpus.suspend([1, 2])
+    driver = FakeDriver(p1=state, p2=state)
+    driver.failures[call, pid] = error
+    driver.leaves[pid] = F
+    move = getattr(opened(driver), way)
+    with pytest.raises(GpuError, match=f"{call} of process {pid}: {error}") as failure:
+        await move([1, 2])
     assert not failure.value.alive
-    with pytest.raises(GpuError, match="cannot suspend: process 2 is failed"):
-        await gpus.suspend([1, 2])
-
-
-@pytest.mark.parametrize("call", ["restore", "unlock"])
-async def test_a_failure_on_the_way_up_means_the_same(opened: Callable[..., Gpus], call: str) -> None:
-    driver = FakeDriver(p1=C, p2=C)
-    driver.failures[call, 1] = "CUDA_ERROR_OUT_OF_MEMORY"
-    driver.leaves[1] = F
-    gpus = opened(driver)
-    with pytest.raises(GpuError, match=f"{call} of process 1: CUDA_ERROR_OUT_OF_MEMORY") as failure:
-        await gpus.resume([1, 2])
-    assert not failure.value.alive
-    with pytest.raises(GpuError, match="cannot resume: process 1 is failed"):
-        await gpus.resume([1, 2])
+    with pytest.raises(GpuError, match=f"cannot {way}: process {pid} is failed"):
+        await move([1, 2])
 
 
 async def test_a_process_that_is_not_suspended_after_all_is_noticed(opened: Callable[..., Gpus]) -> None:

@@ -21,7 +21,7 @@ from proxy.errors import (
     WakeFailedError,
 )
 from proxy.tiers import Tier
-from tests.fakes import Rig, settle
+from tests.fakes import Rig, ended, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -43,15 +43,7 @@ async def rig_of() -> AsyncIterator[Callable[..., Coroutine[Any, Any, Rig]]]:
         return rig
 
     yield make
-    for rig in rigs:
-        for gate in rig.runtime.gates.values():
-            gate.set()
-        await rig.pool.close()
-        assert rig.states() == {}
-        assert rig.runtime.processes == {}
-        assert rig.pool.status()["leases"] == 0
-    await settle()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await ended(rigs)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from proxy.pool import golden
 from proxy.telemetry.stages import Stages
 from proxy.tiers import Tier
 from tests.fake_cuda import GIB
-from tests.fakes import Rig, settle
+from tests.fakes import Rig, ended, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -50,15 +50,10 @@ async def rig_of() -> AsyncIterator[RigOf]:
         return rig
 
     yield make
+    await ended(rigs)
     for rig in rigs:
-        for gate in rig.runtime.gates.values():
-            gate.set()
-        await rig.pool.close()
-        assert rig.states() == {}
         assert rig.nvml.held == {FOREIGN: 2 * GIB}
         rig.gpus.close()
-    await settle()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 class Silent:
@@ -88,6 +83,16 @@ async def known(rig: Rig, *models: str) -> None:
         assert rig.states()[f"{model}-1"] == "suspended"
 
 
+async def asking_until(step: str, rig: Rig) -> tuple[Rig, asyncio.Task[Lease]]:
+    """A request for `b` while `a` is ready, which waits at a step of the runtime."""
+    await known(rig, "a", "b")
+    await use(rig, "a")
+    rig.runtime.gates[step] = asyncio.Event()
+    request = asyncio.create_task(use(rig, "b"))
+    await settle()
+    return rig, request
+
+
 def metric(rig: Rig, name: str, **labels: str) -> float:
     return rig.metrics.registry.get_sample_value(name, labels) or 0.0
 
@@ -110,12 +115,7 @@ async def test_where_both_fit_if_one_sleeps_it_sleeps_and_is_suspended_behind(ri
 
 
 async def test_a_wake_is_not_slowed_by_the_suspend_of_the_one_that_made_room(rig_of: RigOf) -> None:
-    rig = await rig_of(a=(60, 2), b=(60, 2))
-    await known(rig, "a", "b")
-    await use(rig, "a")
-    rig.runtime.gates["resume"] = asyncio.Event()
-    request = asyncio.create_task(use(rig, "b"))
-    await settle()
+    rig, request = await asking_until("resume", await rig_of(a=(60, 2), b=(60, 2)))
     assert rig.states() == {"a-1": "sleeping", "b-1": "waking"}
     rig.runtime.gates.pop("resume").set()
     await request
@@ -123,12 +123,7 @@ async def test_a_wake_is_not_slowed_by_the_suspend_of_the_one_that_made_room(rig
 
 
 async def test_where_they_do_not_fit_even_then_the_other_is_suspended_first(rig_of: RigOf) -> None:
-    rig = await rig_of(a=(60, 2), b=(77, 2))
-    await known(rig, "a", "b")
-    await use(rig, "a")
-    rig.runtime.gates["suspend"] = asyncio.Event()
-    request = asyncio.create_task(use(rig, "b"))
-    await settle()
+    rig, request = await asking_until("suspend", await rig_of(a=(60, 2), b=(77, 2)))
     assert rig.states() == {"a-1": "suspending", "b-1": "waking"}
     assert not request.done()
     rig.runtime.gates["suspend"].set()

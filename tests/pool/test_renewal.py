@@ -49,6 +49,17 @@ async def outdate(rig: Rig, change: Outdated = MOVED) -> None:
     await rig.pool.look_for_changes()
 
 
+async def renewing_until(step: str) -> tuple[Rig, asyncio.Task[bool]]:
+    """A rig with an outdated golden checkpoint, and its renewal, which waits at a step of the new engine."""
+    rig = await rig_with()
+    await checkpointed(rig)
+    rig.runtime.gates[step] = asyncio.Event()
+    await outdate(rig)
+    work = asyncio.create_task(rig.pool.renew("demo"))
+    await settle()
+    return rig, work
+
+
 @contextlib.asynccontextmanager
 async def kept_current(rig: Rig) -> AsyncIterator[None]:
     task = asyncio.create_task(keep_current(rig.pool, Usage(), look_every_s=3600.0))
@@ -238,12 +249,8 @@ async def test_where_two_images_do_not_fit_the_new_engine_takes_over_warm_and_wr
 
 
 async def test_what_is_undone_is_not_renewed() -> None:
-    rig = await rig_with()
-    old = await checkpointed(rig)
-    rig.runtime.gates["health"] = asyncio.Event()
-    await outdate(rig)
-    work = asyncio.create_task(rig.pool.renew("demo"))
-    await settle()
+    rig, work = await renewing_until("health")
+    old = rig.runtime.images.there["demo"].boot
     rig.runtime.changes.clear()
     await rig.pool.look_for_changes()
     assert not await work
@@ -308,12 +315,7 @@ async def test_those_who_wait_are_served_by_the_new_engine() -> None:
 
 
 async def test_another_configuration_ends_what_was_made_for_the_old_one() -> None:
-    rig = await rig_with()
-    await checkpointed(rig)
-    rig.runtime.gates["health"] = asyncio.Event()
-    await outdate(rig)
-    work = asyncio.create_task(rig.pool.renew("demo"))
-    await settle()
+    rig, work = await renewing_until("health")
     await rig.pool.reconfigure(settings({"demo": {"idle": SECONDS, **OTHER_ENGINE}}))
     assert not await work
     await settle()
@@ -323,12 +325,7 @@ async def test_another_configuration_ends_what_was_made_for_the_old_one() -> Non
 
 
 async def test_a_model_that_an_operator_stops_is_not_brought_back_by_its_renewal() -> None:
-    rig = await rig_with()
-    await checkpointed(rig)
-    rig.runtime.gates["health"] = asyncio.Event()
-    await outdate(rig)
-    work = asyncio.create_task(rig.pool.renew("demo"))
-    await settle()
+    rig, work = await renewing_until("health")
     rig.pool.step_down("demo", Tier.STOPPED, discard=True)
     assert not await work
     await settle()
@@ -356,12 +353,7 @@ async def test_stopping_ends_it_at_once_and_leaves_nothing() -> None:
 
 
 async def test_one_that_ends_by_itself_does_not_take_over() -> None:
-    rig = await rig_with()
-    await checkpointed(rig)
-    rig.runtime.gates["warmup"] = asyncio.Event()
-    await outdate(rig)
-    work = asyncio.create_task(rig.pool.renew("demo"))
-    await settle()
+    rig, work = await renewing_until("warmup")
     rig.runtime.kill("demo-2")
     assert not await work
     assert "the engine ended" in outdated_status(rig)["renewal"]
