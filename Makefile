@@ -21,9 +21,9 @@ run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1
 	@echo 'Starting warmpool with $(CONFIG). The log follows; Ctrl-C ends it.'
 	@$(BIN)/warmpool serve --config $(CONFIG)
 
-test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after the others, two files at a time
+test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after the others, three at a time
 	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m 'not vllm and not engines and not podman and not criu'
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not vllm and not engines and (podman or criu)'
+	$(BIN)/pytest -n 3 --dist loadgroup -m 'not vllm and not engines and (podman or criu)'
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \

@@ -27,17 +27,6 @@ os.environ["WARMPOOL_CONFIG"] = ""
 hypothesis.settings.register_profile("warmpool", deadline=None)
 hypothesis.settings.load_profile("warmpool")
 
-CONTAINERS = frozenset({"podman", "criu", "vllm"})
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among several workers: containers and CRIU have one of their own, one test at a time."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if not CONTAINERS.isdisjoint(mark.name for mark in item.iter_markers()):
-                item.add_marker(pytest.mark.xdist_group("containers"))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _forks() -> Iterator[None]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.podman,
+    pytest.mark.xdist_group("systemd"),  # one machine for all
     pytest.mark.timeout(300),
     pytest.mark.skipif(why_no_machine() is not None, reason=why_no_machine() or ""),
 ]

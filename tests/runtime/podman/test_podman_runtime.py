@@ -651,6 +651,12 @@ class TestPodmanRuntime(RealFilesContract, RuntimeContract):
         shown = orjson.loads(podman("inspect", bench.container(engine)))[0]
         assert shown["Config"]["Annotations"]["org.criu.config"] == str(folder / "demo.criu.conf")
 
+    async def test_an_engine_of_the_load_tests_writes_nothing_that_its_checkpoints_would_hold(
+        self, bench: PodmanBench
+    ) -> None:
+        engine = await self.start(bench)
+        assert "__pycache__" not in podman("diff", bench.container(engine))
+
     async def test_criu_reports_its_times(self, bench: PodmanBench) -> None:
         engine = await self.start(bench)
         stages = Stages()
