@@ -25,9 +25,10 @@ test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after 
 	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m 'not vllm and not engines and not podman and not criu'
 	$(BIN)/pytest -n 3 --dist loadgroup -m 'not vllm and not engines and (podman or criu)'
 
-fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300)
+fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300); EXAMPLES (20) times as many examples of hypothesis
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_CONNECTIONS=$${FUZZ_CONNECTIONS:-100000} \
 		DIFFERENTIAL_SECONDS=$${DIFFERENTIAL_SECONDS:-300} $(BIN)/pytest -s tests/server/test_fuzz.py tests/server/test_differential.py
+	EXAMPLES=$${EXAMPLES:-20} $(BIN)/pytest -n logical --timeout 0 -m 'hypothesis and not vllm and not engines and not podman and not criu'
 
 test-model: $(VENV)/.dev ## scheduling and the pool against random events and faults in virtual time: SCHEDULING_EXAMPLES (1000) runs of 60 steps, POOL_EXAMPLES (1000) of 40
 	SCHEDULING_EXAMPLES=$${SCHEDULING_EXAMPLES:-1000} SCHEDULING_STEPS=60 POOL_EXAMPLES=$${POOL_EXAMPLES:-1000} POOL_STEPS=40 \

@@ -11,6 +11,7 @@ import pytest
 
 from tests.forked import ENGINES, LOADTESTS, PROXIES
 from tests.front import Front, fronts_of_test
+from tests.support import examples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["WARMPOOL_CONFIG"] = ""
 
 # How long an example takes is the machine's business.
-hypothesis.settings.register_profile("warmpool", deadline=None)
+hypothesis.settings.register_profile("warmpool", deadline=None, max_examples=examples(50))
 hypothesis.settings.load_profile("warmpool")
 
 

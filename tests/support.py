@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import aiohttp
 import psutil
@@ -25,6 +25,14 @@ PATIENCE_S = 60.0
 _FIRST_PORT = 20_000 + os.getpid() % 200 * 50
 ENGINE_PORTS = f"{_FIRST_PORT}-{_FIRST_PORT + 49}"
 """Engines' ports of this test run, so that two runs on one machine do not take each other's engines for their own."""
+
+
+_TIMES: Final = float(os.environ.get("EXAMPLES", "1"))
+
+
+def examples(count: int) -> int:
+    """How many examples hypothesis tries: EXAMPLES (1) times as many (`make fuzz`)."""
+    return max(1, int(count * _TIMES))
 
 
 def engine_command(*options: str) -> list[str]:

@@ -83,7 +83,7 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--quiet",
         "--disable-pip-version-check",
     ]
-    run(*pip, "install", wheel)
+    run(*pip, "install", "--no-compile", wheel)
     return folder / "bin"
 
 

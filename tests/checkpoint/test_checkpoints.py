@@ -34,7 +34,7 @@ from proxy.runtime.base import Tiers
 from proxy.runtime.image_store import ImageStore
 from proxy.tiers import Tier
 from tests.fakes import FakeRuntime
-from tests.support import files_in
+from tests.support import examples, files_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -506,7 +506,7 @@ async def test_a_cancelled_export_leaves_nothing_behind(store: CheckpointStore, 
 
 
 @given(st.binary(max_size=2000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30))
 def test_whatever_a_file_holds_importing_it_is_an_error_of_the_store(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder) / "images", 0)

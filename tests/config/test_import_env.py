@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from proxy.config import import_env
 from proxy.config.load import load
 from proxy.errors import ConfigError
+from tests.support import examples
 
 if TYPE_CHECKING:
     from proxy.config.engine import PodmanEngineSettings
@@ -368,7 +369,7 @@ def test_values_are_those_that_a_shell_finds(tmp_path: Path, text: str) -> None:
 
 
 @needs_bash
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.text(st.sampled_from("ab $\"'\\#{}=\n!*[%,:~"), max_size=12), st.booleans())
 def test_what_is_accepted_is_what_a_shell_finds(value: str, exported: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -394,7 +395,7 @@ LINES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(LINES, max_size=6), TEXTS)
 def test_it_gives_a_configuration_or_says_why_not(lines: list[str], more: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -411,7 +412,7 @@ def test_it_gives_a_configuration_or_says_why_not(lines: list[str], more: str) -
     assert all(line.startswith(("line ", "MODEL_ID is required", "is not text")) for line in said.split("\n")), said
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"])))
 def test_a_quoted_value_comes_back_whole(value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

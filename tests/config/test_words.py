@@ -17,6 +17,7 @@ from proxy.config.schema import schema
 from proxy.config.settings import Settings
 from proxy.config.values import parse_duration, parse_size
 from proxy.errors import ConfigError
+from tests.support import examples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +148,7 @@ WRONG = st.one_of(
 
 
 @given(st.sampled_from(PLACES), WRONG)
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_message_is_pydantics(place: tuple[str, ...], value: Any) -> None:
     table: dict[str, Any] = {}
     here = table

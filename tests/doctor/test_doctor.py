@@ -30,7 +30,7 @@ from proxy.runtime.ladder_probes import LadderProbes
 from proxy.runtime.podman.runtime import PodmanRuntime
 from proxy.runtime.process.runtime import ProcessRuntime
 from proxy.tiers import Tier
-from tests.support import why_no_criu
+from tests.support import examples, why_no_criu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -578,7 +578,7 @@ FILES = (
 @given(
     content=st.one_of(st.text(max_size=200), st.sampled_from(["[]", "{}", "null", '{"host": [1]}', "1.2.3", "\n- "]))
 )
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_garbled_files_and_answers_become_rows(tmp_path: Path, content: str) -> None:
     host = FakeHost(tmp_path / uuid4().hex)
     host.programs |= {"nvidia-smi", "cuda-checkpoint", "/opt/criu"}

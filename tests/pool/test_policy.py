@@ -18,6 +18,7 @@ from proxy.pool.plan import Plan, Readmit, Refuse, Retire, StepDown, Wake
 from proxy.pool.policy import decide
 from proxy.pool.view import View
 from proxy.tiers import Tier
+from tests.support import examples
 
 TIERS = frozenset({Tier.SLEEPING, Tier.SUSPENDED, Tier.CHECKPOINTED})
 TIMETABLE = {Tier.SLEEPING: 30.0, Tier.SUSPENDED: 120.0, Tier.CHECKPOINTED: 600.0}
@@ -645,7 +646,7 @@ def assert_memory_is_respected(view: View, made: Plan) -> None:
     assert free >= 0 or not any(load.after[i.id].get(GPU) for i in asleep)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150))
 @given(views(), st.floats(0, 2000))
 def test_every_plan_can_be_carried_out(view: View, now: float) -> None:
     made = decide(view, now)

@@ -23,7 +23,7 @@ from proxy.server.auth import api_keys
 from proxy.server.http_request import BadRequestError, HeadReader, RequestHead, RequestHeads, usual_parts
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
 from tests.server.test_fuzz import REQUESTS, mutated
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, examples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -357,7 +357,7 @@ def test_what_is_taken_is_read_as_aiohttp_reads_it() -> None:
         for _ in range(200):
             await once(chance)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=examples(50))
     @given(st.integers(0, 1 << 32))
     def always(seed: int) -> None:
         asyncio.run(all_of_them(seed))

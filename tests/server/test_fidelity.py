@@ -19,7 +19,7 @@ from proxy.engine.connection import ExchangeError, Upstream
 from proxy.engine.http1 import ProtocolError
 from tests.asking import ask
 from tests.scripted import GOOD, QUESTION, Peer, Scripted, answer_of, post
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +92,7 @@ def test_bodies_arrive_as_they_were_sent_however_they_are_cut() -> None:
     with asyncio.Runner() as runner:
         proxy = runner.run(Scripted().__aenter__())
 
-        @settings(max_examples=120, deadline=None)
+        @settings(max_examples=examples(60))
         @given(
             _BODY,
             _FRAMINGS,

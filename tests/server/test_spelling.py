@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.server.auth import api_keys
 from tests.scripted import QUESTION, Scripted, answer_of, post
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, examples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ def test_fields_of_both_sides_are_known_however_they_are_spelled() -> None:
                 assert b"a b\r\n" in head
                 await proxy.idle()
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=examples(12))
     @given(st.lists(st.tuples(REQUESTS | st.just(USUAL), SIZED | CHUNKED), min_size=8, max_size=8))
     def always(pairs: list[tuple[bytes, bytes]]) -> None:
         asyncio.run(exchanged(pairs))
