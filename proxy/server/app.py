@@ -25,17 +25,26 @@ from proxy.server.safe_logging import silence_aiohttp
 from proxy.server.service import Service
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from proxy.config.settings import Settings
     from proxy.pool.pool import Pool
     from proxy.telemetry.metrics import Metrics
 
 
 def build(
-    pool: Pool, settings: Settings, metrics: Metrics, auth: Auth | None = None, *, fleet: Fleet | None = None
+    pool: Pool,
+    settings: Settings,
+    metrics: Metrics,
+    auth: Auth | None = None,
+    *,
+    fleet: Fleet | None = None,
+    usage_folder: Path | None = None,
 ) -> Service:
     """The service; the pool is opened and closed by whoever runs it.
 
-    `auth` decides who may do what; one is made from the settings where none is given, as is `fleet`. Raises
+    `auth` decides who may do what; one is made from the settings where none is given, as is `fleet`. What keys use is
+    kept in `usage_folder`, of warmpool's own, if there is one. Raises
     ConfigError then, and HostError where a part that the settings ask for is not installed.
     """
     silence_aiohttp()
@@ -71,6 +80,7 @@ def build(
         traces=traces,
         fleet=fleet,
         hops=Hops(fleet) if fleet is not None else None,
+        usage_folder=usage_folder,
     )
     service.auth.keep_budgets(service.usage)
     attach_requests(application, service.history, service.usage, service.auth)

@@ -63,7 +63,8 @@ class RequestHistory:
             request.began, ended, request.request_id, request.head.path_for_log, request.model,
             caller.name if caller is not None else None, request.connection.host, status,
             found, instance, request.waited_s, at, first_token, usage, events, request.broken,
-            caller.metered if caller is not None and answer is not None else None, request.head.only_looks,
+            caller.metered if caller is not None and answer is not None else None,
+            request.head.only_looks or request.connection.peers is not None,
         ))  # fmt: skip
         if len(self._new) >= _NEW:
             self._enter()
@@ -71,7 +72,7 @@ class RequestHistory:
     def _enter(self) -> None:
         new, self._new = self._new, []
         self._ended += new
-        # Who reads a stored answer again uses nothing.
+        # Who reads a stored answer again uses nothing; what another host was asked counts there.
         self._uncounted += [entry for entry in new if not entry[17]]
         metrics = self._metrics
         for (model, status), count in Counter(map(_MODEL_AND_STATUS, new)).items():

@@ -199,7 +199,8 @@ async def serve(
     A second signal ends at once. `forced_exit` ends the process when it has not ended 10 s after `drain_timeout`, 1 s
     after a second signal. SIGHUP: the configuration is read again with `load`, and keys, admin token and
     certificates; where `server.watch` says so, also when `file` is another one. `manager` holds the sockets and hears
-    of our state; None: that of the environment. `usage` is the pool's, read before and kept.
+    of our state; None: that of the environment. `usage` is the pool's, read before and kept, and with it what keys
+    have used; None: neither is.
 
     Raises ConfigError when one of these files cannot be used, HostError when the address cannot be had or a runtime
     cannot work.
@@ -231,7 +232,8 @@ async def serve(
         in_the_way.begin()
 
     reloader = Reloader(pool, manager, load or (lambda: settings), files, changed)
-    service = app.build(pool, settings, metrics, auth)
+    usage_folder = settings.pool.state_dir.absolute() / "usage" if usage is not None else None
+    service = app.build(pool, settings, metrics, auth, usage_folder=usage_folder)
     await service.open()
     watchdog = asyncio.create_task(manager.feed_watchdog(), name="watchdog")
     background: list[asyncio.Task[None]] = []

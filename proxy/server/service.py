@@ -18,6 +18,7 @@ from proxy.telemetry.loop_stalls import LoopStalls
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from pathlib import Path
 
     from proxy.config.settings import Settings
     from proxy.fleet.fleet import Fleet
@@ -54,6 +55,7 @@ class Service:
         traces: Tracing | None,
         fleet: Fleet | None = None,
         hops: Hops | None = None,
+        usage_folder: Path | None = None,
     ) -> None:
         self.pool = pool
         self.metrics = metrics
@@ -74,7 +76,7 @@ class Service:
         self.traffic = Traffic()
         self.connections: set[ClientConnection] = set()
         self.history = RequestHistory(self.connections, metrics)
-        files = UsageFiles(settings.pool.state_dir.absolute() / "usage")
+        files = UsageFiles(usage_folder) if usage_folder is not None else None
         self.usage = KeyUsage(metrics, self.history.uncounted, pool.take_gpu_time, files, settings.server.usage_days)
         self._none_left = asyncio.Event()
         self.sites: list[Site] = []

@@ -54,6 +54,19 @@ async def test_a_model_that_is_ready_elsewhere_is_found_there(hosts: Hosts) -> N
     assert a.forwarded("b", "answered") == 1
 
 
+async def test_tokens_count_where_they_were_asked_for_and_gpu_time_where_it_was_had(hosts: Hosts) -> None:
+    a, b = await hosts.host("a"), await hosts.host("b")
+    await hosts.acquainted()
+    await warm(b, for_=a)
+    said, _ = await a.ask()
+    assert said["host"] == "b"
+    (asked,) = await a.service.usage.rows(1)
+    assert (asked["model"], asked["requests"], asked["gpu_seconds"] + asked["idle_gpu_seconds"]) == ("m", 1, 0.0)
+    (answered,) = await b.service.usage.rows(1)
+    assert answered["requests"] == 0, "it is counted once"
+    assert answered["gpu_seconds"] + answered["idle_gpu_seconds"] > 0
+
+
 async def test_a_model_that_only_another_host_has_is_listed_and_answered(hosts: Hosts) -> None:
     a, b = await hosts.host("a", {"m": {}}), await hosts.host("b", {"n": {"name": "org/n"}})
     await hosts.acquainted()

@@ -46,7 +46,7 @@ class KeyUsage:
     """The usage of today, in memory, and of the days before, in `files`.
 
     `ended` gives the next so many requests that have ended, `gpu_time` who had the GPU since it was last called. Files
-    of the last `kept_days` days stay; 0: nothing is written. `clock` is Unix time, in seconds.
+    of the last `kept_days` days stay; 0, or without files: nothing is written. `clock` is Unix time, in seconds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KeyUsage:
         metrics: Metrics,
         ended: Callable[[int], Sequence[Ended]],
         gpu_time: Callable[[], Iterable[tuple[str, Taken]]],
-        files: UsageFiles,
+        files: UsageFiles | None,
         kept_days: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -155,10 +155,13 @@ class KeyUsage:
         earlier = self._today.date - dt.timedelta(days=days - 1)
         waiting: Mapping[dt.date, Day] = {day.date: day for day in self._over}
         there: set[dt.date] = set(waiting)
-        if days > 1:
-            there.update(await self._in_thread(lambda: [*self._files.dates()]) or ())
+        files = self._files
+        if days > 1 and files is not None:
+            there.update(await self._in_thread(lambda: [*files.dates()]) or ())
         for date in sorted((d for d in there if earlier <= d < self._today.date), reverse=True):
-            day = waiting[date] if date in waiting else await self._in_thread(partial(self._files.read, date))
+            day = waiting.get(date)
+            if day is None and files is not None:
+                day = await self._in_thread(partial(files.read, date))
             rows += day.as_rows() if day is not None else []
         return rows
 
@@ -191,7 +194,7 @@ class KeyUsage:
                 self._unsaved = not await self._write(self._today) or self._unsaved
 
     async def _write(self, day: Day) -> bool:
-        if not self._kept_days:
+        if self._files is None or not self._kept_days:
             return True
         await self._add_what_is_there(day)
         # What it had before must not be lost because it cannot be read just now.
@@ -199,7 +202,7 @@ class KeyUsage:
 
     async def _add_what_is_there(self, day: Day) -> None:
         """What an earlier process counted of a day, or this one before its clock was set back; once."""
-        if day.complete or not self._kept_days:
+        if day.complete or self._files is None or not self._kept_days:
             return
         before = await self._in_thread(partial(self._files.read, day.date))
         if before is None or day.complete:
@@ -215,12 +218,13 @@ class KeyUsage:
         try:
             return await daemon_thread.run(work, _FILES_S, "usage of keys")
         except TimeoutError:
-            log.error("%s: the file system does not answer within %g s", self._files.folder, _FILES_S)
+            log.error("usage of keys: the file system does not answer within %g s", _FILES_S)
         except OSError as error:
-            log.error("%s: %s", error.filename or self._files.folder, error.strerror)
+            log.error("usage of keys: %s: %s", error.filename, error.strerror)
         return None
 
     def _forget_old(self) -> None:
+        assert self._files is not None  # noqa: S101 - it has just written one
         self._files.forget_before(self._today.date - dt.timedelta(days=self._kept_days - 1))
 
     async def close(self) -> None:
