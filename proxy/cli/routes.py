@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _TIMEOUT_S: Final = 10.0
-_MOST_BYTES: Final = 32 << 20
 _VERBS: Final = frozenset({"get", "post", "put", "patch", "delete"})
 
 OWN: Final = frozenset(
@@ -89,6 +88,8 @@ def _sorted(routes: set[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 async def _described_by(engine: str) -> Any:
     import aiohttp
 
+    from proxy.engine.probe import whole
+
     url = f"{engine.rstrip('/')}/openapi.json"
     try:
         async with (
@@ -97,7 +98,7 @@ async def _described_by(engine: str) -> Any:
         ):
             if response.status != 200:
                 raise HostError(f"{url} answers {response.status}; vLLM has it unless --disable-fastapi-docs is set")
-            return orjson.loads(await response.content.read(_MOST_BYTES))
+            return orjson.loads(await whole(response))
     except (aiohttp.ClientError, TimeoutError) as error:
         raise HostError(f"{url} cannot be read: {str(error) or type(error).__name__}") from error
     except ValueError as error:

@@ -83,11 +83,11 @@ class Prober:
         facts["sleep mode"] = NO if asleep is None else f"yes, {'asleep' if asleep else 'awake'} (/is_sleeping)"
         facts["sleep levels"] = NO if asleep is None else "1 and 2 by /sleep?level=, not tried (--try)"
         facts["pause, resume"] = NO if paused is None else f"yes, {'paused' if paused else 'running'} (/is_paused)"
-        if described:
-            rpc = ("POST", "/collective_rpc") in has
-            facts["collective_rpc"] = "yes" if rpc else NO
-        else:
-            facts["collective_rpc"] = "not described"
+        rpc = ("POST", "/collective_rpc") in has
+        if not described:
+            # A path that is there for another method only.
+            rpc = (await self._ask("GET", "/collective_rpc"))[0] == 405
+        facts["collective_rpc"] = "yes" if rpc else NO
         status, said = await self._json("GET", "/warmpool/reseed")
         inside = isinstance(said, dict) and status == 200
         facts["warmpool's extension"] = NO if not inside else str(said.get("reason") or "yes")
@@ -109,7 +109,9 @@ class Prober:
         return value if isinstance(value, bool) else None
 
     async def _described(self) -> list[tuple[str, str]]:
-        status, document = await self._json("GET", "/openapi.json")
+        # vLLM puts it together when it is asked for the first time.
+        timeout = aiohttp.ClientTimeout(_TRY_S)
+        status, document = await self._json("GET", "/openapi.json", timeout=timeout)
         paths = document.get("paths") if status == 200 and isinstance(document, dict) else None
         if not isinstance(paths, dict):
             return []
@@ -182,13 +184,24 @@ class Prober:
             async with self._session.request(
                 method, self._url + path, headers=headers, allow_redirects=False, **options
             ) as response:
-                return response.status, await response.content.read(_MOST_BYTES)
+                return response.status, await whole(response)
         except aiohttp.ClientConnectorError as error:
             raise HostError(f"{self._url}: {error}") from error
         except aiohttp.InvalidURL as error:
             raise HostError(f"{self._url} is no URL of an engine") from error
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:  # noqa: UP041 - on Python 3.11 they are one
             return 0, (str(error) or type(error).__name__).encode()
+
+
+async def whole(response: aiohttp.ClientResponse) -> bytes:
+    """The body; raises aiohttp.ClientPayloadError for one that has no end. (`read(n)` is content with less.)"""
+    pieces, size = list[bytes](), 0
+    async for piece in response.content.iter_chunked(1 << 16):
+        pieces.append(piece)
+        size += len(piece)
+        if size > _MOST_BYTES:
+            raise aiohttp.ClientPayloadError(f"more than {_MOST_BYTES >> 20} MiB")
+    return b"".join(pieces)
 
 
 _FLAGS: Final[tuple[tuple[str, str], ...]] = (("/is_sleeping", "is_sleeping"), ("/is_paused", "is_paused"))

@@ -6,6 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 
 from proxy.cli.main import cli
@@ -65,3 +67,21 @@ async def test_where_nobody_listens_that_is_said() -> None:
     result = await probed("nonsense")
     assert result.exit_code != 0
     assert "Traceback" not in result.output
+
+
+async def test_a_long_description_is_read_to_its_end() -> None:
+    paths = {f"/v1/thing-{number}": {"get": {"summary": "x" * 200}} for number in range(10_000)}
+
+    async def describe(_: web.Request) -> web.Response:
+        return web.json_response({"paths": {**paths, "/v1/completions": {"post": {}}}})
+
+    application = web.Application()
+    application.router.add_get("/openapi.json", describe)
+    async with TestServer(application) as server:
+        url = str(server.make_url("")).rstrip("/")
+        result = await probed(url, "--format", "json")
+        (found,) = orjson.loads(result.output)
+        assert found["describes its routes"] == "/openapi.json"
+        assert len(found["routes"]) == 10_001
+        result = await asyncio.to_thread(CliRunner().invoke, cli, ["routes", url])
+        assert "10000 new" in result.output
