@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cli.main import cli
-from proxy.cli.routes import OWN, REFUSED, compare
+from proxy.cli.route_comparison import OWN, REFUSED, compare
 from proxy.config.model import RouteSettings
 from proxy.errors import InvalidRequestError, MethodNotAllowedError, RouteNotFoundError
 from proxy.server.forward.routes import ROUTES, find

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from proxy.cli.routes import compare
+from proxy.cli.route_comparison import compare
 from tests.support import ROOT
 from tests.vllm.bench_serve import VENV
 

@@ -107,7 +107,7 @@ def _table() -> Iterator[Route]:
 ROUTES: Final = tuple(_table())
 """Everything that is forwarded. Not here, and so refused: an engine's management (`/sleep`, `/wake_up`,
 `/collective_rpc`, `/pause`, `/resume`, `/update_weights`, `/reset_*`, `/server_info`, the profiler,
-`/scale_elastic_ep`), its `/metrics` and `/load`; `proxy.cli.routes` names them and says why."""
+`/scale_elastic_ep`), its `/metrics` and `/load`; `proxy.cli.route_comparison` names them and says why."""
 
 _ID: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}"
 _DEPLOYMENT: Final = re.compile(
