@@ -90,6 +90,14 @@ class Network:
         """Nothing comes from or to a host any more, without a word."""
         ip("link", "set", f"{_TAG}{name}", "down")
 
+    def silence(self, name: str, to: str) -> None:
+        """What one host sends to another does not arrive; the other way it does."""
+        ip("-n", self.space(name), "route", "add", "blackhole", f"{self.address[to]}/32")
+
+    def speak(self, name: str, to: str) -> None:
+        """Take that back."""
+        ip("-n", self.space(name), "route", "del", "blackhole", f"{self.address[to]}/32")
+
     def join(self, name: str) -> None:
         """Take that back."""
         ip("link", "set", f"{_TAG}{name}", "up")

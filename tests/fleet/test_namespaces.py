@@ -206,6 +206,29 @@ async def test_each_host_in_turn_ends_and_comes_back_while_streams_run(fleet: Fl
             await until(lambda name=name: fleet.lists(name, 4))  # type: ignore[misc]
 
 
+async def test_a_network_that_is_cut_one_way_between_two_hosts_harms_nobody_else(fleet: Fleet) -> None:
+    for name in NAMES:
+        await fleet.ask(name, "only_c")
+    where, _, _ = await fleet.ask("b", "shared")
+    fleet.network.silence("a", "c")
+    try:
+        assert (await fleet.ask("b", "only_c"))[0] == "c"
+        for name in NAMES:
+            host, seconds, _ = await fleet.ask(name, "shared")
+            log.warning("cut from a to c: shared, in at %s, by %s after %.1f s", name, host, seconds)
+            assert {name, host} != {"a", "c"}
+        assert (await fleet.ask("c", "only_b"))[0] == "b"
+        async with fleet.session.post(
+            f"{fleet.url('a')}/v1/completions", json={"model": "only_c", "prompt": "Hello", "max_tokens": 4}
+        ) as response:
+            assert response.status in (404, 502, 503)  # only c has it
+    finally:
+        fleet.network.speak("a", "c")
+    log.warning("healed: found after %.1f s", await until(lambda: _from(fleet, "a", "c", "only_c")))
+    for name in NAMES:
+        await until(lambda name=name: _from(fleet, name, where))  # type: ignore[misc]
+
+
 async def test_hosts_and_nats_fail_and_what_is_left_answers(fleet: Fleet) -> None:
     where, _, _ = await fleet.ask("c", "shared")
     for name in NAMES:
