@@ -160,6 +160,7 @@ class Pool:
         Nothing is begun that no request waits for.
         """
         self._state.advance(Phase.STOPPING)
+        self._state.count_uses()
         self._state.give_up_commands()
         self._moves.give_way("the server is stopping")
         self._commands.let_go()
@@ -172,6 +173,7 @@ class Pool:
         what has not ended by then is named in the log and left to the next start.
         """
         self._state.advance(Phase.CLOSED)
+        self._state.count_uses()
         if self._timer is not None:
             self._timer.cancel()
         for model in self._state.models.values():

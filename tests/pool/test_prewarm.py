@@ -46,6 +46,28 @@ def test_counts_halve_every_week_and_survive(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["usage.json"]
 
 
+async def test_each_request_counts_once_however_many_are_counted_together() -> None:
+    """At the latest with the next decision, or when the pool stops."""
+    rig = Rig(MODELS)
+    usage = rig.pool._state.usage = Usage()
+    await rig.pool.open()
+    (await rig.pool.lease("a")).release()
+    for _ in range(5):
+        lease = rig.pool.try_lease("a")
+        assert lease is not None
+        lease.release()
+    rig.pool.tick()
+    assert usage.count("a") == pytest.approx(6.0, abs=1e-3)
+    assert rig.pool._state.models["a"].demand.count(rig.clock()) == pytest.approx(6.0, abs=0.1)
+    held = [rig.pool.try_lease("a") for _ in range(3)]
+    rig.pool.begin_stop()
+    assert usage.count("a") == pytest.approx(9.0, abs=1e-3)
+    for lease in held:
+        assert lease is not None
+        lease.release()
+    await rig.pool.close()
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": ["x", 1]}', '{"a": []}'])
 def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "usage.json").write_text(content)
