@@ -50,6 +50,9 @@ PATTERNS: Final[Mapping[str, str]] = {
     r"^/[!-~]*$": "must be a path that begins with /, without spaces",
     r"^(0|[1-9]\d*(KiB|MiB|GiB)|[1-9]\d?%|100%)$": 'must be a size ("200GiB"), a share of the memory ("50%") or "0"',
     r"^[a-z][a-z0-9-]*( [^\n]*)?$": "must be an option of CRIU's, without its dashes, and its value",
+    r"^(/[^/]*)*$": 'must be a JSON pointer, such as "/data/0/embedding", or "" for all of it',
+    r"^[A-Za-z_:][A-Za-z0-9_:]*$": "must be the name of a metric",
+    r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,99}$": "must be the name of a metric, 100 characters at most",
     r"^[a-z]+$": 'must be the name of a resource limit, such as "nofile"',
     r"^-?\d+(:-?\d+)?$": 'must be SOFT:HARD, such as "65536:65536"',
     r"^(label|apparmor|no-new-privileges|mask|unmask)([=:].*)?$": (
