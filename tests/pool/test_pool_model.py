@@ -323,7 +323,7 @@ class PoolMachine(RuleBasedStateMachine):
             case "remove" if len(models) > 1:
                 del models[key]
             case _:
-                models["m9"] = dict(models[key])
+                models["m9"] = {**models[key], "min_ready": 0}
                 if "takes" in self.it.options:
                     self.it.options["takes"]["m9"] = self.it.options["takes"][key]
                     self.it.rig.runtime.takes = self.it.options["takes"]
