@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from proxy.fleet.choice import choose, takes
+from proxy.fleet.choice import MOST_TRIES, choose, takes
 from proxy.fleet.record import VERSION, Offer, Record
 from proxy.fleet.sent import Sent
 from proxy.fleet.table import READY, Candidate, HostEntry, Table
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Chooser: TypeAlias = Literal["random", "greedy", "ours"]
 CHOOSERS: Final[Sequence[Chooser]] = ("random", "greedy", "ours")
 _COLD: Final = "checkpointed"
-_TRIES: Final = 3
-"""Hosts that are asked before a request queues at the best one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +189,7 @@ class Simulation:
     def _send(self, origin: _Host, model: str) -> None:
         most_ms = self._s.most_wait_s * 1000
         refusals: dict[str, int] = {}
-        for _ in range(_TRIES):
+        for _ in range(MOST_TRIES):
             chosen = self._choose(origin, model, refusals)
             if chosen is None:
                 break

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _NEAR_MS: Final = 50.0
 _NEAR_SHARE: Final = 0.1
 """Offers are about as cheap when they are within the larger of the two."""
+MOST_TRIES: Final = 5
+"""Hosts that are asked before a request waits at the best of them; simulated: three leave twice the wait at one second
+of staleness.
+"""
 _SPREAD: Final = 4
 _WORSE: Final = 2.0
 _WORSE_MS: Final = 250.0

@@ -22,6 +22,7 @@ from proxy.errors import (
     QueueFullError,
     WakeFailedError,
 )  # fmt: skip
+from proxy.fleet.choice import MOST_TRIES
 from proxy.fleet.peers import Hop, host_of
 from proxy.server.forward import leasing
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from proxy.server.forward.cycle import RequestCycle
     from proxy.server.forward.model_resolver import Address
 
-_MOST_REFUSALS: Final = 3
 _MOST_UNREACHED: Final = 4
 _NOT_HERE: Final = (
     DrainingError, MaxWaitError, ModelNotFoundError, NoMemoryError, QueueFullError, WakeFailedError,
@@ -81,7 +81,7 @@ class Hops:
             address.instance = None  # what made it is gone: as of an instance that is
         if address.instance is not None:
             return await leasing.lease_here(cycle, address)
-        hop.final = hop.final or len(hop.refused) >= _MOST_REFUSALS
+        hop.final = hop.final or len(hop.refused) >= MOST_TRIES
         lease = fleet.lease(model, hop, most_s, may_stay=not address.elsewhere)
         if lease is not None:
             return lease
