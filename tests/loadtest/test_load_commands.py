@@ -161,7 +161,7 @@ def test_trace_loses_nothing(tmp_path: Path) -> None:
     assert found.counts["sent"] == found.counts["answered"] == 60
     assert found.counts["lost"] == found.counts["short"] == 0
     assert 0 < found.counts["ttft_p50_s"] <= found.counts["ttft_p99_s"] <= found.counts["ttft_most_s"]
-    assert 0 < found.counts["gap_p50_s"] <= found.counts["gap_most_s"]
+    assert 0 <= found.counts["gap_p50_s"] <= found.counts["gap_most_s"]  # several may come at once
     assert found.counts["tokens_each_second"] > 0
     assert sum(1 for s in found.samples if "ttft_s" in s["values"]) == 60
     assert {s["model"] for s in found.samples} == {"model_1", "model_2", "model_3"}
