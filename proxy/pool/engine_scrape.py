@@ -38,7 +38,7 @@ class EngineScrape:
         self._locks: dict[str, asyncio.Lock] = {}
         self._running: asyncio.Task[None] | None = None
         self._at = -_FRESH_S
-        self._prefixes: Sequence[str] = ()
+        self._prefixes: Sequence[str] = state.settings.pool.engine_metrics
 
     async def scrape(self) -> None:
         """Ask all that are awake, at once; those who come meanwhile wait for the same answers."""
