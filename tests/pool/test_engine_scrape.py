@@ -98,3 +98,12 @@ async def test_a_model_that_is_gone_and_other_names_are_forgotten(rig: Rig) -> N
     await rig.pool.reconfigure(rig.settings.model_copy(update={"pool": pool}))
     await rig.pool.scrape_engines()
     assert shown(rig, "a") is None
+
+
+async def test_what_one_said_before_it_stepped_down_is_there_when_it_is_first_asked_for(rig: Rig) -> None:
+    asked: list[str] = []
+    answers(rig.engines["a-1"], asked, 5)
+    rig.pool.step_down("a", Tier.SUSPENDED)
+    await rig.until(a_1="suspended")
+    await rig.pool.scrape_engines()
+    assert (asked, shown(rig, "a")) == (["a-1"], 5)
