@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import Unpack
 
     from proxy.config.model import ModelSettings
     from proxy.engine.client import EngineClient
+
+
+class ClientOptions(TypedDict):
+    """What a client of an engine is told beside where that is and what it calls its model."""
+
+    instance: str
+    api_key: str | None
+    response_timeout_s: NotRequired[float | None]
 
 
 class Inside(Protocol):
@@ -44,14 +53,7 @@ class EngineKind(Protocol):
         """What is run inside its engines."""
 
     def connect(
-        self,
-        base_url: str,
-        served_name: str,
-        model: ModelSettings,
-        *,
-        instance: str,
-        api_key: str | None,
-        response_timeout_s: float | None = None,
+        self, base_url: str, served_name: str, model: ModelSettings, **options: Unpack[ClientOptions]
     ) -> EngineClient:
         """A client of one engine, that of an instance."""
 

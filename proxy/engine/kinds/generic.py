@@ -16,10 +16,13 @@ from proxy.errors import EngineError, Fault
 from proxy.host import command
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from proxy.config.calls import OrderSettings
     from proxy.config.engine import ReseedSettings, WarmupSettings
     from proxy.config.model import ModelSettings
     from proxy.engine.client import Place
+    from proxy.engine.kinds.base import ClientOptions
     from proxy.telemetry.stages import Stages
 
 _UNKNOWN: Final = "nothing is known of how to reseed this engine: set engine or reseed"
@@ -33,24 +36,15 @@ _SAMPLE: Final = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{[^}\n]*\})? +(\S+)",
 class Generic:
     """An engine of which the configuration says everything."""
 
-    name: Final = "generic"
+    name = "generic"
     spec: Final = ()
     inside: Final = None
 
     def connect(
-        self,
-        base_url: str,
-        served_name: str,
-        model: ModelSettings,
-        *,
-        instance: str,
-        api_key: str | None,
-        response_timeout_s: float | None = None,
-    ) -> GenericClient:
+        self, base_url: str, served_name: str, model: ModelSettings, **options: Unpack[ClientOptions]
+    ) -> EngineClient:
         """A client of one engine."""
-        return GenericClient(
-            base_url, served_name, model, instance=instance, response_timeout_s=response_timeout_s, api_key=api_key
-        )
+        return GenericClient(base_url, served_name, model, **options)
 
     def reseed_gap(self, model: ModelSettings) -> str | None:
         """None where `reseed` names a way."""

@@ -6,44 +6,29 @@ command. How it is reseeded the configuration says, as of any other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from proxy.engine.kinds import generic
 from proxy.engine.kinds.vllm import VllmClient
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from proxy.config.model import ModelSettings
+    from proxy.engine.client import EngineClient
+    from proxy.engine.kinds.base import ClientOptions
 
 
-class Unstated:
+class Unstated(generic.Generic):
     """Reseeded as the configuration says, asked like vLLM."""
 
-    name: Final = "unstated"
-    spec: Final = ()
-    inside: Final = None
+    name = "unstated"
 
     def connect(
-        self,
-        base_url: str,
-        served_name: str,
-        model: ModelSettings,
-        *,
-        instance: str,
-        api_key: str | None,
-        response_timeout_s: float | None = None,
-    ) -> UnstatedClient:
+        self, base_url: str, served_name: str, model: ModelSettings, **options: Unpack[ClientOptions]
+    ) -> EngineClient:
         """A client of one engine."""
-        return UnstatedClient(
-            base_url, served_name, model, instance=instance, response_timeout_s=response_timeout_s, api_key=api_key
-        )
-
-    def reseed_gap(self, model: ModelSettings) -> str | None:
-        """None where `reseed` names a way."""
-        return generic.reseed_gap(model.reseed)
-
-    def reseeds(self, model: ModelSettings) -> bool:
-        """Whether `reseed` names something to ask."""
-        return model.reseed.asks
+        return UnstatedClient(base_url, served_name, model, **options)
 
 
 class UnstatedClient(VllmClient):

@@ -18,8 +18,10 @@ from proxy.errors import EngineError, Fault, NoRoomError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from proxy.config.model import ModelSettings
+    from proxy.engine.kinds.base import ClientOptions
     from proxy.telemetry.stages import Stages
 
 log = logging.getLogger("warmpool.engine")
@@ -37,20 +39,10 @@ class Vllm:
     inside: Final = VllmInside()
 
     def connect(
-        self,
-        base_url: str,
-        served_name: str,
-        model: ModelSettings,
-        *,
-        instance: str,
-        api_key: str | None,
-        response_timeout_s: float | None = None,
+        self, base_url: str, served_name: str, model: ModelSettings, **options: Unpack[ClientOptions]
     ) -> VllmClient:
         """A client of one engine."""
-        return VllmClient(
-            base_url, served_name, instance=instance, response_timeout_s=response_timeout_s, api_key=api_key,
-            own_worker_extension=model.own_worker_extension,
-        )  # fmt: skip
+        return VllmClient(base_url, served_name, own_worker_extension=model.own_worker_extension, **options)
 
     def reseed_gap(self, model: ModelSettings) -> str | None:
         """None where its workers take warmpool's extension."""

@@ -202,6 +202,24 @@ async def test_a_refusal_is_shown_and_the_box_waits_for_the_stream(browser: Brow
 
 @needs_chromium
 @on_one_loop
+async def test_a_dialog_asks_no_more_once_the_last_request_has_ended(browser: Browser, front: Front) -> None:
+    await front.post("/v1/completions", ASK)
+    there = await visit(browser, front)
+    async with front.session.post("/v1/completions", json=HELD) as stream:
+        await there.page.locator(".instance", has_text="1 request").wait_for()
+        await there.page.locator(".model").first.get_by_role("button", name="Suspend", exact=True).click()
+        await there.page.locator("#confirm-yes:disabled").wait_for()
+        assert await there.page.evaluate("document.activeElement.id") == "confirm-wait"
+        await front.release()
+        await stream.content.read()
+    await there.page.locator("#confirm-yes:enabled:focus").wait_for()
+    assert not await there.page.locator("#confirm-why").is_visible()
+    await there.page.keyboard.press("Enter")
+    await there.until_state("suspended")
+
+
+@needs_chromium
+@on_one_loop
 async def test_the_keyboard_is_enough(browser: Browser, front: Front) -> None:
     there = await visit(browser, front)
     keyboard = there.page.keyboard
@@ -218,6 +236,7 @@ async def test_the_keyboard_is_enough(browser: Browser, front: Front) -> None:
     await there.page.locator("#confirm:not([open])").wait_for(state="attached")
     await there.until_state("ready")  # what cannot be undone is not the first choice
     await keyboard.press("s")
+    await there.page.locator("#confirm-yes:enabled:focus").wait_for()  # once the command to wake is no request any more
     await keyboard.press("Enter")
     await there.until_state("suspended")
     await keyboard.press("t")

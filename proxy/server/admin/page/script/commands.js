@@ -18,10 +18,20 @@ function allow(button, reason) {
 }
 const refuses = (button) => button.getAttribute("aria-disabled") === "true" && (toast(button.title, true), true);
 
+/** What the open dialog does when the status has changed. */
+let whileAsking = null;
+panels.push({ show: () => whileAsking?.() });
+
+/** How many requests of a model run or wait. */
+const requestsOf = (model) => {
+  const entry = status.models[model];
+  return entry ? entry.instances.reduce((sum, i) => sum + i.leases, 0) + entry.queue : 0;
+};
+
 async function command(model, name) {
   const what = COMMANDS[name], entry = model === null ? null : status.models[model];
   const goesDown = ["suspend", "checkpoint", "stop"].includes(name), yes = byId("confirm-yes");
-  const busy = goesDown && entry ? entry.instances.reduce((sum, i) => sum + i.leases, 0) + entry.queue : 0;
+  let busy = goesDown ? requestsOf(model) : 0;
   const wait = byId("confirm-wait"), force = byId("confirm-force"), discard = byId("confirm-discard");
   byId("confirm-title").textContent = model === null ? `${what.label} the whole server?` : `${what.label} ${model}?`;
   byId("confirm-text").textContent = what.text;
@@ -37,6 +47,15 @@ async function command(model, name) {
     wait.disabled = force.checked;
   };
   say();
+  whileAsking = () => {  // the last one has ended: there is nothing to choose
+    if (!busy || requestsOf(model)) return;
+    busy = 0;
+    const chosen = document.activeElement === wait || document.activeElement === force;
+    byId("confirm-busy").hidden = byId("confirm-why").hidden = true;
+    wait.checked = false;
+    say();
+    if (chosen) (name === "stop" ? byId("confirm-no") : yes).focus();
+  };
   const dialog = byId("confirm"), focused = document.activeElement;
   dialog.addEventListener("change", say);
   dialog.returnValue = "no";
@@ -44,6 +63,7 @@ async function command(model, name) {
   (yes.disabled ? wait : name === "stop" ? byId("confirm-no") : yes).focus();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
   dialog.removeEventListener("change", say);
+  whileAsking = null;
   focused?.focus();
   if (dialog.returnValue !== "yes") return;
   const body = { wait: false };
