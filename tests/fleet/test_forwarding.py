@@ -296,11 +296,12 @@ async def test_nobody_comes_in_as_a_host_without_its_certificate(hosts: Hosts, t
             ) as response:
                 return response.status
 
-        assert await asked(good, **{"from": "a", "hop": "1"}) == 200
-        assert await asked(good, **{"from": "b", "hop": "1"}) == 403
-        assert await asked(good, hop="1") == 403
-        assert await asked(good, **{"from": "a", "hop": "2"}) == 400
-        assert await asked(good, "/admin/drain", **{"from": "a", "hop": "1"}) == 403
+        for _ in range(3):  # the heads are known after the first time
+            assert await asked(good, **{"from": "a", "hop": "1"}) == 200
+            assert await asked(good, **{"from": "b", "hop": "1"}) == 403
+            assert await asked(good, hop="1") == 403
+            assert await asked(good, **{"from": "a", "hop": "2"}) == 400
+            assert await asked(good, "/admin/drain", **{"from": "a", "hop": "1"}) == 403
         for context in (wrong, none):
             with pytest.raises(aiohttp.ClientError):
                 await asked(context, **{"from": "a", "hop": "1"})
