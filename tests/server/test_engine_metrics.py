@@ -116,7 +116,7 @@ async def odd(front: Front) -> AsyncIterator[Any]:
 
     app = web.Application()
     app.router.add_get("/metrics", serve)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
