@@ -388,7 +388,7 @@ async def test_two_clones_answer_side_by_side_and_share_the_image(host: Host, co
 
 
 async def test_two_restores_and_two_clones_draw_differently_without_a_seed(host: Host, cold: Cold) -> None:
-    await host.serving()
+    await host.serve()
     sampled = {"temperature": 1, "max_tokens": 24, "ignore_eos": True}
     texts: list[str] = []
     seeded: set[str] = set()
