@@ -421,7 +421,10 @@ async def test_a_new_proxy_adopts_checkpoints_and_running_engines(host: Host, co
     await host.ask()
     before = host.addresses()
     await host.end(signal.SIGKILL)
-    await host.serve(idle=AWAKE)
+    proxy = await host.serve(idle=AWAKE)
+    async with asyncio.timeout(PATIENCE_S):
+        while "waking" in (await proxy.states()).values():  # they repeat their canary first
+            await asyncio.sleep(0.02)
     first = await host.ask()
     assert (first.tier, first.text) == ("ready", cold.first.text)
     assert host.addresses() == before
@@ -450,14 +453,13 @@ async def test_a_corrupted_image_is_refused_and_costs_a_cold_start(host: Host, c
     await host.serve()
     await host.until_checkpointed()
     core = next(host.images.glob("demo/criu/core-*.img"))
-    good = core.read_bytes()
-    core.write_bytes(os.urandom(len(good)))
+    core.write_bytes(os.urandom(core.stat().st_size))
     assert "its content is not what was written" in host.command("verify", "demo", "--digests-only", status=1)
     first = await host.ask()
     assert (first.tier, first.text) == ("checkpointed", cold.first.text)
     assert host.proxy is not None
     assert (await host.proxy.instance())["last_wake"]["from"] == "stopped"
-    core.write_bytes(good)
+    assert [*host.images.glob("demo.quarantined*")], "it is set aside"
 
 
 async def test_create_makes_a_proven_image_that_serves_the_first_request(host: Host, cold: Cold) -> None:
